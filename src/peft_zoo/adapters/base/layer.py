@@ -1,0 +1,361 @@
+"""The layer that every method shares: everything an adapted layer does that does not depend on the method's mathematics."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from peft_zoo.adapters.base.config import ZooConfig
+from peft_zoo.adapters.base.layout import SUPPORTED, Layout, ParameterLayout, layout_of
+from peft_zoo.adapters.base.snapshot import Snapshot
+
+logger = logging.getLogger("peft_zoo")
+
+BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
+
+
+class FactorDict(nn.ParameterDict):
+    """The parameters of one kind, keyed by adapter.
+
+    A leaf module with a trainable `.weight` is what peft's FSDP wrap policy looks for, so that frozen and trainable parameters never
+    share a flat parameter (FSDP1 with `use_orig_params=False`). A wrapped module may only be read through its forward pass, which is
+    why `ZooLayer.factor` calls it there.
+    """
+
+    @property
+    def weight(self) -> Tensor | None:
+        """A trainable parameter if there is one, else any, else None."""
+        parameters = sorted(self.values(), key=lambda p: not p.requires_grad)
+        return parameters[0] if parameters else None
+
+    def forward(self, name: str) -> Tensor:
+        """The adapter's parameter, as a tensor that outlives the gathered storage it is read from."""
+        return self[name].clone()
+
+
+class ZooLayer(nn.Module, BaseTunerLayer):
+    """A frozen layer and, for each adapter, an update ΔW of its weight, with all that peft expects of such a layer.
+
+    A method names its containers in `adapter_layer_names` (parameters) and `other_param_names` (persistent buffers) and supplies
+
+    * `init_adapter(name, config)`: create its parameters and buffers;
+    * `delta_weight(name)`: ΔW of shape `(out_features, in_features)`, in fp32, differentiable;
+    * `delta_output(name, x)`, optional: what ΔW adds to the output, without forming it;
+    * `fused_output(name, x)`, optional: the output of base layer and update together.
+
+    Attributes:
+        in_features, out_features: Shape of ΔW; for a convolution `in` is in/groups times the kernel's size, for an embedding `in` is the
+            number of rows.
+        configs: For each adapter, its configuration as it applies to this module.
+        scaling: For each adapter, the factor on its update.
+    """
+
+    ParamWrapper: ClassVar[type[ZooLayer]]
+    _targets_parameter: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls._targets_parameter:  # peft knows a wrapper of nn.Parameters by the name of its class
+            namespace = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.ParamWrapper"}
+            cls.ParamWrapper = type("ParamWrapper", (ParameterTarget, cls), namespace)
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
+        self.layout = self._find_layout()
+        self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
+        for container in self.adapter_layer_names:
+            self.add_module(container, FactorDict())
+        for container in self.other_param_names:
+            self.add_module(container, BufferDict(persistent=True))
+        self.configs: dict[str, ZooConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.other_param_names = (*self.other_param_names, "configs", "scaling")
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._snapshot: Snapshot | None = None
+
+    # ---- what a method supplies ------------------------------------------------------------------------------------------------
+
+    def init_adapter(self, name: str, config: ZooConfig) -> None:
+        """Create the parameters and buffers of adapter `name`; must also work on the meta device."""
+        raise NotImplementedError
+
+    def delta_weight(self, name: str) -> Tensor:
+        """ΔW of adapter `name`, `(out_features, in_features)` in fp32, differentiable, without `scaling`."""
+        raise NotImplementedError
+
+    def delta_output(self, name: str, x: Tensor) -> Tensor:
+        """What ΔW adds to the output for input `x`, without `scaling`; here by forming ΔW."""
+        return self.layout.apply(self.get_base_layer(), x, self.delta_weight(name))
+
+    def fused_output(self, name: str, x: Tensor) -> Tensor | None:
+        """Output of base layer and adapter in one pass, or None to add the two; only asked where `can_fuse` holds."""
+        return None
+
+    def initial_scaling(self, config: ZooConfig) -> float:
+        """The factor on the update before any `scale_layer`; 1 unless the method has an alpha."""
+        return 1.0
+
+    # ---- adapters --------------------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
+        """Create adapter `name`, put it where the base layer is, and make it trainable if it is active."""
+        self.init_adapter(name, config)
+        self.configs[name] = config
+        self.scaling[name] = self.initial_scaling(config)
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def factor(self, container: str, name: str) -> Tensor:
+        """The parameter of adapter `name` in a container; the way to read one in the mathematics of a method."""
+        factors = getattr(self, container)
+        return factors[name] if type(factors) is FactorDict else factors(name)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the factor on the update of `adapter` to `scale` times its initial value; unknown adapters are ignored as in peft."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scaling(self.configs[adapter])
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factor on the update of every active adapter by `scale`."""
+        for name in self._here(self.active_adapters):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factor of every active adapter by `scale`, or reset it to its initial value."""
+        for name in self._here(self.active_adapters):
+            self.scaling[name] = self.scaling[name] / scale if scale else self.initial_scaling(self.configs[name])
+
+    # ---- forward ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Output of the base layer plus the updates of the active adapters, or with `adapter_names` of one adapter per sample."""
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted_forward(self._here(self.active_adapters), x, *args, **kwargs)
+
+    def _adapted_forward(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(names) == 1 and not args and not kwargs and self.can_fuse(names[0], x):
+            fused = self.fused_output(names[0], x)
+            if fused is not None:
+                return fused
+        result = self.base_layer(x, *args, **kwargs)
+        if names and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in names:
+            result = result + self._update(name, x).to(result.dtype)
+        return result
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self._here(dict.fromkeys(adapter_names)):
+            rows = torch.tensor([i for i, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+            result = result.index_add(0, rows, self._update(name, x[rows]).to(result.dtype))
+        return result
+
+    def _update(self, name: str, x: Tensor) -> Tensor:
+        """Scaled update of one adapter for input `x`, with the method's dropouts."""
+        config, device = self.configs[name], x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype(device))
+        if x.is_floating_point():
+            x = F.dropout(x, config.dropout, self.training)
+        update = self.delta_output(name, x)
+        if config.drop_path and self.training:  # drops the update of whole samples, and keeps its expectation
+            keep = torch.rand(len(x), *[1] * (update.dim() - 1), device=x.device) >= config.drop_path
+            update = update * keep / (1 - config.drop_path)
+        return update if self.scaling[name] == 1.0 else update * self.scaling[name]
+
+    def can_fuse(self, name: str, x: Tensor) -> bool:
+        """Whether reading the base layer's weight directly equals calling it: plain, frozen, fp32, no hooks, no dropout, no autocast."""
+        base, config = self.base_layer, self.configs[name]
+        weight = getattr(base, "weight", None)
+        return (
+            type(base) in (nn.Linear, Conv1D)
+            and type(weight) is nn.Parameter
+            and not isinstance(weight, DTensor)
+            and weight.dtype == x.dtype == torch.float32
+            and not any(p.requires_grad for p in base.parameters(recurse=False))
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
+            and not (self.training and (config.dropout or config.drop_path))
+            and not torch.is_autocast_enabled(x.device.type)
+            and self.scaling[name] == 1.0
+        )
+
+    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+
+    # ---- merging ---------------------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Scaled ΔW of `adapter` in the shape of the base layer's weight, in fp32."""
+        return self.layout.to_base(self.delta_weight(adapter) * self.scaling[adapter])
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the adapters (default: the active ones) to the base weight, in fp32, rounded once.
+
+        All merged adapters are added to the original weight, so merging one after the other equals merging them at once.
+
+        Args:
+            safe_merge: Check the result first and leave the weight alone if it is not finite.
+            adapter_names: Adapters to merge.
+
+        Raises:
+            ValueError: With `safe_merge`, if the merged weight is not finite.
+        """
+        names = self._here(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        snapshot = self._snapshot or Snapshot(self)
+        weight = snapshot.weight()
+        before = self._plus_updates(weight.to(torch.promote_types(weight.dtype, torch.float32)), self.merged_adapters)
+        merged = self._plus_updates(before, names)
+        if safe_merge and not torch.isfinite(merged).all():
+            if self.merged:
+                snapshot.write(before.to(weight.dtype))
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        if weight.dtype.itemsize < 4:
+            _note_rounding(type(self).__name__, weight.dtype)
+        snapshot.write(merged.to(weight.dtype))
+        self._snapshot = snapshot
+        self.merged_adapters.extend(names)
+
+    def _plus_updates(self, weight: Tensor, names: list[str]) -> Tensor:
+        return sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the base weight back exactly the bits it had before the first merge."""
+        if self._snapshot is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._snapshot.restore()
+        self._snapshot = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether peft may approximate the update by a LoRA; true for every additive method unless it says otherwise."""
+        return True
+
+    # ---- odds and ends ---------------------------------------------------------------------------------------------------------
+
+    def _find_layout(self) -> Layout:
+        base = self.get_base_layer()
+        layout = layout_of(base, self.quantization_backend)
+        if layout is None:
+            raise ValueError(f"a layer of type {type(base).__name__} is not supported; supported are {SUPPORTED}")
+        return layout
+
+    def _here(self, names: Any) -> list[str]:
+        """Those of `names` that this layer has an adapter for, in order."""
+        return [name for name in names if name in self.scaling]
+
+    def extra_repr(self) -> str:
+        """Shape of ΔW and the adapters, beside what peft prints."""
+        own = f"in_features={self.in_features}, out_features={self.out_features}, adapters={list(self.scaling)}"
+        return ", ".join(filter(None, (own, quantization_extra_repr(self))))
+
+    def __repr__(self) -> str:
+        return f"peft_zoo.{super().__repr__()}"
+
+
+class ParameterTarget(ZooLayer):
+    """Mixin for a layer that adapts one `nn.Parameter` of a module instead of the module's weight (`target_parameters`).
+
+    The parameter is replaced by its updated value while the module runs, so nothing is assumed of what the module does with it. Several
+    parameters of a module are adapted by nesting, as in peft.
+    """
+
+    _targets_parameter = True
+
+    def __init__(self, base_layer: nn.Module, *, parameter_name: str, **quantization: Any) -> None:
+        self.parameter_name = parameter_name
+        super().__init__(base_layer, **quantization)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Run the module with the parameter's updated value; no mixed batches, as the parameter is one for all samples."""
+        if adapter_names is not None:
+            raise ValueError("`adapter_names` cannot be used with `target_parameters`: a parameter has one value for all samples.")
+        names = self._here(self.active_adapters)
+        if self.disable_adapters or self.merged or not names:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        module, name = self.get_base_layer(), self.parameter_name
+        parameter = getattr(module, name)
+        value = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+        value = sum((self.get_delta_weight(adapter) for adapter in names), start=value).to(parameter.dtype)
+        path = self._path_to(module)
+        return torch.func.functional_call(self.base_layer, {f"{path}{name}": value}, (x, *args), kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module without its wrappers, each of them merged first if asked."""
+        layer: nn.Module = self
+        while isinstance(layer, ZooLayer):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def _find_layout(self) -> Layout:
+        return ParameterLayout(self.get_base_layer(), self.parameter_name)
+
+    def _path_to(self, module: nn.Module) -> str:
+        """Prefix of the module's parameters as seen from `base_layer`, past the wrappers in between."""
+        path, layer = "", self.base_layer
+        while layer is not module:
+            path, layer = f"{path}base_layer.", layer.base_layer
+        return path
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        parameter = getattr(base_layer, self.parameter_name)
+        return parameter.device, parameter.dtype
+
+    def get_base_weight(self) -> Tensor:
+        """The targeted parameter's data."""
+        return getattr(self.get_base_layer(), self.parameter_name).data  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """The parameter's name first."""
+        return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
+
+
+@functools.cache
+def _note_rounding(layer: str, dtype: torch.dtype) -> None:
+    """Say once that a 16-bit weight cannot hold a small update exactly."""
+    logger.warning(
+        "%s: merging into %s weights rounds the update to their precision; small updates may vanish. Keep the adapter unmerged, "
+        "or merge into float32 weights, if that matters.",
+        layer,
+        dtype,
+    )

@@ -1,0 +1,213 @@
+"""The tuner that every method shares: finds the modules to adapt and puts a method's layers in their place."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import get_quantization_kwargs
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_zoo.adapters.base.config import ZooConfig
+from peft_zoo.adapters.base.layer import BASE, ZooLayer
+
+
+class ZooModel(BaseTuner):
+    """Base of every method's tuner; a method only names its layer class in `tuner_layer_cls` and its `prefix`.
+
+    Beyond peft's `BaseTuner`: adding an adapter either succeeds or leaves the model as it was, batches may mix adapters
+    (`adapter_names=`, with beams and encoder-decoder models), and parameters can be targeted (`target_parameters`).
+    """
+
+    tuner_layer_cls: type[ZooLayer]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject as peft does; if it fails half-way, undo what was done.
+
+        Raises:
+            ValueError: If a targeted module cannot be adapted, with its path and type.
+        """
+        with _undone_on_error(model, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._warn_about_unused_patterns(self.peft_config[adapter_name])
+
+    def _create_and_replace(
+        self,
+        config: ZooConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        resolved = config.for_module(current_key)
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{current_key}: nn.MultiheadAttention reads the weight of its {target_name} without calling it, so an adapter there "
+                f"would do nothing. Add {target_name!r} to `exclude_modules`."
+            )
+        layer = self._existing_layer(target, adapter_name, parameter_name)
+        if layer is None:
+            layer = self._new_layer(target, current_key, parameter_name)
+            layer._active_adapter = self.active_adapter
+            self._replace_module(parent, target_name, layer, target)
+        layer.add_adapter(adapter_name, resolved, inference_mode=config.inference_mode)
+
+    def _existing_layer(self, target: nn.Module, adapter_name: str, parameter_name: str | None) -> ZooLayer | None:
+        """The layer of ours to which the adapter is to be added, or None if there is none yet."""
+        if not isinstance(target, self.tuner_layer_cls):
+            return None
+        if parameter_name is not None and (target.parameter_name != parameter_name or adapter_name in target.scaling):
+            return None  # another parameter of the same module: nest
+        return target
+
+    def _new_layer(self, target: nn.Module, path: str, parameter_name: str | None) -> ZooLayer:
+        quantization = get_quantization_kwargs(self.model)
+        try:
+            if parameter_name is not None:
+                return self.tuner_layer_cls.ParamWrapper(target, parameter_name=parameter_name, **quantization)
+            return self.tuner_layer_cls(target, **quantization)
+        except ValueError as error:
+            raise ValueError(f"Target module {path}: {error}. Take it out of `target_modules`.") from error
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of another; a layer of ours is already on the device of its base layer."""
+        setattr(parent, child_name, new_module)
+
+    def _prepare_adapter_config(self, peft_config: ZooConfig, model_config: dict[str, Any]) -> ZooConfig:
+        """Let `target_modules` be None beside `target_parameters`, and let "all-linear" find linear layers that are adapted already."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        if config.target_modules == "all-linear":
+            _maybe_include_all_linear_layers(config, self.model)
+            config.target_modules |= self._adapted_linear_layers()
+        return config  # type: ignore[no-any-return]
+
+    def _adapted_linear_layers(self) -> set[str]:
+        """Names of layers of ours around a linear layer; the output embedding is left out, as peft leaves it out."""
+        get_head = getattr(self.model, "get_output_embeddings", lambda: None)
+        head = get_head()
+        return {
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, ZooLayer) and isinstance(module.base_layer, (nn.Linear, Conv1D)) and module is not head
+        }
+
+    def _check_new_adapter_config(self, config: ZooConfig) -> None:
+        """Adapters that target parameters must target the same ones: their place in the nesting is what names them in a file."""
+        super()._check_new_adapter_config(config)
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            theirs = set(other.target_parameters or ())
+            if wanted and theirs and wanted != theirs:
+                raise ValueError(
+                    f"target_parameters={sorted(wanted)} differs from {sorted(theirs)} of adapter {name!r}; target the same parameters "
+                    "in every adapter of a model."
+                )
+
+    def _warn_about_unused_patterns(self, config: ZooConfig) -> None:
+        """peft warns about `rank_pattern`; do the same for the patterns it does not know."""
+        for pattern_name in set(config.patterns) - {"rank_pattern", "alpha_pattern"}:
+            unused = [
+                key
+                for key in getattr(config, pattern_name)
+                if not any(re.match(rf"(.*\.)?({key})$", name) for name in self.targeted_module_names)
+            ]
+            if unused:
+                warnings.warn(
+                    f"The following {pattern_name} keys did not match any targeted module and were ignored: {unused}.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not defined for a general update.
+
+        Raises:
+            TypeError: Always, with what to do instead.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot combine adapters into a weighted one, as its update is not linear in its parameters. "
+            "Activate several adapters at once instead: `model.base_model.set_adapter([...])`; their updates add."
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` to every layer for the duration of one forward pass or `generate`."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("`alora_offsets` belongs to activated LoRA; remove it.")
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_mixed_batch(names)
+        beams = kwargs.get("num_beams") or 1
+        handles = _hand_over(self.model, [name for name in names for _ in range(beams)])
+        if beams > 1:  # the encoder runs before the samples are repeated for the beams; its later hook wins
+            handles += _hand_over(_encoder_of(self.model), list(names))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_mixed_batch(self, names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        known = {BASE}.union(*(layer.scaling for layer in self.modules() if isinstance(layer, ZooLayer)))
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+
+def _hand_over(model: nn.Module | None, names: list[str]) -> list[Any]:
+    """Hooks that pass `adapter_names=names` to every adapter layer of the model."""
+    if model is None:
+        return []
+    hook = partial(_add_adapter_names, names=names)
+    layers = [m for m in model.modules() if isinstance(m, (ZooLayer, AuxiliaryTrainingWrapper))]
+    return [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+
+
+def _add_adapter_names(_: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[str]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model; transformers returns the model itself where there is none."""
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return None if encoder is model else encoder
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Restore the module tree, the trainable flags and the existing layers' adapters if the block raises."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers = [m for m in model.modules() if isinstance(m, ZooLayer) and adapter_name not in m.scaling]
+
+    def undo() -> None:
+        for layer in layers:
+            layer.delete_adapter(adapter_name)
+        for module, before in children:
+            module._modules.clear()
+            module._modules.update(before)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+    with ExitStack() as stack:
+        stack.callback(undo)
+        yield
+        stack.pop_all()

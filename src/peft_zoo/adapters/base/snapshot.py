@@ -1,0 +1,66 @@
+"""The base weight as it was before a merge, to the bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peft_zoo.adapters.base.layer import ZooLayer
+
+
+class Snapshot:
+    """Remembers the base weight of a layer, writes merged weights in its place and restores it.
+
+    A plain weight is copied, and written in place so that tied and tracked references stay valid. Quantizing a weight again would not
+    give the same bits, so of a quantized layer the packed weight itself is kept: the backends put a new one in its place.
+
+    Args:
+        layer: An adapter layer with nothing merged.
+    """
+
+    def __init__(self, layer: ZooLayer) -> None:
+        self._layer = (layer,)  # in a tuple, so that pickling and deep copies follow it but nn.Module does not
+        if layer.quantization_backend is None:
+            self._original = layer.get_base_weight().clone()
+        else:
+            self._module = layer.base_layer
+            base = layer.get_base_layer()
+            self._packed: Any = base.weight if hasattr(base, "weight") else None
+            self._attributes = dict(getattr(self._packed, "__dict__", {}))
+            self._state = copy.copy(getattr(base, "state", None))
+
+    def weight(self) -> Tensor:
+        """The original weight as a float tensor, dequantized if need be; not to be changed."""
+        (layer,) = self._layer
+        if layer.quantization_backend is None:
+            return self._original
+        if layer.merged:
+            self.restore()
+        return layer.get_base_weight()
+
+    def write(self, merged: Tensor) -> None:
+        """Put a merged weight in the place of the original."""
+        (layer,) = self._layer
+        if layer.quantization_backend is None:
+            layer.get_base_weight().copy_(merged)
+        else:
+            layer.set_base_weight(merged)
+
+    def restore(self) -> None:
+        """Put the original back."""
+        (layer,) = self._layer
+        if layer.quantization_backend is None:
+            layer.get_base_weight().copy_(self._original)
+            return
+        layer.base_layer = self._module  # HQQ puts a new layer in its place
+        base = layer.get_base_layer()
+        if self._packed is not None:
+            if "weight" in vars(base):
+                del base.weight
+            base.weight = self._packed
+            vars(self._packed).update(self._attributes)  # bitsandbytes marks the old weight as not quantized
+        if self._state is not None:
+            base.state = self._state

@@ -1,0 +1,311 @@
+r"""SNELL and SNELLA: a sparse update of high rank from low-rank factors, where weights compete for a budget.
+
+Two factor tensors A (G, in, r/G) and B (G, out, r/G) give every weight a kernel value; only the largest survive:
+
+    K_ij = Σ_g c_g ‖A_g[i] − B_g[j]‖_p,   c_g = scale · (+1, −1, +1, …)                      (`piecewise_linear`)
+    W_ij = K_ij + α · softmax_j(K_ij / γ) + β,   α, β, γ trained                              (`mix_k`)
+    ΔW_ij = W_ij · |W_ij| · 1[|W_ij| > t],   t the smallest magnitude dropped                 (`signed_square`)
+
+SNELL keeps a fixed share 1 − `sparsity` of the weights of each matrix. SNELLA (`target_sparsity`) lowers the share during training and
+lets the matrices compete for it by importance, as AdaLoRA lets ranks compete.
+
+Papers: SNELL, arXiv:2411.01800, eq. 3–5; SNELLA, arXiv:2510.24037. Where paper and released code differ, the default follows the code
+(`sparsify="signed_square"`, with the factor |W| held constant in the gradient); eq. 5 of the paper is `sparsify="product"`.
+
+Cost of an adapted matrix: r·(in + out) trainable parameters (+3 for `mix_k`), nothing of size in·out saved for backward, and
+6·T·in·out matrix-multiplication FLOPs a step fused with a plain fp32 layer, 10·T·in·out otherwise, against 4 for LoRA.
+
+Use it when an update of high rank is wanted at the price of a LoRA in parameters and memory: small data, vision, distribution shift.
+Prefer LoRA when the step time counts most, or when the adapter must stay a low-rank pair (serving many adapters unmerged).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from peft_zoo.adapters.base import ZooConfig, ZooLayer, ZooModel
+from peft_zoo.adapters.base.config import _field
+from peft_zoo.adapters.base.layout import LinearLayout
+from peft_zoo.kernels.budget import ImportanceTracker, budget_at, kept_count, water_fill
+from peft_zoo.kernels.kernelized_linear import KERNELS, SPARSIFY, KernelSpec, kernelized_linear, kernelized_weight
+from peft_zoo.registration import register
+
+__all__ = ["SnellAllocator", "SnellCallback", "SnellConfig", "SnellModel"]
+
+
+@dataclass
+class SnellConfig(ZooConfig):
+    """Configuration of SNELL, and with `target_sparsity` of SNELLA.
+
+    Args:
+        kernel (`str`): How a weight comes from its factors; see the module's head.
+        kernel_groups (`int`): Number of groups G; must divide `r`.
+        kernel_norm (`int`): p of the distance, 1 or 2; `mix_k` takes 2 only, as its authors do.
+        kernel_scale (`float`): |c_g|.
+        sparsity (`float`): Share of the weights of each matrix that is zero, in [0, 1); SNELLA starts there.
+        sparsity_pattern (`dict[str, float]`): `sparsity` for modules whose name matches the key.
+        sparsify (`str`): `"signed_square"` (released code), `"product"` (paper, eq. 5), `"hard"`, `"soft"`, or `"none"` to keep every weight.
+        snell_dropout (`float`): Dropout of the update's input; the authors use 0.1.
+        snell_drop_path (`float`): Probability of dropping a sample's update; the authors use 0.1.
+        forward_mode (`str`): `"fused"` multiplies by W₀ + ΔW once, `"additive"` adds the update to the frozen layer's output, `"auto"` fuses
+            plain fp32 layers without dropout: adding a small update to 16-bit weights would lose most of it.
+        target_sparsity (`float` | `None`): SNELLA's final share over all matrices; None is plain SNELL.
+        tinit, tfinal, deltaT, total_step (`int`): Optimizer steps before the budget shrinks, steps at the end with a frozen budget, steps between
+            two allocations, and steps in all (AdaLoRA's names). tfinal of about 10 % of total_step is a good start.
+        beta1, beta2 (`float`): Decay of the averages of sensitivity and of its uncertainty.
+        importance (`str`): `"sensitivity"` (|T · grad|) or `"magnitude"` (|T|).
+    """
+
+    method_name: ClassVar[str] = "snell"
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "sparsity_pattern": "sparsity"}
+
+    kernel: str = _field("piecewise_linear", "How a weight comes from its factors.")
+    kernel_groups: int = _field(2, "Number of groups; must divide r.")
+    kernel_norm: int = _field(2, "p of the distance, 1 or 2.")
+    kernel_scale: float = _field(0.1, "Magnitude of the groups' coefficients.")
+    sparsity: float = _field(0.9, "Share of the weights of each matrix that is zero, in [0, 1).")
+    sparsity_pattern: dict[str, float] = _field(dict, "Sparsity for modules whose name matches the key.")
+    sparsify: str = _field("signed_square", "How the surviving weights are shaped; 'none' keeps every weight.")
+    snell_dropout: float = _field(0.0, "Dropout of the update's input.")
+    snell_drop_path: float = _field(0.0, "Probability of dropping a sample's update.")
+    forward_mode: str = _field("auto", "'auto', 'fused' or 'additive'.")
+    target_sparsity: float | None = _field(None, "Final share of zeros over all matrices (SNELLA); None is plain SNELL.")
+    tinit: int = _field(0, "Optimizer steps before the budget shrinks.")
+    tfinal: int = _field(0, "Optimizer steps at the end with a frozen budget.")
+    deltaT: int = _field(1, "Optimizer steps between two allocations.")
+    total_step: int | None = _field(None, "Optimizer steps in all; needed with target_sparsity.")
+    beta1: float = _field(0.85, "Decay of the average of the sensitivity.")
+    beta2: float = _field(0.85, "Decay of the average of its uncertainty.")
+    importance: str = _field("sensitivity", "'sensitivity' or 'magnitude'.")
+
+    def check(self) -> None:
+        """Raise a ValueError for the first of the method's fields that cannot work."""
+        for name, allowed in (
+            ("kernel", KERNELS),
+            ("kernel_norm", (1, 2)),
+            ("sparsify", SPARSIFY),
+            ("forward_mode", ("auto", "fused", "additive")),
+            ("importance", ("sensitivity", "magnitude")),
+            ("init_weights", (True, False, "paired")),
+        ):
+            self.require(getattr(self, name) in allowed, name, f"use one of {', '.join(map(repr, allowed))}")
+        groups = self.kernel_groups
+        self.require(isinstance(groups, int) and groups > 0, "kernel_groups", "use an integer of at least 1")
+        self.require(self.r % groups == 0, "r", f"use a multiple of kernel_groups={groups}")
+        self.require(self.kernel != "mix_k" or self.kernel_norm == 2, "kernel_norm", "use 2 with kernel='mix_k'")
+        self.require(0 < self.kernel_scale < math.inf, "kernel_scale", "use a positive, finite number")
+        self.require(0 <= self.sparsity < 1, "sparsity", "use a share of zeros in [0, 1)")
+        for name in ("snell_dropout", "snell_drop_path", "beta1", "beta2"):
+            self.require(0 <= getattr(self, name) < 1, name, "use a number in [0, 1)")
+        fusable = not (self.snell_dropout or self.snell_drop_path)
+        self.require(self.forward_mode != "fused" or fusable, "forward_mode", "use 'additive' or 'auto' with a dropout")
+        paired = self.sparsify == "none" and self.kernel == "piecewise_linear" and groups % 2 == 0
+        fix = "'paired' needs sparsify='none', kernel='piecewise_linear' and an even kernel_groups: elsewhere it could never train"
+        self.require(self.init_weights != "paired" or paired, "init_weights", fix)
+        if self.target_sparsity is not None:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        self.require(0 <= (self.target_sparsity or 0) < 1, "target_sparsity", "use a share of zeros in [0, 1)")
+        self.require(self.sparsify != "none", "sparsify", "target_sparsity needs a mode that drops weights")
+        self.require(self.deltaT >= 1, "deltaT", "use an integer of at least 1")
+        self.require(self.tfinal >= 0, "tfinal", "use a number of steps of at least 0")
+        total = self.total_step
+        self.require(total is not None and total > 0, "total_step", "set the number of optimizer steps of the whole training")
+        fix = f"use less than total_step - tfinal = {(total or 0) - self.tfinal}"
+        self.require(0 <= self.tinit < (total or 0) - self.tfinal, "tinit", fix)
+
+    @property
+    def spec(self) -> KernelSpec:
+        """What the kernels need to know."""
+        return KernelSpec(self.kernel, self.kernel_norm, self.kernel_scale, self.sparsify)
+
+
+class SnellLayer(ZooLayer):
+    """A frozen layer with kernelized sparse updates."""
+
+    adapter_layer_names = ("zoo_snell_A", "zoo_snell_B", "zoo_snell_kernel_params")
+    other_param_names = ("zoo_snell_num_kept",)
+
+    def init_adapter(self, name: str, config: SnellConfig) -> None:  # type: ignore[override]
+        """A (G, in, r/G) and B (G, out, r/G), uniform within 1/√(features · r/G); the number of kept weights as an integer."""
+        shape = (config.kernel_groups, -1, config.r // config.kernel_groups)
+        for container, features in ((self.zoo_snell_A, self.in_features), (self.zoo_snell_B, self.out_features)):
+            factor = torch.empty(shape[0], features, shape[2])
+            if config.init_weights is False:
+                nn.init.normal_(factor, std=0.5 / math.sqrt(shape[2]))
+            else:
+                bound = 1 / math.sqrt(features * shape[2])
+                nn.init.uniform_(factor, -bound, bound)
+            if config.init_weights == "paired":
+                factor[1::2] = factor[::2]
+            container[name] = nn.Parameter(factor)
+        if config.kernel == "mix_k":
+            self.zoo_snell_kernel_params[name] = nn.Parameter(torch.tensor([1.0, 1.0, 0.0]))
+        numel = self.in_features * self.out_features
+        kept = numel if config.sparsify == "none" else kept_count(config.sparsity, numel)
+        self.zoo_snell_num_kept[name] = torch.tensor(kept)
+
+    def delta_weight(self, name: str) -> Tensor:
+        """ΔW (out, in) in fp32."""
+        return kernelized_weight(*self._arguments(name)).t()
+
+    def delta_output(self, name: str, x: Tensor) -> Tensor:
+        """`x` (..., in) to (..., out) without keeping ΔW; other layers than linear ones form it."""
+        if isinstance(self.layout, LinearLayout):
+            return kernelized_linear(x, *self._arguments(name))
+        return super().delta_output(name, x)
+
+    def fused_output(self, name: str, x: Tensor) -> Tensor | None:
+        """`x` (..., in) to (..., out) by one product with W₀ + ΔW."""
+        if self.configs[name].forward_mode == "additive":  # type: ignore[attr-defined]
+            return None
+        base: Any = self.base_layer
+        return kernelized_linear(x, *self._arguments(name), weight=self.layout.to_base(base.weight), bias=base.bias)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: the update has high rank by design."""
+        return False
+
+    def _arguments(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, KernelSpec]:
+        A, B = (self.factor(container, name).float() for container in self.adapter_layer_names[:2])
+        params = None
+        if name in self.zoo_snell_kernel_params:
+            params = self.factor("zoo_snell_kernel_params", name).float()
+        return A, B, params, self.zoo_snell_num_kept[name], self.configs[name].spec  # type: ignore[attr-defined]
+
+
+class SnellAllocator:
+    """SNELLA's budget: counts what each matrix contributes and gives the kept weights to those that matter.
+
+    Works on any model with SNELL layers, also when they were injected without a `PeftModel`. Processes agree on every allocation, however the
+    parameters are sharded.
+
+    Args:
+        model: Model with the adapter.
+        adapter_name: The adapter; its configuration must have `target_sparsity`.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, SnellLayer) and adapter_name in m.scaling}
+        if not self.layers:
+            raise ValueError(f"adapter_name={adapter_name!r}: the model has no SNELL layer with this adapter")
+        self.config: SnellConfig = next(iter(self.layers.values())).configs[adapter_name]  # type: ignore[assignment]
+        self.caps = torch.tensor([layer.in_features * layer.out_features for layer in self.layers.values()])
+        self.initial = sum(int(layer.zoo_snell_num_kept[adapter_name]) for layer in self.layers.values())
+        self.tracker = ImportanceTracker(self.config.beta1, self.config.beta2, self.config.importance)
+
+    def step(self, global_step: int) -> bool:
+        """Take in the gradients of optimizer step `global_step` (1-based, still in `.grad`) and allocate if it is due.
+
+        Returns:
+            Whether the budget was allocated anew. Never in the last `tfinal` steps, so the final pattern is trained.
+        """
+        config = self.config
+        if config.target_sparsity is None or global_step >= (config.total_step or 0) - config.tfinal:
+            return False
+        self.tracker.update(self._factors())
+        target = sum(kept_count(config.target_sparsity, int(cap)) for cap in self.caps)
+        kept, due = budget_at(
+            global_step, self.initial, target, config.tinit, config.tfinal, config.total_step or 0, config.deltaT
+        )
+        if due:
+            allocation = water_fill(self.tracker.scores(), self.caps, kept)
+            for layer, count in zip(self.layers.values(), allocation.tolist(), strict=True):
+                layer.zoo_snell_num_kept[self.adapter_name].fill_(count)
+        return due
+
+    def _factors(self) -> dict[str, list[nn.Parameter]]:
+        names = SnellLayer.adapter_layer_names[:2]
+        return {key: [getattr(layer, n)[self.adapter_name] for n in names] for key, layer in self.layers.items()}
+
+
+class SnellCallback(TrainerCallback):
+    """Runs SNELLA's allocation inside `transformers.Trainer`, and keeps its state in the checkpoints.
+
+    Args:
+        model: The model that is trained, with one trainable adapter that has `target_sparsity`.
+        adapter_name: The adapter; by default the active one.
+    """
+
+    file_name = "snell_allocator.safetensors"
+
+    def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
+        active = getattr(model, "active_adapter", "default")
+        self.allocator = SnellAllocator(model, adapter_name or (active if isinstance(active, str) else "default"))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the optimizer's step and before the gradients are cleared; `state.global_step` still counts the steps before."""
+        self.allocator.step(state.global_step + 1)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the averages beside the checkpoint."""
+        if state.is_world_process_zero:
+            save_file(self.allocator.tracker.state_dict(), self._file(args, state))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the averages up again when training resumes."""
+        if state.global_step == 0:
+            return
+        if self._file(args, state).exists():
+            self.allocator.tracker.load_state_dict(load_file(self._file(args, state)))
+        else:
+            warnings.warn(f"{self._file(args, state)} is missing; the importance of the layers is counted anew.", stacklevel=2)
+
+    def _file(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file_name
+
+
+@register(
+    SnellConfig,
+    summary="Kernelized sparse update of high rank from low-rank factors; with a budget that layers compete for (SNELLA).",
+    parameters="r·(in + out)",
+    memory="4·T·in (the input alone; nothing of size in·out)",
+    flops="6·T·in·out fused, 10·T·in·out additive",
+    paper="arXiv:2411.01800, arXiv:2510.24037",
+    callback=SnellCallback,
+)
+class SnellModel(ZooModel):
+    """Tuner of SNELL and SNELLA; use `get_peft_model(model, SnellConfig(...))`."""
+
+    prefix = "zoo_snell_"
+    tuner_layer_cls = SnellLayer
+    _allocator: SnellAllocator | None = None
+
+    def update_and_allocate(self, global_step: int) -> bool:
+        """SNELLA's step for training loops of your own: call it after `optimizer.step()` and before the gradients are cleared.
+
+        Args:
+            global_step: Optimizer steps completed, this one included.
+
+        Returns:
+            Whether the budget was allocated anew.
+        """
+        for name in self._scheduled():
+            if self._allocator is None or self._allocator.adapter_name != name:
+                self._allocator = SnellAllocator(self.model, name)
+            return self._allocator.step(global_step)
+        return False
+
+    def _scheduled(self) -> Iterator[str]:
+        return (n for n, c in self.peft_config.items() if c.target_sparsity is not None and not c.inference_mode)
+
+    def _check_new_adapter_config(self, config: SnellConfig) -> None:  # type: ignore[override]
+        super()._check_new_adapter_config(config)
+        scheduled = list(self._scheduled())
+        if len(scheduled) > 1:
+            raise ValueError(
+                f"target_sparsity: adapters {scheduled} would compete for two budgets at once; only one trainable adapter may have "
+                "`target_sparsity`. Set `inference_mode=True` on the others."
+            )
