@@ -1,7 +1,8 @@
 """Adds adapter types to peft; the only module that knows how peft keeps its registry.
 
-`peft.register_peft_method` accepts a method from outside once the enum `PeftType` has a member for it. `PeftType` cannot be
-subclassed, so the member is made here and entered in the enum's own tables; everything else goes through peft's function.
+`peft.register_peft_method` accepts a method from outside once the enum `PeftType` has a member for it. `PeftType`
+cannot be subclassed, so the member is made here and entered in the enum's own tables; everything else goes through
+peft's function.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftType
@@ -38,7 +39,8 @@ class Method:
         memory: Bytes saved for the backward pass of one such matrix, beyond the frozen layer's own.
         flops: Cost of one training step over T tokens in matrix-multiplication FLOPs, the frozen layer included.
         paper: Where the method comes from.
-        callback: Makes the `transformers.TrainerCallback` the method wants during training, from the model; None if it wants none.
+        callback: Makes the `transformers.TrainerCallback` the method wants during training, from the model; None if it
+            wants none.
     """
 
     name: str
@@ -71,13 +73,20 @@ def register(
 ) -> Callable[[Tuner], Tuner]:
     """Class decorator that makes a tuner and its configuration known to peft.
 
-    The type's value is `ZOO_` and the upper-case `method_name` of `config_cls`; the parameter prefix is the lower-case value and
-    an underscore, because transformers derives it so. Registering a class again (a reload) replaces the old one. If another package
-    or a later peft owns the value, nothing is overridden: the method stays unregistered and one warning names the owner.
+    The type's value is `ZOO_` and the upper-case `method_name` of `config_cls`; the parameter prefix is the lower-case
+    value and an underscore, because transformers derives it so. Registering a class again (a reload) replaces the old
+    one. If another package
+    or a later peft owns the value, nothing is overridden: the method stays unregistered and one warning names the
+        owner.
 
     Args:
         config_cls: Configuration class with a class attribute `method_name`, such as `"snell"`.
-        summary, parameters, memory, flops, paper, callback: See `Method`.
+        summary: See `Method`, as for all that follow.
+        parameters: Formula.
+        memory: Formula.
+        flops: Formula.
+        paper: Reference.
+        callback: Factory.
 
     Raises:
         ValueError: If `method_name` is not lower-case, or `tuner_cls.prefix` does not match it.
@@ -90,8 +99,8 @@ def register(
             owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(value)  # type: ignore[call-overload]
             if owner is not None and not _same_class(owner, config_cls):
                 warnings.warn(
-                    f"{value} already belongs to {owner.__module__}.{owner.__qualname__}; peft-zoo leaves it alone and does not "
-                    f"register {config_cls.__name__}. Uninstall one of the two to choose.",
+                    f"{value} already belongs to {owner.__module__}.{owner.__qualname__}; peft-zoo leaves it alone "
+                    f"and does not register {config_cls.__name__}. Uninstall one of the two to choose.",
                     stacklevel=2,
                 )
                 return tuner_cls
@@ -102,6 +111,7 @@ def register(
             _methods[name] = Method(
                 name, value, config_cls, tuner_cls, summary, parameters, memory, flops, paper, callback
             )
+            _document(config_cls)
         return tuner_cls
 
     return decorate
@@ -118,8 +128,8 @@ def peft_type_of(config_cls: type[PeftConfig]) -> PeftType:
     if owner is None or not any(_same_class(owner, cls) for cls in config_cls.__mro__):
         holder = "nobody" if owner is None else f"{owner.__module__}.{owner.__qualname__}"
         raise ValueError(
-            f"peft_type={value} belongs to {holder}, so {config_cls.__name__} is not registered. Use that class instead, or "
-            "uninstall the package it comes from."
+            f"peft_type={value} belongs to {holder}, so {config_cls.__name__} is not registered. Use that class "
+            "instead, or uninstall the package it comes from."
         )
     return PeftType(value)
 
@@ -129,11 +139,17 @@ def _same_class(one: type, other: type) -> bool:
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
+def _document(config_cls: type[PeftConfig]) -> None:
+    """List every field in the docstring, from its help text: `help(config_cls)` then says what the code says."""
+    lines = [f"    {f.name} (`{f.type}`): {f.metadata.get('help', '')}" for f in fields(config_cls)]
+    config_cls.__doc__ = "\n".join([(config_cls.__doc__ or "").split("\n\nArgs:")[0], "", "Args:", *lines])
+
+
 def _add_member(value: str) -> PeftType:
     """Return `PeftType[value]`, made and entered in the enum's tables if it is not there yet.
 
-    `EnumType` offers no way to add a member, and forbids setting one as an attribute; hence `type.__setattr__`. Which tables there
-    are depends on the Python version (`_hashable_values_` came with 3.12).
+    `EnumType` offers no way to add a member, and forbids setting one as an attribute; hence `type.__setattr__`. Which
+    tables there are depends on the Python version (`_hashable_values_` came with 3.12).
     """
     existing = PeftType._value2member_map_.get(value)
     if existing is not None:
@@ -148,4 +164,4 @@ def _add_member(value: str) -> PeftType:
     hashable = getattr(PeftType, "_hashable_values_", None)
     if hashable is not None:
         hashable.append(value)
-    return member  # type: ignore[no-any-return]
+    return member

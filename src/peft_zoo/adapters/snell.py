@@ -6,38 +6,34 @@ Two factor tensors A (G, in, r/G) and B (G, out, r/G) give every weight a kernel
     W_ij = K_ij + α · softmax_j(K_ij / γ) + β,   α, β, γ trained                              (`mix_k`)
     ΔW_ij = W_ij · |W_ij| · 1[|W_ij| > t],   t the smallest magnitude dropped                 (`signed_square`)
 
-SNELL keeps a fixed share 1 − `sparsity` of the weights of each matrix. SNELLA (`target_sparsity`) lowers the share during training and
-lets the matrices compete for it by importance, as AdaLoRA lets ranks compete.
+SNELL keeps a fixed share 1 − `sparsity` of the weights of each matrix. SNELLA (`target_sparsity`) lowers the share
+during training and lets the matrices compete for it by importance, as AdaLoRA lets ranks compete.
 
-Papers: SNELL, arXiv:2411.01800, eq. 3–5; SNELLA, arXiv:2510.24037. Where paper and released code differ, the default follows the code
-(`sparsify="signed_square"`, with the factor |W| held constant in the gradient); eq. 5 of the paper is `sparsify="product"`.
+Papers: SNELL, arXiv:2411.01800, eq. 3–5; SNELLA, arXiv:2510.24037. Where paper and released code differ, the default
+follows the code: `signed_square`, with the factor |W| held constant in the gradient. Eq. 5 itself is `product`.
 
-Cost of an adapted matrix: r·(in + out) trainable parameters (+3 for `mix_k`), nothing of size in·out saved for backward, and
-6·T·in·out matrix-multiplication FLOPs a step fused with a plain fp32 layer, 10·T·in·out otherwise, against 4 for LoRA.
+Cost of an adapted matrix: r·(in + out) trainable parameters (+3 for `mix_k`), no in·out tensor kept for backward, and
+6·T·in·out matrix-multiplication FLOPs a step fused with a plain fp32 layer, 10·T·in·out otherwise (LoRA: 4).
 
-Use it when an update of high rank is wanted at the price of a LoRA in parameters and memory: small data, vision, distribution shift.
-Prefer LoRA when the step time counts most, or when the adapter must stay a low-rank pair (serving many adapters unmerged).
+Use it when an update of high rank is wanted at the price of a LoRA in parameters and memory: small data, vision, new
+domains. Prefer LoRA when step time counts most, or when many adapters are to be served unmerged.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from peft_zoo.adapters.base import ZooConfig, ZooLayer, ZooModel
-from peft_zoo.adapters.base.config import _field
-from peft_zoo.adapters.base.layout import LinearLayout
+from peft_zoo.adapters.base import FactorDict, LinearLayout, StepCallback, ZooConfig, ZooLayer, ZooModel, option
 from peft_zoo.kernels.budget import ImportanceTracker, budget_at, kept_count, water_fill
-from peft_zoo.kernels.kernelized_linear import KERNELS, SPARSIFY, KernelSpec, kernelized_linear, kernelized_weight
+from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec
+from peft_zoo.kernels.kernelized_linear import kernelized_linear, kernelized_weight
 from peft_zoo.registration import register
 
 __all__ = ["SnellAllocator", "SnellCallback", "SnellConfig", "SnellModel"]
@@ -45,48 +41,41 @@ __all__ = ["SnellAllocator", "SnellCallback", "SnellConfig", "SnellModel"]
 
 @dataclass
 class SnellConfig(ZooConfig):
-    """Configuration of SNELL, and with `target_sparsity` of SNELLA.
-
-    Args:
-        kernel (`str`): How a weight comes from its factors; see the module's head.
-        kernel_groups (`int`): Number of groups G; must divide `r`.
-        kernel_norm (`int`): p of the distance, 1 or 2; `mix_k` takes 2 only, as its authors do.
-        kernel_scale (`float`): |c_g|.
-        sparsity (`float`): Share of the weights of each matrix that is zero, in [0, 1); SNELLA starts there.
-        sparsity_pattern (`dict[str, float]`): `sparsity` for modules whose name matches the key.
-        sparsify (`str`): `"signed_square"` (released code), `"product"` (paper, eq. 5), `"hard"`, `"soft"`, or `"none"` to keep every weight.
-        snell_dropout (`float`): Dropout of the update's input; the authors use 0.1.
-        snell_drop_path (`float`): Probability of dropping a sample's update; the authors use 0.1.
-        forward_mode (`str`): `"fused"` multiplies by W₀ + ΔW once, `"additive"` adds the update to the frozen layer's output, `"auto"` fuses
-            plain fp32 layers without dropout: adding a small update to 16-bit weights would lose most of it.
-        target_sparsity (`float` | `None`): SNELLA's final share over all matrices; None is plain SNELL.
-        tinit, tfinal, deltaT, total_step (`int`): Optimizer steps before the budget shrinks, steps at the end with a frozen budget, steps between
-            two allocations, and steps in all (AdaLoRA's names). tfinal of about 10 % of total_step is a good start.
-        beta1, beta2 (`float`): Decay of the averages of sensitivity and of its uncertainty.
-        importance (`str`): `"sensitivity"` (|T · grad|) or `"magnitude"` (|T|).
-    """
+    """Configuration of SNELL, and with `target_sparsity` of SNELLA."""
 
     method_name: ClassVar[str] = "snell"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "sparsity_pattern": "sparsity"}
+    # Elsewhere a zero update would have a zero gradient: it could never leave the start.
+    identity: ClassVar[dict[str, Any]] = {"sparsify": "none", "init_weights": "paired"}
 
-    kernel: str = _field("piecewise_linear", "How a weight comes from its factors.")
-    kernel_groups: int = _field(2, "Number of groups; must divide r.")
-    kernel_norm: int = _field(2, "p of the distance, 1 or 2.")
-    kernel_scale: float = _field(0.1, "Magnitude of the groups' coefficients.")
-    sparsity: float = _field(0.9, "Share of the weights of each matrix that is zero, in [0, 1).")
-    sparsity_pattern: dict[str, float] = _field(dict, "Sparsity for modules whose name matches the key.")
-    sparsify: str = _field("signed_square", "How the surviving weights are shaped; 'none' keeps every weight.")
-    snell_dropout: float = _field(0.0, "Dropout of the update's input.")
-    snell_drop_path: float = _field(0.0, "Probability of dropping a sample's update.")
-    forward_mode: str = _field("auto", "'auto', 'fused' or 'additive'.")
-    target_sparsity: float | None = _field(None, "Final share of zeros over all matrices (SNELLA); None is plain SNELL.")
-    tinit: int = _field(0, "Optimizer steps before the budget shrinks.")
-    tfinal: int = _field(0, "Optimizer steps at the end with a frozen budget.")
-    deltaT: int = _field(1, "Optimizer steps between two allocations.")
-    total_step: int | None = _field(None, "Optimizer steps in all; needed with target_sparsity.")
-    beta1: float = _field(0.85, "Decay of the average of the sensitivity.")
-    beta2: float = _field(0.85, "Decay of the average of its uncertainty.")
-    importance: str = _field("sensitivity", "'sensitivity' or 'magnitude'.")
+    kernel: str = option("piecewise_linear", f"How a weight comes from its factors: {', '.join(KERNELS)}.")
+    kernel_groups: int = option(2, "Number of groups G; must divide r.")
+    kernel_norm: int = option(2, "p of the distance, 1 or 2; only piecewise_linear takes 1.")
+    kernel_scale: float = option(0.1, "Magnitude of the groups' coefficients c_g.")
+    sparsity: float = option(0.9, "Share of zeros in each matrix's update, in [0, 1); SNELLA starts there.")
+    sparsity_pattern: dict[str, float] = option(dict, "Sparsity for modules whose name matches the key.")
+    sparsify: str = option(
+        "signed_square", f"What becomes of the kept weights: {', '.join(SPARSIFY)} (none keeps all)."
+    )
+    snell_dropout: float = option(0.0, "Dropout of the update's input; the authors use 0.1.")
+    snell_drop_path: float = option(0.0, "Probability of dropping a sample's update; the authors use 0.1.")
+    forward_mode: str = option(
+        "auto",
+        "fused: one product with the sum of both weights; additive: the update is added to the frozen layer's output; "
+        "auto: fused for plain fp32 layers without dropout (16-bit weights would lose most of a small update).",
+    )
+    target_sparsity: float | None = option(None, "SNELLA's final share of zeros over all matrices; None: plain SNELL.")
+    tinit: int = option(0, "Optimizer steps before the budget shrinks.")
+    tfinal: int = option(
+        0, "Optimizer steps at the end with a frozen budget; about 10 % of total_step is a good start."
+    )
+    deltaT: int = option(1, "Optimizer steps between two allocations.")
+    total_step: int | None = option(None, "Optimizer steps in all; needed with target_sparsity.")
+    beta1: float = option(0.85, "Decay of the average of the importance.")
+    beta2: float = option(0.85, "Decay of the average of its uncertainty.")
+    importance: str = option(
+        "sensitivity", "What makes a factor important: sensitivity (|T · grad|) or magnitude (|T|)."
+    )
 
     def check(self) -> None:
         """Raise a ValueError for the first of the method's fields that cannot work."""
@@ -102,15 +91,16 @@ class SnellConfig(ZooConfig):
         groups = self.kernel_groups
         self.require(isinstance(groups, int) and groups > 0, "kernel_groups", "use an integer of at least 1")
         self.require(self.r % groups == 0, "r", f"use a multiple of kernel_groups={groups}")
-        self.require(self.kernel != "mix_k" or self.kernel_norm == 2, "kernel_norm", "use 2 with kernel='mix_k'")
+        plain = self.kernel == "piecewise_linear"
+        self.require(self.kernel_norm == 2 or plain, "kernel_norm", f"use 2 with kernel={self.kernel!r}")
         self.require(0 < self.kernel_scale < math.inf, "kernel_scale", "use a positive, finite number")
         self.require(0 <= self.sparsity < 1, "sparsity", "use a share of zeros in [0, 1)")
         for name in ("snell_dropout", "snell_drop_path", "beta1", "beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "use a number in [0, 1)")
         fusable = not (self.snell_dropout or self.snell_drop_path)
         self.require(self.forward_mode != "fused" or fusable, "forward_mode", "use 'additive' or 'auto' with a dropout")
-        paired = self.sparsify == "none" and self.kernel == "piecewise_linear" and groups % 2 == 0
-        fix = "'paired' needs sparsify='none', kernel='piecewise_linear' and an even kernel_groups: elsewhere it could never train"
+        paired = self.sparsify == "none" and plain and groups % 2 == 0
+        fix = "'paired' needs sparsify='none', kernel='piecewise_linear', an even kernel_groups: else it never trains"
         self.require(self.init_weights != "paired" or paired, "init_weights", fix)
         if self.target_sparsity is not None:
             self._check_schedule()
@@ -120,10 +110,10 @@ class SnellConfig(ZooConfig):
         self.require(self.sparsify != "none", "sparsify", "target_sparsity needs a mode that drops weights")
         self.require(self.deltaT >= 1, "deltaT", "use an integer of at least 1")
         self.require(self.tfinal >= 0, "tfinal", "use a number of steps of at least 0")
-        total = self.total_step
-        self.require(total is not None and total > 0, "total_step", "set the number of optimizer steps of the whole training")
-        fix = f"use less than total_step - tfinal = {(total or 0) - self.tfinal}"
-        self.require(0 <= self.tinit < (total or 0) - self.tfinal, "tinit", fix)
+        total = self.total_step or 0
+        self.require(total > 0, "total_step", "set the number of optimizer steps of the whole training")
+        free = total - self.tfinal
+        self.require(0 <= self.tinit < free, "tinit", f"use less than total_step - tfinal = {free}")
 
     @property
     def spec(self) -> KernelSpec:
@@ -136,14 +126,19 @@ class SnellLayer(ZooLayer):
 
     adapter_layer_names = ("zoo_snell_A", "zoo_snell_B", "zoo_snell_kernel_params")
     other_param_names = ("zoo_snell_num_kept",)
+    zoo_snell_A: FactorDict
+    zoo_snell_B: FactorDict
+    zoo_snell_kernel_params: FactorDict
+    zoo_snell_num_kept: BufferDict
+    configs: dict[str, SnellConfig]  # type: ignore[assignment]
 
     def init_adapter(self, name: str, config: SnellConfig) -> None:  # type: ignore[override]
-        """A (G, in, r/G) and B (G, out, r/G), uniform within 1/√(features · r/G); the number of kept weights as an integer."""
+        """A (G, in, r/G) and B (G, out, r/G), uniform within 1/√(features · r/G), and the number of kept weights."""
         shape = (config.kernel_groups, -1, config.r // config.kernel_groups)
         for container, features in ((self.zoo_snell_A, self.in_features), (self.zoo_snell_B, self.out_features)):
             factor = torch.empty(shape[0], features, shape[2])
             if config.init_weights is False:
-                nn.init.normal_(factor, std=0.5 / math.sqrt(shape[2]))
+                nn.init.normal_(factor, std=5 / math.sqrt(shape[2]))  # kernel values of about 1 after the small scale
             else:
                 bound = 1 / math.sqrt(features * shape[2])
                 nn.init.uniform_(factor, -bound, bound)
@@ -168,7 +163,7 @@ class SnellLayer(ZooLayer):
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
         """`x` (..., in) to (..., out) by one product with W₀ + ΔW."""
-        if self.configs[name].forward_mode == "additive":  # type: ignore[attr-defined]
+        if self.configs[name].forward_mode == "additive":
             return None
         base: Any = self.base_layer
         return kernelized_linear(x, *self._arguments(name), weight=self.layout.to_base(base.weight), bias=base.bias)
@@ -182,14 +177,14 @@ class SnellLayer(ZooLayer):
         params = None
         if name in self.zoo_snell_kernel_params:
             params = self.factor("zoo_snell_kernel_params", name).float()
-        return A, B, params, self.zoo_snell_num_kept[name], self.configs[name].spec  # type: ignore[attr-defined]
+        return A, B, params, self.zoo_snell_num_kept[name], self.configs[name].spec
 
 
 class SnellAllocator:
     """SNELLA's budget: counts what each matrix contributes and gives the kept weights to those that matter.
 
-    Works on any model with SNELL layers, also when they were injected without a `PeftModel`. Processes agree on every allocation, however the
-    parameters are sharded.
+    Works on any model with SNELL layers, also when they were injected without a `PeftModel`. Processes agree on every
+    allocation, however the parameters are sharded.
 
     Args:
         model: Model with the adapter.
@@ -198,10 +193,12 @@ class SnellAllocator:
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.adapter_name = adapter_name
-        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, SnellLayer) and adapter_name in m.scaling}
+        self.layers = {
+            n: m for n, m in model.named_modules() if isinstance(m, SnellLayer) and adapter_name in m.scaling
+        }
         if not self.layers:
             raise ValueError(f"adapter_name={adapter_name!r}: the model has no SNELL layer with this adapter")
-        self.config: SnellConfig = next(iter(self.layers.values())).configs[adapter_name]  # type: ignore[assignment]
+        self.config: SnellConfig = next(iter(self.layers.values())).configs[adapter_name]
         self.caps = torch.tensor([layer.in_features * layer.out_features for layer in self.layers.values()])
         self.initial = sum(int(layer.zoo_snell_num_kept[adapter_name]) for layer in self.layers.values())
         self.tracker = ImportanceTracker(self.config.beta1, self.config.beta2, self.config.importance)
@@ -215,23 +212,37 @@ class SnellAllocator:
         config = self.config
         if config.target_sparsity is None or global_step >= (config.total_step or 0) - config.tfinal:
             return False
-        self.tracker.update(self._factors())
+        factors = self._factors()
+        self.tracker.update(factors)
         target = sum(kept_count(config.target_sparsity, int(cap)) for cap in self.caps)
         kept, due = budget_at(
             global_step, self.initial, target, config.tinit, config.tfinal, config.total_step or 0, config.deltaT
         )
         if due:
-            allocation = water_fill(self.tracker.scores(), self.caps, kept)
+            totals = self.tracker.totals(factors)
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(totals)
+            allocation = water_fill(self.tracker.scores(totals, factors), self.caps, kept)
             for layer, count in zip(self.layers.values(), allocation.tolist(), strict=True):
                 layer.zoo_snell_num_kept[self.adapter_name].fill_(count)
         return due
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, and the budget of the start."""
+        return {"initial": torch.tensor(self.initial), **self.tracker.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up the averages and the budget of the start."""
+        state = dict(state)
+        self.initial = int(state.pop("initial"))
+        self.tracker.load_state_dict(state)
 
     def _factors(self) -> dict[str, list[nn.Parameter]]:
         names = SnellLayer.adapter_layer_names[:2]
         return {key: [getattr(layer, n)[self.adapter_name] for n in names] for key, layer in self.layers.items()}
 
 
-class SnellCallback(TrainerCallback):
+class SnellCallback(StepCallback):
     """Runs SNELLA's allocation inside `transformers.Trainer`, and keeps its state in the checkpoints.
 
     Args:
@@ -243,35 +254,14 @@ class SnellCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
         active = getattr(model, "active_adapter", "default")
-        self.allocator = SnellAllocator(model, adapter_name or (active if isinstance(active, str) else "default"))
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the optimizer's step and before the gradients are cleared; `state.global_step` still counts the steps before."""
-        self.allocator.step(state.global_step + 1)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the averages beside the checkpoint."""
-        if state.is_world_process_zero:
-            save_file(self.allocator.tracker.state_dict(), self._file(args, state))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the averages up again when training resumes."""
-        if state.global_step == 0:
-            return
-        if self._file(args, state).exists():
-            self.allocator.tracker.load_state_dict(load_file(self._file(args, state)))
-        else:
-            warnings.warn(f"{self._file(args, state)} is missing; the importance of the layers is counted anew.", stacklevel=2)
-
-    def _file(self, args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file_name
+        super().__init__(SnellAllocator(model, adapter_name or (active if isinstance(active, str) else "default")))
 
 
 @register(
     SnellConfig,
-    summary="Kernelized sparse update of high rank from low-rank factors; with a budget that layers compete for (SNELLA).",
+    summary="Sparse update of high rank from low-rank factors; SNELLA lets layers compete for the kept weights.",
     parameters="r·(in + out)",
-    memory="4·T·in (the input alone; nothing of size in·out)",
+    memory="4·T·in (the input alone)",
     flops="6·T·in·out fused, 10·T·in·out additive",
     paper="arXiv:2411.01800, arXiv:2510.24037",
     callback=SnellCallback,
@@ -284,7 +274,8 @@ class SnellModel(ZooModel):
     _allocator: SnellAllocator | None = None
 
     def update_and_allocate(self, global_step: int) -> bool:
-        """SNELLA's step for training loops of your own: call it after `optimizer.step()` and before the gradients are cleared.
+        """SNELLA's step for training loops of your own: call it after `optimizer.step()` and before the gradients are
+        cleared.
 
         Args:
             global_step: Optimizer steps completed, this one included.
@@ -292,20 +283,21 @@ class SnellModel(ZooModel):
         Returns:
             Whether the budget was allocated anew.
         """
-        for name in self._scheduled():
-            if self._allocator is None or self._allocator.adapter_name != name:
-                self._allocator = SnellAllocator(self.model, name)
-            return self._allocator.step(global_step)
-        return False
+        scheduled = self._scheduled()
+        if not scheduled:
+            return False
+        if self._allocator is None or self._allocator.adapter_name != scheduled[0]:
+            self._allocator = SnellAllocator(self.model, scheduled[0])
+        return self._allocator.step(global_step)
 
-    def _scheduled(self) -> Iterator[str]:
-        return (n for n, c in self.peft_config.items() if c.target_sparsity is not None and not c.inference_mode)
+    def _scheduled(self) -> list[str]:
+        return [n for n, c in self.peft_config.items() if c.target_sparsity is not None and not c.inference_mode]
 
-    def _check_new_adapter_config(self, config: SnellConfig) -> None:  # type: ignore[override]
+    def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
-        scheduled = list(self._scheduled())
+        scheduled = self._scheduled()
         if len(scheduled) > 1:
             raise ValueError(
-                f"target_sparsity: adapters {scheduled} would compete for two budgets at once; only one trainable adapter may have "
-                "`target_sparsity`. Set `inference_mode=True` on the others."
+                f"target_sparsity: adapters {scheduled} would compete for two budgets at once; only one trainable "
+                "adapter may have `target_sparsity`. Set `inference_mode=True` on the others."
             )

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from peft_zoo import registration
 
 
-def _field(default: Any, help_text: str) -> Any:
+def option(default: Any, help_text: str) -> Any:
     """A dataclass field with a default (a factory if it is a type) and its help text."""
     kind = {"default_factory": default} if isinstance(default, type) else {"default": default}
     return field(**kind, metadata={"help": help_text})
@@ -24,33 +24,6 @@ def _field(default: Any, help_text: str) -> Any:
 class ZooConfig(PeftConfig):
     """Fields and checks that every method shares; a method adds its own fields and its own `check`.
 
-    Args:
-        r (`int`):
-            Rank, at least 1.
-        target_modules (`list[str]` | `str` | `None`):
-            Names (or suffixes) of the modules to adapt, a regular expression, `"all-linear"`, or None for peft's choice for the
-            architecture.
-        exclude_modules (`list[str]` | `str` | `None`):
-            Names or a regular expression of modules to leave alone.
-        target_parameters (`list[str]` | `None`):
-            Names of `nn.Parameter`s to adapt directly, such as the fused experts of a mixture-of-experts layer.
-        modules_to_save (`list[str]` | `None`):
-            Modules to train fully and save with the adapter, such as a new classification head.
-        trainable_token_indices (`list[int]` | `dict[str, list[int]]` | `None`):
-            Rows of the embedding to train and save with the adapter.
-        layers_to_transform (`list[int]` | `int` | `None`):
-            Indices of the layers to adapt; 0 is a valid index.
-        layers_pattern (`list[str]` | `str` | `None`):
-            Name of the list of layers, where it is not the usual one.
-        rank_pattern (`dict[str, int]`):
-            Ranks for modules whose name matches the key.
-        bias (`str`):
-            Which biases to train: `"none"`, `"all"`, or `"<method>_only"` for those of adapted layers.
-        fan_in_fan_out (`bool`):
-            Accepted for compatibility: the orientation of the weight is read off the layer's type.
-        init_weights (`bool` | `str`):
-            True for the method's initialization, False for a random update that changes the output at once.
-
     Raises:
         ValueError: For every field with a value that cannot work, naming the field, the value and the fix.
     """
@@ -59,23 +32,29 @@ class ZooConfig(PeftConfig):
     method_name: ClassVar[str]
     #: Fields that give per-module values, and the field whose value they replace.
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
+    #: Arguments with which a new adapter leaves the output exactly as it was; empty where the defaults do.
+    identity: ClassVar[dict[str, Any]] = {}
 
-    r: int = _field(8, "Rank.")
-    target_modules: list[str] | str | None = _field(
-        None, "Names, suffixes or a regular expression of the modules to adapt, or 'all-linear'."
+    r: int = option(8, "Rank, at least 1.")
+    target_modules: list[str] | str | None = option(
+        None, "Modules to adapt: names or suffixes, a regular expression, 'all-linear', or None for peft's choice."
     )
-    exclude_modules: list[str] | str | None = _field(None, "Names or a regular expression of modules to leave alone.")
-    target_parameters: list[str] | None = _field(None, "Names of nn.Parameters to adapt directly, such as fused experts.")
-    modules_to_save: list[str] | None = _field(None, "Modules to train fully and to save with the adapter.")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _field(
+    exclude_modules: list[str] | str | None = option(None, "Names or a regular expression of modules to leave alone.")
+    target_parameters: list[str] | None = option(
+        None, "Names of nn.Parameters to adapt directly, such as the fused experts of a mixture-of-experts layer."
+    )
+    modules_to_save: list[str] | None = option(
+        None, "Modules to train fully and save with the adapter, such as a head."
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         None, "Rows of the embedding to train and to save with the adapter."
     )
-    layers_to_transform: list[int] | int | None = _field(None, "Indices of the layers to adapt.")
-    layers_pattern: list[str] | str | None = _field(None, "Name of the list of layers, where it is not the usual one.")
-    rank_pattern: dict[str, int] = _field(dict, "Ranks for modules whose name matches the key.")
-    bias: str = _field("none", "Which biases to train: 'none', 'all' or '<method>_only'.")
-    fan_in_fan_out: bool = _field(False, "Accepted for compatibility; the orientation is read off the layer's type.")
-    init_weights: bool | str = _field(True, "True: the method's initialization; False: a random, non-zero update.")
+    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; 0 is a valid index.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the list of layers, where it is not the usual one.")
+    rank_pattern: dict[str, int] = option(dict, "Ranks for modules whose name matches the key.")
+    bias: str = option("none", "Which biases to train: none, all, or zoo_<method>_only for those of adapted layers.")
+    fan_in_fan_out: bool = option(False, "For compatibility; a weight's orientation is read off the layer's type.")
+    init_weights: bool | str = option(True, "True: the method's initialization; False: a random, non-zero update.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +70,7 @@ class ZooConfig(PeftConfig):
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an input element of the update: the field `<method>_dropout`, if the method has one."""
+        """Probability of dropping an input element of the update: field `<method>_dropout`, if the method has one."""
         return getattr(self, f"{self.method_name}_dropout", 0.0)
 
     @property
@@ -105,7 +84,7 @@ class ZooConfig(PeftConfig):
             raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} cannot be used; {fix}.")
 
     def for_module(self, module_name: str) -> ZooConfig:
-        """The configuration as it applies to one module: every pattern that matches its name is filled in and checked."""
+        """The configuration as it applies to one module: patterns that match its name are filled in and checked."""
         changes = {}
         for pattern_name, target in self.patterns.items():
             pattern = getattr(self, pattern_name)
@@ -116,24 +95,25 @@ class ZooConfig(PeftConfig):
             return self
         resolved = copy.copy(self)
         vars(resolved).update(changes)
+        resolved._check_shared()
         resolved.check()
         return resolved
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as peft does, then complete the model card that peft has written there with the tag and a way to load."""
+        """Save as peft does, then add the tag and a way to load to the model card that peft has written there."""
         super().save_pretrained(save_directory, **kwargs)
         complete_model_card(Path(save_directory) / "README.md", f"{registration.NAMESPACE.lower()}{self.method_name}")
 
     def _check_shared(self) -> None:
         self.require(isinstance(self.r, int) and self.r > 0, "r", "use an integer of at least 1")
-        biases = ("none", "all", f"{self.method_name}_only")
+        biases = ("none", "all", f"zoo_{self.method_name}_only")
         self.require(self.bias in biases, "bias", f"use one of {', '.join(map(repr, biases))}")
         self.require(not isinstance(self.target_parameters, str), "target_parameters", "use a list of parameter names")
         by_layer = self.layers_to_transform is not None or self.layers_pattern is not None
         self.require(
-            not (isinstance(self.target_modules, str) and self.target_modules != "all-linear" and by_layer),
+            not (isinstance(self.target_modules, str) and by_layer),
             "target_modules",
-            "with `layers_to_transform` or `layers_pattern` use a list of names: a regular expression says it all by itself",
+            "with `layers_to_transform` or `layers_pattern` use a list of names: peft would ignore the layers",
         )
         self.require(
             not self.layers_pattern or self.layers_to_transform is not None,
@@ -141,7 +121,9 @@ class ZooConfig(PeftConfig):
             "also set `layers_to_transform` to the indices to adapt",
         )
         for pattern_name in self.patterns:
-            self.require(isinstance(getattr(self, pattern_name), dict), pattern_name, "use a dict from module name to value")
+            self.require(
+                isinstance(getattr(self, pattern_name), dict), pattern_name, "use a dict from module name to value"
+            )
 
 
 HEADING = "## How to load this adapter"

@@ -1,4 +1,4 @@
-"""The layer that every method shares: everything an adapted layer does that does not depend on the method's mathematics."""
+"""The layer that every method shares: all that an adapted layer does whatever the method's mathematics."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
 class FactorDict(nn.ParameterDict):
     """The parameters of one kind, keyed by adapter.
 
-    A leaf module with a trainable `.weight` is what peft's FSDP wrap policy looks for, so that frozen and trainable parameters never
-    share a flat parameter (FSDP1 with `use_orig_params=False`). A wrapped module may only be read through its forward pass, which is
-    why `ZooLayer.factor` calls it there.
+    A leaf module with a trainable `.weight` is what peft's FSDP wrap policy looks for, so that frozen and trainable
+    parameters never share a flat parameter (FSDP1 with `use_orig_params=False`). A wrapped module may only be read
+    through its forward pass, which is why `ZooLayer.factor` calls it there.
     """
 
     @property
@@ -47,7 +47,8 @@ class FactorDict(nn.ParameterDict):
 class ZooLayer(nn.Module, BaseTunerLayer):
     """A frozen layer and, for each adapter, an update ΔW of its weight, with all that peft expects of such a layer.
 
-    A method names its containers in `adapter_layer_names` (parameters) and `other_param_names` (persistent buffers) and supplies
+    A method names its containers in `adapter_layer_names` (parameters) and `other_param_names` (persistent buffers) and
+    supplies
 
     * `init_adapter(name, config)`: create its parameters and buffers;
     * `delta_weight(name)`: ΔW of shape `(out_features, in_features)`, in fp32, differentiable;
@@ -55,8 +56,8 @@ class ZooLayer(nn.Module, BaseTunerLayer):
     * `fused_output(name, x)`, optional: the output of base layer and update together.
 
     Attributes:
-        in_features, out_features: Shape of ΔW; for a convolution `in` is in/groups times the kernel's size, for an embedding `in` is the
-            number of rows.
+        in_features, out_features: Shape of ΔW; for a convolution `in` is in/groups times the kernel's size, for an
+            embedding `in` is the number of rows.
         configs: For each adapter, its configuration as it applies to this module.
         scaling: For each adapter, the factor on its update.
     """
@@ -87,7 +88,8 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._snapshot: Snapshot | None = None
 
-    # ---- what a method supplies ------------------------------------------------------------------------------------------------
+    # ---- what a method supplies
+    # ------------------------------------------------------------------------------------------------
 
     def init_adapter(self, name: str, config: ZooConfig) -> None:
         """Create the parameters and buffers of adapter `name`; must also work on the meta device."""
@@ -109,7 +111,8 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         """The factor on the update before any `scale_layer`; 1 unless the method has an alpha."""
         return 1.0
 
-    # ---- adapters --------------------------------------------------------------------------------------------------------------
+    # ---- adapters
+    # --------------------------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
         """Create adapter `name`, put it where the base layer is, and make it trainable if it is active."""
@@ -125,7 +128,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         return factors[name] if type(factors) is FactorDict else factors(name)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the factor on the update of `adapter` to `scale` times its initial value; unknown adapters are ignored as in peft."""
+        """Set the factor on the update of `adapter` to `scale` times its initial value; ignores unknown adapters."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.initial_scaling(self.configs[adapter])
 
@@ -139,10 +142,11 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         for name in self._here(self.active_adapters):
             self.scaling[name] = self.scaling[name] / scale if scale else self.initial_scaling(self.configs[name])
 
-    # ---- forward ---------------------------------------------------------------------------------------------------------------
+    # ---- forward
+    # ---------------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Output of the base layer plus the updates of the active adapters, or with `adapter_names` of one adapter per sample."""
+        """Base layer plus the updates of the active adapters, or with `adapter_names` of one adapter per sample."""
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if self.disable_adapters:
@@ -188,7 +192,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         return update if self.scaling[name] == 1.0 else update * self.scaling[name]
 
     def can_fuse(self, name: str, x: Tensor) -> bool:
-        """Whether reading the base layer's weight directly equals calling it: plain, frozen, fp32, no hooks, no dropout, no autocast."""
+        """Whether the base layer's weight may be used directly: plain, frozen, fp32, no hooks, dropout or autocast."""
         base, config = self.base_layer, self.configs[name]
         weight = getattr(base, "weight", None)
         return (
@@ -210,9 +214,12 @@ class ZooLayer(nn.Module, BaseTunerLayer):
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
-    # ---- merging ---------------------------------------------------------------------------------------------------------------
+    # ---- merging
+    # ---------------------------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Scaled ΔW of `adapter` in the shape of the base layer's weight, in fp32."""
@@ -222,7 +229,8 @@ class ZooLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of the adapters (default: the active ones) to the base weight, in fp32, rounded once.
 
-        All merged adapters are added to the original weight, so merging one after the other equals merging them at once.
+        All merged adapters are added to the original weight, so merging one after the other equals merging them at
+        once.
 
         Args:
             safe_merge: Check the result first and leave the weight alone if it is not finite.
@@ -262,10 +270,11 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether peft may approximate the update by a LoRA; true for every additive method unless it says otherwise."""
+        """Whether peft may approximate the update by a LoRA; true unless a method says otherwise."""
         return True
 
-    # ---- odds and ends ---------------------------------------------------------------------------------------------------------
+    # ---- odds and ends
+    # ---------------------------------------------------------------------------------------------------------
 
     def _find_layout(self) -> Layout:
         base = self.get_base_layer()
@@ -288,10 +297,11 @@ class ZooLayer(nn.Module, BaseTunerLayer):
 
 
 class ParameterTarget(ZooLayer):
-    """Mixin for a layer that adapts one `nn.Parameter` of a module instead of the module's weight (`target_parameters`).
+    """Mixin for a layer that adapts one `nn.Parameter` of a module instead of the module's weight
+    (`target_parameters`).
 
-    The parameter is replaced by its updated value while the module runs, so nothing is assumed of what the module does with it. Several
-    parameters of a module are adapted by nesting, as in peft.
+    The parameter is replaced by its updated value while the module runs, so nothing is assumed of what the module does
+    with it. Several parameters of a module are adapted by nesting, as in peft.
     """
 
     _targets_parameter = True
@@ -301,9 +311,11 @@ class ParameterTarget(ZooLayer):
         super().__init__(base_layer, **quantization)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Run the module with the parameter's updated value; no mixed batches, as the parameter is one for all samples."""
+        """Run the module with the parameter's updated value; no mixed batches: it is one for all samples."""
         if adapter_names is not None:
-            raise ValueError("`adapter_names` cannot be used with `target_parameters`: a parameter has one value for all samples.")
+            raise ValueError(
+                "`adapter_names` cannot be used with `target_parameters`: a parameter has one value for all samples."
+            )
         names = self._here(self.active_adapters)
         if self.disable_adapters or self.merged or not names:
             if self.disable_adapters and self.merged:
@@ -332,7 +344,8 @@ class ParameterTarget(ZooLayer):
 
     def _path_to(self, module: nn.Module) -> str:
         """Prefix of the module's parameters as seen from `base_layer`, past the wrappers in between."""
-        path, layer = "", self.base_layer
+        path = ""
+        layer: Any = self.base_layer
         while layer is not module:
             path, layer = f"{path}base_layer.", layer.base_layer
         return path
@@ -343,7 +356,7 @@ class ParameterTarget(ZooLayer):
 
     def get_base_weight(self) -> Tensor:
         """The targeted parameter's data."""
-        return getattr(self.get_base_layer(), self.parameter_name).data  # type: ignore[no-any-return]
+        return getattr(self.get_base_layer(), self.parameter_name).data
 
     def extra_repr(self) -> str:
         """The parameter's name first."""
@@ -354,8 +367,8 @@ class ParameterTarget(ZooLayer):
 def _note_rounding(layer: str, dtype: torch.dtype) -> None:
     """Say once that a 16-bit weight cannot hold a small update exactly."""
     logger.warning(
-        "%s: merging into %s weights rounds the update to their precision; small updates may vanish. Keep the adapter unmerged, "
-        "or merge into float32 weights, if that matters.",
+        "%s: merging into %s weights rounds the update to their precision; small updates may vanish. "
+        "Keep the adapter unmerged, or merge into float32 weights, if that matters.",
         layer,
         dtype,
     )

@@ -1,7 +1,8 @@
 """How each kind of base layer uses a matrix: its shape as `(out, in)`, and what it does with an input.
 
-A method only ever sees a matrix update ΔW of shape `(out, in)`. A layout turns ΔW into the shape that the base layer stores and
-applies it the way the base layer applies its own weight, so that adapting and merging agree for every kind of layer.
+A method only ever sees a matrix update ΔW of shape `(out, in)`. A layout turns ΔW into the shape that the base layer
+stores and applies it the way the base layer applies its own weight, so that adapting and merging agree for every kind
+of layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d, nn.Embedding, and the quantized linear layers that peft knows"
+SUPPORTED = (
+    "nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d, nn.Embedding, and the quantized linear layers that peft knows"
+)
 
 
 class Layout(ABC):
@@ -80,17 +83,17 @@ class ConvLayout(Layout):
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
         """`x` `(batch, in, *size)` to `(batch, out, *size')`."""
         # torch's own helper: stride, padding (its mode included), dilation and groups stay in one place
-        return base._conv_forward(x, self.to_base(delta).to(x.dtype), None)  # type: ignore[no-any-return]
+        return base._conv_forward(x, self.to_base(delta).to(x.dtype), None)
 
 
 class EmbeddingLayout(Layout):
-    """`nn.Embedding`, a linear layer on one-hot vectors that stores `(num_embeddings, embedding_dim)`, that is `(in, out)`."""
+    """`nn.Embedding`, a linear layer on one-hot vectors: weight `(num_embeddings, embedding_dim)`, `(in, out)`."""
 
     def __init__(self, base: nn.Embedding) -> None:
         if base.max_norm is not None:
             raise ValueError(
-                f"max_norm={base.max_norm}: an embedding that rescales its rows during the forward pass cannot be adapted; build "
-                "it with max_norm=None"
+                f"max_norm={base.max_norm}: an embedding that rescales its rows as it runs cannot be adapted; "
+                "build it with max_norm=None"
             )
         self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
 
@@ -107,15 +110,17 @@ class EmbeddingLayout(Layout):
 class ParameterLayout(Layout):
     """A bare `nn.Parameter`: 2-d `(out, in)`, or a stack of expert matrices `(E, out, in)`, seen as `(E·out, in)`.
 
-    A module with `is_transposed = True` (transformers' mark) stores `(E, in, out)`. The experts share what a method keeps per
-    input feature, and own what it keeps per output feature.
+    A module with `is_transposed = True` (transformers' mark) stores `(E, in, out)`. The experts share what a method
+    keeps per input feature, and own what it keeps per output feature.
     """
 
     def __init__(self, base: nn.Module, parameter_name: str) -> None:
         parameter = getattr(base, parameter_name)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed ZeRO-3 keeps the real shape aside
         if len(shape) not in (2, 3):
-            raise ValueError(f"parameter {parameter_name!r} has shape {shape}; only 2-d and 3-d parameters can be adapted")
+            raise ValueError(
+                f"parameter {parameter_name!r} has shape {shape}; only 2-d and 3-d parameters can be adapted"
+            )
         self.transposed = len(shape) == 3 and bool(getattr(base, "is_transposed", False))
         *experts, rows, columns = shape
         self.experts = tuple(experts)
@@ -129,11 +134,13 @@ class ParameterLayout(Layout):
 
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
         """Not defined: only the module that owns a parameter knows what it does with it."""
-        raise TypeError("a targeted nn.Parameter is adapted by changing its value during the forward pass of its module")
+        raise TypeError(
+            "a targeted nn.Parameter is adapted by changing its value during the forward pass of its module"
+        )
 
 
 def layout_of(base: nn.Module, backend: QuantizationBackend | None) -> Layout | None:
-    """The layout of a base layer with that quantization backend (None: not quantized), or None if its kind is not supported."""
+    """The layout of a base layer, `backend` being that of a quantized one; None if its kind is not supported."""
     if backend is not None:
         return LinearLayout(base) if backend.layer_type == "linear" else None
     if isinstance(base, nn.Embedding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
-from peft.utils import get_quantization_kwargs
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +31,8 @@ class ZooModel(BaseTuner):
     """
 
     tuner_layer_cls: type[ZooLayer]
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    peft_config: dict[str, Any]
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as peft does; if it fails half-way, undo what was done.
@@ -35,11 +40,11 @@ class ZooModel(BaseTuner):
         Raises:
             ValueError: If a targeted module cannot be adapted, with its path and type.
         """
-        with _undone_on_error(model, adapter_name):
+        with _undone_on_error(self, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_unused_patterns(self.peft_config[adapter_name])
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         config: ZooConfig,
         adapter_name: str,
@@ -52,8 +57,8 @@ class ZooModel(BaseTuner):
         resolved = config.for_module(current_key)
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
-                f"{current_key}: nn.MultiheadAttention reads the weight of its {target_name} without calling it, so an adapter there "
-                f"would do nothing. Add {target_name!r} to `exclude_modules`."
+                f"{current_key}: nn.MultiheadAttention reads the weight of its {target_name} without calling it, so an "
+                f"adapter there would do nothing. Add {target_name!r} to `exclude_modules`."
             )
         layer = self._existing_layer(target, adapter_name, parameter_name)
         if layer is None:
@@ -83,15 +88,15 @@ class ZooModel(BaseTuner):
         """Put a layer in the place of another; a layer of ours is already on the device of its base layer."""
         setattr(parent, child_name, new_module)
 
-    def _prepare_adapter_config(self, peft_config: ZooConfig, model_config: dict[str, Any]) -> ZooConfig:
-        """Let `target_modules` be None beside `target_parameters`, and let "all-linear" find linear layers that are adapted already."""
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """Let `target_modules` be None beside `target_parameters`; let "all-linear" find adapted layers too."""
         if peft_config.target_modules is None and peft_config.target_parameters:
             return peft_config
-        config = super()._prepare_adapter_config(peft_config, model_config)
+        config: Any = super()._prepare_adapter_config(peft_config, model_config)
         if config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(config, self.model)
             config.target_modules |= self._adapted_linear_layers()
-        return config  # type: ignore[no-any-return]
+        return config
 
     def _adapted_linear_layers(self) -> set[str]:
         """Names of layers of ours around a linear layer; the output embedding is left out, as peft leaves it out."""
@@ -100,23 +105,25 @@ class ZooModel(BaseTuner):
         return {
             name
             for name, module in self.model.named_modules()
-            if isinstance(module, ZooLayer) and isinstance(module.base_layer, (nn.Linear, Conv1D)) and module is not head
+            if isinstance(module, ZooLayer)
+            and isinstance(module.base_layer, (nn.Linear, Conv1D))
+            and module is not head
         }
 
-    def _check_new_adapter_config(self, config: ZooConfig) -> None:
-        """Adapters that target parameters must target the same ones: their place in the nesting is what names them in a file."""
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Adapters must target the same parameters: the place in the nesting is what names them in a file."""
         super()._check_new_adapter_config(config)
         wanted = set(config.target_parameters or ())
         for name, other in self.peft_config.items():
             theirs = set(other.target_parameters or ())
             if wanted and theirs and wanted != theirs:
                 raise ValueError(
-                    f"target_parameters={sorted(wanted)} differs from {sorted(theirs)} of adapter {name!r}; target the same parameters "
-                    "in every adapter of a model."
+                    f"target_parameters={sorted(wanted)} differs from {sorted(theirs)} of adapter {name!r}; target "
+                    "the same parameters in every adapter of a model."
                 )
 
     def _warn_about_unused_patterns(self, config: ZooConfig) -> None:
-        """peft warns about `rank_pattern`; do the same for the patterns it does not know."""
+        """Peft warns about `rank_pattern`; do the same for the patterns it does not know."""
         for pattern_name in set(config.patterns) - {"rank_pattern", "alpha_pattern"}:
             unused = [
                 key
@@ -137,8 +144,8 @@ class ZooModel(BaseTuner):
             TypeError: Always, with what to do instead.
         """
         raise TypeError(
-            f"{type(self).__name__} cannot combine adapters into a weighted one, as its update is not linear in its parameters. "
-            "Activate several adapters at once instead: `model.base_model.set_adapter([...])`; their updates add."
+            f"{type(self).__name__} cannot combine adapters into a weighted one, as its update is not linear in its "
+            "parameters. Activate several adapters at once: `model.base_model.set_adapter([...])`; their updates add."
         )
 
     @contextmanager
@@ -181,33 +188,57 @@ def _hand_over(model: nn.Module | None, names: list[str]) -> list[Any]:
     return [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
 
 
-def _add_adapter_names(_: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[str]) -> tuple[Any, dict[str, Any]]:
+def _add_adapter_names(
+    _: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[str]
+) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
 
 
-def _encoder_of(model: nn.Module) -> nn.Module | None:
+def _encoder_of(model: Any) -> nn.Module | None:
     """The encoder of an encoder-decoder model; transformers returns the model itself where there is none."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     return None if encoder is model else encoder
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Restore the module tree, the trainable flags and the existing layers' adapters if the block raises."""
-    children = [(module, dict(module._modules)) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers = [m for m in model.modules() if isinstance(m, ZooLayer) and adapter_name not in m.scaling]
+def _undone_on_error(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
+    """Give every module its attributes and children back, and every parameter its trainable flag, if the block raises.
+
+    Only a merge stays undone: peft unmerges a model, with a warning, before it adds an adapter.
+    """
+    is_new = not any(isinstance(m, ZooLayer) and adapter_name in m.scaling for m in tuner.modules())
+    attributes = [(vars(module), _copy_of(vars(module))) for module in tuner.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
 
     def undo() -> None:
-        for layer in layers:
-            layer.delete_adapter(adapter_name)
-        for module, before in children:
-            module._modules.clear()
-            module._modules.update(before)
+        for now, before in attributes:
+            for key in now.keys() - before.keys() - _MERGE_STATE:
+                del now[key]
+            for key, (value, content) in before.items():
+                if isinstance(value, (dict, set)):
+                    value.clear()
+                    value.update(content)
+                elif isinstance(value, list):
+                    value[:] = content
+                now[key] = value
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+        if is_new:
+            tuner.peft_config.pop(adapter_name, None)
 
     with ExitStack() as stack:
         stack.callback(undo)
         yield
         stack.pop_all()
+
+
+_MERGE_STATE = {"merged_adapters", "_snapshot"}
+
+
+def _copy_of(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Each attribute, with a copy of its content if it is a container: others may share it, so it is filled again."""
+    return {
+        key: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
+        for key, value in attributes.items()
+        if key not in _MERGE_STATE
+    }

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 class Snapshot:
     """Remembers the base weight of a layer, writes merged weights in its place and restores it.
 
-    A plain weight is copied, and written in place so that tied and tracked references stay valid. Quantizing a weight again would not
-    give the same bits, so of a quantized layer the packed weight itself is kept: the backends put a new one in its place.
+    A plain weight is copied, and written in place so that tied and tracked references stay valid. Quantizing a weight
+    again would not
+    give the same bits, so of a quantized layer the packed weight itself is kept: the backends put a new one in its
+        place.
 
     Args:
         layer: An adapter layer with nothing merged.

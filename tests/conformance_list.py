@@ -1,0 +1,48 @@
+"""What peft's own test-suite runs on: every registered method, through the same shapes that peft tests its LoRA on.
+
+A method needs no entry here: the rows come from the registry. Where a new adapter of a method leaves the output exactly as
+it was only with some arguments (`ZooConfig.identity`), the rows are doubled: peft's tests of a fresh adapter run with them.
+"""
+
+import _peft_zoo_torchvision
+
+_peft_zoo_torchvision.declare_missing_ops()
+
+from peft_zoo import methods  # noqa: E402
+
+ROWS = [
+    ("MLP 1", "MLP", {"target_modules": "lin0"}),
+    ("MLP 2", "MLP", {"target_modules": ["lin0", "lin1"]}),
+    ("MLP 3", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("MLP 4", "MLP", {"target_modules": ["lin0"], "rank_pattern": {"lin0": 2}}),
+    ("EmbConv1D 1", "EmbConv1D", {"target_modules": ["conv1d"]}),
+    ("EmbConv1D 2", "EmbConv1D", {"target_modules": ["emb"]}),
+    ("EmbConv1D 3", "EmbConv1D", {"target_modules": ["emb", "conv1d"]}),
+    ("Conv1d 1", "Conv1d", {"target_modules": ["conv1d"]}),
+    ("Conv2d 1", "Conv2d", {"target_modules": ["conv2d"]}),
+    ("Conv2d 2", "Conv2d", {"target_modules": ["conv2d", "lin0"]}),
+    ("Conv2dGroups 1", "Conv2dGroups", {"target_modules": ["conv2d"]}),
+    ("Conv3d 1", "Conv3d", {"target_modules": ["conv3d"]}),
+    ("Parameter 1", "MlpUsingParameters", {"target_modules": [], "target_parameters": ["lin0.weight"]}),
+]
+IN_QUICK = ("MLP 1", "MLP 3", "EmbConv1D 3", "Conv2d 2", "MLP 2 identity", "EmbConv1D 2 identity")
+
+CONFORMANCE, QUICK, SKIP = [], [], []
+for method in methods().values():
+    config_cls = method.config_cls
+    rows = [(f"{method.name} {title}", model, kwargs) for title, model, kwargs in ROWS]
+    if config_cls.identity:
+        rows += [(f"{title} identity", model, {**kwargs, **config_cls.identity}) for title, model, kwargs in rows]
+        SKIP += [
+            (
+                rf"::test_disable_adapters(_with_merging)?\[{method.name} (?!.*identity)",
+                f"needs a fresh adapter that changes nothing: tested with {config_cls.identity}",
+            ),
+            (
+                rf"::test_only_params_are_updated\[{method.name} EmbConv1D \d-",
+                "three steps of SGD at a fixed rate, on base weights of 0.02, move the factors by less than it asks for; "
+                f"tested with {config_cls.identity}",
+            ),
+        ]
+    CONFORMANCE += [(title, model, config_cls, kwargs) for title, model, kwargs in rows]
+    QUICK += [title for title, _, _ in rows if title.removeprefix(f"{method.name} ") in IN_QUICK]
