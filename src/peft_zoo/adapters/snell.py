@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
@@ -173,10 +173,8 @@ class SnellLayer(ZooLayer):
         return False
 
     def _arguments(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, KernelSpec]:
-        A, B = (self.factor(container, name).float() for container in self.adapter_layer_names[:2])
-        params = None
-        if name in self.zoo_snell_kernel_params:
-            params = self.factor("zoo_snell_kernel_params", name).float()
+        A, B = self.factor("zoo_snell_A", name), self.factor("zoo_snell_B", name)
+        params = self.factor("zoo_snell_kernel_params", name) if name in self.zoo_snell_kernel_params else None
         return A, B, params, self.zoo_snell_num_kept[name], self.configs[name].spec
 
 
@@ -193,15 +191,20 @@ class SnellAllocator:
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.adapter_name = adapter_name
-        self.layers = {
-            n: m for n, m in model.named_modules() if isinstance(m, SnellLayer) and adapter_name in m.scaling
-        }
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, SnellLayer))
+        self.layers = {name: layer for name, layer in layers if adapter_name in layer.scaling}
         if not self.layers:
             raise ValueError(f"adapter_name={adapter_name!r}: the model has no SNELL layer with this adapter")
         self.config: SnellConfig = next(iter(self.layers.values())).configs[adapter_name]
         self.caps = torch.tensor([layer.in_features * layer.out_features for layer in self.layers.values()])
         self.initial = sum(int(layer.zoo_snell_num_kept[adapter_name]) for layer in self.layers.values())
-        self.tracker = ImportanceTracker(self.config.beta1, self.config.beta2, self.config.importance)
+
+    @cached_property
+    def tracker(self) -> ImportanceTracker:
+        """The averages; made at the first step, as FSDP replaces the parameters before."""
+        names = SnellLayer.adapter_layer_names[:2]
+        factors = {key: [getattr(layer, n)[self.adapter_name] for n in names] for key, layer in self.layers.items()}
+        return ImportanceTracker(factors, self.config.beta1, self.config.beta2, self.config.importance)
 
     def step(self, global_step: int) -> bool:
         """Take in the gradients of optimizer step `global_step` (1-based, still in `.grad`) and allocate if it is due.
@@ -212,17 +215,13 @@ class SnellAllocator:
         config = self.config
         if config.target_sparsity is None or global_step >= (config.total_step or 0) - config.tfinal:
             return False
-        factors = self._factors()
-        self.tracker.update(factors)
+        self.tracker.update()
         target = sum(kept_count(config.target_sparsity, int(cap)) for cap in self.caps)
         kept, due = budget_at(
             global_step, self.initial, target, config.tinit, config.tfinal, config.total_step or 0, config.deltaT
         )
         if due:
-            totals = self.tracker.totals(factors)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(totals)
-            allocation = water_fill(self.tracker.scores(totals, factors), self.caps, kept)
+            allocation = water_fill(self.tracker.scores(), self.caps, kept)
             for layer, count in zip(self.layers.values(), allocation.tolist(), strict=True):
                 layer.zoo_snell_num_kept[self.adapter_name].fill_(count)
         return due
@@ -236,10 +235,6 @@ class SnellAllocator:
         state = dict(state)
         self.initial = int(state.pop("initial"))
         self.tracker.load_state_dict(state)
-
-    def _factors(self) -> dict[str, list[nn.Parameter]]:
-        names = SnellLayer.adapter_layer_names[:2]
-        return {key: [getattr(layer, n)[self.adapter_name] for n in names] for key, layer in self.layers.items()}
 
 
 class SnellCallback(StepCallback):

@@ -31,7 +31,6 @@ from peft_zoo.kernels.kernel_tiles import (
 )
 from peft_zoo.kernels.magnitude_threshold import KEEP_ALL, magnitude_threshold
 
-
 _CHUNK_ELEMENTS = 2**16  # of element-wise passes over a whole matrix: three operands fit into a CPU's L2 cache
 
 
@@ -190,7 +189,9 @@ def _weight_backward(
         return gradients.result()
 
 
-@_operator("snell_linear", f"(Tensor x, {_FACTORS}, {_KEPT}, Tensor? weight, Tensor? bias, {_SPEC}) -> (Tensor, Tensor)")
+@_operator(
+    "snell_linear", f"(Tensor x, {_FACTORS}, {_KEPT}, Tensor? weight, Tensor? bias, {_SPEC}) -> (Tensor, Tensor)"
+)
 def _linear(
     x: Tensor,
     A: Tensor,

@@ -1,0 +1,157 @@
+"""The command line: `peft-zoo methods` lists the registered methods, `peft-zoo train` fine-tunes a real model with
+one of them.
+
+A mistake of the user ends in one sentence on stderr and exit status 2. A run whose reload or merge check fails ends
+in status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from peft_zoo.tasks.base.settings import (
+    flag,
+    flag_fields,
+    preset_names,
+    read_preset,
+    read_settings_file,
+    resolve_settings,
+)
+from peft_zoo.tasks.base.values import SettingError
+
+EPILOG = """examples:
+  peft-zoo train --preset demo
+  peft-zoo train --method snell --model smollm2-135m --data gsm8k --steps 100 --set r=16 --set sparsity=0.5
+  peft-zoo train --task vision --method snell --data images/ --set r=8
+  peft-zoo train --config run.yaml --seed 1
+
+A --config file has the flags as keys (steps: 60) and the method's fields under set. Flags win over the file, the file
+wins over the preset. Built-in models and data: smollm2-135m with shakespeare or gsm8k (language), dinov2-small
+(vision)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The words after the program's name; None takes them from `sys.argv`.
+
+    Returns:
+        0 if all went well, 1 if a check of the trained adapter failed, 2 after a mistake of the user.
+    """
+    _log_to_stderr()
+    try:
+        options = _parse(arguments)
+        return _methods() if options.command == "methods" else _train(options)
+    except SettingError as error:
+        sys.stderr.write(f"peft-zoo: {error}\n")
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingError(f"{message.rstrip('.')}; see 'peft-zoo --help'.")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="peft-zoo", description="New adapter methods for peft.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{methods,train}")
+    commands.add_parser("methods", help="list the registered methods and what each costs")
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a real model on real data",
+        description="Fine-tune, evaluate before and after, save, reload, merge, and write report.html.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for item in flag_fields():
+        default = "" if item.default is None else f" (default {item.default})"
+        metavar = {"float": "X", "int": "N"}.get(str(item.type).split(" ")[0], "NAME")
+        train.add_argument(flag(item.name), dest=item.name, metavar=metavar, help=item.metadata["help"] + default)
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the method; repeatable"
+    )
+    train.add_argument(
+        "--preset", metavar="NAME", help=f"settings that ship with the package: {', '.join(preset_names())}"
+    )
+    train.add_argument("--config", metavar="FILE", help="a YAML file of settings")
+    return parser
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the words, with a hint where a flag is misspelt.
+
+    Raises:
+        SettingError: If a word is no command or flag, or a flag lacks its value.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        valid = [flag(item.name) for item in flag_fields()] + ["--set", "--preset", "--config"]
+        close = difflib.get_close_matches(rest[0], valid, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see 'peft-zoo train --help'."
+        raise SettingError(f"unknown argument {rest[0]!r}: {hint}")
+    return options
+
+
+def _methods() -> int:
+    """Print the table of methods."""
+    from peft_zoo.tasks.base.methods import method_table
+
+    _write(method_table())
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Run one task and print its summary."""
+    flags: dict[str, Any] = {item.name: getattr(options, item.name) for item in flag_fields()}
+    settings = resolve_settings(
+        read_preset(options.preset) if options.preset else {},
+        read_settings_file(options.config) if options.config else {},
+        {name: value for name, value in flags.items() if value is not None} | {"options": _pairs(options.set)},
+    )
+    from peft_zoo.tasks.base.catalog import load_task
+    from peft_zoo.tasks.base.report import summary_text
+    from peft_zoo.tasks.base.training import train
+
+    outcome = train(load_task(settings))
+    _write(f"\n{summary_text(outcome)}\n\n  report: {os.path.join(settings.output, 'report.html')}")
+    return 0 if outcome.reload_matches and outcome.merge_matches else 1
+
+
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    """Read `key=value` words.
+
+    Raises:
+        SettingError: If a word has no equals sign.
+    """
+    for word in words:
+        if "=" not in word:
+            raise SettingError(f"--set cannot be {word!r}: write key=value, for example --set r=8.")
+    return dict(word.split("=", 1) for word in words)
+
+
+def _log_to_stderr() -> None:
+    """Show what the tasks say about their progress."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("peft_zoo").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")  # of one about the other
+
+
+def _write(text: str) -> None:
+    """The one way out: everything a person asked for goes to stdout here."""
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

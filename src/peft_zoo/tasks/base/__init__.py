@@ -1,0 +1,1 @@
+"""What every task shares: settings, the choice of method, the training pipeline, the report."""

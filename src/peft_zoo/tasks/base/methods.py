@@ -1,0 +1,104 @@
+"""From a method's name and fields written as text to a `PeftConfig`, and the table of methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import TrainerCallback
+
+from peft_zoo.registration import Method, methods
+from peft_zoo.tasks.base.values import SettingError, parse_value, unknown
+
+BASELINE = "lora"  # peft's own LoRA, to compare with
+
+
+def config_class(name: str) -> type[PeftConfig]:
+    """The configuration class of a method.
+
+    Raises:
+        SettingError: If the name is neither registered nor the baseline; lists the valid ones.
+    """
+    registered = methods()
+    if name in registered:
+        return registered[name].config_cls
+    if name == BASELINE:
+        return LoraConfig
+    raise unknown("method", name, [*registered, BASELINE])
+
+
+def build_config(name: str, options: Mapping[str, str], defaults: Mapping[str, Any], steps: int) -> PeftConfig:
+    """Make a method's configuration.
+
+    A schedule that needs the number of optimizer steps (a field `total_step` beside `target_sparsity`) gets it when
+    the user gave the target but not the length.
+
+    Args:
+        name: Short name of the method.
+        options: Fields as the user wrote them; each is parsed by the annotation of its field.
+        defaults: What the task suggests, such as `target_modules`; `options` win, and fields the method lacks are
+            left out.
+        steps: Optimizer steps of the run.
+
+    Raises:
+        SettingError: If a field does not exist, does not parse, or is refused by the configuration.
+    """
+    cls = config_class(name)
+    hints = typing.get_type_hints(cls)
+    valid = _settable_fields(cls)
+    chosen: dict[str, Any] = {}
+    for key, text in options.items():
+        if key not in valid:
+            raise unknown(f"field of {name}", key, valid)
+        chosen[key] = parse_value(text, hints[key], f"{name} field {key!r}")
+    if chosen.get("target_sparsity") is not None and chosen.get("total_step") is None and "total_step" in valid:
+        chosen["total_step"] = steps
+    names = {item.name for item in dataclasses.fields(cls)}
+    suggested = {key: value for key, value in defaults.items() if key in names}
+    try:
+        return cls(**{**suggested, **chosen})
+    except ValueError as error:
+        raise SettingError(" ".join(str(error).split())) from error
+
+
+def check_options(name: str, options: Mapping[str, str]) -> None:
+    """Report a mistake in the choice of method or in its fields, without a model.
+
+    Raises:
+        SettingError: As `build_config`.
+    """
+    build_config(name, options, {"target_modules": "all-linear"}, steps=2**31)
+
+
+def callbacks(name: str, model: PeftModel) -> list[TrainerCallback]:
+    """What the method wants to do during training, as callbacks for `transformers.Trainer`."""
+    method = methods().get(name)
+    return [] if method is None or method.callback is None else [method.callback(model)]
+
+
+def method_table() -> str:
+    """The registered methods with their cost formulas, as text of at most 100 columns where the formulas allow."""
+    blocks = [_block(method) for method in methods().values()]
+    blocks.append(f"{BASELINE}\n  peft's own LoRA, accepted by --method as the baseline")
+    return "\n\n".join(blocks)
+
+
+def _block(method: Method) -> str:
+    lines = [
+        ("parameters", method.parameters),
+        ("memory", method.memory),
+        ("FLOPs", method.flops),
+        ("paper", method.paper),
+        ("config", f"{method.config_cls.__module__}.{method.config_cls.__name__}"),
+        ("fields", ", ".join(_settable_fields(method.config_cls))),
+    ]
+    return "\n".join([f"{method.name}\n  {method.summary}", *(f"  {key:<12}{value}" for key, value in lines)])
+
+
+def _settable_fields(cls: type[PeftConfig]) -> list[str]:
+    """The fields a user may set: those of the method itself, not peft's book-keeping, that text can express."""
+    bookkeeping = {item.name for item in dataclasses.fields(PeftConfig)}
+    return [item.name for item in dataclasses.fields(cls) if item.init and item.name not in bookkeeping]

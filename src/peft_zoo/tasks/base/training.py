@@ -1,0 +1,226 @@
+"""The main job: load, evaluate, train through stock `transformers.Trainer`, save, reload, merge, compare, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from peft_zoo.tasks.base.methods import build_config, callbacks, check_options
+from peft_zoo.tasks.base.outcome import Outcome, Score
+from peft_zoo.tasks.base.report import report_html
+from peft_zoo.tasks.base.task import Splits, Task
+from peft_zoo.tasks.base.values import SettingError
+
+_log = logging.getLogger(__name__)
+
+
+def train(task: Task) -> Outcome:
+    """Run the whole job and write `adapter_model.safetensors`, `summary.json` and `report.html` into the output folder.
+
+    Args:
+        task: The task with its settings.
+
+    Returns:
+        What happened, with the four scores.
+
+    Raises:
+        SettingError: If the settings do not fit the task, the method, the model or the data.
+    """
+    settings = task.settings
+    method = settings.require("method", "choose one, as listed by `peft-zoo methods`.")
+    check_options(method, settings.options)  # mistakes are reported before anything is loaded
+    output = output_folder(settings.output)
+    outcome = Outcome(
+        task=task.name,
+        method=method,
+        model=settings.require("model", "give a built-in model, a Hub id or a path."),
+        data=settings.require("data", "give a built-in data set or a path."),
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        note=task.note,
+        settings=vars(settings),
+    )
+    with _timed(outcome, "load"):
+        _log.info("loading %s and %s", outcome.model, outcome.data)
+        data, base = task.load_data(), task.load_model()
+    _evaluate_stage(outcome, "before", task, base, data)
+    with _timed(outcome, "train"):
+        model = adapt(task, base)
+        outcome.trainable_parameters, outcome.total_parameters = model.get_nb_trainable_parameters()
+        outcome.losses = fit(task, model, data.train)
+    _evaluate_stage(outcome, "after", task, model, data)
+    _save(model, output)
+    del base, model
+    _check_saved(outcome, task, data, output)
+    outcome.adapter_bytes = (output / "adapter_model.safetensors").stat().st_size
+    outcome.peak_memory_bytes = _peak_memory()
+    if PartialState().is_main_process:
+        _write_reports(outcome, output)
+    return outcome
+
+
+def adapt(task: Task, base: nn.Module) -> PeftModel:
+    """Put the method's adapter on `base`; its initial values depend on the seed alone.
+
+    Raises:
+        SettingError: If the configuration does not fit the model.
+    """
+    settings = task.settings
+    config = build_config(
+        settings.require("method", "choose one."),
+        settings.options,
+        task.adapter_defaults(base),
+        settings.require("steps", ""),
+    )
+    set_seed(settings.seed)
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise SettingError(" ".join(str(error).split())) from error
+
+
+def fit(task: Task, model: PeftModel, data: Dataset[Any]) -> list[tuple[int, float]]:
+    """Train the adapter through `transformers.Trainer`.
+
+    Args:
+        task: Says how to batch and how many steps to take.
+        model: The adapted model; trained in place.
+        data: Examples to train on.
+
+    Returns:
+        Pairs of optimizer step and training loss.
+    """
+    trainer = _trainer(task, model, train_dataset=data, callbacks=callbacks(str(task.settings.method), model))
+    _log.info("training %s for %d steps", task.settings.method, task.settings.steps)
+    trainer.train()
+    return [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def evaluate(task: Task, model: nn.Module, data: Dataset[Any]) -> Score:
+    """The task's metric and the mean loss of `model` on `data`, through `Trainer.evaluate`."""
+    metrics = _trainer(task, model, eval_dataset=data).evaluate()
+    return Score(task.score(metrics), metrics["eval_loss"])
+
+
+class LossBar(ProgressCallback):
+    """The stock progress bar, with the loss beside it instead of one printed line a step."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the latest loss at the end of the bar."""
+        if self.training_bar is not None and logs is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def _trainer(task: Task, model: nn.Module, callbacks: list[TrainerCallback] | None = None, **data: Any) -> Trainer:
+    """A `Trainer` that keeps no checkpoints and talks to no service."""
+    settings = task.settings
+    arguments = TrainingArguments(
+        output_dir=settings.output,
+        max_steps=settings.steps or 1,
+        per_device_train_batch_size=settings.batch_size or 1,
+        per_device_eval_batch_size=settings.batch_size or 1,
+        learning_rate=settings.learning_rate or 0.0,
+        warmup_steps=(settings.steps or 1) // 10,
+        seed=settings.seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        label_names=["labels"],
+        remove_unused_columns=False,
+        prediction_loss_only=not task.needs_predictions,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        task.trained_module(model),
+        arguments,
+        data_collator=task.collate,
+        compute_metrics=task.prediction_metrics if task.needs_predictions else None,
+        callbacks=callbacks,
+        **data,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossBar())
+    return trainer
+
+
+def _evaluate_stage(outcome: Outcome, stage: str, task: Task, model: nn.Module, data: Splits) -> None:
+    """Score `model` on the test split and note the score and the time under `stage`."""
+    with _timed(outcome, stage):
+        _log.info("evaluating: %s", stage)
+        outcome.scores[stage] = evaluate(task, model, data.test)
+
+
+def _save(model: PeftModel, output: Path) -> None:
+    """Save the adapter from the main process only."""
+    state = PartialState()
+    if state.is_main_process:
+        model.save_pretrained(str(output))
+    state.wait_for_everyone()
+
+
+def _check_saved(outcome: Outcome, task: Task, data: Splits, output: Path) -> None:
+    """Load what was saved onto a fresh base, score it, merge it, score it again."""
+    model = PeftModel.from_pretrained(task.load_model(), str(output))
+    _evaluate_stage(outcome, "reloaded", task, model, data)
+    _evaluate_stage(outcome, "merged", task, model.merge_and_unload(), data)
+
+
+def _write_reports(outcome: Outcome, output: Path) -> None:
+    """Write `summary.json` and `report.html`."""
+    (output / "summary.json").write_text(json.dumps(outcome.summary(), indent=2) + "\n", encoding="utf-8")
+    (output / "report.html").write_text(report_html(outcome), encoding="utf-8")
+
+
+def output_folder(name: str) -> Path:
+    """Make the output folder before any work is done.
+
+    Raises:
+        SettingError: If it cannot be made.
+    """
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"--output {name!r} cannot be made: {error.strerror}; give a folder you may write to."
+        ) from error
+    return folder
+
+
+@contextmanager
+def _timed(outcome: Outcome, stage: str) -> Iterator[None]:
+    """Note the wall-clock seconds of a `with` block under `stage`."""
+    start = time.perf_counter()
+    yield
+    outcome.seconds[stage] = time.perf_counter() - start
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of this process in bytes; 0 on systems that do not tell (Windows)."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB

@@ -1,0 +1,95 @@
+"""The language task: fine-tune a causal language model on text and report its perplexity on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_zoo.tasks.base.settings import TrainSettings
+from peft_zoo.tasks.base.task import Batch, Splits, Task
+from peft_zoo.tasks.base.values import SettingError
+from peft_zoo.tasks.language.smollm2 import NAME, smollm2_folder
+from peft_zoo.tasks.language.text import SPLITS, load_texts, windows
+
+
+class LanguageTask(Task):
+    """Next-token prediction on windows of `max_length` tokens; scored by perplexity, exp of the mean loss a token."""
+
+    name = "language"
+    metric = "perplexity"
+    higher_is_better = False
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "model": NAME,
+        "data": "shakespeare",
+        "steps": 100,
+        "batch_size": 1,
+        "learning_rate": 1e-3,
+        "max_length": 256,
+        "eval_size": 32,
+    }
+
+    def __init__(self, settings: TrainSettings) -> None:
+        super().__init__(settings)
+        if self.settings.image_size is not None:
+            raise SettingError("--image-size belongs to --task vision: leave it out.")
+
+    def load_data(self) -> Splits:
+        """Token windows of the chosen text.
+
+        Raises:
+            SettingError: If the data set is unknown or too short for one window.
+        """
+        settings = self.settings
+        texts = load_texts(settings.require("data", "give a name or a file."))
+        tokenizer = self._load(AutoTokenizer)
+        limits = {"train": settings.train_size}
+        return Splits(
+            **{
+                split: windows(
+                    texts[split], tokenizer, settings.max_length or 1, limits.get(split, settings.eval_size), split
+                )
+                for split in SPLITS
+            }
+        )
+
+    def load_model(self) -> nn.Module:
+        """The base model in float32, without a key-value cache.
+
+        Raises:
+            SettingError: If the name is neither built in, nor a folder, nor to be had from the Hub.
+        """
+        model: Any = self._load(AutoModelForCausalLM, dtype=torch.float32)
+        model.config.use_cache = False
+        return model
+
+    def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
+        """All linear layers, as a causal language model."""
+        return {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+
+    def collate(self, examples: Sequence[Tensor]) -> Batch:
+        """Stack windows; the labels are the tokens themselves, the model shifts them."""
+        tokens = torch.stack(list(examples))  # (batch, length)
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """Perplexity; infinite where the loss is beyond what a float can exponentiate."""
+        loss = metrics["eval_loss"]
+        return math.exp(loss) if loss < 700 else math.inf
+
+    def _load(self, auto_class: Any, **options: Any) -> Any:
+        """`auto_class.from_pretrained` of the chosen model, or a sentence that says what to give instead."""
+        name: str = self.settings.require("model", "give a name or a path.")
+        source = str(smollm2_folder()) if name == NAME else name
+        try:
+            return auto_class.from_pretrained(source, **options)
+        except (OSError, HFValidationError) as error:
+            reason = " ".join(str(error).split())
+            raise SettingError(
+                f"--model {name!r} cannot be loaded: give {NAME}, the folder of a model, or a Hub id ({reason})"
+            ) from error

@@ -1,0 +1,153 @@
+"""The vision task: fine-tune a pretrained image classifier of timm, head included, and report its accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction
+
+from peft_zoo.tasks.base.settings import TrainSettings
+from peft_zoo.tasks.base.task import Batch, Splits, Task
+from peft_zoo.tasks.base.values import SettingError, unknown
+from peft_zoo.tasks.vision.dinov2 import NAME, TIMM_NAME, load_backbone
+from peft_zoo.tasks.vision.images import Source, draw_splits, open_source
+
+# The linear layers of attention and MLP, by timm's names; the `attn` and `mlp` keep the patch embedding's `proj` out.
+LINEAR_LAYERS = r"(.*\.)?(attn|mlp)\.(qkv|q|k|v|proj|fc1|fc2)"
+
+
+class VisionTask(Task):
+    """Image classification with a new head; scored by the share of test images classified correctly."""
+
+    name = "vision"
+    metric = "accuracy"
+    higher_is_better = True
+    needs_predictions = True
+    note = "The head is new, so the accuracy before training is that of guessing."
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "model": NAME,
+        "steps": 100,
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "image_size": 112,
+        "train_size": 1000,
+        "eval_size": 500,
+    }
+
+    def __init__(self, settings: TrainSettings) -> None:
+        super().__init__(settings)
+        if self.settings.max_length is not None:
+            raise SettingError("--max-length belongs to --task language: leave it out.")
+
+    def load_data(self) -> Splits:
+        """Images drawn from the official splits, in equal shares of the classes.
+
+        Raises:
+            SettingError: If the data set is unknown or an image cannot be read.
+        """
+        settings = self.settings
+        sizes = (settings.image_size or 1, settings.train_size or 1, settings.eval_size or 1)
+        return Splits(*draw_splits(self._source, *sizes))
+
+    def load_model(self) -> nn.Module:
+        """A timm model in float32 at the chosen image size, with a new head for the classes of the data.
+
+        Raises:
+            SettingError: If timm does not know the model, its weights are not to be had, or the image size does not
+                fit it.
+        """
+        name: str = self.settings.require("model", "give a name.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)  # the head's initial values
+            model: Any = self._create(name)
+        if hasattr(model, "set_input_size"):
+            try:
+                model.set_input_size(img_size=self.settings.image_size)  # resamples the position embedding
+            except (AssertionError, ValueError) as error:
+                raise self._bad_size(model) from error
+        return model
+
+    def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
+        """The linear layers of attention and MLP; the head is trained whole."""
+        return {"target_modules": LINEAR_LAYERS, "modules_to_save": [self._head_name(model)]}
+
+    def collate(self, examples: Sequence[tuple[Tensor, int]]) -> Batch:
+        """Pixels `(batch, 3, size, size)` in float32, normalized as the model was pretrained; labels `(batch,)`."""
+        pixels = torch.stack([image for image, _ in examples]).float() / 255
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self._normalization)
+        return {"pixels": (pixels - mean) / std, "labels": torch.tensor([label for _, label in examples])}
+
+    def trained_module(self, model: nn.Module) -> nn.Module:
+        """The model with a loss: timm's own returns logits only."""
+        return _Classifier(model)
+
+    def prediction_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The share of correct answers."""
+        return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids).mean())}
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """Accuracy, from 0 to 1."""
+        return metrics["eval_accuracy"]
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(self.settings.data)
+
+    @cached_property
+    def _normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        config: Any = timm.models.get_pretrained_cfg(self._timm_name)
+        return config.mean, config.std
+
+    @property
+    def _timm_name(self) -> str:
+        return TIMM_NAME if self.settings.model == NAME else str(self.settings.model)
+
+    def _create(self, name: str) -> nn.Module:
+        """The pretrained model with a new head."""
+        classes = len(self._source.classes)
+        if name == NAME:
+            model: nn.Module = timm.create_model(TIMM_NAME, pretrained=False, num_classes=classes)
+            head = {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
+            model.load_state_dict({**load_backbone(), **head}, strict=True)
+            return model
+        if not timm.is_model(name):
+            close = [*timm.list_pretrained(f"{name.split('.')[0]}*")[:8], "another pretrained model of timm"]
+            raise unknown("model", name, [NAME, *close])
+        try:
+            return timm.create_model(name, pretrained=True, num_classes=classes)
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise SettingError(
+                f"--model {name!r} cannot be loaded: give {NAME} or a model the Hub has ({reason})"
+            ) from error
+
+    def _bad_size(self, model: nn.Module) -> SettingError:
+        patch = max(getattr(model.patch_embed, "patch_size", (1,)))
+        return SettingError(
+            f"--image-size cannot be {self.settings.image_size}: "
+            f"give a multiple of the patch size {patch}, such as {8 * patch}."
+        )
+
+    @staticmethod
+    def _head_name(model: nn.Module) -> str:
+        config: Any = model.pretrained_cfg
+        return str(config["classifier"])
+
+
+class _Classifier(nn.Module):
+    """A network that returns logits, with the cross-entropy that `Trainer` wants beside them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Loss and logits `(batch, classes)` of images `(batch, 3, size, size)`."""
+        logits = self.network(pixels)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}

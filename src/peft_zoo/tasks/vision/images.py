@@ -1,0 +1,214 @@
+"""Labelled images from a folder, a zip file, an npz file or the MNIST format, cut into splits and scaled once."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from peft_zoo.tasks.base.values import SettingError, unknown
+
+BUILT_IN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}  # Debian package dataset-fashion-mnist
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+LAYOUTS = (
+    "a folder or .zip file with train/CLASS/*.jpg and test/CLASS/*.jpg, "
+    "an .npz file with x_train, y_train, x_test, y_test, or a folder with the four files of the MNIST format"
+)
+DRAW_SEED = 0  # which images are drawn does not depend on the seed of the run
+
+Item = tuple[Any, int]  # what `Source.open` takes, and the class
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from, before any is read.
+
+    Attributes:
+        train, test: Keys and classes of the two official splits.
+        classes: Names of the classes; a class is an index into them.
+        open: Reads the image behind a key.
+    """
+
+    train: list[Item]
+    test: list[Item]
+    classes: list[str]
+    open: Callable[[Any], Image.Image]
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images in memory.
+
+    Attributes:
+        pixels: uint8 tensor of shape `(images, 3, size, size)`.
+        labels: Class of each image.
+    """
+
+    def __init__(self, pixels: Tensor, labels: list[int]) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels[index], self.labels[index]
+
+
+def open_source(name: str | None) -> Source:
+    """Find the images a name stands for.
+
+    Args:
+        name: A built-in name whose files are installed, or a path; None is answered with what is possible.
+
+    Raises:
+        SettingError: If there is nothing of that name, or it has none of the known layouts.
+    """
+    installed = [key for key, folder in BUILT_IN.items() if folder.is_dir()]
+    if name is None:
+        raise SettingError(f"--data is missing: give {', '.join([*installed, LAYOUTS])}.")
+    path = BUILT_IN[name] if name in installed else Path(name)
+    if path.suffix == ".zip" and path.is_file():
+        return _zip_source(path)
+    if path.suffix == ".npz" and path.is_file():
+        return _npz_source(path)
+    if path.is_dir():
+        return _mnist_source(path) if _mnist_file(path, "train-images-idx3-ubyte") else _folder_source(path)
+    if name in BUILT_IN:
+        raise SettingError(
+            f"--data {name!r} is not installed: run 'apt-get install dataset-{name}', or give {LAYOUTS}."
+        )
+    raise unknown("data set", name, [*BUILT_IN, LAYOUTS])
+
+
+def draw_splits(source: Source, size: int, train: int, held_out: int) -> tuple[Images, Images, Images]:
+    """Draw training and validation images from the training split, and test images from the test split.
+
+    Classes are drawn in equal shares as far as they go. The draw is the same for every run.
+
+    Args:
+        source: Where the images come from.
+        size: Pixels along each side; images are cropped to a square about their centre and scaled (bicubic).
+        train: At most so many training images.
+        held_out: At most so many validation images, and at most so many test images.
+
+    Returns:
+        Training, validation and test images, without an image in common.
+
+    Raises:
+        SettingError: If a split would be empty, or an image cannot be read.
+    """
+    shuffled = _balanced(source.train)
+    train = min(train, max(len(shuffled) - held_out, len(shuffled) * 8 // 10))
+    drawn = (shuffled[:train], shuffled[train : train + held_out], _balanced(source.test)[:held_out])
+    if not all(drawn):
+        raise SettingError("--data has too few images: give at least two for training and one for test.")
+    first, second, third = (_read_images(items, source.open, size) for items in drawn)
+    return first, second, third
+
+
+def _balanced(items: Sequence[Item]) -> list[Item]:
+    """Shuffle, then deal the classes in turn, so that any beginning of the list has them in equal shares."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(DRAW_SEED)).tolist()
+    dealt: dict[int, int] = defaultdict(int)
+    turns = []
+    for index in order:
+        label = items[index][1]
+        turns.append((dealt[label], label, index))
+        dealt[label] += 1
+    return [items[index] for _, _, index in sorted(turns)]
+
+
+def _read_images(items: list[Item], open_image: Callable[[Any], Image.Image], size: int) -> Images:
+    pixels = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
+    for row, (key, _) in enumerate(items):
+        try:
+            image = ImageOps.fit(open_image(key).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        except (OSError, UnidentifiedImageError) as error:
+            raise SettingError(f"image {str(key)!r} cannot be read ({error}): remove or replace it.") from error
+        pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return Images(pixels, [label for _, label in items])
+
+
+def _folder_source(folder: Path) -> Source:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return _named_source(names, lambda name: Image.open(folder / name), str(folder))
+
+
+def _zip_source(path: Path) -> Source:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise SettingError(f"--data {str(path)!r} is no zip file: give {LAYOUTS}.") from error
+    return _named_source(sorted(archive.namelist()), lambda name: Image.open(io.BytesIO(archive.read(name))), str(path))
+
+
+def _named_source(names: Iterable[str], open_image: Callable[[str], Image.Image], where: str) -> Source:
+    """Sort names such as `…/train/CLASS/file.jpg` into splits and classes."""
+    found: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.suffix.lower() in SUFFIXES and len(path.parts) >= 3 and path.parts[-3] in found:
+            found[path.parts[-3]].append((name, path.parts[-2]))
+    classes = sorted({label for _, label in found["train"]})
+    strange = sorted({label for _, label in found["test"]} - set(classes))
+    if not all(found.values()) or strange:
+        problem = (
+            f"has test classes without training images ({', '.join(strange)})" if strange else "has no such images"
+        )
+        raise SettingError(f"--data {where!r} {problem}: give {LAYOUTS}.")
+    number = {label: index for index, label in enumerate(classes)}
+    train, test = ([(name, number[label]) for name, label in found[split]] for split in ("train", "test"))
+    return Source(train, test, classes, open_image)
+
+
+def _npz_source(path: Path) -> Source:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+    except (OSError, KeyError, ValueError) as error:
+        raise SettingError(f"--data {str(path)!r} cannot be read ({error}): give {LAYOUTS}.") from error
+    return _array_source(arrays, str(path))
+
+
+def _mnist_source(folder: Path) -> Source:
+    """The four files of the MNIST format (yann.lecun.com/exdb/mnist): images (n, rows, columns), labels (n,)."""
+    arrays = {}
+    for key, name in (("train", "train"), ("test", "t10k")):
+        for letter, part, skip in (("x", "images-idx3", 16), ("y", "labels-idx1", 8)):
+            path = _mnist_file(folder, f"{name}-{part}-ubyte")
+            if path is None:
+                raise SettingError(f"--data {str(folder)!r} lacks {name}-{part}-ubyte: give {LAYOUTS}.")
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, skip, 4)]
+            arrays[f"{letter}_{key}"] = np.frombuffer(raw, np.uint8, offset=skip).reshape(shape)
+    return _array_source(arrays, str(folder))
+
+
+def _mnist_file(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _array_source(arrays: dict[str, NDArray[Any]], where: str) -> Source:
+    """Images `(n, height, width)` or `(n, height, width, 3)` in uint8, labels `(n,)`."""
+    items = {}
+    for split in ("train", "test"):
+        images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"].reshape(-1)
+        if images.dtype != np.uint8 or len(images) != len(labels) or images.ndim not in (3, 4):
+            raise SettingError(
+                f"--data {where!r} has x_{split} of type {images.dtype} and shape {images.shape} for {len(labels)} "
+                "labels: give uint8 images (n, height, width[, 3]) and n labels."
+            )
+        items[split] = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
+    count = max(label for _, label in items["train"] + items["test"]) + 1
+    return Source(items["train"], items["test"], [str(index) for index in range(count)], Image.fromarray)
