@@ -27,6 +27,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
@@ -191,6 +192,7 @@ class SnellAllocator:
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.adapter_name = adapter_name
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
         layers = ((n, m) for n, m in model.named_modules() if isinstance(m, SnellLayer))
         self.layers = {name: layer for name, layer in layers if adapter_name in layer.scaling}
         if not self.layers:

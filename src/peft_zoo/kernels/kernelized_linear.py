@@ -23,11 +23,11 @@ from torch import Tensor
 
 from peft_zoo.kernels.kernel_matrix import KernelSpec
 from peft_zoo.kernels.kernel_tiles import (
-    TILE_ELEMENTS,
     FactorGradients,
     KernelTiles,
     apply_sparsity,
     sparsity_multiplier,
+    tile_elements,
 )
 from peft_zoo.kernels.magnitude_threshold import KEEP_ALL, magnitude_threshold
 
@@ -273,7 +273,7 @@ def _sparse_weight(
     if tiles.spec.sparsify == "none":
         threshold = W.new_full((), KEEP_ALL)
     elif threshold is None:
-        rows = max(1, TILE_ELEMENTS // tiles.in_features)
+        rows = max(1, tile_elements(W.device) // tiles.in_features)
         threshold = magnitude_threshold(lambda: W.split(rows), W.numel(), num_kept)
     else:
         threshold = threshold.clone()  # an operator must not return its input

@@ -94,12 +94,16 @@ def _count_digits(counts: Tensor, bits: Tensor, shift: int, prefix: Tensor | Non
     if prefix is not None:
         leading = torch.iinfo(bits.dtype).max >> (shift + width)  # without the sign bit
         member = (bits >> (shift + width)).bitwise_and_(leading) == prefix
-    if bits.device.type == "cpu":
+    if _on_host(bits):
         bits = bits if member is None else _select_few(bits, member)
         counts += torch.bincount((bits >> shift).bitwise_and_(mask), minlength=counts.numel())
     else:  # bincount and boolean masks wait for the device; adding zeros for the others does not
         ones = torch.ones_like(bits) if member is None else member
         counts.scatter_add_(0, (bits >> shift).bitwise_and_(mask).long(), ones.long())
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _select_few(values: Tensor, member: Tensor) -> Tensor:

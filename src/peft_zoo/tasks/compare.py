@@ -117,8 +117,8 @@ def markdown_table(report: Mapping[str, Any]) -> str:
             "",
             f"Task {settings['task']} on {Path(str(settings['data'])).name}, {settings['steps']} steps of "
             f"{settings['batch_size']}, {settings['train_size']} training and {settings['eval_size']} held-out "
-            "examples. Learning rates were chosen on the validation split with a seed of its own; the test split was scored "
-            "once for each seed (mean ± standard deviation).",
+            "examples. Learning rates were chosen on the validation split with a seed of its own; the test split was "
+            "scored once for each seed (mean ± standard deviation).",
             "",
         ]
     )

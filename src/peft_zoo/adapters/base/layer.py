@@ -33,6 +33,8 @@ class FactorDict(nn.ParameterDict):
     through its forward pass, which is why `ZooLayer.factor` calls it there.
     """
 
+    __call__ = nn.Module.__call__  # an `nn.ParameterDict` refuses to be called
+
     @property
     def weight(self) -> Tensor | None:
         """A trainable parameter if there is one, else any, else None."""

@@ -32,6 +32,7 @@ class Task(ABC):
         name: As in `--task`.
         metric: What `score` returns, as in `"perplexity"`.
         higher_is_better: Which way the metric improves.
+        data_choices: What `--data` can be, for the error when it is missing.
         note: What a reader of the report must know about the first score; may be empty.
         defaults: Settings used where the user said nothing.
         settings: The run's settings, completed by `defaults`.
@@ -40,6 +41,7 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    data_choices: ClassVar[str]
     note: ClassVar[str] = ""
     defaults: ClassVar[Mapping[str, Any]]
 

@@ -47,7 +47,7 @@ def train(task: Task) -> Outcome:
         task=task.name,
         method=method,
         model=settings.require("model", "give a built-in model, a Hub id or a path."),
-        data=settings.require("data", "give a built-in data set or a path."),
+        data=settings.require("data", f"give {task.data_choices}."),
         metric=task.metric,
         higher_is_better=task.higher_is_better,
         note=task.note,

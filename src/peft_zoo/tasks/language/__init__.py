@@ -15,7 +15,7 @@ from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.task import Batch, Splits, Task
 from peft_zoo.tasks.base.values import SettingError
 from peft_zoo.tasks.language.smollm2 import NAME, smollm2_folder
-from peft_zoo.tasks.language.text import SPLITS, load_texts, windows
+from peft_zoo.tasks.language.text import SHIPPED, SPLITS, load_texts, windows
 
 
 class LanguageTask(Task):
@@ -24,6 +24,7 @@ class LanguageTask(Task):
     name = "language"
     metric = "perplexity"
     higher_is_better = False
+    data_choices = f"{', '.join(SHIPPED)}, or the path of a .txt or .jsonl file"
     defaults: ClassVar[Mapping[str, Any]] = {
         "model": NAME,
         "data": "shakespeare",
@@ -46,7 +47,7 @@ class LanguageTask(Task):
             SettingError: If the data set is unknown or too short for one window.
         """
         settings = self.settings
-        texts = load_texts(settings.require("data", "give a name or a file."))
+        texts = load_texts(settings.require("data", f"give {self.data_choices}."))
         tokenizer = self._load(AutoTokenizer)
         limits = {"train": settings.train_size}
         return Splits(

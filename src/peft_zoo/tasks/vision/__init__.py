@@ -16,7 +16,7 @@ from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.task import Batch, Splits, Task
 from peft_zoo.tasks.base.values import SettingError, unknown
 from peft_zoo.tasks.vision.dinov2 import NAME, TIMM_NAME, load_backbone
-from peft_zoo.tasks.vision.images import Source, draw_splits, open_source
+from peft_zoo.tasks.vision.images import BUILT_IN, LAYOUTS, Source, draw_splits, open_source
 
 # The linear layers of attention and MLP, by timm's names; the `attn` and `mlp` keep the patch embedding's `proj` out.
 LINEAR_LAYERS = r"(.*\.)?(attn|mlp)\.(qkv|q|k|v|proj|fc1|fc2)"
@@ -29,6 +29,7 @@ class VisionTask(Task):
     metric = "accuracy"
     higher_is_better = True
     needs_predictions = True
+    data_choices = f"{', '.join(BUILT_IN)}, or {LAYOUTS}"
     note = "The head is new, so the accuracy before training is that of guessing."
     defaults: ClassVar[Mapping[str, Any]] = {
         "model": NAME,
@@ -67,10 +68,8 @@ class VisionTask(Task):
             torch.manual_seed(self.settings.seed)  # the head's initial values
             model: Any = self._create(name)
         if hasattr(model, "set_input_size"):
-            try:
-                model.set_input_size(img_size=self.settings.image_size)  # resamples the position embedding
-            except (AssertionError, ValueError) as error:
-                raise self._bad_size(model) from error
+            self._check_size(model)
+            model.set_input_size(img_size=self.settings.image_size)  # resamples the position embedding
         return model
 
     def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
@@ -97,7 +96,7 @@ class VisionTask(Task):
 
     @cached_property
     def _source(self) -> Source:
-        return open_source(self.settings.data)
+        return open_source(self.settings.require("data", f"give {self.data_choices}."))
 
     @cached_property
     def _normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -127,12 +126,13 @@ class VisionTask(Task):
                 f"--model {name!r} cannot be loaded: give {NAME} or a model the Hub has ({reason})"
             ) from error
 
-    def _bad_size(self, model: nn.Module) -> SettingError:
-        patch = max(getattr(model.patch_embed, "patch_size", (1,)))
-        return SettingError(
-            f"--image-size cannot be {self.settings.image_size}: "
-            f"give a multiple of the patch size {patch}, such as {8 * patch}."
-        )
+    def _check_size(self, model: Any) -> None:
+        """Raise a SettingError if patches do not tile the image."""
+        size, patch = self.settings.image_size or 1, max(model.patch_embed.patch_size)
+        if size % patch:
+            raise SettingError(
+                f"--image-size cannot be {size}: give a multiple of the patch size {patch}, such as {8 * patch}."
+            )
 
     @staticmethod
     def _head_name(model: nn.Module) -> str:

@@ -65,19 +65,16 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.pixels[index], self.labels[index]
 
 
-def open_source(name: str | None) -> Source:
+def open_source(name: str) -> Source:
     """Find the images a name stands for.
 
     Args:
-        name: A built-in name whose files are installed, or a path; None is answered with what is possible.
+        name: A built-in name whose files are installed, or a path.
 
     Raises:
         SettingError: If there is nothing of that name, or it has none of the known layouts.
     """
-    installed = [key for key, folder in BUILT_IN.items() if folder.is_dir()]
-    if name is None:
-        raise SettingError(f"--data is missing: give {', '.join([*installed, LAYOUTS])}.")
-    path = BUILT_IN[name] if name in installed else Path(name)
+    path = BUILT_IN.get(name, Path(name))
     if path.suffix == ".zip" and path.is_file():
         return _zip_source(path)
     if path.suffix == ".npz" and path.is_file():

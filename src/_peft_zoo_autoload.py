@@ -1,0 +1,73 @@
+"""Registers the zoo's adapter types in programs that import only peft; off unless `PEFT_ZOO_AUTOLOAD=1`.
+
+Evaluation harnesses and serving tools load adapters through peft and have no place for an `import peft_zoo`. torch
+calls every entry point of the group `torch.backends` at the end of `import torch`, which every such program does.
+`install` then sees to it that `peft_zoo` is imported as soon as `import peft` is done.
+
+Often it is `import peft` that imports torch. `peft` is half executed then, too late for a hook on its loader, and a
+hook on one of its later submodules would run while half of peft's names are missing. So it is the module's spec that is
+watched: importlib clears the spec's `_initializing` when the module is complete. Should a later Python do that
+differently, nothing is registered and nothing breaks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def install() -> None:
+    """Hooks `import peft` if the environment asks for it. Called by torch, which would not survive an exception."""
+    if os.environ.get("PEFT_ZOO_AUTOLOAD") != "1":
+        return
+    sys.meta_path.insert(0, _Finder())
+    if "peft" in sys.modules:  # it is what imports torch right now
+        _watch(getattr(sys.modules["peft"], "__spec__", None))
+
+
+class _Finder(MetaPathFinder):
+    """Finds `peft` as the other finders do, and has its spec watched.
+
+    It stays for the life of the process: asking whether peft exists (`importlib.util.find_spec`) does not import it.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        _watch(spec)
+        return spec
+
+
+class _WatchedSpec(ModuleSpec):
+    """The spec of a module after which `peft_zoo` is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            if self.name in sys.modules:  # else its import failed
+                _import_peft_zoo()
+
+
+def _watch(spec: ModuleSpec | None) -> None:
+    if type(spec) is ModuleSpec:
+        spec.__class__ = _WatchedSpec
+
+
+def _import_peft_zoo() -> None:
+    try:
+        importlib.import_module("peft_zoo")
+    except Exception:
+        # The program asked for peft and shall get it, whatever is wrong with us. Said in the log, since under
+        # `-W error` a warning would raise.
+        logging.getLogger("peft_zoo").warning("PEFT_ZOO_AUTOLOAD=1, but peft_zoo cannot be imported", exc_info=True)
