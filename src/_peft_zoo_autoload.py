@@ -49,14 +49,13 @@ class _Finder(MetaPathFinder):
 
 
 class _WatchedSpec(ModuleSpec):
-    """The spec of a module after which `peft_zoo` is imported."""
+    """The spec of a module after which `peft_zoo` can be imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
         if name == "_initializing" and not value:
             self.__class__ = ModuleSpec  # type: ignore[assignment]
-            if self.name in sys.modules:  # else its import failed
-                _import_peft_zoo()
+            _import_peft_zoo()
 
 
 def _watch(spec: ModuleSpec | None) -> None:
@@ -65,6 +64,15 @@ def _watch(spec: ModuleSpec | None) -> None:
 
 
 def _import_peft_zoo() -> None:
+    if "peft" not in sys.modules:
+        return  # its import failed
+    for name, module in list(sys.modules.items()):
+        spec = getattr(module, "__spec__", None) if name.startswith("transformers.") else None
+        if getattr(spec, "_initializing", False):  # the outermost of them comes first
+            _watch(
+                spec
+            )  # transformers imports peft and is itself half executed: what we need of it may not be there yet
+            return
     try:
         importlib.import_module("peft_zoo")
     except Exception:

@@ -15,6 +15,12 @@ from peft_zoo.registration import methods
 from peft_zoo.tasks.base.outcome import Outcome
 from peft_zoo.tasks.base.settings import TrainSettings, flag, flag_fields
 from peft_zoo.tasks.base.task import Task
+from tests.tasks.conftest import RENAMED
+from tests.tasks.fixtures import text_file, tiny_llama
+
+__all__ = ["text_file", "tiny_llama"]  # fixtures of the tests below
+
+pytestmark = RENAMED
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +112,11 @@ def test_an_option_may_contain_an_equals_sign(chosen: list[TrainSettings]) -> No
     ],
 )
 def test_mistakes_get_one_sentence_on_stderr_and_status_2(
-    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2

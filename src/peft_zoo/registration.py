@@ -7,6 +7,7 @@ peft's function.
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -75,9 +76,8 @@ def register(
 
     The type's value is `ZOO_` and the upper-case `method_name` of `config_cls`; the parameter prefix is the lower-case
     value and an underscore, because transformers derives it so. Registering a class again (a reload) replaces the old
-    one. If another package
-    or a later peft owns the value, nothing is overridden: the method stays unregistered and one warning names the
-        owner.
+    one. If another package or a later peft owns the value, nothing is overridden: the method stays unregistered and one
+    warning names the owner.
 
     Args:
         config_cls: Configuration class with a class attribute `method_name`, such as `"snell"`.
@@ -89,12 +89,16 @@ def register(
         callback: Factory.
 
     Raises:
-        ValueError: If `method_name` is not lower-case, or `tuner_cls.prefix` does not match it.
+        ValueError: If `method_name` is not a lower-case name, or `tuner_cls.prefix` does not match it.
     """
     name = config_cls.method_name  # type: ignore[attr-defined]
     value = f"{NAMESPACE}{name}".upper()
 
     def decorate(tuner_cls: Tuner) -> Tuner:
+        if not re.fullmatch("[a-z][a-z0-9_]*[a-z0-9]", name):
+            raise ValueError(f"method_name={name!r} of {config_cls.__name__}: use lower-case letters, digits and '_'.")
+        if tuner_cls.prefix != f"{value.lower()}_":
+            raise ValueError(f"prefix={tuner_cls.prefix!r} of {tuner_cls.__name__}: use {value.lower() + '_'!r}.")
         with _lock:
             owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(value)  # type: ignore[call-overload]
             if owner is not None and not _same_class(owner, config_cls):

@@ -176,7 +176,7 @@ def test_fused_and_additive_agree_and_auto_chooses() -> None:
         each.configs["default"].forward_mode = "additive"
     torch.testing.assert_close(model(x), fused, rtol=1e-5, atol=1e-5)
     half = layers(adapted(Net(dtype=torch.bfloat16)))["first"]
-    assert not half.can_fuse("default", x.bfloat16())
+    assert layer.fused_output("default", x) is None and half.fused_output("default", x.bfloat16()) is None
     dropping = layers(adapted(snell_dropout=0.1))["first"]
     assert not dropping.can_fuse("default", x) and dropping.eval().can_fuse("default", x)
 
@@ -322,3 +322,12 @@ def test_fits_a_sparse_full_rank_change_better_than_any_low_rank_pair() -> None:
         optimizer.step()
     low_rank = torch.linalg.svdvals(change)[8:].square().sum()
     assert loss < 0.95 * low_rank
+
+
+def test_fusing_16_bit_weights_must_be_asked_for() -> None:
+    x = torch.randn(4, 16, dtype=torch.bfloat16)
+    model = adapted(Net(dtype=torch.bfloat16), forward_mode="fused")
+    layer = layers(model)["first"]
+    base = layer.base_layer
+    weight = (base.weight.float() + reference(layer, model.peft_config["default"])).bfloat16()
+    assert torch.equal(layer(x), nn.functional.linear(x, weight, base.bias))

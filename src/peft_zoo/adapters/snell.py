@@ -15,8 +15,8 @@ follows the code: `signed_square`, with the factor |W| held constant in the grad
 Cost of an adapted matrix: r·(in + out) trainable parameters (+3 for `mix_k`), no in·out tensor kept for backward, and
 6·T·in·out matrix-multiplication FLOPs a step fused with a plain fp32 layer, 10·T·in·out otherwise (LoRA: 4).
 
-Use it when an update of high rank is wanted at the price of a LoRA in parameters and memory: small data, vision, new
-domains. Prefer LoRA when step time counts most, or when many adapters are to be served unmerged.
+Use it for an update of high rank at a LoRA's price in parameters and memory: small data, vision, new domains.
+Prefer LoRA when step time counts most, or when many adapters are to be served unmerged.
 """
 
 from __future__ import annotations
@@ -164,9 +164,9 @@ class SnellLayer(ZooLayer):
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
         """`x` (..., in) to (..., out) by one product with W₀ + ΔW."""
-        if self.configs[name].forward_mode == "additive":
-            return None
         base: Any = self.base_layer
+        if {"fused": False, "auto": base.weight.dtype.itemsize < 4}.get(self.configs[name].forward_mode, True):
+            return None
         return kernelized_linear(x, *self._arguments(name), weight=self.layout.to_base(base.weight), bias=base.bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -175,7 +175,7 @@ class SnellLayer(ZooLayer):
 
     def _arguments(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, KernelSpec]:
         A, B = self.factor("zoo_snell_A", name), self.factor("zoo_snell_B", name)
-        params = self.factor("zoo_snell_kernel_params", name) if name in self.zoo_snell_kernel_params else None
+        params = self.factor("zoo_snell_kernel_params", name) if self.configs[name].kernel == "mix_k" else None
         return A, B, params, self.zoo_snell_num_kept[name], self.configs[name].spec
 
 
@@ -205,7 +205,7 @@ class SnellAllocator:
     def tracker(self) -> ImportanceTracker:
         """The averages; made at the first step, as FSDP replaces the parameters before."""
         names = SnellLayer.adapter_layer_names[:2]
-        factors = {key: [getattr(layer, n)[self.adapter_name] for n in names] for key, layer in self.layers.items()}
+        factors = {key: [layer.parameter(n, self.adapter_name) for n in names] for key, layer in self.layers.items()}
         return ImportanceTracker(factors, self.config.beta1, self.config.beta2, self.config.importance)
 
     def step(self, global_step: int) -> bool:

@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 IMPORTANCE = ("sensitivity", "magnitude")
 
@@ -98,7 +100,8 @@ def water_fill(scores: Tensor, caps: Tensor, budget: int, minimum: Tensor | int 
     The fixed point of "give every layer its share, hand what overflows to those not yet full", in closed form:
     sorted by `cap / score`, the layers that overflow are the first ones. Fractions are rounded down and the units
     left over go to the largest fractions. Layers with score 0 get something only when all others are full, in
-    proportion to their caps; a score that is negative, infinite or NaN says nothing and counts as 0.
+    proportion to their caps; a score that is negative, infinite, NaN or below 1e-100 of the largest says nothing and
+    counts as 0.
 
     Args:
         scores: Importance of the layers, shape `(layers,)`, any scale.
@@ -179,7 +182,8 @@ class ImportanceTracker:
     the elements concerned keep their averages, while there a single infinity stays for ever.
 
     Args:
-        factors: The trained tensors of every layer by its name; the order of layers is the order of `scores`.
+        factors: The trained tensors of every layer by its name; the order of layers is the order of `scores`. Of
+            sharded ones (DTensor, or FSDP1's flat shards) each process follows its own part.
         beta1: Decay of the average importance I.
         beta2: Decay of its uncertainty U.
         importance: `"sensitivity"` for |T * grad|, `"magnitude"` for |T|.
@@ -225,12 +229,19 @@ class ImportanceTracker:
 
     @torch.no_grad()
     def scores(self) -> Tensor:
-        """The importance of every layer, float32 of shape `(layers,)` on the device of its first factor."""
-        sums = []
-        for name in self.factors:
-            means = [(i * u).mean() for i, u in zip(self._I[name], self._U[name], strict=True)]
-            sums.append(torch.stack([m.to(means[0].device) for m in means]).sum())
-        return torch.stack([s.to(sums[0].device) for s in sums])
+        """The importance of every layer, float32 of shape `(layers,)` on the device of the first factor.
+
+        Processes that train together must all call it: it adds up what each of them holds of a sharded factor, and all
+        get the same scores.
+        """
+        pairs = [pair for name in self.factors for pair in zip(self._I[name], self._U[name], strict=True)]
+        device = pairs[0][0].device
+        sums = torch.stack([(i * u).sum().to(device) for i, u in pairs])
+        totals = torch.stack([sums, sums.new_tensor([i.numel() for i, _ in pairs])])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+        means = totals[0] / totals[1]
+        return torch.stack([m.sum() for m in means.split([len(tensors) for tensors in self.factors.values()])])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages as flat names to tensors: `"I.<layer>.<factor>"` and `"U.<layer>.<factor>"`."""
@@ -259,7 +270,7 @@ class ImportanceTracker:
     def _with_gradient(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Tensors that have a gradient, the gradients, and their I and U, as four lists; all moved alike."""
         rows = [
-            (t.detach().float(), t.grad.detach().float(), i, u)
+            (_local(t).float(), _local(t.grad).float(), i, u)
             for name, tensors in self.factors.items()
             for t, i, u in zip(tensors, self._I[name], self._U[name], strict=True)
             if t.grad is not None
@@ -269,4 +280,10 @@ class ImportanceTracker:
 
 
 def _zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
+    return torch.zeros_like(_local(tensor), dtype=torch.float32, requires_grad=False)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor; any other tensor as it is."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -18,7 +18,7 @@ matrix takes one of the ``n`` places and nothing is kept beyond ``n``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -57,42 +57,48 @@ def magnitude_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_k
         ValueError: If the tiles are neither float32 nor float64, or there are none.
     """
     source = iter(tiles())
-    first = next(source, None)
-    if first is None:
-        raise ValueError("tiles yielded nothing; magnitude_threshold needs at least one tile.")
-    if first.dtype not in _PATTERNS:
-        raise ValueError(f"tiles are {first.dtype}; magnitude_threshold needs float32 or float64, so cast them first.")
+    first = _first_tile(source)
+    passes: Iterable[Tensor] = chain([first], source)
     pattern, unread = _PATTERNS[first.dtype]
-    once = [first] if first.numel() == numel else None
-    passes: Iterable[Tensor] = once or chain([first], source)
-
     rank = (numel - num_kept).clamp(0, numel)
     keep_all = rank == 0
     prefix = torch.zeros((), dtype=pattern, device=first.device)
     while unread > 0:
         # The narrow digit goes first, so that the widths add up to the pattern without its sign bit.
         width = unread % _DIGIT_BITS or _DIGIT_BITS
-        counts = torch.zeros(1 << width, dtype=torch.int64, device=first.device)
-        is_first = unread == _PATTERNS[first.dtype][1]
         unread -= width
+        counts = torch.zeros(1 << width, dtype=torch.int64, device=first.device)
         for tile in passes:
-            bits = tile.detach().contiguous().view(-1).view(pattern)
-            _count_digits(counts, bits, unread, None if is_first else prefix)
-        below = counts.cumsum(0)
-        digit = (below < rank).sum()
-        rank = rank - (below - counts).gather(0, digit.view(1)).view(())
+            _count_digits(counts, tile.detach().contiguous().view(-1).view(pattern), unread, prefix)
+        passes = [first] if first.numel() == numel else tiles()
+        digit, rank = _bin_of(rank, counts)
         prefix = (prefix << width) + digit.to(pattern)
-        passes = once or tiles()
     threshold = prefix.view(first.dtype)
     return torch.where(keep_all, torch.full_like(threshold, KEEP_ALL), threshold)
 
 
-def _count_digits(counts: Tensor, bits: Tensor, shift: int, prefix: Tensor | None) -> None:
-    """Add to `counts[d]` how many patterns have the digit d at `shift`, and `prefix` above it (any, if None)."""
+def _first_tile(source: Iterator[Tensor]) -> Tensor:
+    first = next(source, None)
+    if first is None:
+        raise ValueError("tiles yielded nothing; magnitude_threshold needs at least one tile.")
+    if first.dtype not in _PATTERNS:
+        raise ValueError(f"tiles are {first.dtype}; magnitude_threshold needs float32 or float64, so cast them first.")
+    return first
+
+
+def _bin_of(rank: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin that holds the entry of this rank (counted from 1), and its rank within the bin."""
+    below = counts.cumsum(0)
+    digit = (below < rank).sum()
+    return digit, rank - (below - counts).gather(0, digit.view(1)).view(())
+
+
+def _count_digits(counts: Tensor, bits: Tensor, shift: int, prefix: Tensor) -> None:
+    """Add to `counts[d]` how many patterns have the digit d at `shift`, and above it, without the sign, `prefix`."""
     mask, width = counts.numel() - 1, counts.numel().bit_length() - 1
-    member = None
-    if prefix is not None:
-        leading = torch.iinfo(bits.dtype).max >> (shift + width)  # without the sign bit
+    leading = torch.iinfo(bits.dtype).max >> (shift + width)
+    member = None  # the first digit has nothing above it
+    if leading:
         member = (bits >> (shift + width)).bitwise_and_(leading) == prefix
     if _on_host(bits):
         bits = bits if member is None else _select_few(bits, member)

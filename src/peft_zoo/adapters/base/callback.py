@@ -41,9 +41,8 @@ class StepCallback(TrainerCallback):
         self.stepper.step(state.global_step + 1)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the state in the checkpoint's folder."""
-        if state.is_world_process_zero:
-            save_file(self.stepper.state_dict(), self._file(args, state))
+        """Save the state in the checkpoint's folder; every process its own, which with FSDP is a part."""
+        save_file(self.stepper.state_dict(), self._file(args, state))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the state of the checkpoint that training resumes from."""
@@ -56,4 +55,6 @@ class StepCallback(TrainerCallback):
             warnings.warn(f"{path} is missing; {type(self).__name__} starts from nothing.", stacklevel=2)
 
     def _file(self, args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file_name
+        rank = f"_{args.process_index}" if args.world_size > 1 else ""  # as transformers does with `rng_state.pth`
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file_name
+        return path.with_stem(path.stem + rank)

@@ -105,7 +105,7 @@ class ZooConfig(PeftConfig):
         complete_model_card(Path(save_directory) / "README.md", f"{registration.NAMESPACE.lower()}{self.method_name}")
 
     def _check_shared(self) -> None:
-        self.require(isinstance(self.r, int) and self.r > 0, "r", "use an integer of at least 1")
+        self.require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
         biases = ("none", "all", f"zoo_{self.method_name}_only")
         self.require(self.bias in biases, "bias", f"use one of {', '.join(map(repr, biases))}")
         self.require(not isinstance(self.target_parameters, str), "target_parameters", "use a list of parameter names")

@@ -76,7 +76,10 @@ class ZooLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        if hasattr(base, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack a 4-bit weight, losing bits of it
+            base.support_avx512bf16_for_cpu = False
         self.layout = self._find_layout()
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
         for container in self.adapter_layer_names:
@@ -90,8 +93,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._snapshot: Snapshot | None = None
 
-    # ---- what a method supplies
-    # ------------------------------------------------------------------------------------------------
+    # ---- what a method supplies ----
 
     def init_adapter(self, name: str, config: ZooConfig) -> None:
         """Create the parameters and buffers of adapter `name`; must also work on the meta device."""
@@ -113,8 +115,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         """The factor on the update before any `scale_layer`; 1 unless the method has an alpha."""
         return 1.0
 
-    # ---- adapters
-    # --------------------------------------------------------------------------------------------------------------
+    # ---- adapters ----
 
     def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
         """Create adapter `name`, put it where the base layer is, and make it trainable if it is active."""
@@ -128,6 +129,12 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         """The parameter of adapter `name` in a container; the way to read one in the mathematics of a method."""
         factors = getattr(self, container)
         return factors[name] if type(factors) is FactorDict else factors(name)
+
+    def parameter(self, container: str, name: str) -> nn.Parameter:
+        """What the optimizer steps for `factor`: where FSDP1 has flattened the container, its flat parameter."""
+        factors = getattr(self, container)
+        parameter = factors[name]
+        return parameter if isinstance(parameter, nn.Parameter) else next(factors.parameters())
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the factor on the update of `adapter` to `scale` times its initial value; ignores unknown adapters."""
@@ -144,8 +151,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         for name in self._here(self.active_adapters):
             self.scaling[name] = self.scaling[name] / scale if scale else self.initial_scaling(self.configs[name])
 
-    # ---- forward
-    # ---------------------------------------------------------------------------------------------------------------
+    # ---- forward ----
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Base layer plus the updates of the active adapters, or with `adapter_names` of one adapter per sample."""
@@ -194,14 +200,14 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         return update if self.scaling[name] == 1.0 else update * self.scaling[name]
 
     def can_fuse(self, name: str, x: Tensor) -> bool:
-        """Whether the base layer's weight may be used directly: plain, frozen, fp32, no hooks, dropout or autocast."""
+        """Whether the base layer's weight may be used directly: plain, frozen, no hooks, dropout, autocast or cast."""
         base, config = self.base_layer, self.configs[name]
         weight = getattr(base, "weight", None)
         return (
             type(base) in (nn.Linear, Conv1D)
             and type(weight) is nn.Parameter
             and not isinstance(weight, DTensor)
-            and weight.dtype == x.dtype == torch.float32
+            and weight.dtype == x.dtype
             and not any(p.requires_grad for p in base.parameters(recurse=False))
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
             and not (self.training and (config.dropout or config.drop_path))
@@ -220,8 +226,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    # ---- merging
-    # ---------------------------------------------------------------------------------------------------------------
+    # ---- merging ----
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Scaled ΔW of `adapter` in the shape of the base layer's weight, in fp32."""
@@ -275,8 +280,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         """Whether peft may approximate the update by a LoRA; true unless a method says otherwise."""
         return True
 
-    # ---- odds and ends
-    # ---------------------------------------------------------------------------------------------------------
+    # ---- odds and ends ----
 
     def _find_layout(self) -> Layout:
         base = self.get_base_layer()
@@ -329,6 +333,13 @@ class ParameterTarget(ZooLayer):
         value = sum((self.get_delta_weight(adapter) for adapter in names), start=value).to(parameter.dtype)
         path = self._path_to(module)
         return torch.func.functional_call(self.base_layer, {f"{path}{name}": value}, (x, *args), kwargs)
+
+    def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
+        """As for any layer; dropouts are refused, as a parameter's value cannot drop parts of an input."""
+        for kind in ("dropout", "drop_path"):
+            fix = "use 0 with `target_parameters`: a parameter's value cannot drop parts of an input"
+            config.require(not getattr(config, kind), f"{config.method_name}_{kind}", fix)
+        super().add_adapter(name, config, inference_mode)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

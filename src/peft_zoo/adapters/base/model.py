@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
@@ -16,7 +17,7 @@ from peft.utils import (
     AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig
@@ -136,6 +137,14 @@ class ZooModel(BaseTuner):
                     RuntimeWarning,
                     stacklevel=4,
                 )
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As peft, which finds the adapter by the names of modules; inside FSDP1's units they differ from the keys."""
+        names = ((name.split("."), module) for name, module in model.named_modules())
+        modules = [(".".join(n for n in name if n != "_fsdp_wrapped_module"), module) for name, module in names]
+        renamed: Any = SimpleNamespace(named_modules=lambda: modules)
+        return super()._get_adapter_state_dict(renamed, *args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not defined for a general update.

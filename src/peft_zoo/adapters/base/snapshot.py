@@ -15,12 +15,14 @@ class Snapshot:
     """Remembers the base weight of a layer, writes merged weights in its place and restores it.
 
     A plain weight is copied, and written in place so that tied and tracked references stay valid. Quantizing a weight
-    again would not
-    give the same bits, so of a quantized layer the packed weight itself is kept: the backends put a new one in its
-        place.
+    again would not give the same bits, so of a quantized layer the packed weight itself is kept: the backends put a new
+    one in its place.
 
     Args:
         layer: An adapter layer with nothing merged.
+
+    Raises:
+        ValueError: If bitsandbytes has brought a 4-bit weight into a form that cannot be read back.
     """
 
     def __init__(self, layer: ZooLayer) -> None:
@@ -31,6 +33,7 @@ class Snapshot:
             self._module = layer.base_layer
             base = layer.get_base_layer()
             self._packed: Any = base.weight if hasattr(base, "weight") else None
+            _refuse_repacked(self._packed)
             self._attributes = dict(getattr(self._packed, "__dict__", {}))
             self._state = copy.copy(getattr(base, "state", None))
 
@@ -66,3 +69,12 @@ class Snapshot:
             vars(self._packed).update(self._attributes)  # bitsandbytes marks the old weight as not quantized
         if self._state is not None:
             base.state = self._state
+
+
+def _refuse_repacked(weight: Any) -> None:
+    """On CPUs with avx512bf16, the first forward pass repacks a 4-bit weight, and then it dequantizes to nonsense."""
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes has repacked the 4-bit weight for this CPU in an earlier forward pass, so it cannot be merged "
+            "into. Add the adapter before the model's first forward pass."
+        )

