@@ -19,7 +19,9 @@ AT_LEAST = 400  # tests a method passes: a skip must not hide a loss
 @pytest.mark.conformance
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not HARNESS.is_dir(), reason=f"the conformance harness is not at {HARNESS.name} beside the checkout")
+@pytest.mark.skipif(
+    not HARNESS.is_dir(), reason=f"the conformance harness is not at {HARNESS.name} beside the checkout"
+)
 def test_pefts_own_tests_pass() -> None:
     script = Path(__file__).with_name("run_conformance.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

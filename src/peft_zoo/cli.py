@@ -144,13 +144,19 @@ def _pairs(words: Sequence[str]) -> dict[str, str]:
 def _log_to_stderr() -> None:
     """Show what the tasks say about their progress."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("peft_zoo").setLevel(logging.INFO)
+    logging.getLogger("peft_zoo").setLevel(logging.INFO if _speaks() else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")  # of one about the other
+
+
+def _speaks() -> bool:
+    """Whether this process talks to the person; of several that train together only the first does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _write(text: str) -> None:
     """The one way out: everything a person asked for goes to stdout here."""
-    sys.stdout.write(text + "\n")
+    if _speaks():
+        sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def complete_model_card(path: Path, tag: str) -> None:
         return
     card.data.tags = tags + [new for new in ("peft-zoo", tag) if new not in tags]
     if HEADING not in card.text:
-        card.text = card.text.rstrip() + f"\n\n{HEADING}\n\n{LOADING}\n"
+        card.text = card.text.rstrip() + f"\n\n{HEADING}\n\n{LOADING}"  # no newline: peft would take it away again
     card.save(path)
 
 

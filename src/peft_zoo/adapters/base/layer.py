@@ -76,7 +76,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
         if hasattr(base, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack a 4-bit weight, losing bits of it
             base.support_avx512bf16_for_cpu = False
@@ -124,6 +124,14 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self.scaling[name] = self.initial_scaling(config)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; one that is merged is taken out of the base weight first."""
+        if adapter_name in self.merged_adapters:
+            others = [name for name in self.merged_adapters if name != adapter_name]
+            self.unmerge()
+            self.merge(adapter_names=others)
+        super().delete_adapter(adapter_name)
 
     def factor(self, container: str, name: str) -> Tensor:
         """The parameter of adapter `name` in a container; the way to read one in the mathematics of a method."""

@@ -75,6 +75,6 @@ def _refuse_repacked(weight: Any) -> None:
     """On CPUs with avx512bf16, the first forward pass repacks a 4-bit weight, and then it dequantizes to nonsense."""
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError(
-            "bitsandbytes has repacked the 4-bit weight for this CPU in an earlier forward pass, so it cannot be merged "
-            "into. Add the adapter before the model's first forward pass."
+            "bitsandbytes has repacked the 4-bit weight for this CPU in an earlier forward pass, so it cannot be "
+            "merged into. Add the adapter before the model's first forward pass."
         )

@@ -36,7 +36,7 @@ class Outcome:
         losses: Pairs of optimizer step and training loss.
         trainable_parameters, total_parameters: Counts, in elements.
         adapter_bytes: Size of `adapter_model.safetensors`.
-        seconds: Wall-clock time by stage, and of `load` and `train`.
+        seconds: Wall-clock time by stage, of `load` and `train`, and of `all`.
         peak_memory_bytes: Peak resident memory of the process; 0 where the system does not tell.
     """
 

@@ -147,7 +147,7 @@ def _fact_rows(outcome: Outcome) -> Rows:
             "training",
             f"{steps} steps in {outcome.seconds['train']:.0f} s ({outcome.seconds['train'] / steps:.2f} s a step)",
         ),
-        ("whole run", f"{sum(outcome.seconds.values()):.0f} s"),
+        ("whole run", f"{outcome.seconds['all']:.0f} s"),
     ]
     if outcome.peak_memory_bytes:
         rows.append(("peak memory", f"{outcome.peak_memory_bytes / 2**30:.1f} GiB"))

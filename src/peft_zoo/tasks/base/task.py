@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,11 +68,9 @@ class Task(ABC):
         """The module that `Trainer` calls: returns a loss (and logits) for a batch. Usually `model` itself."""
         return model
 
-    def prediction_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics from logits and labels; only called where `needs_predictions` is true."""
-        raise NotImplementedError
-
-    needs_predictions: ClassVar[bool] = False
+    def prediction_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
+        """What computes metrics from logits and labels; None where the loss says everything."""
+        return None
 
     @abstractmethod
     def score(self, metrics: Mapping[str, float]) -> float:

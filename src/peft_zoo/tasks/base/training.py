@@ -41,13 +41,39 @@ def train(task: Task) -> Outcome:
     Raises:
         SettingError: If the settings do not fit the task, the method, the model or the data.
     """
+    outcome = _announce(task)
+    output = output_folder(task.settings.output)
+    with _timed(outcome, "all"):
+        with _timed(outcome, "load"):
+            data = task.load_data()
+            base = task.load_model()
+        _evaluate_stage(outcome, "before", task, base, data)
+        with _timed(outcome, "train"):
+            # A fresh base: accelerate marks a model it has evaluated as prepared and would not make it data-parallel.
+            model = adapt(task, base := task.load_model())
+            outcome.trainable_parameters, outcome.total_parameters = model.get_nb_trainable_parameters()
+            outcome.losses = fit(task, model, data.train)
+        _evaluate_stage(outcome, "after", task, model, data)
+        _save(model, output)
+        del base, model
+        _check_saved(outcome, task, data, output)
+    outcome.adapter_bytes = (output / "adapter_model.safetensors").stat().st_size
+    outcome.peak_memory_bytes = _peak_memory()
+    if PartialState().is_main_process:
+        _write_reports(outcome, output)
+    return outcome
+
+
+def _announce(task: Task) -> Outcome:
+    """An outcome without results yet; mistakes in the settings are reported before anything is loaded.
+
+    Raises:
+        SettingError: If method, model or data are missing, or the method's fields are wrong.
+    """
     settings = task.settings
-    method = settings.require("method", "choose one, as listed by `peft-zoo methods`.")
-    check_options(method, settings.options)  # mistakes are reported before anything is loaded
-    output = output_folder(settings.output)
     outcome = Outcome(
         task=task.name,
-        method=method,
+        method=settings.require("method", "choose one, as listed by `peft-zoo methods`."),
         model=settings.require("model", "give a built-in model, a Hub id or a path."),
         data=settings.require("data", f"give {task.data_choices}."),
         metric=task.metric,
@@ -55,22 +81,8 @@ def train(task: Task) -> Outcome:
         note=task.note,
         settings=vars(settings),
     )
-    with _timed(outcome, "load"):
-        _log.info("loading %s and %s", outcome.model, outcome.data)
-        data, base = task.load_data(), task.load_model()
-    _evaluate_stage(outcome, "before", task, base, data)
-    with _timed(outcome, "train"):
-        model = adapt(task, base)
-        outcome.trainable_parameters, outcome.total_parameters = model.get_nb_trainable_parameters()
-        outcome.losses = fit(task, model, data.train)
-    _evaluate_stage(outcome, "after", task, model, data)
-    _save(model, output)
-    del base, model
-    _check_saved(outcome, task, data, output)
-    outcome.adapter_bytes = (output / "adapter_model.safetensors").stat().st_size
-    outcome.peak_memory_bytes = _peak_memory()
-    if PartialState().is_main_process:
-        _write_reports(outcome, output)
+    check_options(outcome.method, settings.options)
+    _log.info("loading %s and %s", outcome.model, outcome.data)
     return outcome
 
 
@@ -149,14 +161,14 @@ def _trainer(task: Task, model: nn.Module, callbacks: list[TrainerCallback] | No
         report_to="none",
         label_names=["labels"],
         remove_unused_columns=False,
-        prediction_loss_only=not task.needs_predictions,
+        prediction_loss_only=task.prediction_metrics() is None,
         dataloader_pin_memory=False,
     )
     trainer = Trainer(
         task.trained_module(model),
         arguments,
         data_collator=task.collate,
-        compute_metrics=task.prediction_metrics if task.needs_predictions else None,
+        compute_metrics=task.prediction_metrics(),
         callbacks=callbacks,
         **data,
     )

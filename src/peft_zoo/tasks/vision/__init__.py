@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -28,7 +28,6 @@ class VisionTask(Task):
     name = "vision"
     metric = "accuracy"
     higher_is_better = True
-    needs_predictions = True
     data_choices = f"{', '.join(BUILT_IN)}, or {LAYOUTS}"
     note = "The head is new, so the accuracy before training is that of guessing."
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -86,9 +85,9 @@ class VisionTask(Task):
         """The model with a loss: timm's own returns logits only."""
         return _Classifier(model)
 
-    def prediction_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def prediction_metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
         """The share of correct answers."""
-        return {"accuracy": float((np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids).mean())}
+        return accuracy
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """Accuracy, from 0 to 1."""
@@ -138,6 +137,12 @@ class VisionTask(Task):
     def _head_name(model: nn.Module) -> str:
         config: Any = model.pretrained_cfg
         return str(config["classifier"])
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of rows of the logits `(images, classes)` whose largest entry is the label's."""
+    answers = np.asarray(prediction.predictions).argmax(-1)
+    return {"accuracy": float((answers == prediction.label_ids).mean())}
 
 
 class _Classifier(nn.Module):
