@@ -1,4 +1,4 @@
-"""Tiny but real architectures, built from configurations without a download, and the helpers that every adapter test uses."""
+"""Tiny but real architectures, built from configurations without a download, and helpers for every adapter test."""
 
 from __future__ import annotations
 

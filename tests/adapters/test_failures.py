@@ -1,4 +1,4 @@
-"""Adding an adapter either succeeds or leaves the model exactly as it was; what is refused is refused with a sentence."""
+"""Adding an adapter either succeeds or leaves the model exactly as it was; a refusal is a sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_zoo import Method
 from tests.adapters.models import adapted, bits, config, fresh, inputs, layers, output, unchanged, wrap
 
 UNSUPPORTED = re.escape(
-    "Target module model.layers.0.input_layernorm: a layer of type LlamaRMSNorm is not supported; supported are nn.Linear"
+    "Target module model.layers.0.input_layernorm: a layer of type LlamaRMSNorm is not supported; supported are nn.Li"
 )
 # By the time they fail, modules have been replaced already: the attention's projections come before the norm.
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -77,9 +77,11 @@ def test_a_failed_add_adapter_leaves_the_model_as_it_was(method: Method, case: s
 def test_a_failed_injection_leaves_the_model_as_it_was(method: Method, case: str) -> None:
     changes, message = BAD[case]
     model = inject_adapter_in_model(config(method, target_modules=["q_proj", "v_proj"]), fresh("llama"))
+    before = output(model, "llama")
     with unchanged(model), pytest.raises((ValueError, RuntimeWarning), match=f"{message}|{LATE_WARNING}"):
         inject_adapter_in_model(config(method, **changes), model, adapter_name="other")
     assert list(model.peft_config) == ["default"]
+    assert torch.equal(output(model, "llama"), before)
 
 
 def test_a_late_failure_on_a_merged_model_leaves_it_unmerged(method: Method) -> None:

@@ -1,4 +1,4 @@
-"""Merging equals the forward pass, rounds once, and unmerging restores the bits, for every kind of layer and every dtype."""
+"""Merging equals the forward pass and rounds once; unmerging restores the bits: every kind of layer, every dtype."""
 
 from __future__ import annotations
 

@@ -138,6 +138,7 @@ def test_merging_quantizes_the_sum_once_and_unmerging_restores_the_bits(method: 
     with model.disable_adapter():
         before = output(model, "llama")
     originals, dense = weights_of(model), [layer.get_base_weight().clone() for layer in layers(model)]
+    flags = [getattr(layer.get_base_layer().weight, "bnb_quantized", None) for layer in layers(model)]
     adapted_output = output(model, "llama")
     model.merge_adapter()
     for layer, weight in zip(layers(model), dense, strict=True):
@@ -151,6 +152,7 @@ def test_merging_quantizes_the_sum_once_and_unmerging_restores_the_bits(method: 
         model.unmerge_adapter()
         assert all(same(one, other) for one, other in zip(weights_of(model), originals, strict=True))
         assert torch.equal(output(model, "llama"), adapted_output)
+        assert flags == [getattr(layer.get_base_layer().weight, "bnb_quantized", None) for layer in layers(model)]
         model.merge_adapter()
         assert all(same(one, other) for one, other in zip(weights_of(model), merged, strict=True))
         assert torch.equal(output(model, "llama"), merged_output)

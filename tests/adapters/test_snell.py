@@ -264,7 +264,7 @@ def test_plain_snell_allocates_nothing() -> None:
 def test_a_second_adapter_with_a_budget_is_refused() -> None:
     model = adapted(**SCHEDULE)
     fields = {"r": 4, "target_modules": ["first"], **SCHEDULE}
-    with pytest.raises(ValueError, match="target_sparsity: adapters .* only one trainable adapter"):
+    with pytest.raises(ValueError, match=r"target_sparsity: adapters .* only one trainable adapter"):
         model.add_adapter("second", SnellConfig(**fields))
     assert list(model.peft_config) == ["default"]
     model.add_adapter("frozen", SnellConfig(**fields, inference_mode=True))
@@ -309,7 +309,7 @@ def test_a_bad_pattern_value_is_refused_before_the_model_changes() -> None:
 
 
 def test_fits_a_sparse_full_rank_change_better_than_any_low_rank_pair() -> None:
-    """The claim of the papers in small (SNELL, fig. 4): the best rank-8 matrix leaves 53 % of this change unexplained."""
+    """The claim of the papers in small (SNELL, fig. 4), against the best rank-8 matrix there is."""
     change = 0.1 * torch.randn(64, 64) * (torch.rand(64, 64) < 0.1)
     model = adapted(nn.Sequential(nn.Linear(64, 64, bias=False)), target_modules=["0"], r=8, kernel_scale=1.0,
                     init_weights=True)  # fmt: skip

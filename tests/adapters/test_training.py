@@ -49,7 +49,7 @@ def trainer(method: Method, folder: Path, steps: int, **changes: Any) -> transfo
             control.should_training_stop = state.global_step >= steps
 
     callbacks: list[Any] = [Stop()]
-    return transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=callbacks)
+    return transformers.Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows(), callbacks=callbacks)
 
 
 def losses(run: transformers.Trainer) -> list[float]:
@@ -93,7 +93,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end(method: Method, tmp_path: Path
         metric_for_best_model="eval_loss",
         greater_is_better=True,
     )
-    run.eval_dataset = Rows()
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2"), "the worst, as asked"
     loaded = PeftModel.from_pretrained(fresh("llama"), tmp_path / "checkpoint-2")
@@ -108,8 +107,8 @@ def test_with_gradient_checkpointing(method: Method, reentrant: bool, tmp_path: 
         method,
         tmp_path / "checkpointed",
         2,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": reentrant},
     )
     checkpointed.train()
     assert losses(checkpointed) == losses(plain)

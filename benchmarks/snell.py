@@ -1,0 +1,372 @@
+"""SNELL and SNELLA beside peft's LoRA at equal trainable parameters, and beside the authors' algorithm written down
+densely: time of a training step, its peak memory, and what is saved for backward.
+
+    python -m benchmarks.snell                 measure, print, write benchmarks/results/snell_cpu.json (or _cuda)
+    python -m benchmarks.snell --quick         the same at toy sizes, in seconds; writes nothing
+    python -m benchmarks.snell --markdown      put the saved results into docs/methods/snell.md; measures nothing
+
+A method is only timed after its output, gradients and mask have been compared with the definition in float64, in this
+run and for these matrices. If one fails, its row has no number, nothing is saved and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from benchmarks import common
+from peft_zoo import SnellConfig
+from peft_zoo.adapters.snell import SnellLayer
+
+RANK = 8  # trainable parameters of an adapted layer: 8 (in + out) for LoRA and SNELL alike, 3 more for mix_k
+PAGE = common.ROOT / "docs" / "methods" / "snell.md"
+BASELINE, DENSE = "LoRA (peft)", "SNELL, dense autograd"
+
+
+# ---- what is compared ----
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "SNELL fused": {"forward_mode": "fused"},
+    "SNELL additive": {"forward_mode": "additive"},
+    # The budget is divided at every step; who divides once an epoch pays less.
+    "SNELLA fused": {"kernel": "mix_k", "sparsity": 0.5, "target_sparsity": 0.9, "total_step": 10**6},
+    "KLoRA fused": {"sparsify": "none", "forward_mode": "fused"},
+}
+
+
+class DenseSnell(nn.Module):
+    """The released algorithm as it stands, without its checkpoint: every matrix dense, and left to autograd.
+
+    Args:
+        base: The frozen layer.
+        A: Input factors (2, in, r/2).
+        B: Output factors (2, out, r/2).
+        config: `sparsify` is "none" or "signed_square", `kernel` "piecewise_linear" or "mix_k".
+        kernel_params: alpha, gamma, beta of `mix_k`.
+    """
+
+    def __init__(
+        self, base: nn.Module, A: Tensor, B: Tensor, config: SnellConfig, kernel_params: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.base, self.A, self.B, self.config = base, nn.Parameter(A), nn.Parameter(B), config
+        self.kernel_params = None if kernel_params is None else nn.Parameter(kernel_params)
+
+    def dense(self) -> Tensor:
+        """The kernel matrix W (in, out)."""
+        W = self.config.kernel_scale * (torch.cdist(self.A[0], self.B[0]) - torch.cdist(self.A[1], self.B[1]))
+        if self.kernel_params is None:
+            return W
+        alpha, gamma, beta = self.kernel_params
+        return W + alpha * torch.softmax(W / gamma, dim=1) + beta
+
+    def mask(self, W: Tensor) -> Tensor:
+        """Which weights lie above the quantile, (in, out)."""
+        magnitude = W.detach().abs()
+        if self.config.sparsify == "none":
+            return torch.ones_like(W, dtype=torch.bool)
+        return magnitude > float(_quantile(magnitude, self.config.sparsity))
+
+    def update(self, W: Tensor, mask: Tensor) -> Tensor:
+        """S (in, out)."""
+        return W if self.config.sparsify == "none" else W * (W.detach().abs() * mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = self.dense()
+        return self.base(x) + x @ self.update(W, self.mask(W))
+
+
+def _quantile(magnitude: Tensor, share: float) -> Tensor:
+    """`torch.quantile`, and where that refuses, beyond 2^24 elements, the sorting that it consists of."""
+    if magnitude.numel() <= 2**24:
+        return torch.quantile(magnitude.flatten(), share)
+    return magnitude.flatten().sort().values[int(share * (magnitude.numel() - 1))]
+
+
+class Block(nn.Module):
+    """A transformer block of ViT, its six linear layers apart, as the papers adapt them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, tokens, width)
+        h = self.norm1(x)
+        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and the shape of its input; the input requires a gradient, as in the middle of a network."""
+
+    name: str
+    build: Callable[[], nn.Sequential]
+    shape: tuple[int, int, int]  # batch, tokens, width
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is; the defaults are ViT-B/16 on eight images, and a layer of a 1-B language model."""
+
+    width: int = 2048
+    tokens: tuple[int, ...] = (512, 4096)
+    block_width: int = 768
+    heads: int = 12
+    batch: int = 8
+    patches: int = 197
+    blocks: int = 1
+
+    def cases(self) -> list[Case]:
+        """One linear layer for every number of tokens, and the blocks."""
+        linear = [
+            Case(f"linear {self.width} x {self.width}, {tokens} tokens", self._linear, (1, tokens, self.width))
+            for tokens in self.tokens
+        ]
+        name = f"ViT blocks of width {self.block_width} ({self.blocks}), {self.batch} x {self.patches} tokens"
+        return [*linear, Case(name, self._blocks, (self.batch, self.patches, self.block_width))]
+
+    def _linear(self) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(self.width, self.width))
+
+    def _blocks(self) -> nn.Sequential:
+        return nn.Sequential(*(Block(self.block_width, self.heads) for _ in range(self.blocks)))
+
+
+QUICK = Sizes(width=64, tokens=(16,), block_width=48, heads=2, batch=2, patches=5)
+
+
+def build(name: str, base: nn.Module, device: torch.device) -> Any:
+    """`base` with every linear layer adapted, on a device."""
+    targets = [key for key, module in base.named_modules() if isinstance(module, nn.Linear)]
+    if name == BASELINE:
+        return get_peft_model(base, LoraConfig(r=RANK, target_modules=targets)).to(device)
+    fields = VARIANTS.get(name, {})
+    model = get_peft_model(base, SnellConfig(r=RANK, target_modules=targets, **fields))
+    if name == DENSE:
+        for key, module in list(model.named_modules()):
+            if isinstance(module, SnellLayer):
+                model.set_submodule(key, _dense_twin(module))
+    return model.to(device)
+
+
+def _dense_twin(layer: SnellLayer, dtype: torch.dtype = torch.float32) -> DenseSnell:
+    def copied(container: Any) -> Tensor | None:
+        return container["default"].detach().clone().to(dtype) if "default" in container else None
+
+    A, B, params = (copied(c) for c in (layer.zoo_snell_A, layer.zoo_snell_B, layer.zoo_snell_kernel_params))
+    return DenseSnell(layer.base_layer, A, B, layer.configs["default"], params)
+
+
+# ---- is it right? ----
+
+TOLERANCE = 1e-5
+"""Largest relative error (in the norm of a whole tensor) of float32 against float64: some tens of roundings."""
+
+
+@functools.cache
+def check(name: str, shape: tuple[int, int], device: torch.device) -> str | None:
+    """Compare a method's layer of shape `(out, in)` with the definition in float64; says what is wrong, or None.
+
+    Weights that float32 cannot tell from the threshold may fall on either side of it: at most one, and one more in a
+    million. Everything else is compared for the mask that the layer has.
+    """
+    torch.manual_seed(0)
+    fields = {**VARIANTS[name], "init_weights": False}  # at the usual start the update is too small to be seen
+    base = nn.Sequential(nn.Linear(shape[1], shape[0]))
+    ours = get_peft_model(base, SnellConfig(r=RANK, target_modules=["0"], **fields)).to(device)
+    (adapted,) = (m for m in ours.modules() if isinstance(m, SnellLayer))
+    twin = _dense_twin(adapted, torch.float64)
+    W = twin.dense()
+    kept = adapted.get_delta_weight("default").detach().t() != 0
+    moved = int((kept != _largest(W.detach().abs(), int(adapted.zoo_snell_num_kept["default"]))).sum())
+    if moved > 2 * (1 + W.numel() // 10**6):
+        return f"{moved} weights are kept or dropped against the definition"
+    error = _error(ours, adapted, twin, twin.update(W, kept))
+    return None if error < TOLERANCE else f"relative error {error:.1e}"
+
+
+def _largest(magnitude: Tensor, count: int) -> Tensor:
+    """Which elements are among the `count` largest."""
+    rank = magnitude.numel() - count
+    return magnitude > (magnitude.flatten().sort().values[rank - 1] if rank else -1)
+
+
+def _error(ours: nn.Module, adapted: SnellLayer, twin: DenseSnell, S: Tensor) -> float:
+    """Largest relative error of the update's output and of the gradients of input and parameters."""
+    x = torch.randn(64, adapted.in_features, device=S.device, requires_grad=True)
+    dy = torch.randn(64, adapted.out_features, device=S.device)
+    base: Any = adapted.base_layer
+    y = ours(x)
+    got = [y - base(x), *torch.autograd.grad(y, [x, *(p for p in adapted.parameters() if p.requires_grad)], dy)]
+    x64 = x.detach().double().requires_grad_()
+    factors = [p for p in (twin.A, twin.B, twin.kernel_params) if p is not None]
+    y64 = x64 @ (base.weight.double().t() + S)
+    want = [x64 @ S, *torch.autograd.grad(y64, [x64, *factors], dy.double())]
+    return max(_distance(g.detach(), w.detach()) for g, w in zip(got, want, strict=True))
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+# ---- measuring ----
+
+
+def training_step(model: Any, case: Case, device: torch.device) -> common.Step:
+    """One step of training: forward, backward, AdamW and what the method adds; it leaves no gradient behind."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(case.shape, generator=generator).to(device) for _ in range(2))
+    x.requires_grad_()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    numbers = itertools.count(1)
+    allocate = getattr(model.base_model, "update_and_allocate", lambda step: None)
+
+    def step() -> None:
+        model(x).backward(dy)
+        optimizer.step()
+        allocate(next(numbers))
+        optimizer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return step
+
+
+def matrices_saved(model: nn.Module, case: Case, device: torch.device) -> int:
+    """How many tensors of the size of an adapted matrix are saved for backward.
+
+    Seen with four tokens, so that no activation is of that size.
+    """
+    x = torch.randn(1, 4, case.shape[2], device=device, requires_grad=True)
+    smallest = min(m.weight.numel() for m in case.build().modules() if isinstance(m, nn.Linear))
+    return common.saved_for_backward(lambda: model(x), model).at_least(smallest)
+
+
+def measure(case: Case, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """The rows of one case, peft's LoRA first."""
+    shapes = {tuple(m.weight.shape) for m in case.build().modules() if isinstance(m, nn.Linear)}
+    wrong = {name: "; ".join(filter(None, (check(name, shape, device) for shape in shapes))) for name in VARIANTS}
+    models = {}
+    for name in (BASELINE, *VARIANTS, DENSE):
+        torch.manual_seed(0)
+        models[name] = build(name, case.build(), device)
+    steps = {name: training_step(model, case, device) for name, model in models.items() if not wrong.get(name)}
+    seconds = common.interleaved(steps, repeats, device)
+    return [_row(name, model, case, steps, seconds, wrong.get(name), device) for name, model in models.items()]
+
+
+def _row(
+    name: str,
+    model: nn.Module,
+    case: Case,
+    steps: dict[str, common.Step],
+    seconds: dict[str, list[float]],
+    wrong: str | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if wrong:
+        return {"method": name, "parameters": trained, "wrong": wrong}
+    x = torch.randn(case.shape, device=device, requires_grad=True)
+    matrices = matrices_saved(model, case, device)
+    if name != DENSE and matrices:
+        return {"method": name, "parameters": trained, "wrong": f"saves {matrices} tensors of in x out elements"}
+    return {
+        "method": name,
+        "parameters": trained,
+        "seconds": statistics.median(seconds[name]),
+        "seconds_all": seconds[name],
+        "times_lora": common.ratio(seconds[name], seconds[BASELINE]),
+        "peak_bytes": common.peak_bytes(steps[name], device),
+        "saved_bytes": common.saved_for_backward(lambda: model(x), model).bytes,
+        "matrices_saved": matrices,
+    }
+
+
+# ---- showing ----
+
+HEADER = ("", "parameters", "ms a step", "x LoRA", "peak MiB", "saved MiB", "matrices saved")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as text; one that is wrong has no numbers."""
+    name, parameters = row["method"], f"{row['parameters']:,}"
+    if "wrong" in row:
+        return name, parameters, "wrong", "-", "-", "-", "-"
+    peak, saved = (f"{row[key] / common.MIB:.1f}" for key in ("peak_bytes", "saved_bytes"))
+    time = f"{row['seconds'] * 1e3:.1f}"
+    return name, parameters, time, f"{row['times_lora']:.2f}", peak, saved, f"{row['matrices_saved']}"
+
+
+def results_page(results: Sequence[dict[str, Any]]) -> str:
+    """Saved results as Markdown."""
+    parts = []
+    for result in results:
+        parts.append(f"{common.describe(result['machine'])}; median of {result['repeats']} rounds.")
+        for case in result["cases"]:
+            parts += [f"**{case['name']}**", common.markdown(HEADER, map(cells, case["rows"]))]
+    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.snell`."
+
+
+def saved_results() -> list[dict[str, Any]]:
+    """What lies in benchmarks/results, the CPU first."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(common.RESULTS.glob("snell_*.json"))]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.markdown:
+        page = common.replace_block(PAGE.read_text(encoding="utf-8"), "results", results_page(saved_results()))
+        PAGE.write_text(page, encoding="utf-8")
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = QUICK if options.quick else Sizes(blocks=options.blocks)
+    result: dict[str, Any] = {"benchmark": "snell", "machine": common.machine(device), "repeats": options.repeats}
+    result |= {"rank": RANK, "sizes": asdict(sizes), "cases": []}
+    print(common.describe(result["machine"]))
+    for case in sizes.cases():
+        rows = measure(case, options.repeats, device)
+        result["cases"].append({"name": case.name, "rows": rows})
+        print(f"\n{case.name}\n{common.aligned(HEADER, map(cells, rows))}", flush=True)
+    wrong = [
+        f"{case['name']}: {r['method']}: {r['wrong']}" for case in result["cases"] for r in case["rows"] if "wrong" in r
+    ]
+    print("\n" + "\n".join(wrong) if wrong else "")
+    path = options.json or (None if options.quick else common.RESULTS / f"snell_{device.type}.json")
+    if path and not wrong:
+        common.write_json(path, result)
+    return bool(wrong)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.snell", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="toy sizes; writes no file unless --json is given")
+    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
+    parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's choice)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
+    parser.add_argument("--blocks", type=int, default=1, help="ViT blocks (default 1)")
+    parser.add_argument("--json", type=Path, help="where to save (default benchmarks/results/snell_<device>.json)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
