@@ -48,6 +48,7 @@ class SnellConfig(ZooConfig):
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "sparsity_pattern": "sparsity"}
     # Elsewhere a zero update would have a zero gradient: it could never leave the start.
     identity: ClassVar[dict[str, Any]] = {"sparsify": "none", "init_weights": "paired"}
+    suggested_learning_rate: ClassVar[float | None] = 0.02
 
     kernel: str = option("piecewise_linear", f"How a weight comes from its factors: {', '.join(KERNELS)}.")
     kernel_groups: int = option(2, "Number of groups G; must divide r.")
@@ -234,9 +235,8 @@ class SnellAllocator:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up the averages and the budget of the start."""
-        state = dict(state)
-        self.initial = int(state.pop("initial"))
-        self.tracker.load_state_dict(state)
+        self.initial = int(state["initial"])
+        self.tracker.load_state_dict({key: value for key, value in state.items() if key != "initial"})
 
 
 class SnellCallback(StepCallback):

@@ -89,7 +89,9 @@ def compare(plan: Plan) -> dict[str, Any]:
         best = max(plan.learning_rates, key=lambda rate: (sign * tuning[rate]["score"], -rate))
         runs = {seed: runner.score(method, best, seed, "test") for seed in plan.seeds}
         results[method] = _summarize(tuning, best, runs)
-    report = {"settings": vars(plan.settings), "metric": runner.metric, "methods": results}
+    settings = {**vars(plan.settings), "data": Path(str(plan.settings.data)).name}  # where it lay is nobody's business
+    del settings["output"]
+    report = {"settings": settings, "metric": runner.metric, "methods": results}
     (output / "comparison.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (output / "comparison.md").write_text(markdown_table(report), encoding="utf-8")
     return report
@@ -115,7 +117,7 @@ def markdown_table(report: Mapping[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Task {settings['task']} on {Path(str(settings['data'])).name}, {settings['steps']} steps of "
+            f"Task {settings['task']} on {settings['data']}, {settings['steps']} steps of "
             f"{settings['batch_size']}, {settings['train_size']} training and {settings['eval_size']} held-out "
             "examples. Learning rates were chosen on the validation split with a seed of its own; the test split was "
             "scored once for each seed (mean ± standard deviation).",

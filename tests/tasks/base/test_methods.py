@@ -6,6 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from peft_zoo.registration import methods
+from peft_zoo.tasks.base.catalog import load_task
 from peft_zoo.tasks.base.methods import (
     BASELINE,
     TABLE_WIDTH,
@@ -15,6 +16,7 @@ from peft_zoo.tasks.base.methods import (
     config_class,
     method_table,
 )
+from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.values import SettingError
 
 SCHEDULED = [name for name, method in methods().items() if hasattr(method.config_cls, "target_sparsity")]
@@ -63,6 +65,15 @@ def test_a_schedule_gets_the_length_of_the_run(name: str) -> None:
     given = build_config(name, {"target_sparsity": "0.95", "total_step": "9"}, {}, steps=77)
     assert given.total_step == 9  # type: ignore[attr-defined]
     assert build_config(name, {}, {}, steps=77).total_step is None  # type: ignore[attr-defined]
+
+
+def test_a_method_may_suggest_its_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = load_task(TrainSettings(method=BASELINE)).settings.learning_rate
+    assert default is not None
+    monkeypatch.setattr(LoraConfig, "suggested_learning_rate", 10 * default, raising=False)
+    assert load_task(TrainSettings(method=BASELINE)).settings.learning_rate == 10 * default
+    assert load_task(TrainSettings(method=BASELINE, learning_rate=0.5)).settings.learning_rate == 0.5
+    assert load_task(TrainSettings()).settings.learning_rate == default
 
 
 def test_the_baseline_wants_no_callback(monkeypatch: pytest.MonkeyPatch) -> None:

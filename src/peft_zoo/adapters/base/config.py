@@ -34,6 +34,8 @@ class ZooConfig(PeftConfig):
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
     #: Arguments with which a new adapter leaves the output exactly as it was; empty where the defaults do.
     identity: ClassVar[dict[str, Any]] = {}
+    #: Where to start looking for AdamW's learning rate; None where LoRA's usual ones do.
+    suggested_learning_rate: ClassVar[float | None] = None
 
     r: int = option(8, "Rank, at least 1.")
     target_modules: list[str] | str | None = option(

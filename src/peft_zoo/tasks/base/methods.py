@@ -32,6 +32,16 @@ def config_class(name: str) -> type[PeftConfig]:
     raise unknown("method", name, [*registered, BASELINE])
 
 
+def suggested_settings(name: str | None) -> dict[str, Any]:
+    """Settings that suit a method better than the task's: its configuration class may carry `suggested_learning_rate`.
+
+    Raises:
+        SettingError: If there is no such method.
+    """
+    rate = None if name is None else getattr(config_class(name), "suggested_learning_rate", None)
+    return {} if rate is None else {"learning_rate": rate}
+
+
 def build_config(name: str, options: Mapping[str, str], defaults: Mapping[str, Any], steps: int) -> PeftConfig:
     """Make a method's configuration.
 

@@ -40,7 +40,7 @@ class TrainSettings:
     data: str | None = _setting("a built-in data set or a path")
     steps: int | None = _setting("optimizer steps")
     batch_size: int | None = _setting("examples in a step")
-    learning_rate: float | None = _setting("peak learning rate of AdamW, linear decay")
+    learning_rate: float | None = _setting("peak learning rate of AdamW, linear decay (default: what suits the method)")
     max_length: int | None = _setting("language: tokens in an example")
     image_size: int | None = _setting("vision: pixels along each side, a multiple of the patch size")
     train_size: int | None = _setting("at most so many training examples")

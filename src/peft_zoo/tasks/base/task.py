@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
+from peft_zoo.tasks.base.methods import suggested_settings
 from peft_zoo.tasks.base.settings import TrainSettings
 
 Batch = dict[str, Tensor]
@@ -35,7 +36,10 @@ class Task(ABC):
         data_choices: What `--data` can be, for the error when it is missing.
         note: What a reader of the report must know about the first score; may be empty.
         defaults: Settings used where the user said nothing.
-        settings: The run's settings, completed by `defaults`.
+        settings: The run's settings, completed by what the method suggests and by `defaults`.
+
+    Raises:
+        SettingError: If the settings name a method that does not exist.
     """
 
     name: ClassVar[str]
@@ -46,7 +50,7 @@ class Task(ABC):
     defaults: ClassVar[Mapping[str, Any]]
 
     def __init__(self, settings: TrainSettings) -> None:
-        self.settings = settings.completed(self.defaults)
+        self.settings = settings.completed({**self.defaults, **suggested_settings(settings.method)})
 
     @abstractmethod
     def load_data(self) -> Splits:
