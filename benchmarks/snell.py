@@ -168,7 +168,7 @@ def build(name: str, base: nn.Module, device: torch.device) -> Any:
 
 
 def _dense_twin(layer: SnellLayer, dtype: torch.dtype = torch.float32) -> DenseSnell:
-    def copied(container: Any) -> Tensor | None:
+    def copied(container: Any) -> Any:
         return container["default"].detach().clone().to(dtype) if "default" in container else None
 
     A, B, params = (copied(c) for c in (layer.zoo_snell_A, layer.zoo_snell_B, layer.zoo_snell_kernel_params))

@@ -186,3 +186,23 @@ def test_an_error_in_the_forward_pass_leaves_no_hooks(method: Method) -> None:
     weights = [bits(p) for p in model.parameters()]
     output(model, "llama")
     assert all(torch.equal(bits(p), b) for p, b in zip(model.parameters(), weights, strict=True))
+
+
+def test_a_refused_merge_of_one_layer_leaves_all_layers_as_they_were(method: Method) -> None:
+    model = adapted(method, "llama")
+    *_, last = layers(model)
+    with torch.no_grad():
+        for container in last.adapter_layer_names:
+            for factor in getattr(last, container).values():
+                factor.fill_(float("nan"))
+    weights = [bits(layer.base_layer.weight) for layer in layers(model)]
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in layers(model))
+    assert all(torch.equal(bits(layer.base_layer.weight), w) for layer, w in zip(layers(model), weights, strict=True))
+
+
+def test_merging_a_weight_that_others_share_warns(method: Method) -> None:
+    model = adapted(method, "gpt2", target_modules=["wte"])
+    with pytest.warns(UserWarning, match=r"\['lm_head.weight', 'transformer.wte.weight'\] share"):
+        model.merge_adapter()

@@ -138,7 +138,7 @@ def test_generate_with_beams(method: Method, name: str, beams: int) -> None:
         for step, expected in zip(mixed.scores, separate[adapter].scores, strict=True):
             torch.testing.assert_close(step[rows], expected[rows], rtol=1e-4, atol=1e-4)
         for other in set(NAMES) - {adapter}:
-            assert (mixed.scores[0][rows] - separate[other].scores[0][rows]).abs().max() > 1e-2
+            assert not torch.allclose(mixed.scores[0][rows], separate[other].scores[0][rows], rtol=1e-3, atol=1e-3)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -72,7 +72,7 @@ def output_of(command: list[str]) -> str:
     path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.run(command, env=environment, timeout=240, check=False, **both).stdout
+    return subprocess.run(command, env=environment, timeout=600, check=False, **both).stdout
 
 
 @pytest.mark.parametrize("case", list(worker.cases()))

@@ -146,6 +146,45 @@ class ZooModel(BaseTuner):
         renamed: Any = SimpleNamespace(named_modules=lambda: modules)
         return super()._get_adapter_state_dict(renamed, *args, **kwargs)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge as peft does; if one layer refuses, the others go back to what they were.
+
+        Raises:
+            ValueError: With `safe_merge`, if a merged weight would not be finite.
+        """
+        before = {layer: list(layer.merged_adapters) for layer in self._zoo_layers()}
+
+        def undo() -> None:
+            for layer, names in before.items():
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    layer.merge(adapter_names=names)
+
+        with ExitStack() as stack:
+            stack.callback(undo)
+            super().merge_adapter(adapter_names, safe_merge)
+            stack.pop_all()
+
+    def _check_merge_allowed(self) -> None:
+        """Warn about every weight that others share; peft knows only those with the usual names."""
+        super()._check_merge_allowed()
+        if self._get_tied_target_modules(self.model):
+            return
+        owners: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
+        merged = [w for layer in self._zoo_layers() for w in layer.base_layer.parameters(recurse=False)]
+        shared = sorted({name for w in merged if len(owners[id(w)]) > 1 for name in owners[id(w)]})
+        if shared:
+            warnings.warn(
+                f"Merging changes a weight that {shared} share, so the merged model differs from the adapted one. "
+                "Untie them first, for example with `tie_word_embeddings=False`.",
+                stacklevel=3,
+            )
+
+    def _zoo_layers(self) -> list[ZooLayer]:
+        return [module for module in self.modules() if isinstance(module, ZooLayer)]
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not defined for a general update.
 
@@ -182,7 +221,7 @@ class ZooModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if not isinstance(names, (list, tuple)):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        known = {BASE}.union(*(layer.scaling for layer in self.modules() if isinstance(layer, ZooLayer)))
+        known = {BASE}.union(*(layer.scaling for layer in self._zoo_layers()))
         unknown = sorted(set(names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
