@@ -3,117 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from peft_zoo.kernels import kernelized_linear as module
-from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix, reference_weight, sparsify
+from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix, reference_weight
 from peft_zoo.kernels.kernel_tiles import TILE_ELEMENTS
 from peft_zoo.kernels.kernelized_linear import kernelized_linear, kernelized_weight, threshold
-
-TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-10}
-SPECS = [
-    KernelSpec(kernel, norm, 0.1, mode)
-    for kernel, norm, mode in itertools.product(KERNELS, (1, 2), SPARSIFY)
-    if norm == 2 or kernel in ("piecewise_linear", "mix_k")
-]
-SHAPES = [(1, 1), (1, 63), (63, 1), (63, 1000), (1000, 63), (37, 53), (128, 128)]
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles, the last one narrower, at the sizes of these tests."""
-    monkeypatch.setitem(TILE_ELEMENTS, "cpu", 700)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 500)
-
-
-class Case(NamedTuple):
-    """Arguments of one call; the trained ones require a gradient."""
-
-    x: Tensor
-    A: Tensor
-    B: Tensor
-    params: Tensor | None
-    num_kept: Tensor
-    spec: KernelSpec
-    weight: Tensor
-    bias: Tensor
-
-    def trained(self) -> list[Tensor]:
-        return [t for t in (self.x, self.A, self.B, self.params) if t is not None]
-
-    def run(self, fused: bool = False, x: Tensor | None = None) -> Tensor:
-        extra = (self.weight, self.bias) if fused else ()
-        x = self.x if x is None else x
-        return kernelized_linear(x, self.A, self.B, self.params, self.num_kept, self.spec, *extra)
-
-    def reference(self, fused: bool = False) -> Tensor:
-        S = reference_weight(self.A, self.B, self.params, self.num_kept, self.spec)
-        return self.x @ (S + self.weight.t()) + self.bias if fused else self.x @ S
-
-    def frozen(self) -> Case:
-        return Case(*(v.detach() if isinstance(v, Tensor) else v for v in self))
-
-
-def make(
-    spec: KernelSpec = KernelSpec(),  # noqa: B008
-    features: tuple[int, int] = (37, 53),
-    tokens: tuple[int, ...] = (4, 5),
-    dtype: torch.dtype = torch.float32,
-    groups: int = 2,
-    rank: int = 3,
-    density: float = 0.2,
-) -> Case:
-    inputs, outputs = features
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype).requires_grad_()
-
-    has_params = spec.kernel not in ("piecewise_linear", "linear")
-    return Case(
-        leaf(*tokens, inputs),
-        leaf(groups, inputs, rank),
-        leaf(groups, outputs, rank),
-        torch.tensor([0.8, 0.7, 0.3], dtype=dtype, requires_grad=True) if has_params else None,
-        torch.tensor(round(density * inputs * outputs)),
-        spec,
-        torch.randn(outputs, inputs, dtype=dtype),
-        torch.randn(outputs, dtype=dtype),
-    )
-
-
-def assert_near(found: Tensor, expected: Tensor, tolerance: float, size: float | None = None) -> None:
-    """Largest error relative to the largest entry, or to `size`."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    error = (found - expected).abs().max().item()
-    size = max(expected.abs().max().item(), 1e-6) if size is None else size
-    assert error <= tolerance * size, f"{error} of {size}"
-
-
-def assert_parity(case: Case, fused: bool) -> None:
-    y, expected = case.run(fused), case.reference(fused)
-    dy = torch.randn_like(y)
-    tolerance = TOLERANCE[y.dtype]
-    assert_near(y, expected, tolerance)
-    found = torch.autograd.grad(y, case.trained(), dy)
-    definition = torch.autograd.grad(expected, case.trained(), dy)
-    for i in range(3):
-        assert_near(found[i], definition[i], tolerance)
-    if case.params is not None:
-        assert_near(found[3], definition[3], tolerance, size=mass(case, dy))
-
-
-def mass(case: Case, dy: Tensor) -> float:
-    """Sum of |dW|: the gradient of a kernel parameter adds up as many numbers of both signs, and rounds with them."""
-    W = kernel_matrix(case.A, case.B, case.params, case.spec).detach().requires_grad_()
-    y = case.x.detach() @ sparsify(W, case.num_kept, case.spec)
-    return torch.autograd.grad(y, W, dy)[0].abs().sum().item()
+from tests.kernels.cases import SHAPES, SPECS, TOLERANCE, Case, assert_near, assert_parity, make, small_tiles  # noqa: F401
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -298,120 +200,6 @@ def test_products_run_only_for_the_gradients_that_are_needed(monkeypatch: pytest
     monkeypatch.setattr(module, "apply_sparsity", lambda *a, **k: (sizes.append(1), apply(*a, **k))[1])
     y.sum().backward()
     assert gathered and not sizes
-
-
-def test_used_twice() -> None:
-    case = make(dtype=torch.float64)
-
-    def twice(layer: Any) -> Tensor:
-        return layer(case.x) + 2 * layer(case.x.tanh())
-
-    S = reference_weight(case.A, case.B, case.params, case.num_kept, case.spec)
-    found = torch.autograd.grad(twice(lambda x: case.run(x=x)).sum(), case.trained())
-    expected = torch.autograd.grad(twice(lambda x: x @ S).sum(), case.trained())
-    for gradient, definition in zip(found, expected, strict=True):
-        assert_near(gradient, definition, 1e-10)
-
-
-def test_second_derivatives_are_refused() -> None:
-    case = make()
-    first = torch.autograd.grad(case.run().square().sum(), case.A, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        first.sum().backward()
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
-    case = make(KernelSpec("mix_k"))
-    plain = torch.autograd.grad(case.run(True).sum(), case.trained())
-    y = checkpoint(lambda *_: case.run(True), *case.trained(), use_reentrant=reentrant)
-    y.sum().backward()
-    assert all(torch.equal(t.grad, g) for t, g in zip(case.trained(), plain, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fused", [False, True])
-def test_sixteen_bit_inputs_round_only_operands_and_results(dtype: torch.dtype, fused: bool) -> None:
-    case = make(KernelSpec("mix_k"), tokens=(64,))
-    x = case.x.detach().to(dtype).requires_grad_()
-    y = case._replace(x=x).run(fused)
-    assert y.dtype == dtype
-    dy = torch.randn_like(y)
-    found = torch.autograd.grad(y, [x, case.A, case.B, case.params], dy)
-    wide = case._replace(x=x.detach().float().requires_grad_())
-    expected = wide.reference(fused)
-    gradients = torch.autograd.grad(expected, wide.trained(), dy.float())
-    epsilon = torch.finfo(dtype).eps
-    assert_near(y.float(), expected, 2 * epsilon)
-    assert_near(found[0].float(), gradients[0], 2 * epsilon)
-    for gradient, definition in zip(found[1:], gradients[1:], strict=True):
-        assert_near(gradient, definition, 5e-6)  # nothing in 16 bits on the way to the factors
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_autocast_casts_the_input_and_leaves_the_kernel_alone(fused: bool) -> None:
-    case = make()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = case.run(fused)
-        S = kernelized_weight(case.A, case.B, None, case.num_kept, case.spec)
-        y.float().sum().backward()  # also when backward runs inside
-    assert y.dtype == torch.bfloat16 and S.dtype == torch.float32
-    assert torch.equal(S, kernelized_weight(case.A, case.B, None, case.num_kept, case.spec))
-    assert torch.equal(y, case.run(fused, x=case.x.bfloat16()))
-    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in case.trained())
-    assert make(dtype=torch.float64).run().dtype == torch.float64
-
-
-def test_factors_in_sixteen_bits_are_widened() -> None:
-    case = make()
-    A, B = (t.detach().bfloat16().requires_grad_() for t in (case.A, case.B))
-    y = case._replace(A=A, B=B).run()
-    assert torch.equal(y, case._replace(A=A.float(), B=B.float()).run())
-    y.sum().backward()
-    assert A.grad is not None and A.grad.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
-@pytest.mark.parametrize("fused", [False, True])
-def test_compiles_in_one_graph_and_equals_eager(kernel: str, fused: bool) -> None:
-    case = make(KernelSpec(kernel))
-    torch.compiler.reset()
-
-    def step(x: Tensor) -> Tensor:
-        S = kernelized_weight(case.A, case.B, case.params, case.num_kept, case.spec)
-        return case.run(fused, x=x.sin()).cos().sum() + S.square().sum()
-
-    eager = step(case.x)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(case.x)
-    assert torch.equal(eager, compiled)
-    for a, b in zip(
-        torch.autograd.grad(eager, case.trained()), torch.autograd.grad(compiled, case.trained()), strict=True
-    ):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
-def test_operators_keep_the_contracts_of_torch(kernel: str) -> None:
-    case = make(KernelSpec(kernel), (7, 9), (3,))
-    fields = (kernel, 2, 0.1, "signed_square")
-    _, A, B, params, num_kept, *_ = case.frozen()
-    t = threshold(A, B, params, num_kept, case.spec)
-    factors = (case.A, case.B, case.params)
-    frozen = (A, B, params)
-    dy, dS = torch.randn(3, 9), torch.randn(9, 7)
-    for operator, arguments in [
-        (module._threshold, (*frozen, num_kept)),
-        (module._weight, (*factors, num_kept, None)),
-        (module._weight, (*factors, num_kept, t)),
-        (module._weight_backward, (dS, *frozen, t)),
-        (module._linear, (case.x, *factors, num_kept, None, case.weight, case.bias)),
-        (module._linear, (case.x, *frozen, num_kept, t, None, None)),
-        (module._linear, (case.x.detach(), *factors, num_kept, t, None, None)),
-        (module._linear_backward, (dy, case.x.detach(), *frozen, t, case.weight, True)),
-        (module._linear_backward, (dy, None, *frozen, t, None, True)),
-        (module._linear_backward, (dy, case.x.detach(), *frozen, t, None, False)),
-    ]:
-        torch.library.opcheck(operator, (*arguments, *fields))
 
 
 def test_no_mask_means_no_threshold() -> None:
