@@ -4,6 +4,7 @@ from peft_zoo.adapters.snell import SnellAllocator as SnellAllocator
 from peft_zoo.adapters.snell import SnellCallback as SnellCallback
 from peft_zoo.adapters.snell import SnellConfig as SnellConfig
 from peft_zoo.adapters.snell import SnellModel as SnellModel
+from peft_zoo.adapters.snell_import import import_snell_checkpoint as import_snell_checkpoint
 from peft_zoo.registration import Method as Method
 from peft_zoo.registration import methods as methods
 
