@@ -7,8 +7,6 @@ from __future__ import annotations
 import logging
 import os
 
-from _peft_zoo_torchvision import declare_missing_ops
-
 # Where these are installed, importing peft imports them, and they report at length which optional parts they lack.
 TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
@@ -19,7 +17,6 @@ def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    declare_missing_ops()
     from peft_zoo.cli import main as run
 
     return run()

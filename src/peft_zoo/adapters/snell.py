@@ -48,7 +48,7 @@ class SnellConfig(ZooConfig):
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "sparsity_pattern": "sparsity"}
     # Elsewhere a zero update would have a zero gradient: it could never leave the start.
     identity: ClassVar[dict[str, Any]] = {"sparsify": "none", "init_weights": "paired"}
-    suggested_learning_rate: ClassVar[float | None] = 0.02
+    suggested_learning_rate: ClassVar[float | None] = 0.03
 
     kernel: str = option("piecewise_linear", f"How a weight comes from its factors: {', '.join(KERNELS)}.")
     kernel_groups: int = option(2, "Number of groups G; must divide r.")
