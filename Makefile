@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types docs notebooks bench conformance clean
+.PHONY: help setup demo test test-fast lint types docs notebooks bench compile-gate conformance clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r name text; do \
@@ -63,6 +63,9 @@ notebooks: $(STAMP)  ## execute every notebook, at its quick size
 
 bench: $(STAMP)  ## run one benchmark: make bench BENCH=snell
 	$(PY) -m benchmarks.$(BENCH)
+
+compile-gate: $(STAMP)  ## compile every GPU kernel, no GPU needed, and write the table of what they use
+	$(PY) -m benchmarks.compile_gate
 
 conformance: $(STAMP)  ## peft's own test-suite against every method, full profile
 	$(PY) tests/run_conformance.py --full

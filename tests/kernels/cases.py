@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels import kernelized_linear as module
+from peft_zoo.kernels import kernelized_merge as module
 from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix, reference_weight, sparsify
 from peft_zoo.kernels.kernel_tiles import TILE_ELEMENTS
 from peft_zoo.kernels.kernelized_linear import kernelized_linear

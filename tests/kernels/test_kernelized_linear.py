@@ -14,7 +14,8 @@ from torch import Tensor
 from peft_zoo.kernels import kernelized_linear as module
 from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix, reference_weight
 from peft_zoo.kernels.kernel_tiles import TILE_ELEMENTS
-from peft_zoo.kernels.kernelized_linear import kernelized_linear, kernelized_weight, threshold
+from peft_zoo.kernels.kernelized_linear import kernelized_linear
+from peft_zoo.kernels.kernelized_merge import kernelized_weight, threshold
 from tests.kernels.cases import SHAPES, SPECS, TOLERANCE, Case, assert_near, assert_parity, make, small_tiles  # noqa: F401
 
 

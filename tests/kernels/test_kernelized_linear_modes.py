@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from peft_zoo.kernels import kernelized_linear as module
 from peft_zoo.kernels.kernel_matrix import KernelSpec, reference_weight
-from peft_zoo.kernels.kernelized_linear import kernelized_weight, threshold
+from peft_zoo.kernels.kernelized_merge import kernelized_weight
 from tests.kernels.cases import assert_near, make, small_tiles  # noqa: F401
 
 
@@ -103,27 +102,3 @@ def test_compiles_in_one_graph_and_equals_eager(kernel: str, fused: bool) -> Non
         torch.autograd.grad(eager, case.trained()), torch.autograd.grad(compiled, case.trained()), strict=True
     ):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
-def test_operators_keep_the_contracts_of_torch(kernel: str) -> None:
-    case = make(KernelSpec(kernel), (7, 9), (3,))
-    fields = (kernel, 2, 0.1, "signed_square")
-    _, A, B, params, num_kept, *_ = case.frozen()
-    t = threshold(A, B, params, num_kept, case.spec)
-    factors = (case.A, case.B, case.params)
-    frozen = (A, B, params)
-    dy, dS = torch.randn(3, 9), torch.randn(9, 7)
-    for operator, arguments in [
-        (module._threshold, (*frozen, num_kept)),
-        (module._weight, (*factors, num_kept, None)),
-        (module._weight, (*factors, num_kept, t)),
-        (module._weight_backward, (dS, *frozen, t)),
-        (module._linear, (case.x, *factors, num_kept, None, case.weight, case.bias)),
-        (module._linear, (case.x, *frozen, num_kept, t, None, None)),
-        (module._linear, (case.x.detach(), *factors, num_kept, t, None, None)),
-        (module._linear_backward, (dy, case.x.detach(), *frozen, t, case.weight, True)),
-        (module._linear_backward, (dy, None, *frozen, t, None, True)),
-        (module._linear_backward, (dy, case.x.detach(), *frozen, t, None, False)),
-    ]:
-        torch.library.opcheck(operator, (*arguments, *fields))

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_zoo.kernels import magnitude_threshold as module
-from peft_zoo.kernels.magnitude_threshold import KEEP_ALL, magnitude_threshold, magnitude_threshold_reference
+from peft_zoo.kernels.magnitude_threshold import KEEP_ALL, magnitude_threshold_reference, tiled_threshold
 
 DTYPES = (torch.float32, torch.float64)
 
 
 def select(w: Tensor, num_kept: int, tile: int | None = None) -> Tensor:
     w = w.flatten()
-    return magnitude_threshold(lambda: w.split(tile or w.numel()), w.numel(), torch.tensor(num_kept))
+    return tiled_threshold(lambda: w.split(tile or w.numel()), w.numel(), torch.tensor(num_kept))
 
 
 @st.composite
@@ -89,10 +89,10 @@ def test_a_single_tile_is_computed_once_and_several_once_per_pass() -> None:
             calls.append(len(tile))
             yield tile
 
-    magnitude_threshold(lambda: tiles(64), 64, torch.tensor(5))
+    tiled_threshold(lambda: tiles(64), 64, torch.tensor(5))
     assert calls == [64]
     calls.clear()
-    magnitude_threshold(lambda: tiles(32), 64, torch.tensor(5))
+    tiled_threshold(lambda: tiles(32), 64, torch.tensor(5))
     assert calls == [32] * 4
 
 
@@ -110,14 +110,14 @@ def test_an_accelerator_is_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     waiting = {"aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::masked_select", "aten::sort"}
     w, num_kept = torch.randn(1000), torch.tensor(77)
     with Recorder() as here:
-        expected = magnitude_threshold(lambda: w.split(100), 1000, num_kept)
+        expected = tiled_threshold(lambda: w.split(100), 1000, num_kept)
     assert "aten::_local_scalar_dense" not in here.ops
     monkeypatch.setattr(module, "_on_host", lambda tensor: False)
     with Recorder() as there:
-        found = magnitude_threshold(lambda: w.split(100), 1000, num_kept)
+        found = tiled_threshold(lambda: w.split(100), 1000, num_kept)
     assert not there.ops & waiting, there.ops & waiting
     assert torch.equal(found, expected)
-    meta = magnitude_threshold(lambda: w.to("meta").split(100), 1000, num_kept.to("meta"))  # has no values to wait for
+    meta = tiled_threshold(lambda: w.to("meta").split(100), 1000, num_kept.to("meta"))  # has no values to wait for
     assert meta.shape == ()
 
 
@@ -131,6 +131,6 @@ def test_the_path_of_accelerators_equals_the_definition(w: Tensor, num_kept: int
 
 def test_bad_tiles() -> None:
     with pytest.raises(ValueError, match="yielded nothing"):
-        magnitude_threshold(list, 0, torch.tensor(0))
+        tiled_threshold(list, 0, torch.tensor(0))
     with pytest.raises(ValueError, match="bfloat16"):
         select(torch.ones(3, dtype=torch.bfloat16), 1)

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from peft_zoo.adapters.base import FactorDict, LinearLayout, StepCallback, ZooConfig, ZooLayer, ZooModel, option
 from peft_zoo.kernels.budget import ImportanceTracker, budget_at, kept_count, water_fill
 from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec
-from peft_zoo.kernels.kernelized_linear import kernelized_linear, kernelized_weight
+from peft_zoo.kernels.kernelized_linear import kernelized_linear
+from peft_zoo.kernels.kernelized_merge import kernelized_weight
 from peft_zoo.registration import register
 
 __all__ = ["SnellAllocator", "SnellCallback", "SnellConfig", "SnellModel"]

@@ -30,6 +30,9 @@ logger = logging.getLogger("peft_zoo")
 
 MODES = ("auto", "torch", "triton")
 OLDEST_CAPABILITY = (8, 0)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What the Triton kernels read and write; they compute in float32."""
+
 OPERATORS: dict[str, Operator] = {}
 """All operators by name; filled as their modules are imported, see `all_operators`."""
 

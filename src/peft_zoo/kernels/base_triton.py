@@ -28,9 +28,10 @@ class Shipped:
         signature: Type of each argument that is not a constant, such as `*bf16` or `i32`.
         constants: The arguments that are.
         num_warps: Warps of a program.
-        num_stages: Depth of software pipelines.
+        num_stages: Depth of software pipelines; 3 is what Triton takes where a launch names none.
         has_dot: Whether tensor cores must be used.
         unit_strides: Arguments that are 1 where memory is contiguous.
+        loads_matrix: Whether it reads a matrix, and so must load 16 bytes a thread at a time.
     """
 
     name: str
@@ -38,9 +39,10 @@ class Shipped:
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     has_dot: bool = False
     unit_strides: tuple[str, ...] = field(default=())
+    loads_matrix: bool = True
 
 
 @triton.jit

@@ -149,8 +149,12 @@ def sparsify(W: Tensor, num_kept: Tensor | int, spec: KernelSpec) -> Tensor:
     """
     if spec.sparsify == "none":
         return W
+    return keep_above(W, magnitude_threshold_reference(W.detach(), num_kept), spec)
+
+
+def keep_above(W: Tensor, threshold: Tensor, spec: KernelSpec) -> Tensor:
+    """`sparsify` with the threshold t given, shape `()`; for all modes but `none`."""
     magnitude = W.detach().abs()
-    threshold = magnitude_threshold_reference(magnitude, int(num_kept))
     kept = (magnitude > threshold).to(W.dtype)
     level = threshold.clamp_min(0)  # the threshold that keeps all is negative
     if spec.sparsify == "soft":

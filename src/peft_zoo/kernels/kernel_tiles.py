@@ -204,21 +204,9 @@ class FactorGradients:
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of `A`, `B` and `[alpha, gamma, beta]`."""
-        tiles, scale = self.tiles, self.tiles.spec.scale
-        if tiles.spec.is_distance:
-            return self._A * scale, self._B * scale, self._params
-        if tiles.spec.kernel == "linear":
-            return self._A * scale, self._B, self._params
-        # Both remaining kernels see the factors only through beta (a . b) or -beta |a - b|^2.
-        along = (tiles.A * self._A).sum()
-        slope = tiles.beta
-        if tiles.spec.kernel == "rbf":
-            along = -along - (tiles.B * self._B).sum()
-            slope = -2 * tiles.beta
-        outer = tiles.alpha * scale
-        self._params[0] *= scale
-        self._params[2] = outer * along
-        return self._A * (outer * slope), self._B * (outer * slope), self._params
+        tiles = self.tiles
+        factors = tiles.A, tiles.B, tiles.alpha, tiles.beta
+        return finish_gradients(tiles.spec, *factors, self._A, self._B, self._params)
 
     def _through_softmax(self, tile: Tile, P: Tensor, dW: Tensor) -> Tensor:
         """The gradient of K from that of W = K + alpha softmax(K / gamma) + beta."""
@@ -260,6 +248,40 @@ class FactorGradients:
             slope = self.tiles.difference(g, block, k).sign_().mul_(dK)
             self._A[g, block, k].add_(slope.sum(0), alpha=sign)
             self._B[g, :, k].sub_(slope.sum(1), alpha=sign)
+
+
+def finish_gradients(
+    spec: KernelSpec, A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, raw_A: Tensor, raw_B: Tensor, params: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the factors and the kernel parameters, given their sums over the matrix without outer factors.
+
+    Args:
+        spec: The kernel.
+        A: Input factors `(G, in, r/G)`, scaled as `KernelTiles` scales them.
+        B: Output factors `(G, out, r/G)`, likewise.
+        alpha: Kernel parameter, shape `()`.
+        beta: Kernel parameter.
+        raw_A: `sum_j R_ij dpair/dA`, of the shape of `A`.
+        raw_B: The same for `B`.
+        params: Sums for `[alpha, gamma, beta]`; those that are missing are put in.
+
+    Returns:
+        The gradients of unscaled `A` and `B` and of `[alpha, gamma, beta]`.
+    """
+    if spec.is_distance:
+        return raw_A * spec.scale, raw_B * spec.scale, params
+    if spec.kernel == "linear":
+        return raw_A * spec.scale, raw_B, params
+    # Both remaining kernels see the factors only through beta (a . b) or -beta |a - b|^2.
+    along, slope = (A * raw_A).sum(), beta
+    if spec.kernel == "rbf":
+        along, slope = -along - (B * raw_B).sum(), -2 * beta
+    outer = alpha * spec.scale
+    return (
+        raw_A * (outer * slope),
+        raw_B * (outer * slope),
+        torch.stack([params[0] * spec.scale, params[1], outer * along]),
+    )
 
 
 def _augment(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The exact k-th smallest magnitude of a matrix that is only seen in tiles.
+"""The exact k-th smallest magnitude of a matrix, given or only seen in tiles.
 
 Non-negative IEEE floats are ordered like their bit patterns read as integers, so the k-th smallest magnitude is
 found digit by digit: histogram the leading digit of every pattern, keep the bin in which rank k falls, histogram
@@ -14,6 +14,11 @@ with two limits: ``n >= N`` gives ``-1`` (below every magnitude: all are kept) a
 (none is kept). Ties at the threshold are all dropped: the number kept may fall short of ``n`` but never exceeds it.
 NaN counts as larger than infinity, as in ``torch.sort``, and is never greater than the threshold: a NaN in the
 matrix takes one of the ``n`` places and nothing is kept beyond ``n``.
+
+A warm start looks near the threshold of the step before: one pass counts what lies below a narrow range of patterns
+around it and looks at the few entries inside. If the rank falls there, the answer is found, as exact as ever;
+if not, the selection starts from scratch. Only the Triton kernels do it: on two cores of a Xeon it took 14 instead of
+16 ms at 2048 x 2048, and 46 after a miss.
 """
 
 from __future__ import annotations
@@ -24,23 +29,79 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from peft_zoo.kernels.base import FLOATS, operator, refuse_dtypes
+
 KEEP_ALL = -1.0
 """The threshold below every magnitude."""
 
+WARM_BITS = 17
+"""A warm start looks at 2^17 patterns of a float32: magnitudes within 0.8 % of the last threshold."""
+
+WARM_ELEMENTS = 2**22
+"""From this size on the GPU warm-starts. It saves two passes and costs some launches, which outweigh the passes of a
+smaller matrix (by their roofline on an H100, 6 us a pass at 2^22; not measured)."""
+
 _DIGIT_BITS = 16
+_TILE_ELEMENTS = 2**19
 _PATTERNS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
 
 
-def magnitude_threshold_reference(w: Tensor, num_kept: int) -> Tensor:
+def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None = None) -> Tensor:
+    """The magnitude above which exactly ``num_kept`` entries of ``w`` lie (fewer if they tie).
+
+    Args:
+        w: Matrix of any shape and strides, with at least one element; float16, bfloat16, float32 or float64.
+        num_kept: How many to keep, int64 of shape `()`, on the device of `w`; never read on the host of a GPU.
+        last: The threshold of a similar matrix, such as the same weight a step ago, shape `()`, float32. Only where
+            to look first; the result does not depend on it.
+
+    Returns:
+        The threshold, shape `()`, float32 (float64 for float64); not differentiable.
+
+    Raises:
+        ValueError: If `w` has no element or another dtype.
+    """
+    if w.numel() == 0:
+        raise ValueError(f"w has shape {tuple(w.shape)}; magnitude_threshold needs at least one element.")
+    if w.dtype not in (*_PATTERNS, torch.float16, torch.bfloat16):
+        raise ValueError(f"w is {w.dtype}; magnitude_threshold needs a floating-point matrix, so cast it first.")
+    return _of_matrix(w.detach(), num_kept, last)
+
+
+def magnitude_threshold_reference(w: Tensor, num_kept: Tensor | int, last: Tensor | None = None) -> Tensor:
     """The definition: sort all magnitudes and take one of them. Arguments and result as `magnitude_threshold`."""
-    rank = w.numel() - num_kept
+    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    rank = w.numel() - int(num_kept)
     if rank <= 0:
-        return w.new_tensor(KEEP_ALL)
-    return w.abs().flatten().sort().values[min(rank, w.numel()) - 1]
+        return wide.new_tensor(KEEP_ALL)
+    return wide.abs().flatten().sort().values[min(rank, w.numel()) - 1]
 
 
-def magnitude_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept: Tensor) -> Tensor:
-    """The magnitude above which exactly ``num_kept`` of ``numel`` values lie (fewer if they tie).
+def _refuse(w: Tensor, num_kept: Tensor, last: Tensor | None) -> str | None:
+    return refuse_dtypes(w, allowed=FLOATS)
+
+
+@operator(
+    "magnitude_threshold",
+    "(Tensor w, Tensor num_kept, Tensor? last) -> Tensor",
+    reference=magnitude_threshold_reference,
+    triton="magnitude_threshold_triton",
+    refuse=_refuse,
+)
+def _of_matrix(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
+    wide = torch.promote_types(w.dtype, torch.float32)
+    rows = w.reshape(-1, w.shape[-1]) if w.dim() else w.reshape(1, 1)
+    parts = rows.split(max(1, _TILE_ELEMENTS // rows.shape[1]))
+    return tiled_threshold(lambda: (part.to(wide) for part in parts), w.numel(), num_kept)
+
+
+@_of_matrix.register_fake
+def _(w: Tensor, *_: object) -> Tensor:
+    return w.new_empty((), dtype=torch.promote_types(w.dtype, torch.float32))
+
+
+def tiled_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept: Tensor) -> Tensor:
+    """`magnitude_threshold` of a matrix that is only seen in tiles, in torch on any device.
 
     Args:
         tiles: Returns a fresh iterator over the tiles of the matrix, any shapes, one dtype (float32 or float64) and
@@ -80,9 +141,9 @@ def magnitude_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_k
 def _first_tile(source: Iterator[Tensor]) -> Tensor:
     first = next(source, None)
     if first is None:
-        raise ValueError("tiles yielded nothing; magnitude_threshold needs at least one tile.")
+        raise ValueError("tiles yielded nothing; tiled_threshold needs at least one tile.")
     if first.dtype not in _PATTERNS:
-        raise ValueError(f"tiles are {first.dtype}; magnitude_threshold needs float32 or float64, so cast them first.")
+        raise ValueError(f"tiles are {first.dtype}; tiled_threshold needs float32 or float64, so cast them first.")
     return first
 
 

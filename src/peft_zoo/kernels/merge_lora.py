@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import kernels_mode, operator, refuse_dtypes
+from peft_zoo.kernels.base import FLOATS, kernels_mode, operator, refuse_dtypes
 from peft_zoo.kernels.philox import philox
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_HALF = 0x33800000  # 2^-24, the smallest positive float16, as a float32 pattern
 ROUNDING = 2  # third counter word of philox: bits for rounding
 
@@ -113,7 +112,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int, rows: Tensor
     lost = torch.full_like(bits, 16) if dtype == torch.bfloat16 else 13 + (113 - exponent).clamp(0, 10)
     unit = torch.ones_like(bits) << lost
     tiny = (exponent < 103) if dtype == torch.float16 else torch.zeros_like(bits, dtype=torch.bool)  # below 2^-24
-    chance = torch.where(tiny, (values.abs() * 2.0**48).to(torch.int32), (bits & (unit - 1)) << (24 - lost))
+    chance = torch.where(tiny, (torch.where(tiny, values.abs(), 0.0) * 2.0**48).to(torch.int32), (bits & (unit - 1)) << (24 - lost))
     down = torch.where(tiny, bits & -(2**31), bits & ~(unit - 1))
     step = torch.where(tiny, _SMALLEST_HALF, unit)
     rounded = (down + torch.where((word & 0xFFFFFF) < chance, step, 0)).view(torch.float32)

@@ -127,7 +127,7 @@ def _round_stochastically(x, m, first_n, seed, dtype: tl.constexpr, BLOCK_M: tl.
         lost = 13 + tl.minimum(tl.maximum(113 - exponent, 0), 10)
         tiny = exponent < 103
     unit = (exponent * 0 + 1) << lost
-    chance = tl.where(tiny, (tl.abs(x) * 281474976710656.0).to(tl.int32), (bits & (unit - 1)) << (24 - lost))
+    chance = tl.where(tiny, (tl.where(tiny, tl.abs(x), 0.0) * 281474976710656.0).to(tl.int32), (bits & (unit - 1)) << (24 - lost))
     down = tl.where(tiny, bits & -2147483648, bits & ~(unit - 1))
     up = (words & 0xFFFFFF).to(tl.int32) < chance
     rounded = (down + tl.where(up, tl.where(tiny, 0x33800000, unit), 0)).to(tl.float32, bitcast=True)
@@ -137,7 +137,7 @@ def _round_stochastically(x, m, first_n, seed, dtype: tl.constexpr, BLOCK_M: tl.
 def shipped() -> Iterator[Shipped]:
     """What the compile gate compiles."""
     strides = ("out_stride_m", "out_stride_n", "weight_stride_m", "weight_stride_n")
-    integers = {n: "i32" for n in ("rows", "columns", "chunks", *strides)} | {"seed": "i64"}
+    integers = dict.fromkeys(("rows", "columns", "chunks", *strides), "i32") | {"seed": "i64"}
     for weight, factors, chunk, stochastic in (
         (torch.bfloat16, torch.bfloat16, 16, False),
         (torch.bfloat16, torch.bfloat16, 16, True),
@@ -148,8 +148,8 @@ def shipped() -> Iterator[Shipped]:
         (torch.float32, torch.float32, 16, False),
         (torch.float32, torch.float32, 64, False),
     ):
-        pointers = {n: POINTERS[weight] for n in ("out_ptr", "weight_ptr")}
-        pointers |= {n: POINTERS[factors] for n in ("left_ptr", "right_ptr")} | {"scale_ptr": "*fp32"}
+        pointers = dict.fromkeys(("out_ptr", "weight_ptr"), POINTERS[weight])
+        pointers |= dict.fromkeys(("left_ptr", "right_ptr"), POINTERS[factors]) | {"scale_ptr": "*fp32"}
         name = f"{POINTERS[weight][1:]}, {POINTERS[factors][1:]} factors, chunk {chunk}{', stochastic' * stochastic}"
         yield Shipped(
             f"merge_lora[{name}]",

@@ -1,0 +1,183 @@
+"""SNELL's kernels by Triton (K1, K2, K3 and the layer made of them) against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_zoo.kernels.base import OPERATORS
+from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix
+from peft_zoo.kernels.kernelized_linear import kernelized_linear
+from peft_zoo.kernels.kernelized_merge import factor_grad, fields, kernelized_merge, kernelized_weight, threshold
+from tests.kernels.cases import SPECS
+
+TOLERANCE = 5e-6
+SHAPES = [(1, 1), (1, 63), (64, 1), (63, 1000), (1000, 64), (3, 4097), (4097, 3)]
+Factors = tuple[Tensor, Tensor, Tensor | None]
+
+
+def make(spec: KernelSpec, features: tuple[int, int], device: str, groups: int = 2, rank: int = 3) -> Factors:
+    """A, B and kernel parameters in float32."""
+    A, B = (torch.randn(groups, n, rank, device=device) for n in features)
+    trained = spec.kernel not in ("piecewise_linear", "linear")
+    return A, B, torch.tensor([0.8, 0.7, 0.3], device=device) if trained else None
+
+
+def gap(factors: Factors, spec: KernelSpec, density: float) -> tuple[Tensor, Tensor]:
+    """A number of kept weights and a threshold well between two magnitudes, so that rounding moves no weight."""
+    W = kernel_matrix(*map(_double, factors), spec).abs().flatten().sort().values
+    around = len(W) - round(density * len(W))
+    gaps = W.diff()[max(0, around - 20) : around + 20]
+    if len(gaps) == 0:
+        return torch.tensor(1, device=W.device), torch.tensor(-1.0, device=W.device)
+    index = max(0, around - 20) + int(gaps.argmax())
+    return torch.tensor(len(W) - index - 1, device=W.device), (W[index] + W[index + 1]).float() / 2
+
+
+def _double(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.double()
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE, size: float | None = None) -> None:
+    assert found.shape == expected.shape
+    size = float(expected.abs().max()) if size is None else size
+    error = float((found.double() - expected.double()).abs().max())
+    assert error <= tolerance * max(size, 1e-6), f"{error} of {size}"
+
+
+def assert_kernels(factors: Factors, spec: KernelSpec, density: float = 0.2) -> None:
+    """K1 alone and added, K2 and K3 in float32 against float64."""
+    A, B, params = factors
+    num_kept, between = gap(factors, spec, density)
+    exact = tuple(map(_double, factors))
+    shape = B.shape[1], A.shape[1]
+    assert OPERATORS["kernelized_threshold"].why_not_triton(A, B, params, num_kept, None, *fields(spec)) is None
+    found = threshold(A, B, params, num_kept, spec)
+    reference = OPERATORS["kernelized_threshold"].reference(*exact, num_kept, None, *fields(spec))
+    assert abs(float(found) - float(reference)) <= 2e-6 * max(1e-3, float(kernel_matrix(*exact, spec).abs().max()))
+
+    merge = OPERATORS["kernelized_merge"].reference
+    S = kernelized_weight(A, B, params, num_kept, spec, between).t()
+    assert_near(S, merge(*exact, num_kept, between.double(), None, None, None, *fields(spec))[0])
+    if spec.sparsify != "none":
+        selected = kernelized_weight(A, B, params, num_kept, spec)
+        assert int((selected != 0).sum()) == int(num_kept) or spec.sparsify in ("product", "soft")
+    weight = torch.randn(shape, device=A.device)
+    added = kernelized_merge(weight, A, B, params, num_kept, spec, between)
+    assert_near(added, weight + merge(*exact, num_kept, between.double(), None, None, None, *fields(spec))[0])
+
+    dS = torch.randn(shape, device=A.device)
+    gradients = factor_grad(dS, A, B, params, between, spec)
+    expected = OPERATORS["kernelized_factor_grad"].reference(dS.double(), *exact, between.double(), *fields(spec))
+    for k in range(2):
+        assert_near(gradients[k], expected[k])
+    if params is not None:  # sums of numbers of both signs: they round with what is added, not with the sum
+        assert_near(gradients[2], expected[2], size=float(dS.abs().sum()) * float(S.abs().max() + 1))
+    assert all(map(torch.equal, gradients, factor_grad(dS, A, B, params, between, spec)))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kernel}-{s.norm}-{s.sparsify}")
+def test_every_kernel_and_mode(spec: KernelSpec, device: str) -> None:
+    assert_kernels(make(spec, (37, 53), device), spec)
+
+
+@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
+@pytest.mark.parametrize("features", SHAPES, ids=str)
+def test_shapes(features: tuple[int, int], kernel: str, device: str) -> None:
+    spec = KernelSpec(kernel)
+    assert_kernels(make(spec, features, device, rank=1), spec)
+
+
+@pytest.mark.parametrize(("groups", "rank"), [(1, 1), (1, 128), (2, 64), (3, 5), (4, 2)])
+def test_groups_and_ranks(groups: int, rank: int, device: str) -> None:
+    for spec in (KernelSpec(), KernelSpec("sigmoid", sparsify="hard")):
+        assert_kernels(make(spec, (33, 70), device, groups, rank), spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merging_rounds_once(dtype: torch.dtype, transposed: bool, device: str) -> None:
+    spec = KernelSpec("mix_k")
+    factors = make(spec, (70, 130), device)
+    num_kept, between = gap(factors, spec, 0.2)
+    weight = torch.randn(130, 70, device=device).to(dtype)
+    stored = weight.t().contiguous().t() if transposed else weight
+    found = kernelized_merge(stored, *factors, num_kept, spec, between)
+    exact = OPERATORS["kernelized_merge"].reference(
+        *map(_double, factors), num_kept, between.double(), None, weight.double(), None, *fields(spec)
+    )[0]
+    assert found.dtype == dtype
+    bound = torch.finfo(dtype).eps * exact.abs() / 2 + 4e-6 * exact.abs().max()
+    assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_pass_sees_the_same_bits(kernel: str, device: str) -> None:
+    """The exact number is kept, whichever entry the threshold falls on; the threshold is one of the entries."""
+    spec, dense = KernelSpec(kernel, sparsify="hard"), KernelSpec(kernel, sparsify="none")
+    factors = make(spec, (45, 150), device)
+    W = kernelized_weight(*factors, torch.tensor(0, device=device), dense)
+    for num_kept in (0, 1, 17, 675, 6749, 6750):
+        kept = torch.tensor(num_kept, device=device)
+        assert int((kernelized_weight(*factors, kept, spec) != 0).sum()) == num_kept
+        t = threshold(*factors, kept, spec)
+        assert int((W.abs() == t).sum()) == (num_kept < 6750)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
+def test_layer_in_32_bits(kernel: str, fused: bool, device: str) -> None:
+    spec = KernelSpec(kernel)
+    factors = [t for t in make(spec, (37, 53), device) if t is not None]
+    num_kept, between = gap((*factors, None)[:3], spec, 0.3)  # type: ignore[arg-type]
+    x, weight, bias = (torch.randn(*shape, device=device) for shape in ((4, 5, 37), (53, 37), (53,)))
+    dy = torch.randn(4, 5, 53, device=device)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, *factors)]
+        inputs = (*leaves[1:], *[None] * (4 - len(leaves)))
+        if dtype == torch.float64:
+            base = weight.double() if fused else None
+            t = between.double()
+            y = OPERATORS["kernelized_linear"].reference(
+                leaves[0], *inputs, num_kept, t, None, base, bias.double() if fused else None, *fields(spec)
+            )[0]
+        else:
+            extra = {"weight": weight, "bias": bias} if fused else {}
+            y = kernelized_linear(leaves[0], *inputs, num_kept, spec, **extra)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    found, expected = run(torch.float32), run(torch.float64)
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert_near(a, b, size=float(dy.abs().sum()) if k == 4 else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layer_in_16_bits(dtype: torch.dtype, device: str) -> None:
+    """Within the rounding of the products that the library computes in 16 bits."""
+    spec = KernelSpec(sparsify="hard")
+    A, B, _ = make(spec, (64, 96), device)
+    num_kept, between = gap((A, B, None), spec, 0.3)
+    x, dy = torch.randn(24, 64, device=device).to(dtype), torch.randn(24, 96, device=device).to(dtype)
+    weight = torch.randn(96, 64, device=device).to(dtype)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    y = kernelized_linear(*leaves, None, num_kept, spec, weight=weight)
+    found = [y, *torch.autograd.grad(y, leaves, dy)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    reference = OPERATORS["kernelized_linear"].reference(
+        *exact, None, num_kept, between.double(), None, weight.double(), None, *fields(spec)
+    )[0]
+    for a, b in zip(found, [reference, *torch.autograd.grad(reference, exact, dy.double())], strict=True):
+        assert_near(a, b, tolerance=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("mode", SPARSIFY)
+def test_points_that_coincide_have_no_gradient(mode: str, device: str) -> None:
+    spec = KernelSpec(sparsify=mode)
+    A = torch.randn(1, 33, 4, device=device)
+    dS = torch.eye(33, device=device)
+    dA, dB, _ = factor_grad(dS, A, A.clone(), None, torch.tensor(-1.0, device=device), spec)
+    assert not dA.any() and not dB.any()

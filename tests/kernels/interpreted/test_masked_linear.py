@@ -1,0 +1,47 @@
+"""The masked linear layer with Triton's masking against its definition, interpreted on a CPU or compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_zoo.kernels.base import OPERATORS
+from peft_zoo.kernels.masked_linear import masked_linear, masked_linear_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Of the sum of magnitudes that make up an entry: the rounding of the result (16 bits) or of the sums (32 bits), as a
+library may sum in any order; twice that is allowed."""
+
+
+def values(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("out, features", [(1, 1), (64, 64), (63, 1000), (4097, 3), (3, 4097)])
+def test_equals_the_definition_with_all_gradients(
+    out: int, features: int, transposed: bool, dtype: torch.dtype
+) -> None:
+    x, weight, bias = values(2, 5, features, dtype=dtype), values(out, features, dtype=dtype), values(out, dtype=dtype)
+    weight = weight.t().contiguous().t() if transposed else weight
+    mask, dy = values(out, features, dtype=dtype) > 0, values(2, 5, out, dtype=dtype)
+    trained = [t.requires_grad_() for t in (x, weight, bias)]
+    detached = [t.detach() for t in trained]
+    assert OPERATORS["masked_linear"].why_not_triton(x, weight, mask, bias) is None
+    assert OPERATORS["masked_linear_backward"].why_not_triton(dy, x, weight, mask, True) is None
+    results = []
+    for f, tensors, grad in (
+        (masked_linear, trained, dy),
+        (masked_linear, trained, dy),
+        (masked_linear_reference, trained, dy),
+        (masked_linear_reference, [t.double().abs().requires_grad_() for t in detached], dy.double().abs()),
+    ):
+        y = f(tensors[0], tensors[1], mask, tensors[2])
+        results.append([y.detach(), *torch.autograd.grad(y, tensors, grad)])
+    for found, again, expected, magnitudes in zip(*results, strict=True):
+        assert torch.equal(found, again) and found.dtype == dtype
+        assert ((found.double() - expected.double()).abs() <= 2 * TOLERANCE[dtype] * magnitudes).all()
+    assert not results[0][2][~mask].any()
