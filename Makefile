@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types docs notebooks bench compile-gate conformance clean
+.PHONY: help setup demo test test-kernels test-fast lint types docs notebooks bench compile-gate compile-check conformance clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r name text; do \
@@ -39,8 +39,12 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py Makefile
 demo: $(STAMP)  ## fine-tune a real language model with SNELL; a few minutes on two cores
 	$(VENV)/bin/peft-zoo train --preset demo --output runs/demo
 
-test: $(STAMP)  ## all tests
+test: $(STAMP) test-kernels  ## all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# In a process of their own: Triton decides when it is imported whether kernels are interpreted.
+test-kernels: $(STAMP)  ## the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 PEFT_ZOO_KERNELS=triton $(PY) -m pytest -n 2 tests/kernels/interpreted
 
 test-fast: $(STAMP)  ## without the slow ones
 	$(PY) -m pytest -m "not slow and not conformance and not distributed" $(PYTEST_ARGS)
@@ -66,6 +70,9 @@ bench: $(STAMP)  ## run one benchmark: make bench BENCH=snell
 
 compile-gate: $(STAMP)  ## compile every GPU kernel, no GPU needed, and write the table of what they use
 	$(PY) -m benchmarks.compile_gate
+
+compile-check: $(STAMP)  ## the same, and fail where a kernel has become worse than the table says
+	$(PY) -m benchmarks.compile_gate --check
 
 conformance: $(STAMP)  ## peft's own test-suite against every method, full profile
 	$(PY) tests/run_conformance.py --full

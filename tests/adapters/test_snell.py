@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import SnellConfig
-from peft_zoo.adapters.snell import SnellAllocator, SnellLayer
+from peft_zoo.adapters.snell import SnellLayer
+from peft_zoo.adapters.snell_allocator import SnellAllocator
 from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, reference_weight
 
 

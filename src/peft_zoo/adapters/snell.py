@@ -23,22 +23,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from peft_zoo.adapters.base import FactorDict, LinearLayout, StepCallback, ZooConfig, ZooLayer, ZooModel, option
-from peft_zoo.kernels.budget import ImportanceTracker, budget_at, kept_count, water_fill
+from peft_zoo.adapters.base import FactorDict, LinearLayout, ZooConfig, ZooLayer, ZooModel, option
+from peft_zoo.adapters.snell_allocator import SnellAllocator, SnellCallback
+from peft_zoo.kernels.budget import kept_count
 from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec
 from peft_zoo.kernels.kernelized_linear import kernelized_linear
 from peft_zoo.kernels.kernelized_merge import kernelized_weight
+from peft_zoo.kernels.magnitude_threshold import KEEP_ALL
 from peft_zoo.registration import register
 
-__all__ = ["SnellAllocator", "SnellCallback", "SnellConfig", "SnellModel"]
+__all__ = ["SnellConfig", "SnellModel"]
 
 
 @dataclass
@@ -133,6 +133,7 @@ class SnellLayer(ZooLayer):
     zoo_snell_B: FactorDict
     zoo_snell_kernel_params: FactorDict
     zoo_snell_num_kept: BufferDict
+    last_threshold: dict[str, Tensor]
     configs: dict[str, SnellConfig]  # type: ignore[assignment]
 
     def init_adapter(self, name: str, config: SnellConfig) -> None:  # type: ignore[override]
@@ -153,15 +154,22 @@ class SnellLayer(ZooLayer):
         numel = self.in_features * self.out_features
         kept = numel if config.sparsify == "none" else kept_count(config.sparsity, numel)
         self.zoo_snell_num_kept[name] = torch.tensor(kept)
+        # Where the next selection looks first. It changes no result, so it is neither a buffer nor saved.
+        vars(self).setdefault("last_threshold", {})[name] = torch.tensor(KEEP_ALL)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what is remembered of it."""
+        super().delete_adapter(adapter_name)
+        self.last_threshold.pop(adapter_name, None)
 
     def delta_weight(self, name: str) -> Tensor:
         """ΔW (out, in) in fp32."""
-        return kernelized_weight(*self._arguments(name)).t()
+        return kernelized_weight(*self._arguments(name), last=self._last(name)).t()
 
     def delta_output(self, name: str, x: Tensor) -> Tensor:
         """`x` (..., in) to (..., out) without keeping ΔW; other layers than linear ones form it."""
         if isinstance(self.layout, LinearLayout):
-            return kernelized_linear(x, *self._arguments(name))
+            return kernelized_linear(x, *self._arguments(name), last=self._last(name))
         return super().delta_output(name, x)
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
@@ -169,7 +177,8 @@ class SnellLayer(ZooLayer):
         base: Any = self.base_layer
         if {"fused": False, "auto": base.weight.dtype.itemsize < 4}.get(self.configs[name].forward_mode, True):
             return None
-        return kernelized_linear(x, *self._arguments(name), weight=self.layout.to_base(base.weight), bias=base.bias)
+        frozen = {"weight": self.layout.to_base(base.weight), "bias": base.bias}
+        return kernelized_linear(x, *self._arguments(name), **frozen, last=self._last(name))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: the update has high rank by design."""
@@ -180,79 +189,13 @@ class SnellLayer(ZooLayer):
         params = self.factor("zoo_snell_kernel_params", name) if self.configs[name].kernel == "mix_k" else None
         return A, B, params, self.zoo_snell_num_kept[name], self.configs[name].spec
 
-
-class SnellAllocator:
-    """SNELLA's budget: counts what each matrix contributes and gives the kept weights to those that matter.
-
-    Works on any model with SNELL layers, also when they were injected without a `PeftModel`. Processes agree on every
-    allocation, however the parameters are sharded.
-
-    Args:
-        model: Model with the adapter.
-        adapter_name: The adapter; its configuration must have `target_sparsity`.
-    """
-
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
-        self.adapter_name = adapter_name
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
-        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, SnellLayer))
-        self.layers = {name: layer for name, layer in layers if adapter_name in layer.scaling}
-        if not self.layers:
-            raise ValueError(f"adapter_name={adapter_name!r}: the model has no SNELL layer with this adapter")
-        self.config: SnellConfig = next(iter(self.layers.values())).configs[adapter_name]
-        self.caps = torch.tensor([layer.in_features * layer.out_features for layer in self.layers.values()])
-        self.initial = sum(int(layer.zoo_snell_num_kept[adapter_name]) for layer in self.layers.values())
-
-    @cached_property
-    def tracker(self) -> ImportanceTracker:
-        """The averages; made at the first step, as FSDP replaces the parameters before."""
-        names = SnellLayer.adapter_layer_names[:2]
-        factors = {key: [layer.parameter(n, self.adapter_name) for n in names] for key, layer in self.layers.items()}
-        return ImportanceTracker(factors, self.config.beta1, self.config.beta2, self.config.importance)
-
-    def step(self, global_step: int) -> bool:
-        """Take in the gradients of optimizer step `global_step` (1-based, still in `.grad`) and allocate if it is due.
-
-        Returns:
-            Whether the budget was allocated anew. Never in the last `tfinal` steps, so the final pattern is trained.
-        """
-        config = self.config
-        if config.target_sparsity is None or global_step >= (config.total_step or 0) - config.tfinal:
-            return False
-        self.tracker.update()
-        target = sum(kept_count(config.target_sparsity, int(cap)) for cap in self.caps)
-        kept, due = budget_at(
-            global_step, self.initial, target, config.tinit, config.tfinal, config.total_step or 0, config.deltaT
-        )
-        if due:
-            allocation = water_fill(self.tracker.scores(), self.caps, kept)
-            for layer, count in zip(self.layers.values(), allocation.tolist(), strict=True):
-                layer.zoo_snell_num_kept[self.adapter_name].fill_(count)
-        return due
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averages, and the budget of the start."""
-        return {"initial": torch.tensor(self.initial), **self.tracker.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the averages and the budget of the start."""
-        self.initial = int(state["initial"])
-        self.tracker.load_state_dict({key: value for key, value in state.items() if key != "initial"})
-
-
-class SnellCallback(StepCallback):
-    """Runs SNELLA's allocation inside `transformers.Trainer`, and keeps its state in the checkpoints.
-
-    Args:
-        model: The model that is trained, with one trainable adapter that has `target_sparsity`.
-        adapter_name: The adapter; by default the active one.
-    """
-
-    file_name = "snell_allocator.safetensors"
-
-    def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
-        active = getattr(model, "active_adapter", "default")
-        super().__init__(SnellAllocator(model, adapter_name or (active if isinstance(active, str) else "default")))
+    def _last(self, name: str) -> Tensor:
+        """`last_threshold`, on the device of the adapter; elsewhere begun anew."""
+        device = self.zoo_snell_num_kept[name].device
+        if self.last_threshold[name].device != device:
+            with torch.inference_mode(False):  # else it could not be changed outside of this mode
+                self.last_threshold[name] = torch.tensor(KEEP_ALL, device=device)
+        return self.last_threshold[name]
 
 
 @register(

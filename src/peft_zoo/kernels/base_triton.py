@@ -4,6 +4,9 @@ Every kernel is launched with floating-point fusion off, and says `fma` where it
 something (which weights are kept) then has the same bits in every kernel that computes it, whatever stands around it.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -8,6 +8,9 @@ Distances are sums of squared differences in float32, which keeps the digits of 
 TF32. The factors lie as `(G, r/G, features)`, so that neighbouring threads read neighbouring numbers.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -81,7 +84,7 @@ class Factors:
 
     @cached_property
     def lse(self) -> Tensor:
-        """`log sum_j exp(K_ij / gamma)` of each input feature, shape `(in,)`; of other kernels than `mix_k` anything."""
+        """`log sum_j exp(K_ij / gamma)` of each input feature, `(in,)`; of other kernels than `mix_k` anything."""
         if self.spec.kernel != "mix_k":
             return self.params
         (n_out, n_in), blocks = self.shape, triton.cdiv(self.shape[1], BLOCK_ROWS)
@@ -179,7 +182,7 @@ def pair_tiles(
     """`pair_tile` of every group, as a tuple."""
     pairs = (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, 0, KIND, NORM, RANK),)
     for g in tl.static_range(1, GROUPS):
-        pairs = pairs + (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, g, KIND, NORM, RANK),)
+        pairs += (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, g, KIND, NORM, RANK),)
     return pairs
 
 

@@ -5,6 +5,9 @@ sums in registers; the stretches are added afterwards, always in the same order.
 same with rows and columns exchanged, because distances and products are symmetric. There are no atomics.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -37,8 +40,16 @@ from peft_zoo.kernels.kernel_tiles_triton import (
     variants,
 )
 
-BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
-"""Half the columns of the other kernels: here the groups, the matrix and its gradient are held at once."""
+BLOCK_COLUMNS = 16
+
+
+def block_rows(width: int, is_heavy: bool) -> int:
+    """Rows of a tile, by the padded rank and whether it is `mix_k` or `rbf`: the most that the compile gate passes.
+
+    The groups, the matrix, its gradient and the sums are held in registers at once, so tiles are smaller than those of
+    the other kernels.
+    """
+    return 16 if width > 64 else 32 if width > 32 or is_heavy else 64
 
 
 def kernelized_factor_grad(
@@ -74,23 +85,31 @@ def _gradient(
     x, y = factors.columns if rows_are_inputs else factors.columns[::-1]
     groups, n_rows, rank = own.shape
     n_columns = other.shape[1]
-    blocks, tiles = triton.cdiv(n_rows, BLOCK_ROWS), triton.cdiv(n_columns, BLOCK_COLUMNS)
-    splits = split_count(blocks, tiles)
-    flat_own, flat_other = (f.transpose(0, 1).reshape(-1, groups * rank) for f in (own, other))
+    chosen = _constants(factors.constants, factors.mode, rows_are_inputs)
+    programs, tiles = triton.cdiv(n_rows, chosen["BLOCK_ROWS"]), triton.cdiv(n_columns, chosen["BLOCK_COLUMNS"])
+    splits = split_count(programs, tiles)
+    flat_own, flat_other = (f.transpose(0, 1).flatten(1).contiguous() for f in (own, other))
     partial = own.new_empty(splits, n_rows, groups * rank)
     sums = own.new_empty(splits, 2, n_rows)
-    _factor_grad[(blocks, splits)](
+    _factor_grad[(programs, splits)](
         *(dM, x, y, factors.params, factors.lse, *factors.scalars, n_rows, n_columns),
         *(flat_own, flat_other, rho, threshold, partial, sums, *dM.stride(), triton.cdiv(tiles, splits)),
-        **launch(_constants(factors.constants, factors.mode, rows_are_inputs)),
+        **launch(chosen),
     )
     return partial.sum(0).view(n_rows, groups, rank).transpose(0, 1), sums.sum(0)
 
 
 def _constants(shared: dict[str, Any], mode: int, rows_are_inputs: bool) -> dict[str, Any]:
     width = max(16, triton.next_power_of_2(shared["GROUPS"] * shared["RANK"]))
-    blocks = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-    return {**shared, **blocks, "MODE": mode, "WIDTH": width, "ROWS_ARE_INPUTS": rows_are_inputs}
+    rows = block_rows(width, shared["MIX"] or shared["KIND"] == RBF.value)
+    return {
+        **shared,
+        "BLOCK_ROWS": rows,
+        "BLOCK_COLUMNS": BLOCK_COLUMNS,
+        "MODE": mode,
+        "WIDTH": width,
+        "ROWS_ARE_INPUTS": rows_are_inputs,
+    }
 
 
 @triton.jit
@@ -169,11 +188,12 @@ def _factor_grad(
                     mask=columns & (c < n_columns)[:, None],
                     other=0.0,
                 )
-                product = tl.dot(R, there, input_precision="tf32x3")
                 if KIND == DISTANCE or KIND == RBF:
+                    total = tl.dot(-R, there, acc=total, input_precision="tf32x3")
                     here = tl.load(own_at, mask=columns & (r < n_rows)[:, None], other=0.0)
-                    product = here * tl.sum(R, 1)[:, None] - product
-                total += product
+                    total = tl.fma(here, tl.broadcast_to(tl.sum(R, 1)[:, None], here.shape), total)
+                else:
+                    total = tl.dot(R, there, acc=total, input_precision="tf32x3")
     rows = tl.program_id(1) * n_rows + r
     keep = (r < n_rows)[:, None] & (w < GROUPS * RANK)[None, :]
     tl.store(partial_ptr + rows.to(tl.int64)[:, None] * (GROUPS * RANK) + w[None, :], total, mask=keep)
@@ -190,22 +210,25 @@ def slope_tile(pair, dK, KIND: tl.constexpr):
         return pair * dK
     if KIND == SIGMOID:
         return pair * (1 - pair) * dK
-    return tl.where(pair > 0, dK / tl.where(pair > 0, pair, 1.0), 0.0)  # where the distance is 0 it has no gradient
+    return dK / tl.where(pair > 0, pair, float("inf"))  # where the distance is 0 it has no gradient
 
 
 def _rho(factors: Factors, dS: Tensor, threshold: Tensor) -> Tensor:
     """`sum_j dW_ij P_ij` of each input feature, shape `(in,)`; `dS` is `(out, in)`."""
-    (n_out, n_in), blocks = factors.shape, triton.cdiv(factors.shape[1], BLOCK_ROWS)
-    tiles = triton.cdiv(n_out, BLOCK_COLUMNS)
-    splits = split_count(blocks, tiles)
+    (n_out, n_in), chosen = factors.shape, _row_constants(factors.constants, factors.mode)
+    programs, tiles = triton.cdiv(n_in, chosen["BLOCK_ROWS"]), triton.cdiv(n_out, chosen["BLOCK_COLUMNS"])
+    splits = split_count(programs, tiles)
     partial = factors.A.new_empty(splits, n_in)
-    chosen = _constants(factors.constants, factors.mode, True)
-    _row_products[(blocks, splits)](
+    _row_products[(programs, splits)](
         *(dS, *factors.columns, factors.params, factors.lse, *factors.scalars, n_in, n_out),
         *(threshold, partial, *dS.stride()[::-1], triton.cdiv(tiles, splits)),
-        **launch({name: value for name, value in chosen.items() if name not in ("WIDTH", "ROWS_ARE_INPUTS")}),
+        **launch(chosen),
     )
     return partial.sum(0)
+
+
+def _row_constants(shared: dict[str, Any], mode: int) -> dict[str, Any]:
+    return {**shared, "BLOCK_COLUMNS": 4 * BLOCK_COLUMNS, "MODE": mode}
 
 
 @triton.jit
@@ -267,11 +290,10 @@ def shipped() -> Iterator[Shipped]:
                 unit_strides=(unit,),
             )
         if shared["MIX"]:
-            chosen = _constants(shared, mode, True)
             yield Shipped(
                 f"row_products[{name}]",
                 _row_products,
                 signature | dict.fromkeys(("threshold_ptr", "partial_ptr"), "*fp32") | integers,
-                {key: value for key, value in chosen.items() if key not in ("WIDTH", "ROWS_ARE_INPUTS")},
+                _row_constants(shared, mode),
                 unit_strides=("stride_r",),
             )

@@ -79,11 +79,8 @@ def kernelized_merge(
 ) -> Tensor:
     """`weight + S^T`, summed in 32 bits and rounded once; S is only ever seen in tiles by the Triton kernels.
 
-    Arguments as `kernelized_weight`, and
-
-    Args:
-        weight: W0 of shape `(out, in)`, float16, bfloat16, float32 or float64, any strides (for a `Conv1D` pass its
-            transpose).
+    The arguments are those of `kernelized_weight`, and `weight`: W0 of shape `(out, in)`, float16, bfloat16, float32 or
+    float64, any strides (for a `Conv1D` pass its transpose).
 
     Returns:
         A new contiguous matrix `(out, in)` of the dtype of `weight`, differentiable in `A`, `B` and `kernel_params`.
@@ -120,11 +117,11 @@ def factor_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of A, B and `[alpha, gamma, beta]`, given that of S.
 
-    Arguments as `kernelized_weight`, and
+    The arguments are those of `kernelized_weight`, and `dS`: the gradient of S^T, shape `(out, in)`, any floating dtype
+    and strides. `threshold` is the one that S was made with.
 
-    Args:
-        dS: Gradient of S^T, shape `(out, in)`, any floating dtype and strides.
-        threshold: The threshold that S was made with.
+    Raises:
+        ValueError: If shapes do not fit or `mix_k` has no parameters.
     """
     A, B, kernel_params = check_factors(A, B, kernel_params, spec)
     return factor_grad_operator(dS, A, B, kernel_params, threshold, *fields(spec))

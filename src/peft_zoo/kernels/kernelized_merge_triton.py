@@ -1,5 +1,8 @@
 """Triton kernel of `kernelized_merge`: tiles of the sparse kernel matrix, added to a weight or written alone."""
 
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -6,6 +6,9 @@ the device: `[prefix, rank, done]`, the bits found so far, the rank among the en
 the warm start has already found the answer, in which case the passes return at once.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -73,8 +76,7 @@ def select(source: Source, num_kept: Tensor, last: Tensor | None) -> Tensor:
     """The threshold, shape `()` in float32; nothing is read on the host."""
     numel = source.shape[0] * source.shape[1]
     rank = (numel - num_kept).clamp(0, numel)
-    warm = last is not None and numel >= WARM_ELEMENTS
-    if warm:
+    if last is not None and numel >= WARM_ELEMENTS:
         threshold, done = _warm_start(source, rank, last)
     else:
         threshold, done = torch.empty((), dtype=torch.float32, device=source.device), torch.zeros_like(rank)

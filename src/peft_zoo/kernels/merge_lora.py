@@ -112,7 +112,9 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int, rows: Tensor
     lost = torch.full_like(bits, 16) if dtype == torch.bfloat16 else 13 + (113 - exponent).clamp(0, 10)
     unit = torch.ones_like(bits) << lost
     tiny = (exponent < 103) if dtype == torch.float16 else torch.zeros_like(bits, dtype=torch.bool)  # below 2^-24
-    chance = torch.where(tiny, (torch.where(tiny, values.abs(), 0.0) * 2.0**48).to(torch.int32), (bits & (unit - 1)) << (24 - lost))
+    chance = torch.where(
+        tiny, (torch.where(tiny, values.abs(), 0.0) * 2.0**48).to(torch.int32), (bits & (unit - 1)) << (24 - lost)
+    )
     down = torch.where(tiny, bits & -(2**31), bits & ~(unit - 1))
     step = torch.where(tiny, _SMALLEST_HALF, unit)
     rounded = (down + torch.where((word & 0xFFFFFF) < chance, step, 0)).view(torch.float32)
