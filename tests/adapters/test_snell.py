@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -332,3 +333,16 @@ def test_fusing_16_bit_weights_must_be_asked_for() -> None:
     base = layer.base_layer
     weight = (base.weight.float() + reference(layer, model.peft_config["default"])).bfloat16()
     assert torch.equal(layer(x), nn.functional.linear(x, weight, base.bias))
+
+
+def test_the_last_threshold_is_no_part_of_the_adapter() -> None:
+    model = adapted(nn.Sequential(nn.Linear(16, 24)), target_modules=["0"])
+    (layer,) = layers(model).values()
+    with torch.inference_mode():
+        first = model(torch.ones(2, 16))
+    assert float(layer.last_threshold["default"]) > 0
+    assert torch.equal(model(torch.ones(2, 16)), first)  # the memory can be changed outside of inference mode too
+    assert not any("last_threshold" in name for name in model.state_dict())
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    twin.delete_adapter("default")
+    assert twin.last_threshold == {} and "default" in layer.last_threshold

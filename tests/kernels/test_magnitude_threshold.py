@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_zoo.kernels import magnitude_threshold as module
-from peft_zoo.kernels.magnitude_threshold import KEEP_ALL, magnitude_threshold_reference, tiled_threshold
+from peft_zoo.kernels.magnitude_threshold import (
+    KEEP_ALL,
+    magnitude_threshold,
+    magnitude_threshold_reference,
+    tiled_threshold,
+)
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -134,3 +139,35 @@ def test_bad_tiles() -> None:
         tiled_threshold(list, 0, torch.tensor(0))
     with pytest.raises(ValueError, match="bfloat16"):
         select(torch.ones(3, dtype=torch.bfloat16), 1)
+
+
+# --- of a given matrix ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_of_a_matrix(dtype: torch.dtype) -> None:
+    w = torch.randn(30, 40).to(dtype)
+    for arrangement in (w, w.t(), w[::2, ::3], w.flatten(), w[0, 0]):
+        for count in (0, 1, arrangement.numel() // 2, arrangement.numel()):
+            found = magnitude_threshold(arrangement, torch.tensor(count))
+            assert torch.equal(found, magnitude_threshold_reference(arrangement, count))
+            assert found.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_where_to_look_first_does_not_change_the_result() -> None:
+    w = torch.randn(30, 40)
+    expected = magnitude_threshold(w, torch.tensor(100))
+    for last in (float(expected), 0.0, -1.0, float("nan")):
+        assert torch.equal(magnitude_threshold(w, torch.tensor(100), torch.tensor(last)), expected)
+
+
+@pytest.mark.parametrize(
+    ("w", "message"),
+    [
+        (torch.ones(0, 3), r"w has shape \(0, 3\); magnitude_threshold needs at least one element"),
+        (torch.ones(3, dtype=torch.int32), "w is torch.int32; magnitude_threshold needs a floating-point matrix"),
+    ],
+)
+def test_bad_matrix(w: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        magnitude_threshold(w, torch.tensor(1))

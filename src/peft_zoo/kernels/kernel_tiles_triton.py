@@ -182,7 +182,7 @@ def pair_tiles(
     """`pair_tile` of every group, as a tuple."""
     pairs = (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, 0, KIND, NORM, RANK),)
     for g in tl.static_range(1, GROUPS):
-        pairs += (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, g, KIND, NORM, RANK),)
+        pairs += (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, g, KIND, NORM, RANK),)  # type: ignore[assignment]
     return pairs
 
 

@@ -77,7 +77,7 @@ def kernelized_merge(
     spec: KernelSpec,
     threshold: Tensor | None = None,
 ) -> Tensor:
-    """`weight + S^T`, summed in 32 bits and rounded once; S is only ever seen in tiles by the Triton kernels.
+    """`weight + S^T`, summed in 32 bits (64 for a 64-bit weight) and rounded once; S is only ever seen in tiles by the Triton kernels.
 
     The arguments are those of `kernelized_weight`, and `weight`: W0 of shape `(out, in)`, float16, bfloat16, float32 or
     float64, any strides (for a `Conv1D` pass its transpose).
@@ -90,6 +90,8 @@ def kernelized_merge(
     """
     A, B, kernel_params = check_factors(A, B, kernel_params, spec)
     check_frozen("weight", weight, (B.shape[1], A.shape[1]))
+    if weight.dtype == torch.float64:
+        A, B, kernel_params = A.double(), B.double(), None if kernel_params is None else kernel_params.double()
     given = as_factor(threshold, A)
     return merge_operator(A, B, kernel_params, num_kept, given, None, weight, weight.dtype, *fields(spec))[0]
 
