@@ -1,9 +1,12 @@
 """Floor 1 of peft-zoo: operators that take tensors and return tensors, and know nothing of peft.
 
-Each operator is one file (or a small family of files): the plain-PyTorch reference first, then the operator
-registered with ``torch.library``, then the public function.
+Each operator is one file: the plain-PyTorch reference first, then the operator registered with ``torch.library``, then
+the public function; its Triton kernels are in the file of the same name that ends in ``_triton``. ``base`` says how they
+are made and which of the two paths runs, ``docs/kernels.md`` how to use them.
 
-* ``kernelized_linear``: the sparse kernel-matrix update of SNELL, applied or formed without saving it.
-* ``magnitude_threshold``: the exact k-th smallest magnitude of a matrix that is only seen in tiles.
+* ``merge_lora``: any number of LoRA updates added to a weight in one pass.
+* ``magnitude_threshold``: the exact k-th smallest magnitude of a matrix, given or only seen in tiles.
+* ``kernelized_merge``, ``kernelized_linear``: the sparse kernel-matrix update of SNELL, formed, added or applied.
+* ``sparse_mask``, ``sparse_support``, ``masked_linear``: what sparse methods share.
 * ``budget``: how SNELLA divides its non-zero weights among layers.
 """
