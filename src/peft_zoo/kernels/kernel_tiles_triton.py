@@ -124,9 +124,9 @@ def constants(kind: int, norm: int = 2, mix: bool = False, groups: int = 2, rank
 _BLOCK = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
 
 
-def launch(constants: dict[str, Any]) -> dict[str, Any]:
+def launch(constants: dict[str, Any], num_warps: int = NUM_WARPS) -> dict[str, Any]:
     """Constants and launch options."""
-    return {**constants, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    return {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
 
 
 def split_count(blocks: int, tiles: int) -> int:

@@ -36,6 +36,7 @@ from peft_zoo.kernels.kernel_tiles_triton import (
 from peft_zoo.kernels.magnitude_threshold import KEEP_ALL, WARM_BITS, WARM_ELEMENTS
 
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # shift and width
+_COUNT_WARPS = 8  # with 4, the histogram of Triton 3.6 and 3.7 spills registers
 
 
 class Source:
@@ -84,7 +85,7 @@ def select(source: Source, num_kept: Tensor, last: Tensor | None) -> Tensor:
     tables = torch.zeros(len(_DIGITS), 1 << _DIGITS[0][1], dtype=torch.int64, device=source.device)
     for table, (shift, width) in zip(tables, _DIGITS, strict=True):
         digit = {"SHIFT": shift, "BINS": 1 << width}
-        _count[source.grid](*source.arguments, table, state, **launch(source.constants | digit))
+        _count[source.grid](*source.arguments, table, state, **launch(source.constants | digit, _COUNT_WARPS))
         _narrow[(1,)](table, state, threshold, **digit, num_warps=4)
     return threshold
 
@@ -213,11 +214,13 @@ def shipped() -> Iterator[Shipped]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         given = {"w_ptr": POINTERS[dtype]}
         name = f"given {POINTERS[dtype][1:]}"
-        yield Shipped(f"count[{name}]", _count, count | given, constants(GIVEN.value) | _first(), unit_strides=unit)
+        yield Shipped(
+            f"count[{name}]", _count, count | given, constants(GIVEN.value) | _first(), _COUNT_WARPS, unit_strides=unit
+        )
         warm = constants(GIVEN.value) | {"BITS": WARM_BITS}
         yield Shipped(f"count_near[{name}]", _count_near, near | given, warm, unit_strides=unit)
     for name, chosen in (*variants(), ("piecewise_linear, r=128", constants(1, rank=64))):
-        yield Shipped(f"count[{name}]", _count, count, chosen | _first())
+        yield Shipped(f"count[{name}]", _count, count, chosen | _first(), _COUNT_WARPS, loads_matrix=False)
         yield Shipped(f"count_near[{name}]", _count_near, near, chosen | {"BITS": WARM_BITS})
     tables = {"table_ptr": "*i64", "state_ptr": "*i64", "threshold_ptr": "*fp32"}
     yield Shipped("narrow", _narrow, tables, _first())
