@@ -169,3 +169,11 @@ def test_compiles_whole() -> None:
 def test_bad_input(change: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         masked_linear(*change(*inputs((3, 8), 5, torch.float32)))
+
+
+def test_no_inputs() -> None:
+    weight = torch.randn(3, 0, requires_grad=True)
+    y = masked_linear(torch.randn(2, 0), weight, torch.ones(3, 0, dtype=torch.bool), torch.ones(3))
+    assert torch.equal(y, torch.ones(2, 3))
+    y.sum().backward()
+    assert weight.grad is not None and weight.grad.shape == (3, 0)

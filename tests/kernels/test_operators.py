@@ -135,12 +135,16 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     refuse = lambda x: "it is too small" if x.numel() == 1 else None  # noqa: E731
     double = base.Operator("double", "(Tensor x) -> Tensor", torch_path, torch_path, "the.module", refuse, ())
     monkeypatch.setattr(base, "OPERATORS", OPERATORS | {"double": double})
-    monkeypatch.setattr(base.importlib, "import_module", lambda name: types.SimpleNamespace(double=with_triton))
+    monkeypatch.setattr(
+        base.importlib, "import_module", lambda name: types.SimpleNamespace(double=with_triton, __version__="3.9.0")
+    )
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
     monkeypatch.delenv("PEFT_ZOO_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     base._say_once.cache_clear()
+    base._why_not_package.cache_clear()
     yield ran
+    base._why_not_package.cache_clear()
     base._say_once.cache_clear()
 
 
@@ -170,6 +174,7 @@ def test_a_refusal_is_logged_once_with_its_reason(
         for _ in range(3):
             double._run(torch.ones(1))
         monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+        base._why_not_package.cache_clear()
         double._run(torch.ones(2))
     assert pretend == ["torch"] * 4
     assert [record.getMessage() for record in caplog.records] == [
@@ -184,6 +189,11 @@ def test_on_a_cpu_the_torch_path_is_expected_and_says_nothing(
     with caplog.at_level(logging.INFO, logger="peft_zoo"):
         base.OPERATORS["double"]._run(torch.ones(3))
     assert pretend == ["torch"] and not caplog.records
+
+
+def test_an_old_triton_is_refused(pretend: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base.importlib, "import_module", lambda name: types.SimpleNamespace(__version__="3.5.1"))
+    assert base._why_not_package() == "triton is 3.5.1, 3.6 is needed"
 
 
 @pytest.mark.parametrize(
@@ -211,6 +221,8 @@ def test_what_the_kernels_do_not_take_is_refused_with_a_reason(monkeypatch: pyte
     assert OPERATORS["kernelized_merge"].why_not_triton(*double) == "torch.float64: the kernels take torch.float32"
     wide = (torch.randn(2, 5, 65), torch.randn(2, 4, 65), *SAMPLES["kernelized_merge"](torch.float32)[0][2:])
     assert OPERATORS["kernelized_merge"].why_not_triton(*wide) == "r=130: the kernels take total ranks up to 128"
+    many = (torch.randn(3, 5, 1), torch.randn(3, 4, 1), *SAMPLES["kernelized_merge"](torch.float32)[0][2:])
+    assert OPERATORS["kernelized_merge"].why_not_triton(*many) == "3 groups: the kernels take up to 2"
     assert OPERATORS["merge_lora"].why_not_triton(torch.ones(2, 2), [], [], [], None) == "there is nothing to add"
     one = [torch.ones(1, 2)], [torch.ones(2, 1)], [1.0], None
     assert OPERATORS["merge_lora_"].why_not_triton(torch.ones(2, 2), *one) == "it is a single addmm"

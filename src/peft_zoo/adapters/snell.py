@@ -133,7 +133,7 @@ class SnellLayer(ZooLayer):
     zoo_snell_B: FactorDict
     zoo_snell_kernel_params: FactorDict
     zoo_snell_num_kept: BufferDict
-    last_threshold: dict[str, Tensor]
+    last_threshold: dict[tuple[str, torch.device], Tensor]
     configs: dict[str, SnellConfig]  # type: ignore[assignment]
 
     def init_adapter(self, name: str, config: SnellConfig) -> None:  # type: ignore[override]
@@ -155,12 +155,13 @@ class SnellLayer(ZooLayer):
         kept = numel if config.sparsify == "none" else kept_count(config.sparsity, numel)
         self.zoo_snell_num_kept[name] = torch.tensor(kept)
         # Where the next selection looks first. It changes no result, so it is neither a buffer nor saved.
-        vars(self).setdefault("last_threshold", {})[name] = torch.tensor(KEEP_ALL)
+        vars(self).setdefault("last_threshold", {})
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and what is remembered of it."""
         super().delete_adapter(adapter_name)
-        self.last_threshold.pop(adapter_name, None)
+        for key in [key for key in self.last_threshold if key[0] == adapter_name]:
+            del self.last_threshold[key]
 
     def delta_weight(self, name: str) -> Tensor:
         """ΔW (out, in) in fp32."""
@@ -189,13 +190,19 @@ class SnellLayer(ZooLayer):
         params = self.factor("zoo_snell_kernel_params", name) if self.configs[name].kernel == "mix_k" else None
         return A, B, params, self.zoo_snell_num_kept[name], self.configs[name].spec
 
-    def _last(self, name: str) -> Tensor:
-        """`last_threshold`, on the device of the adapter; elsewhere begun anew."""
-        device = self.zoo_snell_num_kept[name].device
-        if self.last_threshold[name].device != device:
+    def _last(self, name: str) -> Tensor | None:
+        """`last_threshold` on the device of the adapter; None while a graph is traced, which must not change a layer.
+
+        By device, since the replicas of `nn.DataParallel` share the dictionary.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        key = (name, self.zoo_snell_num_kept[name].device)
+        last = self.last_threshold.get(key)
+        if last is None:
             with torch.inference_mode(False):  # else it could not be changed outside of this mode
-                self.last_threshold[name] = torch.tensor(KEEP_ALL, device=device)
-        return self.last_threshold[name]
+                last = self.last_threshold[key] = torch.full((), KEEP_ALL, device=key[1])
+        return last
 
 
 @register(

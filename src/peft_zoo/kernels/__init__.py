@@ -1,8 +1,8 @@
 """Floor 1 of peft-zoo: operators that take tensors and return tensors, and know nothing of peft.
 
 Each operator is one file: the plain-PyTorch reference first, then the operator registered with ``torch.library``, then
-the public function; its Triton kernels are in the file of the same name that ends in ``_triton``. ``base`` says how they
-are made and which of the two paths runs, ``docs/kernels.md`` how to use them.
+the public function; its Triton kernels are in the file of the same name that ends in ``_triton``. ``base`` says how
+they are made and which of the two paths runs, ``docs/kernels.md`` how to use them.
 
 * ``merge_lora``: any number of LoRA updates added to a weight in one pass.
 * ``magnitude_threshold``: the exact k-th smallest magnitude of a matrix, given or only seen in tiles.

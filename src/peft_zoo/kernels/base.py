@@ -30,6 +30,8 @@ logger = logging.getLogger("peft_zoo")
 
 MODES = ("auto", "torch", "triton")
 OLDEST_CAPABILITY = (8, 0)
+OLDEST_TRITON = (3, 6)
+"""The oldest that the kernels were compiled with."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What the Triton kernels read and write; they compute in float32."""
 
@@ -57,9 +59,17 @@ def why_not_triton(tensor: Tensor) -> str | None:
     interpreted = mode == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         return f"the tensors are on {device.type}, Triton kernels need an NVIDIA GPU"
+    return _why_not_package() or (_why_not_gpu(device.index or 0) if device.type == "cuda" else None)
+
+
+@functools.cache
+def _why_not_package() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
-    return _why_not_gpu(device.index or 0) if device.type == "cuda" else None
+    version = importlib.import_module("triton").__version__
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton is {version}, {'.'.join(map(str, OLDEST_TRITON))} is needed"
+    return None
 
 
 @functools.cache
@@ -70,6 +80,10 @@ def _why_not_gpu(index: int) -> str | None:
     if capability < OLDEST_CAPABILITY:
         return f"the GPU has compute capability {capability}, {OLDEST_CAPABILITY} is needed"
     return None
+
+
+class Choice(str):
+    """A reason to take the torch path that is no loss: it is as good, or there is nothing to do."""
 
 
 class Operator:
@@ -111,7 +125,8 @@ class Operator:
         with torch.autocast(tensor.device.type, enabled=False):
             reason = self.why_not_triton(*args)
             if reason is not None:
-                _say_once(self.name, reason, expected=tensor.device.type != "cuda" and kernels_mode() != "triton")
+                by_choice = isinstance(reason, Choice) or kernels_mode() == "torch"
+                _say_once(self.name, reason, by_choice or (not tensor.is_cuda and kernels_mode() == "auto"))
                 return self.torch_path(*args)
             run = getattr(importlib.import_module(self.triton_module), self.name)
             with torch.cuda.device(tensor.device if tensor.is_cuda else -1):  # Triton launches on the current device

@@ -93,9 +93,10 @@ def safe_gamma(gamma: Tensor) -> Tensor:
 
 def kernel_params_of(kernel_params: Tensor | None, like: Tensor, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
     """`(alpha, gamma, beta)` as tensors of shape `()` in the dtype of `like`, the fixed ones where none are given."""
-    if kernel_params is None:
-        kernel_params = like.new_tensor(FIXED_PARAMS.get(spec.kernel, (0.0, 1.0, 0.0)))
-    alpha, gamma, beta = kernel_params.to(like.dtype).unbind()
+    if kernel_params is None:  # filled on the device: copying them there would wait for it
+        alpha, gamma, beta = (like.new_full((), value) for value in FIXED_PARAMS.get(spec.kernel, (0.0, 1.0, 0.0)))
+    else:
+        alpha, gamma, beta = kernel_params.to(like.dtype).unbind()
     return alpha, gamma, beta
 
 

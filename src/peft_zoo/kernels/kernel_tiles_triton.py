@@ -196,7 +196,8 @@ def combine(pairs, params_ptr, scale, offset, KIND: tl.constexpr, GROUPS: tl.con
         else:
             total += pairs[g]
     if KIND == RBF or KIND == SIGMOID:
-        total = tl.fma(total, total * 0 + tl.load(params_ptr) * scale, total * 0 + tl.load(params_ptr + 1) * offset)
+        outer = tl.broadcast_to(tl.load(params_ptr) * scale, total.shape)
+        total = tl.fma(total, outer, tl.broadcast_to(tl.load(params_ptr + 1) * offset, total.shape))
     return total
 
 
@@ -214,7 +215,7 @@ def softmax_tile(K, params_ptr, lse_ptr, r, c, n_rows, n_columns, ROWS_ARE_INPUT
 @triton.jit
 def mix(K, P, params_ptr):
     """W = K + alpha P + beta."""
-    return tl.fma(P, P * 0 + tl.load(params_ptr), K) + tl.load(params_ptr + 2)
+    return tl.fma(P, tl.broadcast_to(tl.load(params_ptr), P.shape), K) + tl.load(params_ptr + 2)
 
 
 @triton.jit
@@ -253,7 +254,7 @@ def kernel_tile(
 def multiplier_tile(W, threshold, MODE: tl.constexpr):
     """dS/dW of `kernel_matrix.sparsify`; except for `soft` also S / W."""
     if MODE == NONE:
-        return W * 0 + 1
+        return tl.full(W.shape, 1.0, tl.float32)
     size = tl.abs(W)
     if MODE == PRODUCT:
         return tl.maximum(size - tl.maximum(threshold, 0.0), 0.0)

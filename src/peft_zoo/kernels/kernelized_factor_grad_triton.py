@@ -49,7 +49,7 @@ def block_rows(width: int, is_heavy: bool) -> int:
     The groups, the matrix, its gradient and the sums are held in registers at once, so tiles are smaller than those of
     the other kernels.
     """
-    return 16 if width > 64 else 32 if width > 32 or is_heavy else 64
+    return 16 if width > 64 or (width > 32 and is_heavy) else 32 if width > 32 or is_heavy else 64
 
 
 def kernelized_factor_grad(
@@ -62,7 +62,9 @@ def kernelized_factor_grad(
     raw_B, _ = _gradient(factors, dS, threshold, rho, rows_are_inputs=False)
     alpha, _, beta = factors.params
     params = _kernel_params_grad(factors, sums, rho)
-    return finish_gradients(factors.spec, *factors.scaled, alpha, beta, raw_A, raw_B, params)
+    dA, dB, dparams = finish_gradients(factors.spec, *factors.scaled, alpha, beta, raw_A, raw_B, params)
+    # In the memory layout that was promised when the graph was traced.
+    return torch.empty_like(A).copy_(dA), torch.empty_like(B).copy_(dB), dparams
 
 
 def _kernel_params_grad(factors: Factors, sums: Tensor, rho: Tensor) -> Tensor:
@@ -276,8 +278,10 @@ def shipped() -> Iterator[Shipped]:
     cases = [(name, torch.bfloat16, chosen, 1) for name, chosen in variants()]
     cases += [("float32", torch.float32, constants(1), 1), ("float16", torch.float16, constants(1), 1)]
     cases += [("r=8", torch.bfloat16, constants(1, rank=4), 1), ("r=128", torch.bfloat16, constants(1, rank=64), 1)]
+    cases += [("mix_k, r=64", dtype, constants(1, 2, True, 2, 32), 1) for dtype in (torch.bfloat16, torch.float32)]
     cases += [("soft", torch.bfloat16, constants(1), 4), ("none", torch.bfloat16, constants(1), 0)]
     for name, dtype, shared, mode in cases:
+        name = name if dtype == torch.bfloat16 or name.startswith("float") else f"{name}, {POINTERS[dtype][1:]}"
         signature = factor_signature("dm_ptr") | {"dm_ptr": POINTERS[dtype]}
         pointers = ("own_ptr", "other_ptr", "rho_ptr", "threshold_ptr", "partial_ptr", "sums_ptr")
         for inputs, unit in ((True, "stride_r"), (False, "stride_c")):

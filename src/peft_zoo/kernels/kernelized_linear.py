@@ -9,7 +9,7 @@ and backward only the input, the two small factors, the kernel parameters and on
 With torch, the forward pass fills one `(out, in)` scratch matrix and frees it; the backward pass works tile by tile,
 and the gradient of S exists one tile at a time. With Triton, the weight is written into one scratch matrix in the dtype
 of the input and multiplied by the library, forward and backward, and the gradient of S takes its place. Torch's
-allocator gives every layer the same scratch, so it costs `2 in out` bytes in all, not per layer.
+allocator gives every layer the same scratch: with 16-bit inputs it costs `2 in out` bytes in all, not per layer.
 
 Cost of a layer with T tokens, forward and backward: 6 T in out FLOPs, where LoRA on a frozen layer has 4 T in out.
 """

@@ -27,8 +27,8 @@ from peft_zoo.kernels.kernel_tiles import (
 )
 from peft_zoo.kernels.magnitude_threshold import KEEP_ALL, magnitude_threshold_reference, tiled_threshold
 
-LARGEST_RANK = 128
-"""Of the Triton kernels, which keep one number per row and rank in registers."""
+LARGEST_RANK, MOST_GROUPS = 128, 2
+"""Of the Triton kernels, which keep a number per row and rank, and a tile per group, in registers."""
 
 _CHUNK_ELEMENTS = 2**16  # of element-wise passes over a whole matrix: three operands fit into a CPU's L2 cache
 
@@ -77,7 +77,7 @@ def kernelized_merge(
     spec: KernelSpec,
     threshold: Tensor | None = None,
 ) -> Tensor:
-    """`weight + S^T`, summed in 32 bits (64 for a 64-bit weight) and rounded once; S is only ever seen in tiles by the Triton kernels.
+    """`weight + S^T`, summed in 32 bits (64 for a 64-bit weight) and rounded once. The Triton kernels never hold S.
 
     The arguments are those of `kernelized_weight`, and `weight`: W0 of shape `(out, in)`, float16, bfloat16, float32 or
     float64, any strides (for a `Conv1D` pass its transpose).
@@ -183,7 +183,9 @@ SPEC = "str kernel, int norm, float scale, str sparsify"
 
 def refuse_factors(A: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernels cannot take these factors, or tensors that only need a dtype, or None."""
-    rank = A.shape[0] * A.shape[2]
+    groups, rank = A.shape[0], A.shape[0] * A.shape[2]
+    if groups > MOST_GROUPS:
+        return f"{groups} groups: the kernels take up to {MOST_GROUPS}"
     if rank > LARGEST_RANK:
         return f"r={rank}: the kernels take total ranks up to {LARGEST_RANK}"
     return refuse_dtypes(A, B, allowed=(torch.float32,)) or refuse_dtypes(*others, allowed=FLOATS)

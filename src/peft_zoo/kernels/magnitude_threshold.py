@@ -3,7 +3,7 @@
 Non-negative IEEE floats are ordered like their bit patterns read as integers, so the k-th smallest magnitude is
 found digit by digit: histogram the leading digit of every pattern, keep the bin in which rank k falls, histogram
 the next digit of that bin's members only (radix selection). 32-bit floats take 2 passes, 64-bit floats 4. Nothing
-is sorted or copied, counts are ``int64`` (exact for any size), and on an accelerator no value ever travels to
+is sorted, counts are ``int64`` (exact for any size), and on an accelerator no value ever travels to
 the host.
 
 Definition, for ``w`` flattened to ``N`` values and ``n`` of them to be kept::

@@ -60,7 +60,8 @@ class Source:
 def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
     """`magnitude_threshold.magnitude_threshold`."""
     matrix = w if w.dim() == 2 else w.reshape(-1, w.shape[-1] if w.dim() else 1)
-    return select(Source(matrix, None), num_kept, last)
+    # 2^17 patterns of a float32 are two of a bfloat16: all entries near the last threshold would meet in two counters.
+    return select(Source(matrix, None), num_kept, last if w.dtype == torch.float32 else None)
 
 
 def kernelized_threshold(
@@ -92,12 +93,13 @@ def select(source: Source, num_kept: Tensor, last: Tensor | None) -> Tensor:
 
 def _warm_start(source: Source, rank: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """A threshold found by counting near the last one, and whether it is right: whether the rank fell there."""
+    last = last.clone()  # it is read twice, and somebody may write to it meanwhile
     table = torch.zeros(1 + (1 << WARM_BITS), dtype=torch.int64, device=source.device)  # all below come first
     _count_near[source.grid](*source.arguments, table, last, BITS=WARM_BITS, **launch(source.constants))
     ranks = table.cumsum(0)
     position = torch.searchsorted(ranks, rank)
     done = (position > 0) & (position < len(ranks))
-    pattern = last.view(torch.int32) - (1 << (WARM_BITS - 1)) + position - 1
+    pattern = (last.view(torch.int32) - (1 << (WARM_BITS - 1))).clamp_min(0) + position - 1
     return pattern.to(torch.int32).view(torch.float32), done
 
 
@@ -187,7 +189,7 @@ def _count_near(
     """Counts every pattern within half of 2^BITS of the last threshold's, and all entries below those."""
     last = tl.load(last_ptr)
     if last > 0:
-        low = last.to(tl.int32, bitcast=True) - (1 << (BITS - 1))
+        low = tl.maximum(last.to(tl.int32, bitcast=True) - (1 << (BITS - 1)), 0)
         below = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
         across = tl.cdiv(n_columns, BLOCK_COLUMNS)
         for t in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS) * across, tl.num_programs(0)):

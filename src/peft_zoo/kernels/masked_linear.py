@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import FLOATS, operator, refuse_dtypes
+from peft_zoo.kernels.base import FLOATS, Choice, operator, refuse_dtypes
 from peft_zoo.kernels.sparse_mask import mask_weight_torch
 
 MaskWeight = Callable[[Tensor, Tensor, None, None, torch.dtype], Tensor]
@@ -72,7 +72,9 @@ def masked_linear_backward_reference(
     if need_x:
         dx = (grad.to(wide) @ torch.where(mask, weight, 0).to(grad.dtype).to(wide)).to(grad.dtype)
     if x is not None:
-        full = grad.reshape(-1, len(weight)).to(wide).mT @ x.reshape(-1, x.shape[-1]).to(wide)
+        full = grad.reshape(x.shape[:-1].numel(), len(weight)).to(wide).mT @ x.reshape(
+            x.shape[:-1].numel(), x.shape[-1]
+        ).to(wide)
         dW = torch.where(mask, full, 0).to(weight.dtype)
     return dx, dW
 
@@ -105,7 +107,9 @@ def _check(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None
 def product(mask_weight: MaskWeight, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
     """`masked_linear` with this function to mask the weight."""
     masked = mask_weight(weight, mask, None, None, x.dtype)
-    y = torch.nn.functional.linear(x.reshape(-1, weight.shape[1]), masked, None if bias is None else bias.to(x.dtype))
+    y = torch.nn.functional.linear(
+        x.reshape(x.shape[:-1].numel(), weight.shape[1]), masked, None if bias is None else bias.to(x.dtype)
+    )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -114,13 +118,13 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """`masked_linear_backward_reference` with this function to mask the weight."""
     out_features, in_features = weight.shape
-    rows = grad.reshape(-1, out_features)
+    rows = grad.reshape(grad.shape[:-1].numel(), out_features)
     dx, dW = grad.new_empty(0), weight.new_empty(0)
     if need_x:
         masked = mask_weight(weight, mask, None, None, grad.dtype)
         dx = (rows @ masked).view(*grad.shape[:-1], in_features)
     if x is not None:
-        dW = mask_weight(rows.mT @ x.reshape(-1, in_features), mask, None, None, weight.dtype)
+        dW = mask_weight(rows.mT @ x.reshape(len(rows), in_features), mask, None, None, weight.dtype)
     return dx, dW
 
 
@@ -128,7 +132,7 @@ def gradients(
 
 
 def _refuse(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> str | None:
-    return "there is nothing to mask" if weight.numel() == 0 else refuse_dtypes(x, weight, allowed=FLOATS)
+    return Choice("there is nothing to mask") if weight.numel() == 0 else refuse_dtypes(x, weight, allowed=FLOATS)
 
 
 def _refuse_backward(grad: Tensor, x: Tensor | None, weight: Tensor, mask: Tensor, need_x: bool) -> str | None:

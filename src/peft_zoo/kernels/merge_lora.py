@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import FLOATS, kernels_mode, operator, refuse_dtypes
+from peft_zoo.kernels.base import FLOATS, Choice, kernels_mode, operator, refuse_dtypes
 from peft_zoo.kernels.philox import philox
 
 _SMALLEST_HALF = 0x33800000  # 2^-24, the smallest positive float16, as a float32 pattern
@@ -147,7 +147,7 @@ _SCHEMA = "weight, Tensor[] A, Tensor[] B, float[] scales, int? seed"
 
 def _refuse(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> str | None:
     if not A or 0 in weight.shape:
-        return "there is nothing to add"
+        return Choice("there is nothing to add")
     return refuse_dtypes(weight, *A, *B, allowed=FLOATS)
 
 
@@ -155,7 +155,7 @@ def _refuse_inplace(
     weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None
 ) -> str | None:
     if kernels_mode() == "auto" and _is_one_product(weight, A, B, scales, seed):
-        return "it is a single addmm"
+        return Choice("it is a single addmm")
     return _refuse(weight, A, B, scales, seed)
 
 

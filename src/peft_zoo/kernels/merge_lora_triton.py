@@ -63,13 +63,12 @@ def _pack(A: list[Tensor], B: list[Tensor], scales: list[float]) -> tuple[Tensor
     left = torch.cat([F.pad(b.to(dtype), (0, pad)) for b, pad in zip(B, pads, strict=True)], 1)  # (out, R)
     right = torch.cat([F.pad(a.to(dtype), (0, 0, 0, pad)) for a, pad in zip(A, pads, strict=True)])  # (R, in)
     repeats = [(len(a) + pad) // chunk for a, pad in zip(A, pads, strict=True)]
-    per_chunk = [s for s, n in zip(scales, repeats, strict=True) for _ in range(n)]
-    if len(set(per_chunk)) == 1:  # filled on the device, without waiting for it
-        return left, right, left.new_full((len(per_chunk),), per_chunk[0], dtype=torch.float32), chunk
-    return left, right, torch.tensor(per_chunk, dtype=torch.float32, device=left.device), chunk
+    # Filled on the device: copying them there would wait for it.
+    per_chunk = [left.new_full((n,), s, dtype=torch.float32) for s, n in zip(scales, repeats, strict=True)]
+    return left, right, torch.cat(per_chunk), chunk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _merge(
     out_ptr,
     weight_ptr,

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import FLOATS, operator, refuse_dtypes
+from peft_zoo.kernels.base import FLOATS, Choice, operator, refuse_dtypes
 from peft_zoo.kernels.magnitude_threshold import magnitude_threshold, magnitude_threshold_reference
 
 GROUPS = (2, 4, 8, 16, 32)
@@ -236,7 +236,7 @@ def _checked(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
 
 def _refuse(*tensors: Tensor | None) -> str | None:
     if any(t is not None and t.numel() == 0 for t in tensors):
-        return "there is nothing to choose from"
+        return Choice("there is nothing to choose from")
     return refuse_dtypes(*tensors, allowed=FLOATS)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it the library's products may refuse below
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("PEFT_ZOO_KERNELS") == "triton"
 
 if not INTERPRETED and not torch.cuda.is_available():

@@ -93,9 +93,9 @@ def test_shapes(features: tuple[int, int], kernel: str, device: str) -> None:
     assert_kernels(make(spec, features, device, rank=2), spec)
 
 
-@pytest.mark.parametrize(("groups", "rank"), [(1, 1), (1, 128), (2, 32), (3, 5), (4, 2)])
+@pytest.mark.parametrize(("groups", "rank"), [(1, 1), (1, 128), (2, 1), (2, 32)])
 def test_groups_and_ranks(groups: int, rank: int, device: str) -> None:
-    spec = KernelSpec() if groups > 1 else KernelSpec("sigmoid", sparsify="hard")
+    spec = KernelSpec() if groups > 1 and rank > 1 else KernelSpec("sigmoid", sparsify="hard")
     assert_kernels(make(spec, (33, 20), device, groups, rank), spec)
 
 
