@@ -176,31 +176,41 @@ def _factor_grad(
         for g in tl.static_range(GROUPS):
             dG = -dK if g % 2 == 1 else dK
             if NORM == 1:
-                for k in range(RANK):
-                    x, y = coordinates(x_ptr, y_ptr, r, c, n_rows, n_columns, g * RANK + k)
-                    slope = tl.where(x > y, dG, tl.where(x < y, -dG, 0.0))
-                    total += tl.where((w == g * RANK + k)[None, :], tl.sum(slope, 1)[:, None], 0.0)
+                total = _add_signs(total, dG, x_ptr, y_ptr, r, c, n_rows, n_columns, w, g, RANK)
             else:
                 if KIND == RBF or KIND == SIGMOID:
                     first += tl.sum(dG * pairs[g], 1)
-                R = slope_tile(pairs[g], dG, KIND)
                 columns = ((w >= g * RANK) & (w < (g + 1) * RANK))[None, :]
-                there = tl.load(
-                    other_ptr + c[:, None] * (GROUPS * RANK) + w[None, :],
-                    mask=columns & (c < n_columns)[:, None],
-                    other=0.0,
-                )
-                if KIND == DISTANCE or KIND == RBF:
-                    total = tl.dot(-R, there, acc=total, input_precision="tf32x3")
-                    here = tl.load(own_at, mask=columns & (r < n_rows)[:, None], other=0.0)
-                    total = tl.fma(here, tl.broadcast_to(tl.sum(R, 1)[:, None], here.shape), total)
-                else:
-                    total = tl.dot(R, there, acc=total, input_precision="tf32x3")
+                own_mask, other_mask = columns & (r < n_rows)[:, None], columns & (c < n_columns)[:, None]
+                other_at = other_ptr + c[:, None] * (GROUPS * RANK) + w[None, :]
+                R = slope_tile(pairs[g], dG, KIND)
+                total = _add_products(total, R, own_at, own_mask, other_at, other_mask, KIND)
     rows = tl.program_id(1) * n_rows + r
     keep = (r < n_rows)[:, None] & (w < GROUPS * RANK)[None, :]
     tl.store(partial_ptr + rows.to(tl.int64)[:, None] * (GROUPS * RANK) + w[None, :], total, mask=keep)
     tl.store(sums_ptr + (2 * tl.program_id(1)) * n_rows + r, first, mask=r < n_rows)
     tl.store(sums_ptr + (2 * tl.program_id(1) + 1) * n_rows + r, second, mask=r < n_rows)
+
+
+@triton.jit
+def _add_products(total, R, own_at, own_mask, other_at, other_mask, KIND: tl.constexpr):
+    """The sums of one group: `own * rowsum(R) - R @ other` of differences, `R @ other` of products."""
+    other = tl.load(other_at, mask=other_mask, other=0.0)
+    if KIND == DISTANCE or KIND == RBF:
+        total = tl.dot(-R, other, acc=total, input_precision="tf32x3")
+        own = tl.load(own_at, mask=own_mask, other=0.0)
+        return tl.fma(own, tl.broadcast_to(tl.sum(R, 1)[:, None], own.shape), total)
+    return tl.dot(R, other, acc=total, input_precision="tf32x3")
+
+
+@triton.jit
+def _add_signs(total, dK, x_ptr, y_ptr, r, c, n_rows, n_columns, w, g: tl.constexpr, RANK: tl.constexpr):
+    """The sums of one group for norm 1, one coordinate at a time."""
+    for k in range(RANK):
+        x, y = coordinates(x_ptr, y_ptr, r, c, n_rows, n_columns, g * RANK + k)
+        slope = tl.where(x > y, dK, tl.where(x < y, -dK, 0.0))
+        total += tl.where((w == g * RANK + k)[None, :], tl.sum(slope, 1)[:, None], 0.0)
+    return total
 
 
 @triton.jit
