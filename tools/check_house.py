@@ -1,7 +1,7 @@
 """Checks the rules of the house that no linter knows: length of files, and that imports go downstairs only.
 
-A file imports from lower floors. Inside a floor it imports from `base`, from its own package, and from siblings that
-carry its own name (`snell.py` from `snell_mask.py`), so that no method ever imports another. Only kernels
+A file imports from lower floors. Inside a floor it imports from `base`, from its own package, and from siblings of the
+same family (`snell.py`, `snell_mask.py`), so that no method ever imports another. Only kernels
 may be made of other kernels. What a floor's `__init__.py` re-exports is its own affair.
 """
 
@@ -56,7 +56,13 @@ def complaints(path: Path) -> Iterator[str]:
 
 def beside(floor: str, room: str, other: str) -> bool:
     """Whether `room` may import from `other` on the same floor."""
-    return floor == "kernels" or other in (room, "base") or other.startswith(f"{room}_")
+    return floor == "kernels" or other == "base" or family(floor, room) == family(floor, other)
+
+
+def family(floor: str, room: str) -> str:
+    """The shortest name of a file on the floor that `room` is, or is followed in `room` by an underscore."""
+    names = {path.stem for path in (SOURCE / PACKAGE / floor).glob("*.py")}
+    return min((name for name in names if f"{room}_".startswith(f"{name}_")), key=len, default=room)
 
 
 def main() -> int:

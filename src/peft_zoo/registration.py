@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
@@ -75,7 +76,8 @@ def register(
     """Class decorator that makes a tuner and its configuration known to peft.
 
     The type's value is `ZOO_` and the upper-case `method_name` of `config_cls`; the parameter prefix is the lower-case
-    value and an underscore, because transformers derives it so. Registering a class again (a reload) replaces the old
+    value and an underscore, because transformers derives it so. A tuner that derives from peft's `LoraModel` keeps
+    `lora_`: its tensors are those of a LoRA. Registering a class again (a reload) replaces the old
     one. If another package or a later peft owns the value, nothing is overridden: the method stays unregistered and one
     warning names the owner.
 
@@ -97,8 +99,9 @@ def register(
     def decorate(tuner_cls: Tuner) -> Tuner:
         if not re.fullmatch("[a-z][a-z0-9_]*[a-z0-9]", name):
             raise ValueError(f"method_name={name!r} of {config_cls.__name__}: use lower-case letters, digits and '_'.")
-        if tuner_cls.prefix != f"{value.lower()}_":
-            raise ValueError(f"prefix={tuner_cls.prefix!r} of {tuner_cls.__name__}: use {value.lower() + '_'!r}.")
+        prefix = LoraModel.prefix if issubclass(tuner_cls, LoraModel) else f"{value.lower()}_"
+        if tuner_cls.prefix != prefix:
+            raise ValueError(f"prefix={tuner_cls.prefix!r} of {tuner_cls.__name__}: use {prefix!r}.")
         with _lock:
             owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(value)  # type: ignore[call-overload]
             if owner is not None and not _same_class(owner, config_cls):
@@ -111,7 +114,7 @@ def register(
             for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
                 mapping.pop(value, None)  # type: ignore[call-overload]
             _add_member(value)
-            register_peft_method(name=value.lower(), config_cls=config_cls, model_cls=tuner_cls)
+            register_peft_method(name=value.lower(), config_cls=config_cls, model_cls=tuner_cls, prefix=prefix)
             _methods[name] = Method(
                 name, value, config_cls, tuner_cls, summary, parameters, memory, flops, paper, callback
             )
