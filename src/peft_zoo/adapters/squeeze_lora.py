@@ -4,15 +4,16 @@
     s B A = U S V^T      through QR or Gram matrices of the factors, never formed
     B' = U_r S_r^(1/2)   A' = S_r^(1/2) V_r^T
 
-A high rank finds a good subspace, and its best part is kept: at equal steps and equal final size the paper reports better
-results than training at the low rank from the start. What is left at the end is a plain LoRA for stock peft.
+A high rank finds a good subspace, and its best part is kept: at equal steps and equal final size the paper reports
+better results than training at the low rank from the start. What is left at the end is a plain LoRA for stock peft.
 
-Cost: a LoRA of rank R while the mask mode trains, of the present rank in shrink mode; a squeeze takes milliseconds a module.
-Use it where the final size matters (serving many adapters, limits on the rank) and the training budget allows the rank R at first.
-Compressing once at the end (Post-Squeeze) can lose much at extreme ratios; leave some steps after the last squeeze.
+Cost: a LoRA of rank R while the mask mode trains, of the present rank in shrink mode; a squeeze takes milliseconds a
+module. Use it where the final size matters (serving many adapters, limits on the rank) and the training budget allows
+the rank R at first. Compressing once at the end (Post-Squeeze) can lose much at extreme ratios; leave some steps after
+the last squeeze.
 
-Source: LoRA-Squeeze (Vulić, Grycner, de Laroussilhe, Pfeiffer, arXiv 2602.10993). It leaves open how singular values are split, what
-happens to alpha and to the optimizer; the choices made here are fields of the configuration.
+Source: LoRA-Squeeze (Vulić, Grycner, de Laroussilhe, Pfeiffer, arXiv 2602.10993). It leaves open how singular values
+are split, what happens to alpha and to the optimizer; the choices made here are fields of the configuration.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from peft_zoo.adapters.squeeze_lora_schedule import SqueezeConfig
 class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     """Configuration of a LoRA that is compressed while it trains; every field of peft's `LoraConfig`, and the schedule.
 
-    The schedule travels with the adapter; `SqueezeCallback` (for `Trainer`) or `LoraSqueezer` (for other loops) carries it
-    out. Without a target it is the LoRA it began as.
+    The schedule travels with the adapter; `SqueezeCallback` (for `Trainer`) or `LoraSqueezer` (for other loops)
+    carries it out. Without a target it is the LoRA it began as.
 
     Raises:
         ValueError: For every field with a value that cannot work, naming the field, the value and the fix.

@@ -7,7 +7,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -27,7 +26,8 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         start: What the schedule starts from; a checkpoint remembers it.
 
     Attributes:
-        squeezer: Made when training begins, which raises if the schedule does not fit the adapter or the number of steps.
+        squeezer: Made when training begins, which raises if the schedule does not fit the adapter or the number of
+            steps.
     """
 
     def __init__(
@@ -64,50 +64,43 @@ class SqueezeCallback(TrainerCallback, ExportableState):
         """
         resize_to(model, Path(checkpoint), adapter_name)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reads the schedule."""
         if state.global_step > 0 and self.start is None:
             saved = state.stateful_callbacks.get(type(self).__name__, {})
             saved = saved[0] if isinstance(saved, list) else saved
             self.start = saved.get("args", {}).get("start")
-        self.squeezer = LoraSqueezer(model, state.max_steps, self.config, self.adapter_name, self.start)
+        self.squeezer = LoraSqueezer(kwargs["model"], state.max_steps, self.config, self.adapter_name, self.start)
         self.start = self.squeezer.start
         if self.squeezer.config.mode == "shrink" and args.load_best_model_at_end:
             raise ValueError("shrink mode is not supported with load_best_model_at_end=True; use mode='mask'.")
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, *, optimizer: torch.optim.Optimizer, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Squeezes where the schedule says so, after the optimizer's step and before a checkpoint is written."""
-        if self.squeezer is not None and self.squeezer.step(state.global_step, optimizer):
+        if self.squeezer is not None and self.squeezer.step(state.global_step, kwargs["optimizer"]):
             self._warm_from = state.global_step
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, *, optimizer: torch.optim.Optimizer, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets the learning rate rise again after a squeeze, linearly; the scheduler is not touched."""
         steps = 0 if self.squeezer is None else self.squeezer.config.rewarmup_steps
         since = steps if self._warm_from is None else state.global_step - self._warm_from
         if since < steps:
-            self._rates = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
+            groups = kwargs["optimizer"].param_groups
+            self._rates = [group["lr"] for group in groups]
+            for group in groups:
                 group["lr"] = group["lr"] * (since + 1) / (steps + 1)
 
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, *, optimizer: torch.optim.Optimizer, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gives the scheduler its learning rate back."""
         if self._rates is not None:
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=True):
                 group["lr"] = rate
             self._rates = None
 
-    def on_train_end(
-        self, args: Any, state: Any, control: Any, *, optimizer: torch.optim.Optimizer | None = None, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes the adapter the small, plain LoRA that it has become."""
         if self.squeezer is not None and self.squeezer.stages and self.squeezer.config.finalize:
-            self.squeezer.finalize(optimizer)
+            self.squeezer.finalize(kwargs.get("optimizer"))
 
 
 class RefactorizeCallback(TrainerCallback):
@@ -128,12 +121,10 @@ class RefactorizeCallback(TrainerCallback):
         SqueezeConfig(optimizer_state=optimizer_state)  # checks it
         self.every, self.adapter_name, self.optimizer_state = every, adapter_name, optimizer_state
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: torch.optim.Optimizer, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Balances after every so many steps."""
         if state.global_step % self.every == 0:
-            refactorize_(model, self.adapter_name, optimizer, self.optimizer_state)
+            refactorize_(kwargs["model"], self.adapter_name, kwargs["optimizer"], self.optimizer_state)
 
 
 __all__ = ["RefactorizeCallback", "SqueezeCallback"]

@@ -22,9 +22,9 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
     Args:
         model: A `PeftModel`, or any model with LoRA layers; DDP's wrapper may be around it.
         adapter_name: The adapter.
-        scaling: `"keep"` leaves the scale as it is, so alpha follows the rank; `"fold"` puts the scale into the factors,
-            so that alpha equals the rank, which loaders that ignore patterns want; `"auto"` keeps it where all ranks are
-            equal, and folds it elsewhere.
+        scaling: `"keep"` leaves the scale as it is, so alpha follows the rank; `"fold"` puts the scale into the
+            factors, so that alpha equals the rank, which loaders that ignore patterns want; `"auto"` keeps it where
+            all ranks are equal, and folds it elsewhere.
 
     Returns:
         The rank of each module.
@@ -86,7 +86,9 @@ def resize_to(model: nn.Module, checkpoint: Path, adapter_name: str) -> None:
     for pair in lora_pairs(model, adapter_name):
         rank = _matching(saved.rank_pattern, pair.name, saved.r)
         if rank > pair.size:
-            raise ValueError(f"{pair.name} has rank {pair.size}, the checkpoint {rank}: make the adapter as the first run did.")
+            raise ValueError(
+                f"{pair.name} has rank {pair.size}, the checkpoint {rank}: make the adapter as the first run did."
+            )
         alpha = _matching(saved.alpha_pattern, pair.name, saved.lora_alpha)
         pair.layer.use_rslora[adapter_name] = saved.use_rslora
         B, A = pair.matrices()
@@ -95,9 +97,9 @@ def resize_to(model: nn.Module, checkpoint: Path, adapter_name: str) -> None:
         setattr(config, name, getattr(saved, name))
 
 
-def _matching(pattern: dict[str, Any], name: str, default: Any) -> Any:
+def _matching(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
     """What a pattern says of a module, read as peft reads it."""
-    return pattern.get(get_pattern_key(list(pattern), name), default)
+    return (pattern or {}).get(get_pattern_key(list(pattern or {}), name), default)
 
 
 def _plain(config: LoraConfig) -> LoraConfig:

@@ -1,9 +1,9 @@
 """The factors of a LoRA in a model, seen as pairs of matrices, and how a pair takes a smaller rank.
 
-Every change is a pair of small maps (`peft_zoo.kernels.low_rank`): ``B' = B P_B``, ``A' = P_A A``. Adam's first moments follow
-exactly, since ``dL/dB' = f dL/dB P_A^T`` and ``dL/dA' = f P_B^T dL/dA`` with the ratio of scales ``f = s'/s``. Its second moments
-have no exact image. The squares of the maps overestimate them where gradients are mostly mean, so each direction is rescaled
-to the ratio of squared first to second moments that the tensor had before.
+Every change is a pair of small maps (`peft_zoo.kernels.low_rank`): ``B' = B P_B``, ``A' = P_A A``. Adam's first
+moments follow exactly, since ``dL/dB' = f dL/dB P_A^T`` and ``dL/dA' = f P_B^T dL/dA`` with the ratio of scales ``f =
+s'/s``. Its second moments have no exact image. The squares of the maps overestimate them where gradients are mostly
+mean, so each direction is rescaled to the ratio of squared first to second moments that the tensor had before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ PLAIN = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "Dora
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Factors of one adapted module; `scale * B A` is its update, `(out, in)`, kernels flattened, of an embedding transposed.
+    """Factors of one adapted module; `scale * B A` is its update, `(out, in)`, kernels flattened, of an embedding
+    transposed.
 
     Attributes:
         name: The module's name in the base model.
@@ -82,13 +83,16 @@ def lora_pairs(model: nn.Module, adapter_name: str) -> list[LoraPair]:
     available = sorted({adapter for layer in layers.values() for adapter in layer.scaling})
     if adapter_name not in available:
         raise ValueError(f"adapter {adapter_name!r} not found; available: {available}.")
-    pairs, seen = [], set()
+    pairs: list[LoraPair] = []
+    seen: set[int] = set()
     for name, layer in layers.items():
         if adapter_name not in layer.scaling:
             continue
         pair = _pair(_plain_name(name), layer, adapter_name)
         if {id(pair.A), id(pair.B)} & seen:
-            raise NotImplementedError(f"{pair.name} shares its factors with another module; tied adapters keep their rank.")
+            raise NotImplementedError(
+                f"{pair.name} shares its factors with another module; tied adapters keep their rank."
+            )
         seen |= {id(pair.A), id(pair.B)}
         pairs.append(pair)
     return pairs
@@ -134,6 +138,9 @@ def drop_dead_directions(pair: LoraPair, new_scale: float | None = None) -> None
 def write_factors(pair: LoraPair, B: Tensor, A: Tensor, scale: float) -> None:
     """Puts new factors into the same Parameter objects, and what peft knows of their rank into the layer."""
     layer, name, rank = pair.layer, pair.adapter, len(A)
+    bias = getattr(layer.lora_B[name], "bias", None) if name in layer.lora_B else None
+    if bias is not None:
+        bias.data *= pair.scale / scale  # peft multiplies it by the scale as well
     pair.B.grad = pair.A.grad = None
     if rank == pair.size:
         pair.matrices()[0].copy_(B)
@@ -144,7 +151,10 @@ def write_factors(pair: LoraPair, B: Tensor, A: Tensor, scale: float) -> None:
     layer.r[name] = rank
     layer.scaling[name] = scale
     layer.lora_alpha[name] = alpha_of(scale, rank, bool(layer.use_rslora.get(name)))
-    for module, attributes in ((layer.lora_A, ("out_features", "out_channels")), (layer.lora_B, ("in_features", "in_channels"))):
+    for module, attributes in (
+        (layer.lora_A, ("out_features", "out_channels")),
+        (layer.lora_B, ("in_features", "in_channels")),
+    ):
         for attribute in attributes:
             if name in module and hasattr(module[name], attribute):
                 setattr(module[name], attribute, rank)
@@ -153,11 +163,13 @@ def write_factors(pair: LoraPair, B: Tensor, A: Tensor, scale: float) -> None:
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Gives a parameter data of another shape.
 
-    A loss that is still held keeps the parameter's gradient accumulator alive, which remembers the old shape and fails the
-    next backward pass. Autograd drops it when the dtype changes, hence the detour.
+    A loss that is still held keeps the parameter's gradient accumulator alive, which remembers the old shape and fails
+    the next backward pass. Autograd drops it when the dtype changes, hence the detour.
     """
     dtype = parameter.dtype
-    parameter.data = torch.empty(0, dtype=torch.float64 if dtype != torch.float64 else torch.float32, device=parameter.device)
+    parameter.data = torch.empty(
+        0, dtype=torch.float64 if dtype != torch.float64 else torch.float32, device=parameter.device
+    )
     parameter.data = data.to(dtype).contiguous()
 
 
@@ -166,8 +178,8 @@ class Projection:
 
     Args:
         optimizer: The optimizer, possibly wrapped by accelerate.
-        mode: `"project"` maps the moments of torch's Adam and AdamW; the state of every other optimizer, and of all with
-            `"reset"`, is dropped, and the optimizer starts those two tensors anew at its next step.
+        mode: `"project"` maps the moments of torch's Adam and AdamW; the state of every other optimizer, and of all
+            with `"reset"`, is dropped, and the optimizer starts those two tensors anew at its next step.
     """
 
     MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"})
@@ -200,7 +212,11 @@ class Projection:
 
     def _is_adam(self, parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
         floats = all(v.shape == parameter.shape and v.is_floating_point() for k, v in state.items() if k != "step")
-        return isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW)) and state.keys() <= self.MOMENTS and floats
+        return (
+            isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+            and state.keys() <= self.MOMENTS
+            and floats
+        )
 
 
 def _map_moments(state: dict[str, Tensor], over_columns: bool, small: Tensor) -> None:
@@ -218,7 +234,9 @@ def _map_moments(state: dict[str, Tensor], over_columns: bool, small: Tensor) ->
     correction = torch.where(wanted > 0, wanted / new_second.sum(along, keepdim=True).clamp(min=1e-300), 1.0)
     new = {"exp_avg": new_first, "exp_avg_sq": new_second * correction}
     if "max_exp_avg_sq" in state:
-        new["max_exp_avg_sq"] = torch.maximum(mapped(state["max_exp_avg_sq"], small.square()) * correction, new["exp_avg_sq"])
+        new["max_exp_avg_sq"] = torch.maximum(
+            mapped(state["max_exp_avg_sq"], small.square()) * correction, new["exp_avg_sq"]
+        )
     for key, value in new.items():
         old = state[key]
         shape = (len(old), -1, *old.shape[2:]) if over_columns else (-1, *old.shape[1:])
@@ -246,8 +264,8 @@ def _pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
     for factor in (B, A):
         if isinstance(factor, DTensor) or hasattr(factor, "ds_id") or factor.ndim < 2 or factor.is_meta:
             raise ValueError(
-                f"{name}: the factors are sharded or without data (FSDP, DeepSpeed ZeRO-3, meta device), and a rank needs "
-                "whole ones. Train with DDP or on one device, or squeeze the saved adapter with squeeze_adapter()."
+                f"{name}: the factors are sharded or without data (FSDP, DeepSpeed ZeRO-3, meta device), and a "
+                "rank needs whole ones. Train with DDP or on one device, or squeeze the saved adapter with squeeze_adapter()."
             )
     return LoraPair(name, layer, adapter, B, A)
 

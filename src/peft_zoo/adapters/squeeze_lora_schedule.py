@@ -8,8 +8,8 @@ With T optimizer steps, a start value R (a rank, or a number of parameters) and 
 
 With ``num_stages = K`` there are K squeezes, ``t_k = T end_ratio k / K``: K = 1 is Cont-Squeeze, more is In-Squeeze.
 
-Source: LoRA-Squeeze (arXiv 2602.10993), which holds the number of steps fixed and gives every rank at least 200 of them; the cubic
-curve is that of AdaLoRA (arXiv 2303.10512, eq. 12).
+Source: LoRA-Squeeze (arXiv 2602.10993), which holds the number of steps fixed and gives every rank at least 200 of
+them; the cubic curve is that of AdaLoRA (arXiv 2303.10512, eq. 12).
 """
 
 from __future__ import annotations
@@ -97,12 +97,16 @@ class SqueezeConfig:
         self._require(0 <= self.start_ratio < 1, "start_ratio", "use a share of training in [0, 1)")
         self._require(0 < self.end_ratio <= 1, "end_ratio", "use a share of training in (0, 1]")
         if self.num_stages is None:
-            self._require(self.start_ratio < self.end_ratio, "end_ratio", f"use more than start_ratio={self.start_ratio}")
+            self._require(
+                self.start_ratio < self.end_ratio, "end_ratio", f"use more than start_ratio={self.start_ratio}"
+            )
         self._check_steps()
         if self.has_target:
             self.target()
         self._require(
-            self.energy is None or (self.num_stages or 1) == 1, "num_stages", "an energy is reached in one squeeze; leave it out"
+            self.energy is None or (self.num_stages or 1) == 1,
+            "num_stages",
+            "an energy is reached in one squeeze; leave it out",
         )
         self._require(
             not (self.scaling == "keep" and self.target_rank is None and self.has_target),
@@ -175,7 +179,8 @@ class SqueezeConfig:
         last = max(self.rank_at_step)
         if last > total_steps:
             raise ValueError(
-                f"rank_at_step has step {last}, but training has only {total_steps} steps: use earlier steps or train longer."
+                f"rank_at_step has step {last}, but training has only {total_steps} steps: use earlier steps or train "
+                "longer."
             )
         return dict(sorted(self.rank_at_step.items()))
 
@@ -186,7 +191,9 @@ class SqueezeConfig:
             return
         ranks = list(steps.values())
         falling = all(type(rank) is int and rank > 0 for rank in ranks) and ranks == sorted(set(ranks), reverse=True)
-        self._require(bool(steps) and falling and min(steps) > 0, "rank_at_step", "give falling ranks, as in {200: 16, 400: 8}")
+        self._require(
+            bool(steps) and falling and min(steps) > 0, "rank_at_step", "give falling ranks, as in {200: 16, 400: 8}"
+        )
         self._require(self.num_stages is None, "num_stages", "schedule='step' says the stages itself; leave it out")
         if not self.has_target:
             self.target_rank = ranks[-1]

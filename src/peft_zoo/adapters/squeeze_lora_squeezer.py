@@ -22,17 +22,17 @@ logger = logging.getLogger("peft_zoo")
 class LoraSqueezer:
     """Squeezes one adapter after the optimizer steps that its schedule names.
 
-    In mask mode parameters keep identity and shape: DDP, torch.compile, gradient scaling and learning rate schedules need
-    not know of it, and a run that resumes finds the ranks in the weights. With several processes the first decides and
-    all take its bits, since singular vectors are not the same to the last bit everywhere.
+    In mask mode parameters keep identity and shape: DDP, torch.compile, gradient scaling and learning rate schedules
+    need not know of it, and a run that resumes finds the ranks in the weights. With several processes the first
+    decides and all take its bits, since singular vectors are not the same to the last bit everywhere.
 
     Args:
         model: A `PeftModel`, or any model with LoRA layers; DDP's wrapper may be around it.
         total_steps: Optimizer steps of the whole run.
         config: The schedule; None takes it from the adapter's `SqueezeLoraConfig`.
         adapter_name: The adapter; every other one is left alone.
-        start: What the schedule starts from, a rank or a budget; None takes what the model has now. A run that resumes in
-            shrink mode gives the rank that the first run started from.
+        start: What the schedule starts from, a rank or a budget; None takes what the model has now. A run that resumes
+            in shrink mode gives the rank that the first run started from.
 
     Attributes:
         stages: Steps after which the rank (or the budget) falls, and to what.
@@ -148,8 +148,9 @@ class LoraSqueezer:
         if projection is not None and projection.was_reset and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{type(projection.optimizer).__name__} keeps a state that cannot follow the factors; it starts anew for "
-                "them after each squeeze. Use torch's Adam or AdamW to keep it, or optimizer_state='reset' to silence this.",
+                f"{type(projection.optimizer).__name__} keeps a state that cannot follow the factors; it starts anew "
+                "for them after each squeeze. Use torch's Adam or AdamW to keep it, or optimizer_state='reset' to "
+                "silence this.",
                 stacklevel=3,
             )
 

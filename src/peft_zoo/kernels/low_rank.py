@@ -1,15 +1,17 @@
 """Low-rank engine: the best approximation of a factored matrix, found without forming it, with its exact error.
 
-For ``M = scale * B A`` with B ``(m, R)``, A ``(R, n)``, any triangles with ``Tb^T Tb = B^T B`` and ``Ta^T Ta = A A^T`` give::
+For ``M = scale * B A`` with B ``(m, R)``, A ``(R, n)``, any triangles with ``Tb^T Tb = B^T B`` and ``Ta^T Ta = A A^T``
+give::
 
     U_c S V_c^T = svd(scale * Tb Ta^T)                                R x R: all the singular values of M
     U = B (scale * Ta^T V_c / S)     V^T = (scale * U_c^T Tb / S) A    its singular vectors, as small maps of B and A
 
-so that everything is decided on R x R matrices, and the large factors are read twice: once for the triangles, once to be
-multiplied by the first r columns of the maps. The triangles are the Cholesky factors of the Gram matrices (``method="gram"``),
-or come from thin QR decompositions (``"qr"``). All of it is done in float64 and rounded once: the factors of an adapter may be
-much larger than their product, and the maps are then ill-conditioned. By Eckart and Young the first r terms are the best
-approximation of rank r in the Frobenius norm, and the discarded singular values are its error::
+so that everything is decided on R x R matrices, and the large factors are read twice: once for the triangles, once to
+be multiplied by the first r columns of the maps. The triangles are the Cholesky factors of the Gram matrices
+(``method="gram"``), or come from thin QR decompositions (``"qr"``). All of it is done in float64 and rounded once: the
+factors of an adapter may be much larger than their product, and the maps are then ill-conditioned. By Eckart and Young
+the first r terms are the best approximation of rank r in the Frobenius norm, and the discarded singular values are its
+error::
 
     |M - M_r|_F / |M|_F = sqrt(sum_{k>r} S_k^2 / sum_k S_k^2)
 
@@ -31,7 +33,9 @@ Method = Literal["gram", "qr"]
 Balance = Literal["sqrt", "up"]
 
 
-def reference(B: Tensor, A: Tensor, rank: int, scale: float = 1.0, new_scale: float = 1.0) -> tuple[Tensor, Tensor, float]:
+def reference(
+    B: Tensor, A: Tensor, rank: int, scale: float = 1.0, new_scale: float = 1.0
+) -> tuple[Tensor, Tensor, float]:
     """The definition: form the matrix, take its singular value decomposition, split it evenly."""
     dense = scale * B.double() @ A.double()
     U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
@@ -96,6 +100,8 @@ class FactoredSvd:
             new_scale: Scale that the new factors will be used with.
             balance: `"sqrt"` gives both factors the root of the singular values, `"up"` gives them to B.
         """
+        _check("new_scale", new_scale, math.isfinite(new_scale) and new_scale > 0, "use a positive number")
+        _check("balance", balance, balance in get_args(Balance), f"use one of {', '.join(get_args(Balance))}")
         size = len(self.left)
         kept = self.singular_values[:rank] / new_scale
         alive = torch.arange(len(kept), device=kept.device) < self.rank
@@ -105,6 +111,19 @@ class FactoredSvd:
         left[:, : len(kept)] = self.left[:, :rank] * torch.where(alive, up, one)
         right[: len(kept)] = torch.where(alive, down, one)[:, None] * self.right[:rank]
         return left, right
+
+    def truncate(
+        self, B: Tensor, A: Tensor, rank: int, *, new_scale: float = 1.0, balance: Balance = "sqrt"
+    ) -> LowRank:
+        """The best approximation of that rank, as `truncate_factors` gives it, of the factors this was made from."""
+        left, right = self.maps(rank, new_scale, balance)
+        new_B = B.detach().double() @ left
+        signs = canonical_signs(new_B)
+        left, right = left * signs, signs[:, None] * right
+        new_A = right @ A.detach().double()
+        return LowRank(
+            (new_B * signs).to(B.dtype), new_A.to(A.dtype), self.error(rank), self.singular_values, left, right
+        )
 
 
 def truncate_factors(
@@ -132,23 +151,17 @@ def truncate_factors(
         method: `"gram"` (Gram matrices; sees singular values down to 1e-8 of the product of the factors' norms, beyond
             what float32 factors hold) or `"qr"` (thin QR; down to 1e-14, slower).
         balance: `"sqrt"`: `B'^T B' = A' A'^T`, which further training wants; `"up"`: rows of A' are orthonormal.
-        input_moment: Second moment of the inputs, `(n,)` for its diagonal or `(n, n)`: the approximation is then the best
-            of the outputs, `E |(M - M') x|^2`, and so is the error. See `factored_svd`.
+        input_moment: Second moment of the inputs, `(n,)` for its diagonal or `(n, n)`: the approximation is then the
+            best of the outputs, `E |(M - M') x|^2`, and so is the error. See `factored_svd`.
 
     Raises:
         ValueError: If an argument has the wrong shape, dtype or value, or a factor is not finite.
     """
     _check_rank(rank, B, A)
-    _check("new_scale", new_scale, math.isfinite(new_scale) and new_scale > 0, "use a positive number")
-    _check("balance", balance, balance in get_args(Balance), f"use one of {', '.join(get_args(Balance))}")
     wide_B, wide_A = B.detach().double(), A.detach().double()
     svd = factored_svd(wide_B, wide_A, scale=scale, method=method, input_moment=input_moment)
-    left, right = svd.maps(rank, new_scale, balance)
-    new_B = wide_B @ left
-    signs = canonical_signs(new_B)
-    left, right = left * signs, signs[:, None] * right
-    new_A = right @ wide_A
-    return LowRank((new_B * signs).to(B.dtype), new_A.to(A.dtype), svd.error(rank), svd.singular_values, left, right)
+    low = svd.truncate(wide_B, wide_A, rank, new_scale=new_scale, balance=balance)
+    return low._replace(B=low.B.to(B.dtype), A=low.A.to(A.dtype))
 
 
 def factored_svd(
@@ -157,7 +170,8 @@ def factored_svd(
     """The singular value decomposition of `scale * B A`, by its small core.
 
     With a second moment C of the inputs, it is that of `scale * B A C^(1/2)`: its first terms, mapped back, minimise
-    `E |(M - M') x|^2`. Neither the root nor its inverse is formed: only `A C A^T` enters, and `V^T C^(-1/2)` is `right @ A`.
+    `E |(M - M') x|^2`. Neither the root nor its inverse is formed: only `A C A^T` enters, and `V^T C^(-1/2)` is `right
+    @ A`.
 
     Args:
         B: `(m, R)`.
@@ -177,7 +191,7 @@ def factored_svd(
     U, S, Vh = torch.linalg.svd(scale * Tb @ Ta.mT, full_matrices=False)
     # Below this a singular value is rounding: of the factors' product, or of its square in a Gram matrix.
     level = (1e-14 if method == "qr" and input_moment is None else 1e-9) * abs(scale) * Tb.norm() * Ta.norm()
-    rank = int((S > level).sum())
+    rank = int((level < S).sum())
     S = torch.where(torch.arange(len(S), device=S.device) < rank, S, 0.0)
     inverse = torch.where(S > 0, 1 / S, 0.0)
     left = scale * Ta.mT @ Vh.mT * inverse
@@ -203,8 +217,8 @@ def project_outputs(
 ) -> LowRank:
     """Keeps the directions in which the layer's update is largest on data: `M' = U_r U_r^T M`.
 
-    U holds the eigenvectors of the second moment of the update's outputs `M x`, which the update's inputs alone would give
-    as well (`input_moment`); take this one where outputs are what was recorded.
+    U holds the eigenvectors of the second moment of the update's outputs `M x`, which the update's inputs alone would
+    give as well (`input_moment`); take this one where outputs are what was recorded.
 
     Args:
         B: `(m, R)`.
@@ -215,7 +229,8 @@ def project_outputs(
         new_scale: Factor that the new product will be used with, positive.
 
     Returns:
-        Balanced factors; `error` is relative to the outputs, `singular_values` are the roots of the moment's eigenvalues.
+        Balanced factors; `error` is relative to the outputs, `singular_values` are the roots of the moment's
+        eigenvalues.
 
     Raises:
         ValueError: If an argument has the wrong shape, dtype or value, or a factor is not finite.
@@ -253,9 +268,13 @@ def rank_for_energy(singular_values: Tensor, energy: float) -> int:
         ValueError: If `energy` is not in (0, 1].
     """
     if isinstance(energy, bool) or not 0 < energy <= 1:
-        raise ValueError(f"energy must be in (0, 1], got {energy!r}: it is the share of squared singular values to keep.")
+        raise ValueError(
+            f"energy must be in (0, 1], got {energy!r}: it is the share of squared singular values to keep."
+        )
     squares = singular_values.double().square()
-    tails = squares.flip(0).cumsum(0).flip(0)  # what is lost from rank k - 1 to k: summed from the small end, exact there
+    tails = (
+        squares.flip(0).cumsum(0).flip(0)
+    )  # what is lost from rank k - 1 to k: summed from the small end, exact there
     # The slack lets an energy that was printed to 12 digits find its own rank again.
     enough = tails <= ((1 - energy) + 1e-12) * squares.sum() if energy < 1 else squares == 0
     return max(1, int((~enough).sum()))

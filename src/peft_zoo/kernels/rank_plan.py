@@ -1,10 +1,12 @@
-"""From the singular values of many matrices to a rank for each: one rank, an energy, a ratio, or a budget for all together.
+"""From the singular values of many matrices to a rank for each: one rank, an energy, a ratio, or a budget for all
+together.
 
-With a budget the ranks share one knapsack (`peft_zoo.kernels.allocate`): rank k of a matrix is worth the squared singular values
-it keeps and costs k rows and columns. Since singular values decrease, taking the directions in the order of
-``sigma_k^2 / cost`` is optimal up to the one that no longer fits.
+With a budget the ranks share one knapsack (`peft_zoo.kernels.allocate`): rank k of a matrix is worth the squared
+singular values it keeps and costs k rows and columns. Since singular values decrease, taking the directions in the
+order of ``sigma_k^2 / cost`` is optimal up to the one that no longer fits.
 
-Sources: the scores of LoRA-Squeeze (arXiv 2602.10993) and of the resize tools for image LoRAs (``sv_ratio``, ``sv_fro``).
+Sources: the scores of LoRA-Squeeze (arXiv 2602.10993) and of the resize tools for image LoRAs (``sv_ratio``,
+``sv_fro``).
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ class Spectrum:
         rank: Its present rank, an upper bound for the new one.
         parameters: Of one rank: m + n.
         itemsize: Bytes of one parameter.
+        min_rank: Smallest rank that this matrix can have, whatever the target allows.
     """
 
     singular_values: Tensor
     rank: int
     parameters: int
     itemsize: int = 4
+    min_rank: int = 0
 
     def cost(self, unit: str) -> int:
         """What one rank costs, in `"parameters"` or `"bytes"`."""
@@ -129,7 +133,8 @@ def parse_budget(budget: int | str) -> tuple[int, str]:
     size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
     if size < 1:
         raise ValueError(
-            f"budget={budget!r} cannot be used; give a number of parameters as an int, or a size such as '24MB' or '8 MiB'."
+            f"budget={budget!r} cannot be used; give a number of parameters as an int, or a size such as '24MB' or "
+            "'8 MiB'."
         )
     return size, "bytes"
 
@@ -190,7 +195,7 @@ def _options(spectrum: Spectrum, target: RankTarget) -> list[int]:
     """The ranks that one matrix may get: multiples between the bounds, and the present rank if none lies between."""
     step = target.rank_multiple_of
     most = min(spectrum.rank, target.max_rank or spectrum.rank)
-    least = min(target.min_rank, most)
+    least = min(max(target.min_rank, spectrum.min_rank), most)
     return [rank for rank in range(least, most + 1) if rank % step == 0] or [most]
 
 

@@ -1,0 +1,163 @@
+"""How LoRA files name their tensors: one table, read in both directions.
+
+A key is `prefix + module + suffix`. Each format has one prefix (it may be empty) and, for each role that a tensor can
+play in a module, one suffix; no suffix of a format ends in another, so a key has one reading and a reading has one key.
+Keys are compared as plain texts: nothing that a file says is used as a regular expression.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Role(str, Enum):
+    """What a tensor is to the LoRA of its module, in the words of peft."""
+
+    A = "lora_A"
+    B = "lora_B"
+    ALPHA = "alpha"
+    MAGNITUDE = "lora_magnitude_vector"
+    MAGNITUDE_WEIGHT = "lora_magnitude_vector.weight"  # the same thing, as a state dict of DoRA layers names it
+    BIAS = "lora_bias"
+    EMBEDDING_A = "lora_embedding_A"
+    EMBEDDING_B = "lora_embedding_B"
+    MID = "lora_mid"
+
+
+@dataclass(frozen=True)
+class KeyFormat:
+    """One way to name tensors.
+
+    Attributes:
+        prefix: What every key begins with; not part of the module's name.
+        suffixes: What the keys of each role end in.
+    """
+
+    prefix: str
+    suffixes: dict[Role, str]
+
+
+_PEFT = {
+    Role.A: ".lora_A.weight",
+    Role.B: ".lora_B.weight",
+    Role.BIAS: ".lora_B.bias",
+    Role.EMBEDDING_A: ".lora_embedding_A",
+    Role.EMBEDDING_B: ".lora_embedding_B",
+    Role.MAGNITUDE: ".lora_magnitude_vector",
+    Role.MAGNITUDE_WEIGHT: ".lora_magnitude_vector.weight",
+}
+
+FORMATS = {
+    # save_pretrained of a PeftModel
+    "peft": KeyFormat("base_model.model.", _PEFT),
+    # pipelines of diffusers today: modules are `unet.….to_q`, `transformer.….to_q`, `text_encoder.….q_proj`
+    "diffusers_peft": KeyFormat("", {**_PEFT, Role.ALPHA: ".alpha"}),
+    # pipelines of diffusers before they used peft
+    "diffusers": KeyFormat("", {Role.A: ".lora.down.weight", Role.B: ".lora.up.weight"}),
+    # sd-scripts and its descendants: modules are `lora_unet_…_to_q`, or dotted names in newer trainers
+    "kohya": KeyFormat(
+        "",
+        {
+            Role.A: ".lora_down.weight",
+            Role.B: ".lora_up.weight",
+            Role.ALPHA: ".alpha",
+            Role.MAGNITUDE: ".dora_scale",
+            Role.MID: ".lora_mid.weight",
+        },
+    ),
+}
+
+_PREFIXES = tuple(form.prefix for form in FORMATS.values() if form.prefix)
+_FACTORS = (Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B)
+_LONGEST_HINT = 256  # characters of a key for which a nearest one is searched: the search takes quadratic time
+
+
+def parse_key(fmt: str, key: str) -> tuple[str, Role] | None:
+    """The module and the role that a key names in a format, or None if it is not a key of that format.
+
+    Args:
+        fmt: A key of `FORMATS`.
+        key: The name of a tensor in a file.
+    """
+    form = FORMATS[fmt]
+    if not key.startswith(form.prefix) or (not form.prefix and key.startswith(_PREFIXES)):
+        return None
+    rest = key[len(form.prefix) :]
+    for role, suffix in form.suffixes.items():
+        if rest.endswith(suffix) and rest != suffix:
+            return rest[: -len(suffix)], role
+    return None
+
+
+def make_key(fmt: str, module: str, role: Role) -> str:
+    """The key of a module's tensor; `parse_key` undoes it.
+
+    Args:
+        fmt: A key of `FORMATS`.
+        module: Name of the module, not empty.
+        role: What the tensor is.
+
+    Raises:
+        ValueError: If the format cannot name it.
+    """
+    form = FORMATS[fmt]
+    if role not in form.suffixes:
+        raise ValueError(f"role={role.value!r}: the format {fmt} has no key for it; drop it or convert.")
+    key = form.prefix + module + form.suffixes[role]
+    if parse_key(fmt, key) != (module, role):
+        raise ValueError(f"module={module!r} cannot be named in the format {fmt}; give the name without a prefix.")
+    return key
+
+
+def is_lora_key(key: str) -> bool:
+    """Whether a key claims to belong to a LoRA, whatever the format; such a key is never passed over."""
+    return "lora_" in key or ".lora." in key
+
+
+def nearest_key(fmt: str, key: str) -> str:
+    """The key of a format that differs least from one that is not, for error messages; empty for very long keys."""
+    if len(key) > _LONGEST_HINT:
+        return ""
+    form = FORMATS[fmt]
+    rest = key.removeprefix(form.prefix)
+    ends = [place for place, letter in enumerate(rest) if letter == "."] or [len(rest)]
+    known = [form.prefix + rest[:end] + suffix for end in ends for suffix in form.suffixes.values()]
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+
+
+def detect_format(keys: Iterable[str]) -> str:
+    """The format whose keys these are.
+
+    Only the keys of factors decide: `.alpha` is common to two formats.
+
+    Args:
+        keys: The names of all tensors in a file.
+
+    Returns:
+        A key of `FORMATS`.
+
+    Raises:
+        ValueError: If the keys are of no format, or of several.
+    """
+    keys = list(keys)
+    found: dict[str, str] = {}
+    for key in keys:
+        for fmt in FORMATS:
+            parsed = parse_key(fmt, key)
+            if parsed and parsed[1] in _FACTORS:
+                found.setdefault(fmt, key)
+    if not found:
+        known = ", ".join(f"{fmt} ({make_key(fmt, '<module>', Role.A)})" for fmt in FORMATS)
+        raise ValueError(f"no LoRA in any known format: the keys are {_some(keys)}; convert to one of {known}.")
+    if len(found) > 1:
+        raise ValueError(f"keys of {len(found)} formats in one file, such as {found}; split it or convert it to one.")
+    return next(iter(found))
+
+
+def _some(keys: list[str]) -> str:
+    """Up to three keys, shortened."""
+    shown = [repr(key if len(key) <= 100 else key[:97] + "...") for key in keys[:3]]
+    return ", ".join(shown) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if shown else "none"
