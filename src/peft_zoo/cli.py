@@ -1,5 +1,5 @@
 """The command line: `peft-zoo methods` lists the registered methods, `peft-zoo train` fine-tunes a real model with
-one of them.
+one of them, `peft-zoo squeeze` compresses a saved LoRA.
 
 A mistake of the user ends in one sentence on stderr and exit status 2. A run whose reload or merge check fails ends
 in status 1.
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from peft_zoo import cli_squeeze
 from peft_zoo.tasks.base.settings import (
     flag,
     flag_fields,
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     try:
         options = _parse(arguments)
-        return _methods() if options.command == "methods" else _train(options)
+        return {"methods": _methods, "train": _train, "squeeze": _squeeze}[options.command](options)
     except SettingError as error:
         sys.stderr.write(f"peft-zoo: {error}\n")
         return 2
@@ -64,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(prog="peft-zoo", description="New adapter methods for peft.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{methods,train}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{methods,train,squeeze}")
     commands.add_parser("methods", help="list the registered methods and what each costs")
     train = commands.add_parser(
         "train",
@@ -85,6 +86,7 @@ def _parser() -> _Parser:
         "--preset", metavar="NAME", help=f"settings that ship with the package: {', '.join(preset_names())}"
     )
     train.add_argument("--config", metavar="FILE", help="a YAML file of settings")
+    cli_squeeze.add_parser(commands)
     return parser
 
 
@@ -96,15 +98,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "squeeze":
+        rest = cli_squeeze.adopt_target(options, rest)
     if rest:
-        valid = [flag(item.name) for item in flag_fields()] + ["--set", "--preset", "--config"]
+        train = [flag(item.name) for item in flag_fields()] + ["--set", "--preset", "--config"]
+        valid = {"methods": [], "train": train, "squeeze": cli_squeeze.flags()}[options.command]
         close = difflib.get_close_matches(rest[0], valid, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see 'peft-zoo train --help'."
+        hint = f"did you mean {close[0]}?" if close else f"see 'peft-zoo {options.command} --help'."
         raise SettingError(f"unknown argument {rest[0]!r}: {hint}")
     return options
 
 
-def _methods() -> int:
+def _methods(_: argparse.Namespace) -> int:
     """Print the table of methods."""
     from peft_zoo.tasks.base.methods import method_table
 
@@ -127,6 +132,12 @@ def _train(options: argparse.Namespace) -> int:
     outcome = train(load_task(settings))
     _write(f"\n{summary_text(outcome)}\n\n  report: {os.path.join(settings.output, 'report.html')}")
     return 0 if outcome.reload_matches and outcome.merge_matches else 1
+
+
+def _squeeze(options: argparse.Namespace) -> int:
+    """Compress a LoRA, or look at it, and print what came of it."""
+    _write(cli_squeeze.run(options))
+    return 0
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:
@@ -156,7 +167,8 @@ def _speaks() -> bool:
 def _write(text: str) -> None:
     """The one way out: everything a person asked for goes to stdout here."""
     if _speaks():
-        sys.stdout.write(text + "\n")
+        encoding = sys.stdout.encoding or "utf-8"  # in a pipe perhaps one without arrows
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
 
 
 if __name__ == "__main__":

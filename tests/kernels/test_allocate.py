@@ -6,14 +6,14 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.optimize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_zoo.kernels.allocate import METHODS, Allocation, allocate
@@ -85,6 +85,7 @@ def test_exact_is_the_optimum(problem: Problem) -> None:
     assert found.value == found.bound == brute_force(*problem)  # whole numbers: nothing is rounded
 
 
+@settings(max_examples=50)
 @given(problems(st.floats(-1e3, 1e3)))
 def test_exact_is_the_optimum_within_the_tolerance_of_the_solver(problem: Problem) -> None:
     found = allocate(*problem, method="exact")
@@ -117,7 +118,7 @@ def test_the_bound_rises_with_the_budget(problem: Problem, more: int) -> None:
     assert allocate(values, costs, budget).bound <= allocate(values, costs, budget + more).bound + ROUNDING
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_exact_closes_the_gap_of_larger_problems(seed: int) -> None:
     problem = random_problem(seed, 12, 9)
     greedy, exact = allocate(*problem), allocate(*problem, method="exact")
@@ -165,9 +166,9 @@ def test_ranks_of_modules_of_different_shapes_may_miss_the_optimum() -> None:
 
 
 def test_fill_goes_on_behind_a_step_that_does_not_fit() -> None:
-    values, costs = [[0, 10], [0, 9], [0, 1]], [[0, 5], [0, 5], [0, 2]]
-    found = allocate(values, costs, 8)
-    assert found == Allocation(choices=(1, 0, 1), cost=7, value=11.0, bound=10 + 9 * 3 / 5)
+    values, costs = [[0, 10], [0, 9], [0, 1]], [[0, 4], [0, 4], [0, 1]]
+    found = allocate(values, costs, 7)
+    assert found == Allocation(choices=(1, 0, 1), cost=5, value=11.0, bound=10 + 9 * 3 / 4)
 
 
 def test_fill_takes_options_that_are_not_on_the_hull() -> None:
@@ -220,34 +221,54 @@ def test_unusual_but_valid(method: Any) -> None:
     assert allocate([[0.0, 1.0]], [[0, 1]], 10**30, method=method).choices == (1,)
 
 
-# --- speed ---
+# --- many modules with many options ---
 
 
 def concave(items: int, options: int) -> Problem:
-    """Energy kept against rank: the step of a rank costs the same within an item."""
+    """Energy kept against rank: gains fall, and every rank of an item costs the same."""
     rng = np.random.default_rng(0)
-    steps = np.sort(rng.exponential(size=(items, options - 1)), axis=1)[:, ::-1]
+    gains = np.sort(rng.exponential(size=(items, options - 1)), axis=1)[:, ::-1]
     costs = np.arange(options) * rng.integers(2_000, 20_000, (items, 1))
-    return np.pad(steps.cumsum(1), ((0, 0), (1, 0))).tolist(), costs.tolist(), int(costs[:, -1].sum()) // 4
+    return np.pad(gains.cumsum(1), ((0, 0), (1, 0))).tolist(), costs.tolist(), int(costs[:, -1].sum()) // 4
 
 
 def jump(items: int, options: int) -> Problem:
-    """Concave but for one last option on top of all: hulls have two corners, the rest is for the fill."""
+    """Concave but for a last option high above all others, the only corner; they are left for the later rounds."""
     values, costs, budget = concave(items, options)
-    return [[*row[:-1], 10 * options] for row in values], costs, budget
+    return [[*row[:-1], 10.0 * options] for row in values], costs, budget
 
 
-@pytest.mark.parametrize("make", [lambda *size: random_problem(0, *size), concave, jump])
-@pytest.mark.parametrize(("options", "seconds"), [(65, 0.1), (2048, 1.0)])
-def test_hundreds_of_modules_take_no_time(make: Any, options: int, seconds: float) -> None:
-    problem = make(224, options)
+def scattered(items: int, options: int) -> Problem:
+    return random_problem(0, items, options)
 
-    def measured() -> float:
+
+@pytest.mark.parametrize("make", [concave, jump, scattered])
+def test_the_bound_is_the_linear_relaxation(make: Callable[[int, int], Problem]) -> None:
+    """Of the whole problem, since every option fits by itself and the costs have no common divisor."""
+    values, costs, budget = make(20, 50)
+    solution = scipy.optimize.linprog(
+        -np.ravel(values),
+        A_ub=np.reshape(costs, (1, -1)),
+        b_ub=[budget],
+        A_eq=np.repeat(np.eye(20), 50, axis=1),
+        b_eq=np.ones(20),
+    )
+    # The solver meets constraints and optimality to 1e-7, in rows with entries of the size of its result or less.
+    assert allocate(values, costs, budget).bound == pytest.approx(-solution.fun, rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [concave, jump, scattered])
+def test_time_is_a_multiple_of_reading_the_input(make: Callable[[int, int], Problem]) -> None:
+    """Measured: about 4 times for all three; a hull in quadratic time would take hundreds of times."""
+    values, costs, budget = make(224, 512)
+
+    def seconds(work: Callable[[], object]) -> float:
         start = time.process_time()
-        allocate(*problem)
+        work()
         return time.process_time() - start
 
-    assert min(measured() for _ in range(3)) < seconds
+    reading = min(seconds(lambda: (np.array(values), np.array(costs))) for _ in range(2))
+    assert min(seconds(lambda: allocate(values, costs, budget)) for _ in range(2)) < 25 * reading
 
 
 # --- the solver ---

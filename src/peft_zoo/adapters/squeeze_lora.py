@@ -45,6 +45,7 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     def __post_init__(self) -> None:
         LoraConfig.__post_init__(self)
         SqueezeConfig.__post_init__(self)
+        self._require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
         self.peft_type = registration.peft_type_of(type(self))
 
 

@@ -8,6 +8,7 @@ mean, so each direction is rescaled to the ratio of squared first to second mome
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from peft_zoo.adapters.base.patterns import alpha_of
+from peft_zoo.adapters.base.patterns import alpha_of, kept_scale
 from peft_zoo.kernels.low_rank import truncate_factors
 
 PLAIN = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant")
@@ -111,7 +112,7 @@ def squeeze_pair(
         new_scale: Scale of the new product; None keeps the old one.
         optimizer: What to do with the optimizer's state of the two parameters.
     """
-    old_scale, scale = pair.scale, pair.scale if new_scale is None else new_scale
+    old_scale, scale = pair.scale, kept_scale(pair.scale) if new_scale is None else new_scale
     B, A = pair.matrices()
     low = truncate_factors(B, A, rank, scale=old_scale, new_scale=scale)
     new_B, new_A, left, right = low.B, low.A, low.left, low.right
@@ -120,7 +121,7 @@ def squeeze_pair(
         new_B, left = nn.functional.pad(new_B, room), nn.functional.pad(left, room)
         new_A, right = nn.functional.pad(new_A, (0, 0, *room)), nn.functional.pad(right, (0, 0, *room))
     if optimizer is not None:
-        optimizer.follow(pair, left, right, scale / old_scale)
+        optimizer.follow(pair, left, right, scale / old_scale if old_scale else 0.0)
     write_factors(pair, new_B, new_A, scale)
 
 
@@ -129,9 +130,10 @@ def drop_dead_directions(pair: LoraPair, new_scale: float | None = None) -> None
     alive = pair.live()
     alive[0] |= not alive.any()  # a module keeps one
     B, A = pair.matrices()
-    scale = pair.scale if new_scale is None else new_scale
-    root = (pair.scale / scale) ** 0.5
-    write_factors(pair, root * B[:, alive], root * A[alive], scale)
+    scale = kept_scale(pair.scale) if new_scale is None else new_scale
+    ratio = pair.scale / scale
+    root = abs(ratio) ** 0.5
+    write_factors(pair, math.copysign(root, ratio) * B[:, alive], root * A[alive], scale)
 
 
 @torch.no_grad()
@@ -264,8 +266,8 @@ def _pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
     for factor in (B, A):
         if isinstance(factor, DTensor) or hasattr(factor, "ds_id") or factor.ndim < 2 or factor.is_meta:
             raise ValueError(
-                f"{name}: the factors are sharded or without data (FSDP, DeepSpeed ZeRO-3, meta device), and a "
-                "rank needs whole ones. Train with DDP or on one device, or squeeze the saved adapter with squeeze_adapter()."
+                f"{name}: the factors are sharded or without data (FSDP, DeepSpeed ZeRO-3, meta device), and a rank "
+                "needs whole ones. Train with DDP or on one device, or compress the saved adapter: squeeze_adapter()."
             )
     return LoraPair(name, layer, adapter, B, A)
 

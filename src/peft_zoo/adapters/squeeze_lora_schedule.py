@@ -108,11 +108,6 @@ class SqueezeConfig:
             "num_stages",
             "an energy is reached in one squeeze; leave it out",
         )
-        self._require(
-            not (self.scaling == "keep" and self.target_rank is None and self.has_target),
-            "scaling",
-            "ranks will differ, and a common alpha cannot keep their scales; use 'fold' or 'auto'",
-        )
 
     @property
     def has_target(self) -> bool:
@@ -122,7 +117,8 @@ class SqueezeConfig:
     def target(self, **changes: Any) -> RankTarget:
         """What the ranks are to be at the end, or with `changes` (such as `rank=16`) on the way there."""
         fields = {"rank": self.target_rank, "energy": self.energy, "budget": self.budget}
-        return RankTarget(**{**fields, **changes}, rank_multiple_of=self.rank_multiple_of, min_rank=self.min_rank)
+        unit = self.rank_multiple_of if self.target_rank is None else 1  # `stages` rounds ranks itself
+        return RankTarget(**{**fields, **changes}, rank_multiple_of=unit, min_rank=self.min_rank)
 
     def stages(self, start: int, total_steps: int) -> dict[int, int]:
         """Optimizer steps after which the rank (or the number of parameters) falls, and to what.
@@ -153,8 +149,8 @@ class SqueezeConfig:
         found: dict[int, int] = {}
         value = start
         for step, u in self._points(total_steps).items():
-            exact = goal if u >= 1 else CURVES[self.schedule](start, goal, u)
-            rounded = max(goal, math.ceil(exact / unit - 0.5) * unit)
+            exact = CURVES[self.schedule](start, goal, u)
+            rounded = goal if u >= 1 else max(goal, math.ceil(exact / unit - 0.5) * unit)
             if rounded < value:
                 found[step] = value = rounded
         return found

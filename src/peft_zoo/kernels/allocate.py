@@ -107,7 +107,7 @@ def allocate(
             values that are not finite, numbers too large to be added in float64, an unknown method, or a budget that
             not even the cheapest options keep to.
         ImportError: If `method` is `"exact"` and scipy is not installed.
-        RuntimeError: If the solver gives up.
+        RuntimeError: If the solver gives up, as HiGHS does on costs above 1e15 units.
     """
     table, room = _reduced(*_checked(values, costs, budget, method))
     scipy = _scipy() if method == "exact" else None

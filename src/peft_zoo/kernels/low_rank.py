@@ -52,7 +52,7 @@ class LowRank(NamedTuple):
         A: `(r, n)`.
         error: Relative error of `new_scale * B A` in the Frobenius norm (in the norm of the activations where an
             `input_moment` was given).
-        singular_values: Of the whole matrix, `(k,)`, float64, descending, `k = min(R, m, n)`.
+        singular_values: Of the whole matrix, `(R,)`, float64, descending, zeros where it has no more.
         left: `(R, r)`, float64; the new B is the old one times this.
         right: `(r, R)`, float64; the new A is this times the old one.
     """
@@ -70,9 +70,9 @@ class FactoredSvd:
     """Singular value decomposition of `scale * B A`, as maps of the factors: `U = B @ left`, `V^T = right @ A`.
 
     Attributes:
-        singular_values: `(k,)`, float64, descending, `k = min(R, m, n)`; those below `rank` are exactly zero.
-        left: `(R, k)`.
-        right: `(k, R)`.
+        singular_values: `(R,)`, float64, descending; all after the first `rank` are exactly zero.
+        left: `(R, R)`.
+        right: `(R, R)`.
         rank: Numerical rank. Where singular values have vanished, `left` is zero and `right` gives directions of A's
             row space that are still free, as long as A's rows are on average: such a pair changes nothing and still
             learns. Where A has lost more rank than B (an untrained embedding), it is the other way round.
@@ -102,15 +102,12 @@ class FactoredSvd:
         """
         _check("new_scale", new_scale, math.isfinite(new_scale) and new_scale > 0, "use a positive number")
         _check("balance", balance, balance in get_args(Balance), f"use one of {', '.join(get_args(Balance))}")
-        size = len(self.left)
         kept = self.singular_values[:rank] / new_scale
         alive = torch.arange(len(kept), device=kept.device) < self.rank
         one = torch.ones_like(kept)
         up, down = (kept.sqrt(), kept.sqrt()) if balance == "sqrt" else (kept, one)
-        left, right = self.left.new_zeros(size, rank), self.left.new_zeros(rank, size)
-        left[:, : len(kept)] = self.left[:, :rank] * torch.where(alive, up, one)
-        right[: len(kept)] = torch.where(alive, down, one)[:, None] * self.right[:rank]
-        return left, right
+        left = self.left[:, :rank] * torch.where(alive, up, one)
+        return left, torch.where(alive, down, one)[:, None] * self.right[:rank]
 
     def truncate(
         self, B: Tensor, A: Tensor, rank: int, *, new_scale: float = 1.0, balance: Balance = "sqrt"
@@ -148,8 +145,8 @@ def truncate_factors(
         rank: `1 <= rank <= R`.
         scale: Factor of the given product.
         new_scale: Factor that B' A' will be used with, positive.
-        method: `"gram"` (Gram matrices; sees singular values down to 1e-8 of the product of the factors' norms, beyond
-            what float32 factors hold) or `"qr"` (thin QR; down to 1e-14, slower).
+        method: `"gram"` (Gram matrices; sees singular values down to 5e-8 of the product of the factors' norms, about
+            what float32 factors hold) or `"qr"` (thin QR; down to 1e-13, slower).
         balance: `"sqrt"`: `B'^T B' = A' A'^T`, which further training wants; `"up"`: rows of A' are orthonormal.
         input_moment: Second moment of the inputs, `(n,)` for its diagonal or `(n, n)`: the approximation is then the
             best of the outputs, `E |(M - M') x|^2`, and so is the error. See `factored_svd`.
@@ -178,7 +175,7 @@ def factored_svd(
         A: `(R, n)`.
         scale: Factor of the product.
         method: As in `truncate_factors`; with an `input_moment` A is always reduced by its Gram matrix.
-        input_moment: `(n,)` or `(n, n)`, positive semi-definite, or None.
+        input_moment: `(n,)` or `(n, n)`, positive semi-definite, or None. What no input reaches is lost.
 
     Raises:
         ValueError: If an argument has the wrong shape, dtype or value, or a factor is not finite.
@@ -186,11 +183,11 @@ def factored_svd(
     _check_factors(B, A)
     _check("method", method, method in get_args(Method), f"use one of {', '.join(get_args(Method))}")
     _check("scale", scale, math.isfinite(scale), "use a finite number")
-    Tb = _triangle(B, method, "B")
-    Ta = _triangle(A.mT, method, "A") if input_moment is None else _moment_triangle(A, input_moment)
+    Tb = _finite("B", _triangle(B, method))
+    Ta = _finite("A", _triangle(A.mT, method) if input_moment is None else _moment_triangle(A, input_moment))
     U, S, Vh = torch.linalg.svd(scale * Tb @ Ta.mT, full_matrices=False)
-    # Below this a singular value is rounding: of the factors' product, or of its square in a Gram matrix.
-    level = (1e-14 if method == "qr" and input_moment is None else 1e-9) * abs(scale) * Tb.norm() * Ta.norm()
+    # Below this a singular value is rounding: of a factor, or the root of that of its Gram matrix.
+    level = (1e-13 if method == "qr" and input_moment is None else 5e-8) * abs(scale) * Tb.norm() * Ta.norm()
     rank = int((level < S).sum())
     S = torch.where(torch.arange(len(S), device=S.device) < rank, S, 0.0)
     inverse = torch.where(S > 0, 1 / S, 0.0)
@@ -237,7 +234,7 @@ def project_outputs(
     """
     _check_rank(rank, B, A)
     _check_moment(output_moment, len(B), "output_moment", diagonal=False)
-    Tb = _triangle(B, "gram", "B")
+    Tb = _finite("B", _triangle(B, "gram"))
     coordinates = torch.linalg.pinv(Tb, rtol=1e-7)  # B @ coordinates is orthonormal
     wide_B, wide_A = B.detach().double(), A.detach().double()
     basis = wide_B @ coordinates
@@ -280,13 +277,16 @@ def rank_for_energy(singular_values: Tensor, energy: float) -> int:
     return max(1, int((~enough).sum()))
 
 
-def _triangle(tall: Tensor, method: Method, name: str) -> Tensor:
-    """T of `(k, R)` in float64 with `T^T T = X^T X`, for X of `(m, R)`."""
-    if method == "qr":
-        triangle = torch.linalg.qr(tall.double(), mode="r").R
-    else:
-        wide = tall.double()
-        triangle = _root(wide.mT @ wide)
+def _triangle(tall: Tensor, method: Method) -> Tensor:
+    """T of `(R, R)` in float64 with `T^T T = X^T X`, for X of `(m, R)`."""
+    wide = tall.double()
+    if method == "gram":
+        return _root(wide.mT @ wide)
+    triangle = torch.linalg.qr(wide, mode="r").R
+    return torch.nn.functional.pad(triangle, (0, 0, 0, tall.shape[1] - len(triangle)))
+
+
+def _finite(name: str, triangle: Tensor) -> Tensor:
     if not triangle.isfinite().all():
         raise ValueError(f"non-finite values in {name}: repair or retrain the factor, then compress it.")
     return triangle
@@ -315,8 +315,8 @@ def _spare(triangle: Tensor, unused: Tensor) -> Tensor:
     A factor that meets nothing but zeros keeps its first vectors.
     """
     size = triangle.shape[1]
-    if unused.shape[1] == len(triangle):
-        return torch.eye(size, len(triangle), dtype=triangle.dtype, device=triangle.device)
+    if unused.shape[1] == size:
+        return torch.eye(size, dtype=triangle.dtype, device=triangle.device)
     return triangle.norm() / math.sqrt(size) * (torch.linalg.pinv(triangle, rtol=1e-7) @ unused)
 
 

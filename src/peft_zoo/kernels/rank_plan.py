@@ -165,10 +165,13 @@ def _alone(spectrum: Spectrum, target: RankTarget) -> int:
 
 def _bounded(rank: int, spectrum: Spectrum, target: RankTarget) -> int:
     step = target.rank_multiple_of
-    rank = math.ceil(max(rank, target.min_rank, 1) / step) * step
-    if target.max_rank is not None:
-        rank = min(rank, target.max_rank)
-    return min(rank, spectrum.rank)
+    rank = math.ceil(max(rank, target.min_rank, spectrum.min_rank, 1) / step) * step
+    return min(rank, _most(spectrum, target))
+
+
+def _most(spectrum: Spectrum, target: RankTarget) -> int:
+    """The largest rank that one matrix may get."""
+    return min(spectrum.rank, max(target.max_rank or spectrum.rank, spectrum.min_rank))
 
 
 def _spend(spectra: Mapping[str, Spectrum], target: RankTarget, reserved: int) -> dict[str, int]:
@@ -192,11 +195,10 @@ def _spend(spectra: Mapping[str, Spectrum], target: RankTarget, reserved: int) -
 
 
 def _options(spectrum: Spectrum, target: RankTarget) -> list[int]:
-    """The ranks that one matrix may get: multiples between the bounds, and the present rank if none lies between."""
-    step = target.rank_multiple_of
-    most = min(spectrum.rank, target.max_rank or spectrum.rank)
+    """The ranks that one matrix may get: multiples between the bounds, and the largest that it may have."""
+    most = _most(spectrum, target)
     least = min(max(target.min_rank, spectrum.min_rank), most)
-    return [rank for rank in range(least, most + 1) if rank % step == 0] or [most]
+    return [rank for rank in range(least, most + 1) if rank % target.rank_multiple_of == 0 or rank == most]
 
 
 def _spell(number: int, unit: str) -> str:

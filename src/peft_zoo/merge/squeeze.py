@@ -20,7 +20,7 @@ from typing import Any, Protocol, get_args
 
 from torch import Tensor, nn
 
-from peft_zoo.adapters.base.patterns import RankAndScale
+from peft_zoo.adapters.base.patterns import RankAndScale, kept_scale
 from peft_zoo.kernels.low_rank import Balance, FactoredSvd, Method, factored_svd
 from peft_zoo.kernels.rank_plan import RankTarget, Spectrum, check_count, plan_ranks
 from peft_zoo.merge.base import open_adapter
@@ -224,20 +224,18 @@ def _options(**given: Any) -> tuple[RankTarget, SqueezeOptions]:
 
 def _squeeze(source: Source, target: RankTarget, how: SqueezeOptions, progress: Progress) -> SqueezeReport:
     found = {name: _analyse(source, name, how) for name in progress(source.names, "decompose")}
-    ranks = plan_ranks({name: one.spectrum for name, one in found.items()}, target, reserved=source.reserved)
     _check_gain(found, target)
-    if not any(ranks.values()):
-        raise ValueError(f"budget={target.budget!r} would drop every module; raise the budget or min_rank.")
-    keep = how.scaling == "keep" or (how.scaling == "auto" and len(set(ranks.values())) == 1)
-    modules = {name: RankAndScale(rank, _new_scale(found[name].scale, keep)) for name, rank in ranks.items()}
+    modules, keep = _plan(source, found, target, how.scaling)
+    _check_nested(modules)
 
     def make(name: str) -> tuple[Tensor, Tensor]:
         B, A = source.factors(name)[:2]
-        low = found[name].svd.truncate(B, A, ranks[name], new_scale=modules[name].scale, balance=how.balance)
+        rank, scale = modules[name]
+        low = found[name].svd.truncate(B, A, rank, new_scale=scale, balance=how.balance)
         return low.B, low.A
 
     errors = source.write(modules, make)
-    rows = tuple(_row(name, one, ranks[name], errors.get(name)) for name, one in found.items())
+    rows = tuple(_row(name, one, modules[name].rank, errors.get(name)) for name, one in found.items())
     report = SqueezeReport(rows, "keep" if keep else "fold", how.score)
     _warn(report)
     return report
@@ -252,8 +250,33 @@ def _analyse(source: Source, name: str, how: SqueezeOptions) -> _Analysis:
     B, A, scale, min_rank = source.factors(name)
     svd = factored_svd(B, A, scale=scale, method=how.method, input_moment=how.moment(name))
     norm = source.weight_norm(name) if how.score == "relative" else 1.0
-    spectrum = Spectrum(svd.singular_values / norm, len(A), len(B) + A.shape[1], B.element_size(), min_rank)
+    itemsize = max(B.element_size(), A.element_size())
+    spectrum = Spectrum(svd.singular_values / norm, len(A), len(B) + A.shape[1], itemsize, min_rank)
     return _Analysis(svd, spectrum, scale)
+
+
+def _plan(
+    source: Source, found: Mapping[str, _Analysis], target: RankTarget, scaling: str
+) -> tuple[dict[str, RankAndScale], bool]:
+    """New ranks and scales, and whether the scales are the old ones.
+
+    A size also has to hold what a file needs besides factors, and that depends on the ranks: hence the loop. It ends
+    because what is set aside only grows, up to what the worst ranks need.
+    """
+    spectra = {name: one.spectrum for name, one in found.items()}
+    reserved = 0
+    while True:
+        ranks = plan_ranks(spectra, target, reserved=reserved)
+        keep = scaling == "keep" or (scaling == "auto" and len(set(ranks.values())) == 1)
+        modules = {
+            name: RankAndScale(rank, kept_scale(found[name].scale) if keep else 1.0) for name, rank in ranks.items()
+        }
+        if not any(ranks.values()):
+            raise ValueError(f"budget={target.budget!r} would drop every module; raise the budget or min_rank.")
+        needed = source.overhead(modules)
+        if needed <= reserved:
+            return modules, keep
+        reserved = needed
 
 
 def _check_gain(found: Mapping[str, _Analysis], target: RankTarget) -> None:
@@ -265,9 +288,13 @@ def _check_gain(found: Mapping[str, _Analysis], target: RankTarget) -> None:
         )
 
 
-def _new_scale(scale: float, keep: bool) -> float:
-    """The scale of the new product. A sign goes into the factors, and an update of zeros has any scale."""
-    return abs(scale) or 1.0 if keep else 1.0
+def _check_nested(modules: Mapping[str, RankAndScale]) -> None:
+    """A layer inside an adapted one, attention's projection, has its rank and alpha: no pattern tells them apart."""
+    nested = [name for name in modules if ".base_layer." in name]
+    if nested and len(set(modules.values())) > 1:
+        raise NotImplementedError(
+            f"{nested[0]} cannot have another rank or scale than the layer around it; use rank=..., the same for all."
+        )
 
 
 def _row(name: str, one: _Analysis, rank: int, output_error: float | None) -> ModuleReport:

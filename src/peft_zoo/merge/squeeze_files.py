@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from peft_zoo.adapters.base.patterns import RankAndScale, alpha_of, rank_fields
 from peft_zoo.merge.base import LoraAdapter, Role, TensorInfo, new_file, new_folder, parse_json, write_tensors
 from peft_zoo.merge.base.adapter import CONFIG_NAME, WEIGHTS_NAME
 from peft_zoo.merge.base.settings import DIFFUSERS_METADATA
-from peft_zoo.merge.squeeze_source import Factors, Make
+from peft_zoo.merge.squeeze_source import HOW_IT_BEGAN, Factors, Make, keeps_rslora
 
 CARD = "README.md"
 LARGEST_CARD = 1 << 20  # bytes
-SLACK = 4096  # bytes by which a header may grow
+SLACK = 4096  # bytes for what may grow besides the texts of a header: numbers in it, and alphas
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of tensors that are no longer there
 
 
 class FileSource:
@@ -48,14 +50,15 @@ class FileSource:
         if target.exists() and not (adapter.config is not None and target.is_dir() and not any(target.iterdir())):
             raise ValueError(f"out_dir={str(target)!r} exists; give a new name.")
 
-    @property
-    def reserved(self) -> int:
+    def overhead(self, modules: Mapping[str, RankAndScale]) -> int:
         """Bytes of the file besides factors: header and other tensors."""
-        tensors = self.adapter.file.tensors
-        factors = {key for module in self.adapter.modules.values() for key in (module.key_A, module.key_B)}
-        data = sum(info.nbytes for info in tensors.values())
-        header = self.adapter.file.path.stat().st_size - data
-        return header + SLACK + sum(info.nbytes for key, info in tensors.items() if key not in factors)
+        file, adapter = self.adapter.file, self.adapter
+        factors = {key for module in adapter.modules.values() for key in (module.key_A, module.key_B)}
+        data = sum(info.nbytes for info in file.tensors.values())
+        others = sum(info.nbytes for key, info in file.tensors.items() if key not in factors)
+        texts = json.dumps(_metadata(adapter, _left(modules), modules) or {})
+        growth = max(0, len(texts) - len(json.dumps(file.metadata)))
+        return file.path.stat().st_size - data + growth + SLACK + others
 
     def factors(self, name: str) -> Factors:
         """One module, read now. One with a magnitude or a bias cannot be dropped: these act without the factors."""
@@ -71,21 +74,26 @@ class FileSource:
         """Writes the adapter with new factors; all else is copied."""
         if self.target is None:
             raise ValueError("target=None: this source was opened to be read only.")
-        adapter, kept = self.adapter, {name: new for name, new in modules.items() if new.rank}
+        adapter, kept = self.adapter, _left(modules)
         content = _Content(adapter, kept, make)
-        metadata = _metadata(adapter, kept)
+        metadata = _metadata(adapter, kept, modules)
         if adapter.config is None:
             with new_file(self.target) as path:
                 write_tensors(path, content.infos, content.produce, metadata)
             return {}
         with new_folder(self.target) as folder:
             write_tensors(folder / WEIGHTS_NAME, content.infos, content.produce, metadata)
-            config = json.dumps(_config(adapter.config, kept, len(modules)), indent=2, sort_keys=True)
+            config = json.dumps(_config(adapter.config, kept, modules), indent=2, sort_keys=True)
             (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
             card = self.source / CARD
             if card.is_file() and card.stat().st_size <= LARGEST_CARD:
                 shutil.copyfile(card, folder / CARD)
         return {}
+
+
+def _left(modules: Mapping[str, RankAndScale]) -> dict[str, RankAndScale]:
+    """Those that are not dropped."""
+    return {name: new for name, new in modules.items() if new.rank}
 
 
 class _Content:
@@ -137,40 +145,59 @@ class _Alpha(NamedTuple):
         return TensorInfo(self.tensor.dtype, tuple(self.tensor.shape))
 
 
-def _config(old: Mapping[str, Any], modules: Mapping[str, RankAndScale], count: int) -> dict[str, Any]:
+def _config(old: Mapping[str, Any], modules: Mapping[str, RankAndScale], before: Iterable[str]) -> dict[str, Any]:
     """The configuration of the result: a plain LoRA, whatever it was compressed by before."""
     known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
-    new = {name: value for name, value in old.items() if name in known or old.get("peft_type") == "LORA"}
-    uniform = len({module.rank for module in modules.values()}) == 1
-    folded = {module.scale for module in modules.values()} == {1.0}
-    rslora = bool(old.get("use_rslora")) and uniform and not folded
-    new |= {"peft_type": "LORA", "use_rslora": rslora, **rank_fields(modules, rslora)}
-    if isinstance(new.get("init_lora_weights"), str):
-        new["init_lora_weights"] = True  # how the factors began no longer matters
-    if len(modules) < count:
-        new["target_modules"], new["exclude_modules"] = sorted(modules), None
-    return new
+    is_lora = old.get("peft_type") == "LORA"
+    new = {name: value for name, value in old.items() if name not in HOW_IT_BEGAN and (name in known or is_lora)}
+    rslora = bool(old.get("use_rslora")) and keeps_rslora(modules)
+    return {
+        **new,
+        "peft_type": "LORA",
+        "use_rslora": rslora,
+        **rank_fields(modules, rslora),
+        **_targets(modules, before),
+    }
 
 
-def _metadata(adapter: LoraAdapter, modules: Mapping[str, RankAndScale]) -> dict[str, str] | None:
+def _targets(modules: Iterable[str], before: Iterable[str]) -> dict[str, Any]:
+    """What makes peft adapt the modules that are left and no others. It takes a name in a list for an end of names."""
+    left = sorted(modules)
+    dropped = set(before).difference(left)
+    if not dropped:
+        return {}
+    if not any(name.endswith(tuple(f".{end}" for end in left)) for name in dropped):
+        return {"target_modules": left}
+    exactly = "|".join(re.escape(name) for name in left)
+    return {"target_modules": exactly, "layers_to_transform": None, "layers_pattern": None}
+
+
+def _metadata(
+    adapter: LoraAdapter, modules: Mapping[str, RankAndScale], before: Iterable[str]
+) -> dict[str, str] | None:
     """The texts of the file's header, where they speak of rank and alpha with the new ones."""
-    texts = dict(adapter.file.metadata)
+    texts = {name: text for name, text in adapter.file.metadata.items() if name not in HASHES}
     if DIFFUSERS_METADATA in texts and adapter.format == "diffusers_peft":
-        texts[DIFFUSERS_METADATA] = json.dumps(_diffusers(texts[DIFFUSERS_METADATA], modules), indent=2, sort_keys=True)
+        configs = _diffusers(texts[DIFFUSERS_METADATA], modules, before)
+        texts[DIFFUSERS_METADATA] = json.dumps(configs, indent=2, sort_keys=True)
     spoken = rank_fields(modules)
-    for text, field in (("ss_network_dim", "r"), ("ss_network_alpha", "lora_alpha")):
+    for text, field, pattern in (
+        ("ss_network_dim", "r", "rank_pattern"),
+        ("ss_network_alpha", "lora_alpha", "alpha_pattern"),
+    ):
         if text in texts:
-            varies = spoken["rank_pattern"] or spoken["alpha_pattern"]
-            texts[text] = "Dynamic" if varies else str(spoken[field])
+            texts[text] = "Dynamic" if spoken[pattern] else str(spoken[field])
     return texts or None
 
 
-def _diffusers(text: str, modules: Mapping[str, RankAndScale]) -> dict[str, Any]:
+def _diffusers(text: str, modules: Mapping[str, RankAndScale], before: Iterable[str]) -> dict[str, Any]:
     """What diffusers keeps of the configurations of a file's parts, `unet.r` and so on."""
     known = parse_json(text.encode("utf-8"))
     for part in sorted({name.partition(".")[0] for name in known if "." in name}) or [""]:
         prefix = f"{part}." if part else ""
         own = {name.removeprefix(prefix): new for name, new in modules.items() if name.startswith(prefix)}
         if own:
-            known |= {prefix + field: value for field, value in {**rank_fields(own), "use_rslora": False}.items()}
+            others = (name.removeprefix(prefix) for name in before if name.startswith(prefix))
+            new = {**rank_fields(own), "use_rslora": False, **_targets(own, others)}
+            known |= {prefix + field: value for field, value in new.items()}
     return known

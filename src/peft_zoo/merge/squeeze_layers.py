@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -10,14 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import PeftWarning
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from peft_zoo.adapters.base.patterns import RankAndScale, rank_fields
 from peft_zoo.adapters.squeeze_lora_finish import config_table, write_ranks
 from peft_zoo.adapters.squeeze_lora_pairs import LoraPair, lora_pairs, write_factors
-from peft_zoo.merge.squeeze_source import Factors, Make
+from peft_zoo.merge.squeeze_source import HOW_IT_BEGAN, Factors, Make, keeps_rslora
 
+NAME = r"[A-Za-z0-9_-]{1,64}"  # of an adapter: it becomes part of paths and of parameters' names
 PROBES = 64
 """Random inputs on which the effect of a DoRA is compared before and after."""
 
@@ -35,8 +39,6 @@ class ModelSource:
         NotImplementedError: If a module's update is not a plain product of two factors.
     """
 
-    reserved = 0
-
     def __init__(self, model: nn.Module, adapter_name: str, into: str | None) -> None:
         self.model, self.adapter_name, self.into = model, adapter_name, into
         self.pairs = {pair.name: pair for pair in lora_pairs(model, adapter_name)}
@@ -47,6 +49,20 @@ class ModelSource:
             raise ValueError(f"into={into!r} needs a PeftModel, not a {type(model).__name__}; leave it out.")
         if into in model.peft_config:
             raise ValueError(f"into={into!r} is taken; available: {sorted(model.peft_config)}, give another name.")
+        # torch keeps what its containers have as attributes for itself, and peft warns of parts of its prefix
+        if (
+            not isinstance(into, str)
+            or not re.fullmatch(NAME, into)
+            or into in "lora_"
+            or hasattr(nn.ModuleDict(), into)
+        ):
+            raise ValueError(
+                f"into={into!r} cannot name an adapter; use other letters, digits, '_' and '-', such as 'r8'."
+            )
+
+    def overhead(self, modules: Mapping[str, RankAndScale]) -> int:
+        """A size is that of the factors."""
+        return 0
 
     def factors(self, name: str) -> Factors:
         """One module; it keeps its layer, hence a rank."""
@@ -72,9 +88,9 @@ class ModelSource:
 
     def _replace(self, modules: Mapping[str, RankAndScale], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         table = config_table(self.model, self.adapter_name)
-        uniform = len({module.rank for module in modules.values()}) == 1
+        rslora = keeps_rslora(modules)
         for name, pair in self.pairs.items():
-            if not uniform or modules[name].scale != pair.scale:
+            if not rslora:
                 pair.layer.use_rslora[self.adapter_name] = False
             write_factors(pair, *factors[name], modules[name].scale)
         write_ranks(table[self.adapter_name], list(self.pairs.values()))
@@ -84,11 +100,16 @@ class ModelSource:
     ) -> None:
         """Adds an adapter with the new ranks and everything else of the old one."""
         model: PeftModel = self.model  # type: ignore[assignment]
-        old = model.peft_config[self.adapter_name]
-        values = {item.name: copy.deepcopy(getattr(old, item.name)) for item in fields(LoraConfig) if item.init}
-        changes = {"use_rslora": False, "init_lora_weights": True, "peft_type": None, **rank_fields(modules)}
-        state = get_peft_model_state_dict(model, adapter_name=self.adapter_name, save_embedding_layers=False)
-        model.add_adapter(into, LoraConfig(**{**values, **changes}))
+        old: Any = model.peft_config[self.adapter_name]
+        kept = (item.name for item in fields(LoraConfig) if item.init and item.name not in HOW_IT_BEGAN)
+        values = {name: copy.deepcopy(getattr(old, name)) for name in kept}
+        rslora = bool(old.use_rslora) and keeps_rslora(modules)
+        changes = {"use_rslora": rslora, "peft_type": None, **rank_fields(modules, rslora)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*invalid shape", PeftWarning)  # takes a bias of B for a shard
+            state = get_peft_model_state_dict(model, adapter_name=self.adapter_name, save_embedding_layers=False)
+        widen = any(pair.A.dtype == torch.float32 for pair in self.pairs.values())
+        model.add_adapter(into, LoraConfig(**{**values, **changes}), autocast_adapter_dtype=widen)
         pairs = {pair.name: pair for pair in lora_pairs(model, into)}
         factor_keys = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
         others = {key: value for key, value in state.items() if not key.endswith(factor_keys)}

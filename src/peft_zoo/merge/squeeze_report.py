@@ -128,8 +128,14 @@ class RankReport:
     modules: tuple[ModuleReport, ...]
 
     def energy(self, name: str, rank: int) -> float:
-        """Share of squared singular values that a rank keeps of a module; 1 of an update of zeros."""
-        values = next(module.singular_values for module in self.modules if module.name == name)
+        """Share of squared singular values that a rank keeps of a module; 1 of an update of zeros.
+
+        Raises:
+            ValueError: If there is no module of that name.
+        """
+        values = next((module.singular_values for module in self.modules if module.name == name), None)
+        if values is None:
+            raise ValueError(f"name={name!r} is no module of this report; use a name out of `modules`.")
         total = math.fsum(value * value for value in values)
         return math.fsum(value * value for value in values[:rank]) / total if total else 1.0
 

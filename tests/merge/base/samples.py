@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 PREFIX = "base_model.model."
 
@@ -48,7 +47,6 @@ class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 5)
-        self.transposed = Conv1D(7, 6)
         self.conv1 = nn.Conv1d(4, 6, 3)
         self.conv2 = nn.Conv2d(4, 6, (3, 2))
         self.point = nn.Conv2d(4, 6, 1)
@@ -56,4 +54,4 @@ class Zoo(nn.Module):
         self.words = nn.Embedding(9, 5)
 
 
-ZOO = ["linear", "transposed", "conv1", "conv2", "point", "conv3", "words"]
+ZOO = ["linear", "conv1", "conv2", "point", "conv3", "words"]

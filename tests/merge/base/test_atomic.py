@@ -108,11 +108,11 @@ class Countdown:
     def __init__(self, function: Callable[..., Any], number: int, error: BaseException) -> None:
         self.function, self.left, self.error = function, number, error
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.left -= 1
         if self.left == -1:
             raise self.error
-        return self.function(*args)
+        return self.function(*args, **kwargs)
 
 
 class FailingFile(io.FileIO):

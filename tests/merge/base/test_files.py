@@ -1,9 +1,8 @@
-"""Safetensors and JSON: what is well formed is read and written exactly, everything else is refused before it costs memory."""
+"""Safetensors and JSON: what is well formed is read and written exactly, all else is refused before it costs memory."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import tracemalloc
@@ -135,7 +134,7 @@ def test_a_long_header_is_refused_unread(tmp_path: Path) -> None:
         TensorFile(path)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_what_is_accepted_is_what_safetensors_accepts(data: st.DataObject, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "changed.safetensors"
@@ -188,7 +187,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> No
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")  # opening one waits for ever
     for name in ("pipe.safetensors", "missing.safetensors", "."):
-        with pytest.raises(ValueError, match="not a file; give an existing .safetensors file"):
+        with pytest.raises(ValueError, match=r"not a file; give an existing \.safetensors file"):
             TensorFile(tmp_path / name)
 
 
@@ -280,13 +279,13 @@ def test_tensors_are_produced_one_at_a_time_in_the_order_of_the_file(tmp_path: P
 def test_what_was_not_announced_is_not_written(tmp_path: Path) -> None:
     announced = {"a": TensorInfo(torch.float32, (2,))}
     for number, wrong in enumerate([torch.ones(3), torch.ones(2).half(), torch.ones(2, 1)]):
-        with pytest.raises(ValueError, match="a: .* was announced"):
+        with pytest.raises(ValueError, match=r"a: .* was announced"):
             write_tensors(tmp_path / str(number), announced, lambda name, wrong=wrong: wrong)
-    with pytest.raises(ValueError, match="torch.complex128 cannot be stored"):
+    with pytest.raises(ValueError, match=r"torch\.complex128 cannot be stored"):
         write_tensors(tmp_path / "b", {"a": TensorInfo(torch.complex128, (2,))}, lambda name: torch.ones(2))
     with pytest.raises(ValueError, match="'__metadata__' of dtype"):
         write_tensors(tmp_path / "b", {"__metadata__": announced["a"]}, lambda name: torch.ones(2))
     (tmp_path / "c").write_text("mine")
     with pytest.raises(FileExistsError):
         write_tensors(tmp_path / "c", announced, lambda name: torch.ones(2))
-    assert (tmp_path / "c").read_text() == "mine" and json.loads("{}") == {}
+    assert (tmp_path / "c").read_text() == "mine"

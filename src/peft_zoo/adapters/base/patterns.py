@@ -42,6 +42,11 @@ def alpha_of(scale: float, rank: int, use_rslora: bool) -> int | float:
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha
 
 
+def kept_scale(scale: float) -> float:
+    """The scale of new factors that shall keep the old one: a sign goes into the factors, and zeros have any scale."""
+    return abs(scale) or 1.0
+
+
 def exactly(name: str) -> str:
     """A pattern that peft finds in this module's name only."""
     return f"^{re.escape(name)}"

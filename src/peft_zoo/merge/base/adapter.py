@@ -113,9 +113,7 @@ class LoraAdapter:
         if self.format == "peft" and config is None:
             raise ValueError(f"{file.path}: its scale is in {CONFIG_NAME}; give the folder that holds both.")
         if self.format != "peft" and config is not None:
-            raise ValueError(
-                f"{file.path}: keys of the format {self.format} beside an {CONFIG_NAME}; give the file itself."
-            )
+            raise ValueError(f"{file.path}: {self.format} keys beside an {CONFIG_NAME}; give the file itself.")
         self._configured = _configured(self.format, file.metadata, config)
         groups, self.other_keys = _group(self.format, file.tensors)
         self.modules = {name: self._module(name, keys) for name, keys in groups.items()}

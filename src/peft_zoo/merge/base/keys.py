@@ -123,8 +123,8 @@ def nearest_key(fmt: str, key: str) -> str:
         return ""
     form = FORMATS[fmt]
     rest = key.removeprefix(form.prefix)
-    ends = [place for place, letter in enumerate(rest) if letter == "."] or [len(rest)]
-    known = [form.prefix + rest[:end] + suffix for end in ends for suffix in form.suffixes.values()]
+    module = rest.partition(".lora")[0] if ".lora" in rest else rest.rpartition(".")[0]
+    known = [form.prefix + module + suffix for suffix in form.suffixes.values()]
     return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
 
 
