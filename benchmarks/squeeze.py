@@ -313,14 +313,14 @@ def shown(result: dict[str, Any]) -> str:
     sizes, files = result["sizes"], result["files"]
     layer = common.aligned(LAYER_HEADER, map(layer_cells, result["layer"]))
     table = common.aligned(FILES_HEADER, (files_cells(row, files["bytes"]) for row in files["rows"]))
-    memory = "each in a new process" if files["fresh_processes"] else "all in this process, which is not small"
+    processes = "each in a new process" if files["fresh_processes"] else "all in this process, which is not small"
     lines = [
         f"One layer {sizes['size']} x {sizes['size']}, rank {sizes['rank']} to {sizes['new_rank']}, float32. What has "
         "one run had no other before it.",
         layer,
         "",
-        f"File to file: {files['modules']} modules, rank {sizes['rank']}, {sizes['dtype']}, {_mib(files['bytes'])} MiB, "
-        f"{memory}. It is read from the page cache; what is written is waited for until it is on disk.",
+        f"File to file: {files['modules']} modules, rank {sizes['rank']}, {sizes['dtype']}, {_mib(files['bytes'])} MiB,",
+        f"{processes}. Reading is from the page cache; writing ends when all is on disk.",
         table,
         "",
     ]

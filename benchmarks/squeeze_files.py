@@ -143,7 +143,7 @@ def plain_job(source: Path, target: Path, options: dict[str, Any]) -> dict[str, 
     tensors = load_file(weights(source))
     loaded = time.perf_counter()
     target.mkdir()
-    save_file(tensors, weights(target))
+    save_file(tensors, weights(target), {"format": "pt"})
     with open(weights(target), "rb") as file:
         os.fsync(file.fileno())
     return _row(before, start, loaded, target) | {"wrong": None}

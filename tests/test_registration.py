@@ -17,6 +17,7 @@ import peft
 import pytest
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
 from peft.utils import register_peft_method
 
 import peft_zoo
@@ -114,7 +115,8 @@ class TestMappings:
         for key in (member, method.peft_type):
             assert PEFT_TYPE_TO_CONFIG_MAPPING[key] is method.config_cls
             assert PEFT_TYPE_TO_TUNER_MAPPING[key] is method.tuner_cls
-            assert PEFT_TYPE_TO_PREFIX_MAPPING[key] == f"{method.peft_type.lower()}_"
+            prefix = "lora_" if issubclass(method.tuner_cls, LoraModel) else f"{method.peft_type.lower()}_"
+            assert PEFT_TYPE_TO_PREFIX_MAPPING[key] == prefix
 
     def test_methods_are_listed_by_name_in_order(self, method: Method) -> None:
         listed = peft_zoo.methods()
@@ -215,6 +217,7 @@ import warnings
 from dataclasses import dataclass
 import peft
 from peft import LoraConfig, LoraModel, PeftType
+from peft.tuners.lora import LoraModel
 from peft.utils import register_peft_method
 
 value = sys.argv[1]

@@ -5,6 +5,14 @@ from peft_zoo.adapters.snell import SnellModel as SnellModel
 from peft_zoo.adapters.snell_allocator import SnellAllocator as SnellAllocator
 from peft_zoo.adapters.snell_allocator import SnellCallback as SnellCallback
 from peft_zoo.adapters.snell_import import import_snell_checkpoint as import_snell_checkpoint
+from peft_zoo.adapters.squeeze_lora import SqueezeLoraConfig as SqueezeLoraConfig
+from peft_zoo.adapters.squeeze_lora import SqueezeLoraModel as SqueezeLoraModel
+from peft_zoo.adapters.squeeze_lora_callback import RefactorizeCallback as RefactorizeCallback
+from peft_zoo.adapters.squeeze_lora_callback import SqueezeCallback as SqueezeCallback
+from peft_zoo.adapters.squeeze_lora_finish import finalize_squeeze as finalize_squeeze
+from peft_zoo.adapters.squeeze_lora_schedule import SqueezeConfig as SqueezeConfig
+from peft_zoo.adapters.squeeze_lora_squeezer import LoraSqueezer as LoraSqueezer
+from peft_zoo.adapters.squeeze_lora_squeezer import refactorize_ as refactorize_
 from peft_zoo.registration import Method as Method
 from peft_zoo.registration import methods as methods
 

@@ -147,7 +147,7 @@ class TestInALoop:
 
 
 def toy(rank: int, config: SqueezeConfig | None, seed: int, steps: int = 100, rate: float = 5e-3) -> float:
-    """Error of a LoRA that learns the change of a layer, of slowly falling spectrum, in few steps; relative, squared."""
+    """Relative squared error of a LoRA that learns a change of slowly falling spectrum in few steps."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -75,8 +75,10 @@ def output_of(command: list[str]) -> str:
     return subprocess.run(command, env=environment, timeout=600, check=False, **both).stdout
 
 
-@pytest.mark.parametrize("case", list(worker.cases()))
-@pytest.mark.parametrize("mode", PARALLEL)
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [(mode, case) for mode in PARALLEL for case in worker.cases() if mode == "ddp" or case not in worker.DDP_ONLY],
+)
 def test_two_processes_train_what_one_trains(runs: Runs, mode: str, case: str) -> None:
     one, two = runs.read("single", case), runs.read(mode, case)
     assert max(one["losses"]) - min(one["losses"]) > 0.1, "nothing was learned, so equal losses would mean nothing"
@@ -89,6 +91,12 @@ def test_both_ranks_have_the_budget_of_one_process(runs: Runs, mode: str) -> Non
     one, first, second = runs.read("single", "snella"), runs.read(mode, "snella", 0), runs.read(mode, "snella", 1)
     assert first["budgets"] == second["budgets"] == one["budgets"]
     assert_competed(one["budgets"])
+
+
+def test_replicas_are_squeezed_to_the_same_bits(runs: Runs) -> None:
+    one, first, second = runs.read("single", "squeeze"), runs.read("ddp", "squeeze", 0), runs.read("ddp", "squeeze", 1)
+    assert first["budgets"] == second["budgets"] == one["budgets"]
+    assert set(one["budgets"][-1]) == {2} and set(one["budgets"][0]) == {8}
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])

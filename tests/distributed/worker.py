@@ -35,6 +35,8 @@ import peft_zoo
 
 STEPS, MIDDLE, BATCH, LENGTH, VOCABULARY = 6, 3, 4, 16, 64
 SCHEDULE = {"sparsity": 0.2, "target_sparsity": 0.8, "total_step": STEPS, "tfinal": 1}
+SQUEEZE = {"target_rank": 2, "num_stages": 2, "end_ratio": 0.67, "min_stage_steps": 1}
+DDP_ONLY = ["squeeze"]  # a rank needs whole tensors
 FSDP = {
     "fsdp2": {"version": 2},
     "fsdp1": {"version": 1, "sync_module_states": False, "use_orig_params": True},
@@ -45,6 +47,7 @@ FSDP = {
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     """For each case, the method and the fields of its configuration that are not the defaults."""
     every: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in peft_zoo.methods()}
+    every |= {case: ("squeeze_lora", {"r": 8, **SQUEEZE}) for case in DDP_ONLY}
     return {**every, "snell_mix_k": ("snell", {"kernel": "mix_k"}), "snella": ("snell", SCHEDULE)}
 
 
@@ -86,6 +89,7 @@ def train_in_a_loop(case: str, mode: str, out: Path) -> dict[str, Any]:
         model, optimizer = accelerator.prepare(adapted, optimizer_of(adapted))
     share = BATCH // accelerator.num_processes
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    squeezer = peft_zoo.LoraSqueezer(adapted, STEPS) if case in DDP_ONLY else None
     losses, budgets = [], []
     for step, batch in enumerate(texts(STEPS * BATCH).split(BATCH), start=1):
         loss = model(input_ids=batch[rows], labels=batch[rows]).loss
@@ -94,8 +98,10 @@ def train_in_a_loop(case: str, mode: str, out: Path) -> dict[str, Any]:
         if "target_sparsity" in cases()[case][1]:
             adapted.update_and_allocate(step)
         optimizer.zero_grad()
+        if squeezer is not None:
+            squeezer.step(step, optimizer)
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
-        budgets.append(budget(adapted))
+        budgets.append(budget(adapted) if squeezer is None else list(squeezer.ranks.values()))
     state = full_state_dict_of_fsdp1(model) if mode.startswith("fsdp1") else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         save_file(get_peft_model_state_dict(adapted, state_dict=state), out / f"{case}.safetensors")
@@ -185,7 +191,7 @@ def main(out: Path, modes: list[str]) -> None:
     for mode in modes:
         folder = out / mode
         folder.mkdir(exist_ok=True)
-        runs = {case: partial(train_in_a_loop, case) for case in cases()}
+        runs = {case: partial(train_in_a_loop, case) for case in cases() if case not in DDP_ONLY or mode not in FSDP}
         if not mode.startswith("fsdp1"):  # Trainer saves by way of that same offloading
             runs["trainer"] = train_with_trainer
         if mode not in FSDP:

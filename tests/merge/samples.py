@@ -212,18 +212,13 @@ def state(model: nn.Module) -> dict[str, Any]:
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
     flags = {name: (parameter.requires_grad, id(parameter)) for name, parameter in model.named_parameters()}
     known = {
-        name: (
-            dict(layer.r),
-            dict(layer.scaling),
-            dict(layer.lora_alpha),
-            dict(layer.use_rslora),
-            layer.active_adapters,
-        )
+        name: {field: copy.copy(getattr(layer, field)) for field in ("r", "scaling", "lora_alpha", "use_rslora")}
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     }
+    active = {name: layer.active_adapters for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     configs = {name: copy.deepcopy(config.to_dict()) for name, config in getattr(model, "peft_config", {}).items()}
-    return {"tensors": tensors, "flags": flags, "layers": known, "configs": configs}
+    return {"tensors": tensors, "flags": flags, "layers": known, "active": active, "configs": configs}
 
 
 def same_state(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
@@ -231,4 +226,4 @@ def same_state(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
     tensors = before["tensors"].keys() == after["tensors"].keys() and all(
         torch.equal(value, after["tensors"][name]) for name, value in before["tensors"].items()
     )
-    return tensors and all(before[part] == after[part] for part in ("flags", "layers", "configs"))
+    return tensors and all(before[part] == after[part] for part in ("flags", "layers", "active", "configs"))

@@ -118,6 +118,7 @@ def test_dropped_modules_are_not_adapted_any_more(tmp_path: Path) -> None:
     model = adapted()
     for name in ("conv1", "conv3"):
         layers(model)[name].lora_B["default"].weight.data *= 1e-4
+    layers(model)["linear"].lora_B["default"].weight.data *= 10
     saved(tmp_path / "in", model)
     with pytest.warns(UserWarning, match=r"keeps only 0.0% of its energy at rank 0"):
         report = squeeze_adapter(tmp_path / "in", tmp_path / "out", budget=103, min_rank=0)
@@ -150,7 +151,7 @@ def test_a_dropped_module_is_not_taken_for_one_that_stays(tmp_path: Path) -> Non
 def test_what_acts_without_factors_is_never_dropped(kind: str, original: Original, tmp_path: Path) -> None:
     modules = squeeze_adapter(original(kind), tmp_path / "some", rank=3).modules
     least = sum(module.params_before // R for module in modules)
-    with pytest.warns(UserWarning, match="conv[12] keeps only"):
+    with pytest.warns(UserWarning, match="conv1 keeps only") if kind == "dora" else nullcontext():
         report = squeeze_adapter(original(kind), tmp_path / "least", budget=least, min_rank=0)
     assert set(ranks(report).values()) == {1}
     with pytest.raises(ValueError, match=rf"budget {least - 1} is below the minimum .* = {least} parameters"):

@@ -68,7 +68,7 @@ def test_table() -> None:
         "all             70.00%  0.5477       2,020"
     )
     assert REPORT.table(limit=1).splitlines()[1:3] == [
-        "a                            2 → 1  64.00%  0.6000          10",
+        "a                          2 → 1  64.00%  0.6000          10",
         "and 2 more that lose less",
     ]
 
@@ -122,7 +122,8 @@ def test_looking_at_activations(original: Original, tmp_path: Path) -> None:
     done = squeeze_adapter(original("plain"), tmp_path / "out", rank=3, score="activation", moments=moments)
     for one in done.modules:
         assert report.energy(one.name, 3) == pytest.approx(one.energy, rel=1e-9)
-    assert report.energy("linear", 3) != pytest.approx(rank_report(model, (3,)).energy("linear", 3), rel=1e-3)
+    plain = rank_report(model, (3,))
+    assert max(abs(report.energy(name, 3) - plain.energy(name, 3)) for name in ALL) > 1e-2
 
 
 def test_every_module_is_seen(original: Original) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ TARGETS = {
     "llama": ["q_proj", "down_proj", "embed_tokens"],
     "gpt2": ["c_attn", "mlp.c_proj"],
     "vit": ["q_proj", "projection"],
-    "bert": ["query", "word_embeddings"],
     "t5": ["q", "wo"],
 }
 
@@ -86,8 +86,8 @@ def by_definition(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Momen
     for hook in hooks:
         hook.remove()
     names = {module: name.removeprefix("base_model.model.") for name, module in model.named_modules()}
-    seen = {names[layer]: (rows(layer, x), change(layer, x)) for layer, x in caught.items()}
-    return {name: Moments(second_moment(x), second_moment(y), len(x)) for name, (x, y) in seen.items()}
+    seen = [(names[layer], rows(layer, x), change(layer, x)) for layer, x in caught.items()]
+    return {name: Moments(second_moment(x), second_moment(y), len(x)) for name, x, y in seen}
 
 
 def diagonal(moment: Tensor | None) -> Tensor | None:
@@ -114,7 +114,7 @@ def test_moments_of_a_model_are_what_the_definition_says(name: str) -> None:
     model = adapted(name, use_rslora=name == "vit", lora_dropout=0.5)
     wanted = by_definition(model, inputs(name))
     for module, moments in wanted.items():
-        if "embed_tokens" in module or "word_embeddings" in module:
+        if "embed_tokens" in module:
             wanted[module] = replace(moments, inputs=diagonal(moments.inputs))
     found = calibrate(model, [inputs(name)], **EVERYTHING)
     assert len(found) > len(TARGETS[name])
@@ -143,9 +143,8 @@ def test_patches_are_those_of_the_convolution(layer: Any) -> None:
     "layer",
     [
         nn.Conv1d(3, 4, 3, padding=2, dilation=2, padding_mode="replicate"),
-        nn.Conv2d(3, 4, 3, padding=2, dilation=2, stride=2),
         nn.Conv2d(3, 4, (3, 1), padding="same", padding_mode="circular"),
-        nn.Conv2d(3, 4, 2, padding="valid", padding_mode="reflect"),
+        nn.Conv2d(3, 4, 2, padding="valid", stride=2, dilation=3),
     ],
 )
 def test_methods_other_than_lora_read_what_the_base_layer_reads(layer: Any) -> None:
@@ -185,6 +184,14 @@ def test_many_batches_lose_no_digits_and_none_is_kept() -> None:
     torch.testing.assert_close(found.inputs, x.t() @ x, rtol=2e-7, atol=0)  # one rounding; float32 sums are 1e-6 off
 
 
+def test_rounding_makes_no_square_negative() -> None:
+    model = wrapped(nn.Linear(3, 50))
+    A, B = model.base_model.model.layer.lora_A["default"], model.base_model.model.layer.lora_B["default"]
+    A.weight.data = torch.randn(4, 1) @ torch.randn(1, 3)
+    B.weight.data -= B.weight @ torch.linalg.pinv(A.weight.T) @ A.weight.T  # so that B A is zero
+    assert calibrate(model, torch.randn(20, 9, 3), inputs=False, outputs=True)["layer"].outputs.min() >= 0
+
+
 def test_batches_may_be_mappings_tuples_tensors_or_whatever_forward_takes() -> None:
     model, x = wrapped(nn.Linear(3, 4)), torch.randn(5, 3)
     wanted = calibrate(model, [x])
@@ -207,14 +214,13 @@ def test_names_are_those_of_an_adapter_file() -> None:
     assert list(calibrate(model, batches, modules=names[1:])) == names[1:]
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "full"])
-def test_padding_counts_for_nothing(kind: Any) -> None:
+def test_padding_counts_for_nothing() -> None:
     model = adapted("llama")
     short, long = torch.randint(3, 40, (1, 3)), torch.randint(3, 40, (1, 5))
-    apart = calibrate(model, [short, long], kind=kind, outputs=True)
+    apart = calibrate(model, [short, long], **EVERYTHING)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     padded = {"input_ids": torch.cat([F.pad(short, (0, 2)), long]), "attention_mask": mask}
-    together = calibrate(model, [padded], kind=kind, outputs=True)
+    together = calibrate(model, [padded], **EVERYTHING)
     assert {moments.count for moments in together.values()} == {8}
     assert together["model.embed_tokens"].inputs[0] == 0
     assert_same(together, apart, outputs=FORWARD)
@@ -248,9 +254,8 @@ def test_rows_are_widened_before_they_are_squared(dtype: torch.dtype) -> None:
     found = calibrate(model, [x], **EVERYTHING)["layer"]
     layer = model.base_model.model.layer.double()
     delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    largest = {"rtol": 2e-6, "atol": 1e-6 * 300**2}
-    torch.testing.assert_close(found.inputs, second_moment(x), **largest)
-    torch.testing.assert_close(found.outputs, second_moment(x.double() @ delta.t()), **largest)
+    for moment, row in ((found.inputs, x), (found.outputs, x.double() @ delta.t())):
+        torch.testing.assert_close(moment, second_moment(row), rtol=2e-6, atol=1e-6 * 300**2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -270,8 +275,7 @@ def test_a_training_loop_goes_on_undisturbed() -> None:
     plain = gradients(copy.deepcopy(model), x)
     with collect_moments(model, outputs=True) as collector:
         watched = gradients(model, x)
-    assert len(watched) == 2
-    assert all(map(torch.equal, watched, plain))
+    assert len(watched) == 2 and all(map(torch.equal, watched, plain))
     assert_same(collector.moments(), calibrate(model, [x], outputs=True))  # dropout comes after what is collected
 
 
@@ -285,25 +289,21 @@ def test_neither_autocast_nor_inference_mode_reach_the_sums() -> None:
     assert_same(collector.moments(), calibrate(model, [x], **EVERYTHING))
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError])
-def test_hooks_and_modes_are_as_before(error: type[Exception] | None) -> None:
-    model, seen = adapted("llama").train(), []
+def test_hooks_and_modes_are_as_before_whatever_happens() -> None:
+    model, tokens, seen = adapted("llama").train(), torch.arange(4)[None], []
     model.base_model.model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
 
     def forward(model: nn.Module, batch: Any) -> None:
         seen.append((model.training, torch.is_grad_enabled(), has_hooks(model)))
         model(batch)
-        if error:
-            raise error("out of data")
 
-    try:
-        calibrate(model, [torch.arange(4)[None]], forward=forward)
-    except RuntimeError as raised:
-        assert type(raised) is error
-    assert seen == [(False, False, True)]
-    assert [module.training for module in model.modules()] == modes
-    assert not has_hooks(model)
+    for batches, raised in (([tokens], nullcontext()), ([tokens, "no tokens"], pytest.raises(AttributeError))):
+        with raised:
+            calibrate(model, batches, forward=forward)
+        assert [module.training for module in model.modules()] == modes
+        assert not has_hooks(model)
+    assert seen == [(False, False, True)] * 3
 
 
 @pytest.mark.parametrize("options", [EVERYTHING, {"inputs": False, "outputs": True}, {}])

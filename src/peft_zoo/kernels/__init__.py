@@ -9,4 +9,6 @@ they are made and which of the two paths runs, ``docs/kernels.md`` how to use th
 * ``kernelized_merge``, ``kernelized_linear``: the sparse kernel-matrix update of SNELL, formed, added or applied.
 * ``sparse_mask``, ``sparse_support``, ``masked_linear``: what sparse methods share.
 * ``budget``: how SNELLA divides its non-zero weights among layers.
+* ``low_rank``, ``low_rank_random``: best approximations of factored, dense and only multiplied matrices.
+* ``allocate``, ``rank_plan``: one budget divided among modules; a rank for each from its singular values.
 """
