@@ -319,8 +319,8 @@ def shown(result: dict[str, Any]) -> str:
         "one run had no other before it.",
         layer,
         "",
-        f"File to file: {files['modules']} modules, rank {sizes['rank']}, {sizes['dtype']}, {_mib(files['bytes'])} MiB,",
-        f"{processes}. Reading is from the page cache; writing ends when all is on disk.",
+        f"File to file: {files['modules']} modules, rank {sizes['rank']}, {sizes['dtype']}, {_mib(files['bytes'])} "
+        f"MiB, {processes}. Reading is from the page cache; writing ends when all is on disk.",
         table,
         "",
     ]

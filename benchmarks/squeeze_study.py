@@ -1,9 +1,9 @@
-"""Does a LoRA that is squeezed get better than one trained at its final rank? Equal steps, equal final size, a real task.
+"""Is a LoRA that was squeezed better than one trained at its final rank? Equal steps and final size, a real task.
 
     python -m benchmarks.squeeze_study --steps 96 --rates 0.0003,0.001,0.003 --seeds 0,1,2
 
-SmolLM2-135M learns the worked answers of GSM8K (the excerpt that ships with the package), scored by perplexity on held-out
-problems. Every recipe ends at rank 8 on all linear layers:
+SmolLM2-135M learns the worked answers of GSM8K (the excerpt that ships with the package), scored by perplexity on
+held-out problems. Every recipe ends at rank 8 on all linear layers:
 
     direct      rank 8 from the start
     post        rank 64, squeezed once after the last step
@@ -11,8 +11,8 @@ problems. Every recipe ends at rank 8 on all linear layers:
     in          64 -> 32 -> 16 -> 8, a quarter of the steps each
     rank 64     the run of `post` before its squeeze: what the higher rank is worth
 
-Each recipe's learning rate is chosen on the validation split with a seed of its own; the test split is scored once for each
-seed. Every finished run is kept in `runs.jsonl`; started again, the study goes on where it was stopped.
+Each recipe's learning rate is chosen on the validation split with a seed of its own; the test split is scored once for
+each seed. Every finished run is kept in `runs.jsonl`; started again, the study goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def table(report: dict[str, Any]) -> str:
         spread = "" if row["deviation"] is None else f" ± {row['deviation']:.3f}"
         edge = " (edge of the grid)" if row["at_grid_edge"] else ""
         scores = ", ".join(f"{score:.3f}" for score in row["test"].values())
-        lines.append(f"| {name} | {row['rate']:g}{edge} | {row['mean']:.3f}{spread} | {scores} | {row['seconds']:.0f} |")
+        cells = (name, f"{row['rate']:g}{edge}", f"{row['mean']:.3f}{spread}", scores, f"{row['seconds']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Adapters that peft saved, once for all tests, since its model cards take longer than everything else."""
+"""Adapters that peft saved, once for all tests."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -54,21 +55,26 @@ class Layers(nn.Module):
         return self.head(self.conv3(x.reshape(-1, 2, 1, 3, 4)).flatten(1))
 
 
+_MADE: dict[str, Any] = {}  # to be copied: making a model takes peft ten times as long
 TOKENS = torch.randint(20, (16, 6), generator=torch.Generator().manual_seed(1))
 
 
 def base() -> Layers:
     """The model, the same each time."""
-    torch.manual_seed(0)
-    return Layers()
+    if "base" not in _MADE:
+        torch.manual_seed(0)
+        _MADE["base"] = Layers()
+    return copy.deepcopy(_MADE["base"])
 
 
 def adapted(config_cls: type[LoraConfig] = LoraConfig, *, true_rank: int | None = None, **fields: Any) -> PeftModel:
     """The model with a LoRA that looks trained, R = 6 and scale 2 unless said otherwise."""
-    wanted = {"r": R, "lora_alpha": 2 * R, "target_modules": ALL, **fields}
-    model = get_peft_model(base(), config_cls(**wanted))
-    train(model, true_rank=true_rank)
-    return model.eval()
+    key = repr((config_cls, true_rank, sorted(fields.items())))
+    if key not in _MADE:
+        model = get_peft_model(base(), config_cls(**{"r": R, "lora_alpha": 2 * R, "target_modules": ALL, **fields}))
+        train(model, true_rank=true_rank)
+        _MADE[key] = model.eval()
+    return copy.deepcopy(_MADE[key])
 
 
 @torch.no_grad()
@@ -98,8 +104,9 @@ def train(model: nn.Module, adapter: str = "default", true_rank: int | None = No
 
 def saved(folder: Path, model: PeftModel | None = None, /, **fields: Any) -> Path:
     """A folder that peft saved a model's adapters into, or that of `adapted`."""
-    with warnings.catch_warnings():  # peft takes the bias of B for a shard
-        warnings.filterwarnings("ignore", ".*invalid shape")
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.filterwarnings("ignore", ".*invalid shape")  # peft takes the bias of B for a shard
+        patch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)  # takes longer than everything else
         (model or adapted(**fields)).save_pretrained(str(folder))
     return folder
 

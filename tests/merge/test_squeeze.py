@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ PLAIN = [kind for kind in KINDS if "dora" not in kind]
 @pytest.mark.parametrize("how", [{"rank": 3}, {"energy": 0.95}], ids=["rank", "energy"])
 @pytest.mark.parametrize("kind", PLAIN)
 def test_peft_loads_the_optimum(kind: str, how: dict[str, Any], original: Original, tmp_path: Path) -> None:
-    before = loaded(original(kind))
+    before = adapted(**KINDS[kind])
     report = squeeze_adapter(original(kind), tmp_path / "out", **how)
     after = loaded(tmp_path / "out")
 
@@ -52,7 +51,7 @@ def test_peft_loads_the_optimum(kind: str, how: dict[str, Any], original: Origin
     assert (outputs(after) - outputs(base())).abs().max() > 1e-3
     assert {name: layer.r["default"] for name, layer in layers(after).items()} == ranks(report)
 
-    wide = layers(copy.deepcopy(before).double())
+    wide = layers(before.double())
     for module in report.modules:
         update = wide[module.name].get_delta_weight("default")
         # Both are float64 of the same float32 factors.
@@ -103,7 +102,7 @@ def test_balance(balance: str, original: Original, tmp_path: Path) -> None:
 
 def test_dora_keeps_its_outputs(original: Original, tmp_path: Path) -> None:
     squeeze_adapter(original("dora of rank 3"), tmp_path / "out", rank=3)
-    wanted = outputs(loaded(original("dora of rank 3")))
+    wanted = outputs(adapted(**KINDS["dora of rank 3"]))
     torch.testing.assert_close(outputs(loaded(tmp_path / "out")), wanted, **CLOSE)
     assert (wanted - outputs(base())).abs().max() > 1e-2
 
@@ -112,7 +111,7 @@ def test_dora_keeps_its_outputs(original: Original, tmp_path: Path) -> None:
 def test_full_rank_is_a_rotation(kind: str, original: Original, tmp_path: Path) -> None:
     report = squeeze_adapter(original(kind), tmp_path / "out", energy=1.0)
     assert ranks(report) == dict.fromkeys(ALL, R)
-    torch.testing.assert_close(outputs(loaded(tmp_path / "out")), outputs(loaded(original(kind))), **CLOSE)
+    torch.testing.assert_close(outputs(loaded(tmp_path / "out")), outputs(adapted(**KINDS[kind])), **CLOSE)
     assert not torch.equal(factor(tmp_path / "out", "linear.lora_A"), factor(original(kind), "linear.lora_A"))
 
 
@@ -183,7 +182,7 @@ def test_activations_decide_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_moments_of_every_kind_of_layer_are_found_by_name(original: Original, tmp_path: Path) -> None:
-    moments = calibrate(loaded(original("plain")), [TOKENS])
+    moments = calibrate(adapted(), [TOKENS])
     how: dict[str, Any] = {"rank": 3, "score": "activation"}
     report = squeeze_adapter(original("plain"), tmp_path / "out", moments=moments, **how)
     tensors = {name: moment.inputs for name, moment in moments.items()}

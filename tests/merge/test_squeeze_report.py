@@ -14,7 +14,7 @@ from peft_zoo.merge.squeeze import rank_report, squeeze_adapter
 from peft_zoo.merge.squeeze_report import ModuleReport, RankReport, SqueezeReport, align, shorten
 from peft_zoo.tasks.calibration import calibrate
 from tests.merge.conftest import Original
-from tests.merge.samples import ALL, TOKENS, R, adapted, kohya, loaded, same_state, single, state
+from tests.merge.samples import ALL, TOKENS, R, adapted, kohya, same_state, single, state
 
 
 def module(name: str, values: tuple[float, ...], rank: int, parameters: int = 10) -> ModuleReport:
@@ -115,7 +115,7 @@ def test_looking_agrees_with_compressing_and_changes_nothing(route: str, origina
 
 
 def test_looking_at_activations(original: Original, tmp_path: Path) -> None:
-    model = loaded(original("plain"))
+    model = adapted()
     before, moments = state(model), calibrate(model, [TOKENS])
     report = rank_report(model, (3,), moments=moments)
     assert same_state(before, state(model))
