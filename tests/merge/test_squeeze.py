@@ -170,13 +170,13 @@ def test_activations_decide_what_is_kept(tmp_path: Path) -> None:
     saved(tmp_path / "in", model)
     wanted = inputs @ product(tmp_path / "in", "linear").T
 
-    report = squeeze_adapter(tmp_path / "in", tmp_path / "activation", rank=2, score="activation", moments=moments)
-    squeeze_adapter(tmp_path / "in", tmp_path / "absolute", rank=2)
+    report = squeeze_adapter(tmp_path / "in", tmp_path / "activation", rank=3, score="activation", moments=moments)
+    squeeze_adapter(tmp_path / "in", tmp_path / "absolute", rank=3)
     error, absolute = (
         ((inputs @ product(tmp_path / name, "linear").T - wanted).norm() / wanted.norm()).item()
         for name in ("activation", "absolute")
     )
-    assert error < 0.8 * absolute
+    assert error < 0.5 * absolute
     assert report.score == "activation"
     assert report.rel_error == pytest.approx(error, rel=1e-4)  # moments are float32
 
