@@ -80,6 +80,15 @@ class TestInALoop:
         ranks = squeezer.ranks
         assert squeezer.finalize() == ranks, "what was squeezed to an energy is not squeezed again"
 
+    def test_the_optimizer_can_go_on_after_the_end(self) -> None:
+        model = adapted(target_rank=2, **STAGES)
+        optimizer = adamw(model)
+        squeezer = LoraSqueezer(model, 8)
+        train(model, 8, squeezer, optimizer)
+        squeezer.finalize(optimizer)
+        losses = train(model, 10, optimizer=optimizer)
+        assert losses[-1] < losses[0]
+
     def test_finalize_reaches_a_target_that_training_did_not(self) -> None:
         model = adapted(target_rank=2, num_stages=1, min_stage_steps=1)
         squeezer = LoraSqueezer(model, 100)

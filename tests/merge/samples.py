@@ -73,8 +73,8 @@ def adapted(config_cls: type[LoraConfig] = LoraConfig, *, true_rank: int | None 
     key = repr((config_cls, true_rank, sorted(fields.items())))
     if key not in _MADE:
         with torch.random.fork_rng():
-            config = config_cls(**{"r": R, "lora_alpha": 2 * R, "target_modules": ALL, **fields})
-            model = get_peft_model(base(), config)
+            wanted = config_cls(**{"r": R, "lora_alpha": 2 * R, "target_modules": ALL, **fields})
+            model = get_peft_model(base(), wanted)
         train(model, true_rank=true_rank)
         _MADE[key] = model.eval()
     return copy.deepcopy(_MADE[key])

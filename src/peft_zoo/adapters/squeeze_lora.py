@@ -48,6 +48,18 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
         self._require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
         self.peft_type = registration.peft_type_of(type(self))
 
+    def check_steps(self, total_steps: int) -> None:
+        """As `SqueezeConfig`, and whether there is a rank to lower.
+
+        Raises:
+            ValueError: If the schedule does not fit the number of steps, or `target_rank` is not below every rank.
+        """
+        super().check_steps(total_steps)
+        ranks = (self.r, *(self.rank_pattern or {}).values())
+        self._require(
+            self.target_rank is None or self.target_rank < max(ranks), "target_rank", f"use less than r={self.r}"
+        )
+
 
 @registration.register(
     SqueezeLoraConfig,

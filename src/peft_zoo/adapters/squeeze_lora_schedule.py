@@ -155,6 +155,17 @@ class SqueezeConfig:
                 found[step] = value = rounded
         return found
 
+    def check_steps(self, total_steps: int) -> None:
+        """Says before a model is there whether the schedule fits the number of optimizer steps.
+
+        Raises:
+            ValueError: If a stage would be shorter than `min_stage_steps`, or a step lies beyond the run.
+        """
+        if self.schedule == "step":
+            self._explicit(total_steps)
+        elif self.has_target and self.num_stages is not None:
+            self._points(total_steps)
+
     def _points(self, total_steps: int) -> dict[int, float]:
         """Optimizer steps at which the curve is looked at, each with its u."""
         end = self._share(self.end_ratio, total_steps)

@@ -103,6 +103,10 @@ class LoraSqueezer:
         """Reaches the target if it is not reached yet, then makes the adapter a plain LoRA (`finalize_squeeze`)."""
         if self.stages and not self._reached():
             self.squeeze(list(self.stages.values())[-1], optimizer)
+        if optimizer is not None:  # its state has the old sizes
+            for pair in self.pairs:
+                for parameter in (pair.A, pair.B):
+                    Projection(optimizer, "reset").optimizer.state.pop(parameter, None)
         return finalize_squeeze(self.model, self.adapter_name, self.config.scaling)
 
     def _plan(self, value: int) -> list[int]:

@@ -67,6 +67,18 @@ def test_a_schedule_gets_the_length_of_the_run(name: str) -> None:
     assert build_config(name, {}, {}, steps=77).total_step is None  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"target_rank": "8", "num_stages": "3"}, "schedule has 3 stages but only 38 steps"),
+        ({"target_rank": "64"}, "target_rank=64 cannot be used; use less than r=64"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_a_sentence(options: dict[str, str], sentence: str) -> None:
+    with pytest.raises(SettingError, match=sentence):
+        build_config("squeeze_lora", {"r": "64", **options}, {}, steps=50)
+
+
 def test_a_method_may_suggest_its_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     default = load_task(TrainSettings(method=BASELINE)).settings.learning_rate
     assert default is not None

@@ -46,7 +46,7 @@ def build_config(name: str, options: Mapping[str, str], defaults: Mapping[str, A
     """Make a method's configuration.
 
     A schedule that needs the number of optimizer steps (a field `total_step` beside `target_sparsity`) gets it when
-    the user gave the target but not the length.
+    the user gave the target but not the length; one that has a `check_steps` is asked whether it fits.
 
     Args:
         name: Short name of the method.
@@ -71,7 +71,10 @@ def build_config(name: str, options: Mapping[str, str], defaults: Mapping[str, A
     names = {item.name for item in dataclasses.fields(cls)}
     suggested = {key: value for key, value in defaults.items() if key in names}
     try:
-        return cls(**{**suggested, **chosen})
+        config = cls(**{**suggested, **chosen})
+        if hasattr(config, "check_steps"):
+            config.check_steps(steps)
+        return config
     except ValueError as error:
         raise SettingError(" ".join(str(error).split())) from error
 
