@@ -135,12 +135,13 @@ class Twins(nn.Module):
         self.q, self.block = nn.Linear(8, 8), nn.ModuleDict({"q": nn.Linear(8, 8)})
 
 
-def test_a_dropped_module_is_not_taken_for_one_that_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers_to_transform", [None, [0]])  # goes with a list of names only
+def test_a_dropped_module_is_not_taken_for_one_that_stays(layers_to_transform: Any, tmp_path: Path) -> None:
     model = get_peft_model(Twins(), LoraConfig(r=4, target_modules=["q"]))
     for name, size in (("q", 1.0), ("block.q", 1e-4)):
         nn.init.normal_(layers(model)[name].lora_B["default"].weight, std=size)
     saved(tmp_path / "in", model)
-    edit(tmp_path / "in", layers_to_transform=[0])  # goes with a list only
+    edit(tmp_path / "in", layers_to_transform=layers_to_transform)
     with pytest.warns(UserWarning, match="block.q keeps only"):
         squeeze_adapter(tmp_path / "in", tmp_path / "out", budget=32, min_rank=0)
     assert layers(PeftModel.from_pretrained(Twins(), str(tmp_path / "out"))).keys() == {"q"}
@@ -269,8 +270,9 @@ def test_size_is_that_of_the_file(fmt: str, share: float, tmp_path: Path) -> Non
     down, up = ("lora_down", "lora_up") if fmt == "kohya" else ("lora_A", "lora_B")
     prefix = {"peft": "base_model.model.", "kohya": "lora_", "diffusers_peft": "unet."}[fmt]
     tensors: dict[str, Tensor] = {}
-    for place in range(48):  # ranks will differ, and where a header speaks of them it grows
-        name = f"{prefix}down_blocks.{place}.attentions.1.to_q".replace(".", "_" if fmt == "kohya" else ".")
+    for place in range(64):  # ranks will differ, and where a header speaks of them it grows
+        name = f"{prefix}down_blocks.{place}.attentions.1.transformer_blocks.0.attn1.to_out.0"
+        name = name.replace(".", "_") if fmt == "kohya" else name
         pair = factors(name, f"{down}.weight", f"{up}.weight", (160, 96), 8, seed=place, dtype=torch.float16)
         tensors |= {key: tensor * 3.0 ** (place % 4) for key, tensor in pair.items()}
         tensors |= {f"{name}.alpha": torch.tensor(3, dtype=torch.float16)} if fmt == "kohya" else {}

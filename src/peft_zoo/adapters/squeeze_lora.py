@@ -25,6 +25,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 
 from peft_zoo import registration
+from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
 from peft_zoo.adapters.squeeze_lora_callback import SqueezeCallback
 from peft_zoo.adapters.squeeze_lora_schedule import SqueezeConfig
 
@@ -70,7 +71,7 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     paper="LoRA-Squeeze, arXiv 2602.10993",
     callback=lambda model: SqueezeCallback(adapter_name=model.active_adapter),
 )
-class SqueezeLoraModel(LoraModel):
+class SqueezeLoraModel(SavedInsideFsdp, LoraModel):
     """peft's LoRA, found under the type of `SqueezeLoraConfig`."""
 
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
@@ -17,14 +16,15 @@ from peft.utils import (
     AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig
 from peft_zoo.adapters.base.layer import BASE, ZooLayer
+from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
 
 
-class ZooModel(BaseTuner):
+class ZooModel(SavedInsideFsdp):
     """Base of every method's tuner; a method only names its layer class in `tuner_layer_cls` and its `prefix`.
 
     Beyond peft's `BaseTuner`: adding an adapter either succeeds or leaves the model as it was, batches may mix adapters
@@ -137,14 +137,6 @@ class ZooModel(BaseTuner):
                     RuntimeWarning,
                     stacklevel=4,
                 )
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """As peft, which finds the adapter by the names of modules; inside FSDP1's units they differ from the keys."""
-        names = ((name.split("."), module) for name, module in model.named_modules())
-        modules = [(".".join(n for n in name if n != "_fsdp_wrapped_module"), module) for name, module in names]
-        renamed: Any = SimpleNamespace(named_modules=lambda: modules)
-        return super()._get_adapter_state_dict(renamed, *args, **kwargs)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge as peft does; if one layer refuses, the others go back to what they were.
