@@ -167,8 +167,8 @@ def factored_svd(
     """The singular value decomposition of `scale * B A`, by its small core.
 
     With a second moment C of the inputs, it is that of `scale * B A C^(1/2)`: its first terms, mapped back, minimise
-    `E |(M - M') x|^2`. Neither the root nor its inverse is formed: only `A C A^T` enters, and `V^T C^(-1/2)` is `right
-    @ A`.
+    `E |(M - M') x|^2`. Neither the root nor its inverse is formed: only `A C A^T` enters, and `right @ A` gives
+    `V^T C^(-1/2)`.
 
     Args:
         B: `(m, R)`.

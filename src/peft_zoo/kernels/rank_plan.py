@@ -1,9 +1,8 @@
-"""From the singular values of many matrices to a rank for each: one rank, an energy, a ratio, or a budget for all
-together.
+"""From the singular values of many matrices to a rank for each: one for all, an energy, a ratio, or a common budget.
 
 With a budget the ranks share one knapsack (`peft_zoo.kernels.allocate`): rank k of a matrix is worth the squared
-singular values it keeps and costs k rows and columns. Since singular values decrease, taking the directions in the
-order of ``sigma_k^2 / cost`` is optimal up to the one that no longer fits.
+singular values it keeps and costs k rows and columns. As singular values decrease, directions are taken in the order of
+``sigma_k^2 / cost``: optimal for matrices of one shape, less than one direction from it where shapes differ.
 
 Sources: the scores of LoRA-Squeeze (arXiv 2602.10993) and of the resize tools for image LoRAs (``sv_ratio``,
 ``sv_fro``).
