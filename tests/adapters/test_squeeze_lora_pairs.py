@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from peft_zoo import finalize_squeeze, refactorize_
+from peft_zoo import LoraSqueezer, finalize_squeeze, refactorize_
 from peft_zoo.adapters.squeeze_lora_pairs import LoraPair, Projection, lora_pairs, squeeze_pair
+from peft_zoo.merge.squeeze import squeeze_model
 from tests.adapters.squeeze_samples import TARGETS, TOKENS, adamw, adapted, base, train, updates
 
 RANKS = [8, 3]
@@ -209,6 +210,10 @@ def test_refactorize_leaves_an_untrained_adapter_able_to_learn() -> None:
     assert all(pair.rank == 8 for pair in lora_pairs(model, "default"))
 
 
+def squeeze_in_place(model: nn.Module) -> None:
+    squeeze_model(model, rank=2)
+
+
 class TestRefusals:
     def test_an_unknown_adapter(self) -> None:
         with pytest.raises(ValueError, match=r"adapter 'x' not found; available: \['default'\]"):
@@ -241,6 +246,17 @@ class TestRefusals:
         model.base_model.model.lin.lora_variant["default"] = OddVariant()
         with pytest.raises(NotImplementedError, match=r"^lin is OddVariant: its update is not one product"):
             lora_pairs(model, "default")
+
+    def test_three_factors(self) -> None:
+        config = AdaLoraConfig(init_r=4, target_modules=["lin"], total_step=10)
+        with pytest.raises(NotImplementedError, match=r"^lin is SVDLinear: its update is not one product"):
+            lora_pairs(get_peft_model(base(), config), "default")
+
+    def test_a_start_that_changed_the_base(self) -> None:
+        model = adapted(target_modules=["lin"], init_lora_weights="pissa", target_rank=2)
+        for act in (finalize_squeeze, lambda model: LoraSqueezer(model, 1000), squeeze_in_place):
+            with pytest.raises(ValueError, match="init_lora_weights='pissa' of adapter 'default' changed the base"):
+                act(model)
 
     def test_factors_that_two_modules_share(self) -> None:
         model = get_peft_model(

@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_zoo.adapters.base.patterns import RankAndScale, rank_fields
+from peft_zoo.adapters.base.patterns import CHANGES_BASE, RankAndScale, rank_fields
 from peft_zoo.adapters.squeeze_lora_pairs import LoraPair, drop_dead_directions, lora_pairs, write_factors
 
 
@@ -36,6 +36,7 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
     if scaling not in ("auto", "keep", "fold"):
         raise ValueError(f"scaling={scaling!r} is unknown; use one of auto, keep, fold.")
     pairs = lora_pairs(model, adapter_name)
+    configs = config_table(model, adapter_name)
     ranks = {pair.name: max(pair.rank, 1) for pair in pairs}
     uniform = len(set(ranks.values())) == 1
     keep = scaling == "keep" or (scaling == "auto" and uniform)
@@ -43,7 +44,6 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
         if not (keep and uniform):
             pair.layer.use_rslora[adapter_name] = False
         drop_dead_directions(pair, None if keep else 1.0)
-    configs = config_table(model, adapter_name)
     configs[adapter_name] = _plain(configs[adapter_name])
     write_ranks(configs[adapter_name], pairs)
     return ranks
@@ -61,11 +61,19 @@ def config_table(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The dict in which the model keeps the configuration of an adapter.
 
     Raises:
-        ValueError: If no part of the model has one.
+        ValueError: If no part of the model has one, or the adapter began with a change of the base weights, which its
+            new rank would not undo when it is loaded again.
     """
     for module in model.modules():
         table = getattr(module, "peft_config", None)
         if isinstance(table, dict) and isinstance(table.get(adapter_name), LoraConfig):
+            start = table[adapter_name].init_lora_weights
+            if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+                raise ValueError(
+                    f"init_lora_weights={start!r} of adapter {adapter_name!r} changed the base weights by an amount "
+                    "that depends on the rank. Save it with path_initial_model_for_weight_conversion=..., load that on "
+                    "the original base, and lower its rank there."
+                )
             return table
     raise ValueError(f"adapter {adapter_name!r} has no LoraConfig in this model; add it with get_peft_model().")
 

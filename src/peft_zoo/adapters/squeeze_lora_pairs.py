@@ -262,6 +262,10 @@ def _pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
     if adapter in layer.lora_embedding_A:
         B, A = layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
     else:
+        if not isinstance(layer.lora_A[adapter], nn.Module):
+            raise NotImplementedError(
+                f"{name} is {type(layer).__name__}: its update is not one product of two factors."
+            )
         B, A = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
     for factor in (B, A):
         if isinstance(factor, DTensor) or hasattr(factor, "ds_id") or factor.ndim < 2 or factor.is_meta:

@@ -51,14 +51,15 @@ class LoraSqueezer:
         adapter_name: str = "default",
         start: int | None = None,
     ) -> None:
-        found = config or config_table(model, adapter_name)[adapter_name]
+        self.pairs = lora_pairs(model, adapter_name)
+        found = config_table(model, adapter_name)[adapter_name]
+        found = config or found
         if not isinstance(found, SqueezeConfig):
             raise ValueError(
                 f"config=None, but adapter {adapter_name!r} has a {type(found).__name__} without a schedule: give a "
                 "SqueezeConfig, or make the adapter with a SqueezeLoraConfig."
             )
         self.model, self.config, self.adapter_name = model, found, adapter_name
-        self.pairs = lora_pairs(model, adapter_name)
         if found.mode == "shrink" and _processes() > 1:
             raise ValueError("shrink mode is not supported with FSDP/DeepSpeed/DDP; use mode='mask'.")
         self.start = self._measure() if start is None else start

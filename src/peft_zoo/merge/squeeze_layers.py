@@ -76,6 +76,7 @@ class ModelSource:
 
     def write(self, modules: Mapping[str, RankAndScale], make: Make) -> dict[str, float]:
         """Puts the new factors into the model; what DoRA makes of them is compared on random inputs."""
+        config_table(self.model, self.adapter_name)  # raises where the rank may not change
         watched = [pair for pair in self.pairs.values() if pair.layer.lora_variant.get(self.adapter_name) is not None]
         before = {pair.name: _outputs(pair, self.adapter_name) for pair in watched}
         factors = {name: make(name) for name in modules}

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""How the names of initializations start that take s B A of the untrained factors off the base weights."""
+
 
 class RankAndScale(NamedTuple):
     """What one module's LoRA has: its rank, and the factor s of its update `s * B A`."""

@@ -109,6 +109,8 @@ class LoraAdapter:
             NotImplementedError: If this LoRA is of a kind that two factors a module do not describe.
         """
         self.file, self.config = file, config
+        if config is not None:
+            read_settings(config)  # another kind of adapter is named as such, whatever its keys
         self.format = detect_format(file.tensors)
         if self.format == "peft" and config is None:
             raise ValueError(f"{file.path}: its scale is in {CONFIG_NAME}; give the folder that holds both.")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from peft_zoo.adapters.base.patterns import CHANGES_BASE
 from peft_zoo.merge.base.files import parse_json
 
 MAX_RANK = 1 << 16
@@ -32,9 +33,6 @@ _HARMLESS = {
     "runtime_config",
 }
 _REFUSED = ("layer_replication", "target_parameters", "ensure_weight_tying")
-
-# Initializations that take s B A of the untrained factors off the base weights, with a result that depends on the rank.
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 _SPECIAL = frozenset("*+?()[]{}|^$")
 
@@ -168,7 +166,7 @@ def _check_kind(config: Mapping[str, Any]) -> None:
                 f"{reprlib.repr(name)}={reprlib.repr(value)}: only LoRAs whose update is a plain product are read."
             )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise ValueError(
             f"init_lora_weights={reprlib.repr(start)} takes from the base weights what depends on the rank; save with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...), or, if the base model was saved after "
