@@ -68,7 +68,7 @@ docs: $(STAMP)  ## write the generated tables of docs/
 	$(PY) tools/make_docs.py
 
 notebooks: $(STAMP)  ## execute every notebook, at its quick size
-	PEFT_ZOO_QUICK=1 $(PY) tools/run_notebooks.py --limit 180
+	PEFT_ZOO_QUICK=1 $(PY) tools/run_notebooks.py --limit 600
 
 bench: $(STAMP)  ## run one benchmark: make bench BENCH=snell
 	$(PY) -m benchmarks.$(BENCH)

@@ -20,7 +20,7 @@ AT_LEAST, AT_LEAST_LORA = 400, 290
 
 @pytest.mark.conformance
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(
     not HARNESS.is_dir(), reason=f"the conformance harness is not at {HARNESS.name} beside the checkout"
 )
