@@ -13,6 +13,7 @@ import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import peft_zoo
@@ -129,6 +130,18 @@ class TestInALoop:
         assert before.keys() == after.keys()
         assert all(torch.equal(after[key], value) for key, value in before.items())
         assert {pair.size for pair in lora_pairs(model, "other")} == {8}
+
+    def test_a_compiled_model_is_not_compiled_again(self) -> None:
+        model = adapted(target_rank=2, target_modules=["lin"], **STAGES)
+        counter = CompileCounter()
+        compiled = torch.compile(model, backend=counter)
+        optimizer, squeezer = adamw(model), LoraSqueezer(compiled, 8)
+        train(compiled, 2, squeezer, optimizer)
+        frames = counter.frame_count
+        train(compiled, 8, squeezer, optimizer)
+        assert counter.frame_count == frames > 0
+        assert squeezer.ranks == {"lin": 2}
+        torch.testing.assert_close(compiled(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6)
 
     def test_an_optimizer_that_cannot_follow_is_named_once(self) -> None:
         model = adapted(target_rank=2, **STAGES)
