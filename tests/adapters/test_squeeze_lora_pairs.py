@@ -106,14 +106,15 @@ def test_squeezed_directions_have_no_moments_and_stay_zero_under_adamw() -> None
         lambda p: torch.optim.RMSprop(p, lr=1e-3),
     ],
 )
-def test_other_optimizers_start_anew_and_train_on(make: Any) -> None:
+@pytest.mark.parametrize("shrink", [False, True])
+def test_other_optimizers_start_anew_and_train_on(make: Any, shrink: bool) -> None:
     model = adapted(r=8)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     train(model, 5, optimizer=optimizer)
     projection = Projection(optimizer, "project")
     pairs = lora_pairs(model, "default")
     for pair in pairs:
-        squeeze_pair(pair, 2, shrink=True, optimizer=projection)
+        squeeze_pair(pair, 2, shrink=shrink, optimizer=projection)
         assert pair.A not in optimizer.state and pair.B not in optimizer.state
     assert projection.was_reset
     losses = train(model, 40, optimizer=optimizer)

@@ -7,8 +7,8 @@
 A high rank finds a good subspace, and its best part is kept: at equal steps and equal final size the paper reports
 better results than training at the low rank from the start. What is left at the end is a plain LoRA for stock peft.
 
-Cost: a LoRA of rank R while the mask mode trains, of the present rank in shrink mode; a squeeze takes milliseconds a
-module. Use it where the final size matters (serving many adapters, limits on the rank) and the training budget allows
+Cost: a LoRA of rank R while the mask mode trains, of the present rank in shrink mode; a squeeze reads the factors
+twice. Use it where the final size matters (serving many adapters, limits on the rank) and the training budget allows
 the rank R at first. Compressing once at the end (Post-Squeeze) can lose much at extreme ratios; leave some steps after
 the last squeeze.
 

@@ -9,7 +9,7 @@ mean, so each direction is rescaled to the ratio of squared first to second mome
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -140,9 +140,7 @@ def drop_dead_directions(pair: LoraPair, new_scale: float | None = None) -> None
 def write_factors(pair: LoraPair, B: Tensor, A: Tensor, scale: float) -> None:
     """Puts new factors into the same Parameter objects, and what peft knows of their rank into the layer."""
     layer, name, rank = pair.layer, pair.adapter, len(A)
-    bias = getattr(layer.lora_B[name], "bias", None) if name in layer.lora_B else None
-    if bias is not None:
-        bias.data *= pair.scale / scale  # peft multiplies it by the scale as well
+    scale_bias(pair, pair.scale / scale)
     pair.B.grad = pair.A.grad = None
     if rank == pair.size:
         pair.matrices()[0].copy_(B)
@@ -160,6 +158,13 @@ def write_factors(pair: LoraPair, B: Tensor, A: Tensor, scale: float) -> None:
         for attribute in attributes:
             if name in module and hasattr(module[name], attribute):
                 setattr(module[name], attribute, rank)
+
+
+def scale_bias(pair: LoraPair, ratio: float) -> None:
+    """Multiplies the bias of B, if there is one: peft scales it too, so it takes the inverse of a change of scale."""
+    bias = getattr(pair.layer.lora_B[pair.adapter], "bias", None) if pair.adapter in pair.layer.lora_B else None
+    if bias is not None:
+        bias.data *= ratio
 
 
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
@@ -243,11 +248,6 @@ def _map_moments(state: dict[str, Tensor], over_columns: bool, small: Tensor) ->
         old = state[key]
         shape = (len(old), -1, *old.shape[2:]) if over_columns else (-1, *old.shape[1:])
         state[key] = value.to(old.dtype).reshape(shape).contiguous()
-
-
-def total_parameters(pairs: Iterable[LoraPair]) -> int:
-    """Parameters of the directions in use."""
-    return sum(pair.rank * pair.parameters for pair in pairs)
 
 
 def _pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:

@@ -22,8 +22,8 @@ logger = logging.getLogger("peft_zoo")
 class LoraSqueezer:
     """Squeezes one adapter after the optimizer steps that its schedule names.
 
-    In mask mode parameters keep identity and shape: DDP, torch.compile, gradient scaling and learning rate schedules
-    need not know of it, and a run that resumes finds the ranks in the weights. With several processes the first
+    In mask mode parameters keep identity and shape: DDP, torch.compile and learning rate schedules need not know of
+    it, and a run that resumes finds the ranks in the weights. With several processes the first
     decides and all take its bits, since singular vectors are not the same to the last bit everywhere.
 
     Args:

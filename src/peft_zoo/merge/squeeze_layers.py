@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.base.patterns import RankAndScale, rank_fields
 from peft_zoo.adapters.squeeze_lora_finish import config_table, write_ranks
-from peft_zoo.adapters.squeeze_lora_pairs import LoraPair, lora_pairs, write_factors
+from peft_zoo.adapters.squeeze_lora_pairs import LoraPair, lora_pairs, scale_bias, write_factors
 from peft_zoo.merge.squeeze_source import HOW_IT_BEGAN, Factors, Make, keeps_rslora
 
 NAME = r"[A-Za-z0-9_-]{1,64}"  # of an adapter: it becomes part of paths and of parameters' names
@@ -117,14 +117,7 @@ class ModelSource:
         set_peft_model_state_dict(model, others, adapter_name=into)
         for name, pair in pairs.items():
             write_factors(pair, *factors[name], modules[name].scale)
-            _scale_bias(pair, self.pairs[name].scale / modules[name].scale)
-
-
-def _scale_bias(pair: LoraPair, ratio: float) -> None:
-    """The bias of B is multiplied by the scale as well, so it takes the inverse of what the scale does."""
-    bias = getattr(pair.layer.lora_B[pair.adapter], "bias", None) if pair.adapter in pair.layer.lora_B else None
-    if bias is not None:
-        bias.data *= ratio
+            scale_bias(pair, self.pairs[name].scale / modules[name].scale)
 
 
 class _Outputs(NamedTuple):

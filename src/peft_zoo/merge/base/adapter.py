@@ -26,7 +26,7 @@ from torch import Tensor
 
 from peft_zoo.merge.base.files import TensorFile, TensorInfo, read_json
 from peft_zoo.merge.base.keys import Role, detect_format, is_lora_key, nearest_key, parse_key
-from peft_zoo.merge.base.settings import MAX_RANK, RankAndScale, diffusers_settings, read_settings
+from peft_zoo.merge.base.settings import MAX_RANK, ModuleSettings, diffusers_settings, read_settings
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -262,7 +262,7 @@ def open_adapter(path: str | Path) -> LoraAdapter:
 
 def _configured(
     fmt: str, metadata: Mapping[str, str], config: Mapping[str, Any] | None
-) -> Callable[[str], RankAndScale | None]:
+) -> Callable[[str], ModuleSettings | None]:
     """What is said of a module's rank and scale outside its tensors."""
     if config is not None:
         return read_settings(config).of

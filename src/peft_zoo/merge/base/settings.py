@@ -61,7 +61,7 @@ class Patterns(Generic[T]):
         return min(fits)[1] if fits else default
 
 
-class RankAndScale(NamedTuple):
+class ModuleSettings(NamedTuple):
     """R, alpha and the factor s of one module's update s B A."""
 
     rank: int
@@ -87,11 +87,11 @@ class LoraSettings:
     rank_pattern: Patterns[int]
     alpha_pattern: Patterns[float]
 
-    def of(self, module: str) -> RankAndScale:
+    def of(self, module: str) -> ModuleSettings:
         """What the configuration gives one module, by its name in the model that was configured."""
         name = module.partition(".base_layer.")[0]  # a LoRA inside another's layer (attention) shares its settings
         rank, alpha = self.rank_pattern.of(name, self.rank), self.alpha_pattern.of(name, self.alpha)
-        return RankAndScale(rank, alpha, alpha / (math.sqrt(rank) if self.rslora else rank))
+        return ModuleSettings(rank, alpha, alpha / (math.sqrt(rank) if self.rslora else rank))
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
@@ -117,7 +117,7 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     )
 
 
-def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], RankAndScale | None]:
+def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSettings | None]:
     """Rank and scale by module, from the metadata of a file that diffusers wrote.
 
     It stores the configurations of its parts in one object with their fields prefixed, `unet.r`, `text_encoder.r`; a
@@ -145,7 +145,7 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], RankAndSc
         parts.setdefault(part if dot else "", {})[name_in_part if dot else name] = value
     settings = {part: read_settings({"peft_type": "LORA", **config}) for part, config in parts.items()}
 
-    def of(module: str) -> RankAndScale | None:
+    def of(module: str) -> ModuleSettings | None:
         part, _, name = module.partition(".")
         if part in settings:
             return settings[part].of(name)
