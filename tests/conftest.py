@@ -28,7 +28,8 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what is marked `gpu` where there is none."""
+    """Starts the longest test first, so that no worker is left with it alone; skips `gpu` where there is none."""
+    items.sort(key=lambda item: item.get_closest_marker("conformance") is None)
     if torch.cuda.is_available():
         return
     for item in items:

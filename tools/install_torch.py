@@ -16,7 +16,8 @@ from pathlib import Path
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-PIP = [sys.executable, "-m", "pip", "install", "--quiet"]
+# Bytecode is made where a module is first imported: most of torch's never is.
+PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile"]
 
 
 def pulls_cuda(requirement: str) -> bool:
