@@ -7,7 +7,8 @@ code, and reads from the result what decides its speed: registers, spills, share
 
 The file is only written if every limit holds. What counts as worse: any more shared memory, fewer wide loads, fewer
 tensor-core instructions, or more registers than the smallest amount in which they are handed out. With another version
-of Triton than the file's only the limits are checked, for a compiler may change all of this.
+of Triton than the file's only the limits are checked, for a compiler may change all of this; with the same one a kernel
+whose source, types and constants are those of the file is not compiled again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -187,6 +189,14 @@ def _compile(shipped: Shipped, capability: int) -> tuple[str, int]:
     """The PTX, and bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(_source(shipped), target=target, options=_options(shipped))
+    return compiled.asm["ptx"], compiled.metadata.shared
+
+
+def _source(shipped: Shipped) -> Any:
+    """What is compiled: the kernel with the types and constants of one launch."""
     from triton.compiler import ASTSource
 
     constants = shipped.constants | dict.fromkeys(shipped.unit_strides, 1)
@@ -194,10 +204,18 @@ def _compile(shipped: Shipped, capability: int) -> tuple[str, int]:
     signature = {name: "constexpr" if name in constants else shipped.signature[name] for name in names}
     aligned = {"i32", "i64"} | {kind for kind in signature.values() if kind.startswith("*")}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] in aligned}
-    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages, "enable_fp_fusion": False}
-    source = ASTSource(shipped.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return compiled.asm["ptx"], compiled.metadata.shared
+    return ASTSource(shipped.kernel, signature, constants, attributes)
+
+
+def _options(shipped: Shipped) -> dict[str, Any]:
+    return {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages, "enable_fp_fusion": False}
+
+
+def fingerprint(shipped: Shipped, capability: int) -> str:
+    """What a compiler's result depends on, as a hash: the kernel with all it calls, its types, constants, options."""
+    demands = (shipped.has_dot, shipped.loads_matrix)
+    parts = (_source(shipped).hash(), sorted(_options(shipped).items()), demands, capability)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -231,9 +249,28 @@ def compile_one(key: Key) -> Result:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def compile_all(only: str, workers: int) -> dict[Key, Result]:
-    """Every configuration with `only` in its name on every capability."""
-    keys = [(name, capability) for name in sorted(configurations()) if only in name for capability in CAPABILITIES]
+def compile_all(only: str, workers: int, saved: Mapping[str, Any] | None = None) -> dict[Key, Result]:
+    """Every configuration with `only` in its name on every capability; what a saved table knows is taken from there."""
+    results: dict[Key, Result | None] = {
+        (name, capability): _known(shipped, capability, saved)
+        for name, shipped in sorted(configurations().items())
+        if only in name
+        for capability in CAPABILITIES
+    }
+    results |= _compile_keys([key for key, result in results.items() if result is None], workers)
+    return {key: result for key, result in results.items() if result is not None}
+
+
+def _known(shipped: Shipped, capability: int, saved: Mapping[str, Any] | None) -> Measured | None:
+    """The table's measurement, if it is of this Triton and of this very kernel."""
+    if saved is None or saved["triton"] != version("triton"):
+        return None
+    row = saved["configurations"].get(f"{shipped.name} sm_{capability}")
+    same = row is not None and row.get("fingerprint") == fingerprint(shipped, capability)
+    return _measured(row) if same else None
+
+
+def _compile_keys(keys: Sequence[Key], workers: int) -> dict[Key, Result]:
     if workers < 2 or len(keys) < 10:
         return {key: compile_one(key) for key in keys}
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -252,8 +289,16 @@ def _result(future: Future[Result]) -> Result:
 
 def to_json(results: Mapping[Key, Result]) -> dict[str, Any]:
     """The table as it is saved."""
-    rows = {f"{name} sm_{capability}": asdict(m) for (name, capability), m in results.items() if not isinstance(m, str)}
+    rows = {
+        f"{name} sm_{capability}": asdict(m) | {"fingerprint": fingerprint(configurations()[name], capability)}
+        for (name, capability), m in results.items()
+        if not isinstance(m, str)
+    }
     return {"triton": version("triton"), "configurations": rows}
+
+
+def _measured(row: Mapping[str, Any]) -> Measured:
+    return Measured(**{name: value for name, value in row.items() if name != "fingerprint"})
 
 
 def complaints(results: Mapping[Key, Result], saved: Mapping[str, Any] | None) -> list[str]:
@@ -268,7 +313,7 @@ def complaints(results: Mapping[Key, Result], saved: Mapping[str, Any] | None) -
     if saved["triton"] == version("triton"):
         for name, now in names.items():
             if isinstance(now, Measured) and name in known:
-                found += [f"{name}: {rule}" for rule in worse(now, Measured(**known[name]))]
+                found += [f"{name}: {rule}" for rule in worse(now, _measured(known[name]))]
     return found
 
 
@@ -300,8 +345,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if obstacle := _obstacle():
         print(obstacle)
         return 1
-    results = compile_all(options.only, options.workers)
-    print(common.aligned(HEADER, (cells(key, result) for key, result in results.items())))
     saved = None
     if options.check:
         if not options.table.exists():
@@ -310,7 +353,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         saved = json.loads(options.table.read_text(encoding="utf-8"))
         saved["configurations"] = {k: row for k, row in saved["configurations"].items() if options.only in k}
         if saved["triton"] != version("triton"):
-            print(f"\nThe table is of Triton {saved['triton']}, this is {version('triton')}: only limits are checked.")
+            print(f"The table is of Triton {saved['triton']}, this is {version('triton')}: only limits are checked.")
+    results = compile_all(options.only, options.workers, saved)
+    print(common.aligned(HEADER, (cells(key, result) for key, result in results.items())))
     found = complaints(results, saved)
     print("\n" + "\n".join(found or [f"{len(results)} kernels, all within the limits, Triton {version('triton')}."]))
     if found and options.check:

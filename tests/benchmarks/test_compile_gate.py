@@ -30,6 +30,17 @@ GOOD = gate.Measured(
 KEY = ("merge[bf16]", 80)
 
 
+configurations = gate.configurations
+
+
+@pytest.fixture(autouse=True)
+def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shipped]:
+    """What the gate believes to be all that is shipped."""
+    kernels: dict[str, Shipped] = {KEY[0]: small(), "new": small()}
+    monkeypatch.setattr(gate, "configurations", lambda: kernels)
+    return kernels
+
+
 def saved(result: gate.Measured = GOOD) -> dict[str, object]:
     return json.loads(json.dumps(gate.to_json({KEY: result})))
 
@@ -135,7 +146,7 @@ def test_kernels_that_are_new_gone_or_do_not_compile() -> None:
 
 def test_the_table_is_written_only_within_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, results = tmp_path / "compile.json", {KEY: replace(GOOD, spilled=4)}
-    monkeypatch.setattr(gate, "compile_all", lambda only, workers: results)
+    monkeypatch.setattr(gate, "compile_all", lambda only, workers, saved: results)
     arguments = ["--table", str(path)]
     assert gate.main([*arguments, "--check"]) == 1, "there is no table"
     assert gate.main(arguments) == 1 and not path.exists()
@@ -168,6 +179,11 @@ def centre(out_ptr, x_ptr, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N
     tl.store(out_ptr + m * columns + n, x - tl.max(tl.max(x, axis=1), axis=0), mask=inside)
 
 
+@triton.jit
+def twice(out_ptr, x_ptr, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    tl.store(out_ptr, 2 * tl.load(x_ptr))
+
+
 def small(**changes: object) -> Shipped:
     signature = {"out_ptr": "*fp32", "x_ptr": "*fp32", "rows": "i32", "columns": "i32", "stride": "i32"}
     shipped = Shipped("centre", centre, signature, {"BLOCK_M": 16, "BLOCK_N": 64}, unit_strides=("stride",))
@@ -183,7 +199,7 @@ def test_a_kernel_within_the_limits(capability: int) -> None:
 
 
 def test_a_kernel_that_spills_is_caught() -> None:
-    measured = gate.measure(small(constants={"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=1), 90)
+    measured = gate.measure(small(constants={"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=1), 90)
     assert measured.spilled > 100
     assert f"{measured.spilled} bytes spilled, none allowed" in gate.broken_limits(measured, 90)
 
@@ -206,6 +222,29 @@ def test_a_kernel_that_does_not_compile_gets_a_line(monkeypatch: pytest.MonkeyPa
     assert all(line.startswith("centre sm_") for line in gate.complaints(results, None))
 
 
+def test_what_the_table_knows_is_not_compiled_again(
+    shipped: dict[str, Shipped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[gate.Key] = []
+    monkeypatch.setattr(gate, "compile_one", lambda key: compiled.append(key) or GOOD)
+    shipped["centre"] = small()
+    table = gate.to_json({("centre", capability): replace(GOOD, registers=64) for capability in (80, 90)})
+    assert gate.compile_all("centre", 1, table) == {
+        ("centre", 80): replace(GOOD, registers=64),
+        ("centre", 90): replace(GOOD, registers=64),
+        ("centre", 100): GOOD,
+    }
+    assert compiled == [("centre", 100)]
+    for change in ({"num_warps": 8}, {"constants": {"BLOCK_M": 32, "BLOCK_N": 64}}, {"kernel": twice}, {"has_dot": 1}):
+        shipped["centre"] = small(**change)
+        compiled.clear()
+        gate.compile_all("centre", 1, table)
+        assert len(compiled) == 3, f"{change} is another kernel"
+    shipped["centre"] = small()
+    gate.compile_all("centre", 1, {**table, "triton": "0.1"})
+    assert len(compiled) == 6, "another compiler"
+
+
 def test_a_compiler_that_crashes_gets_a_line() -> None:
     future: Future[gate.Result] = Future()
     future.set_exception(BrokenProcessPool("terminated abruptly"))
@@ -217,9 +256,9 @@ def test_two_kernels_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gate, "all_operators", dict)
     monkeypatch.setattr(gate.importlib, "import_module", lambda name: twins)
     with pytest.raises(ValueError, match="a second configuration is named 'centre'"):
-        gate.configurations.__wrapped__()
+        configurations.__wrapped__()
 
 
 def test_names_cover_every_module() -> None:
-    names = gate.configurations()
+    names = configurations()
     assert {"merge_lora", "count", "log_sum_exp"} <= {name.partition("[")[0] for name in names}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -111,3 +112,13 @@ def mass(case: Case, dy: Tensor) -> float:
     W = kernel_matrix(case.A, case.B, case.params, case.spec).detach().requires_grad_()
     y = case.x.detach() @ sparsify(W, case.num_kept, case.spec)
     return torch.autograd.grad(y, W, dy)[0].abs().sum().item()
+
+
+def each_shape_with(others: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> list[tuple[Any, ...]]:
+    """Pairs `(shape, other)`: all of them on a GPU. Triton's interpreter takes long over large shapes, so each of those
+    is paired with one of the others, in turn."""
+    pairs = []
+    for turn, shape in enumerate(shapes):
+        is_large = max(shape, default=1) >= 1000 and not torch.cuda.is_available()
+        pairs += [(shape, other) for other in ([others[turn % len(others)]] if is_large else others)]
+    return pairs

@@ -11,6 +11,7 @@ from peft_zoo.kernels.base import OPERATORS
 from peft_zoo.kernels.kernel_matrix import KernelSpec
 from peft_zoo.kernels.kernelized_merge import kernelized_weight, threshold
 from peft_zoo.kernels.magnitude_threshold import WARM_BITS, magnitude_threshold, magnitude_threshold_reference
+from tests.kernels.cases import each_shape_with
 
 SHAPES = [(1, 1), (63, 64), (63, 1000), (1000, 3), (3, 4097)]
 
@@ -19,8 +20,9 @@ def kept(count: int, device: str) -> Tensor:
     return torch.tensor(count, device=device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), each_shape_with([torch.float32, torch.bfloat16, torch.float16], SHAPES), ids=str
+)
 def test_equals_the_definition(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     w = torch.randn(shape, device=device).to(dtype)
     assert OPERATORS["magnitude_threshold"].why_not_triton(w, kept(1, device), None) is None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.base import OPERATORS
 from peft_zoo.kernels.masked_linear import masked_linear, masked_linear_reference
+from tests.kernels.cases import each_shape_with
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -19,12 +20,16 @@ def values(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("out, features", [(1, 1), (64, 64), (63, 1000), (4097, 3), (3, 4097)])
-def test_equals_the_definition_with_all_gradients(
-    out: int, features: int, transposed: bool, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    each_shape_with(
+        [(transposed, dtype) for dtype in TOLERANCE for transposed in (False, True)],
+        [(1, 1), (64, 64), (63, 1000), (4097, 3), (3, 4097)],
+    ),
+    ids=str,
+)
+def test_equals_the_definition_with_all_gradients(shape: tuple[int, int], how: tuple[bool, torch.dtype]) -> None:
+    (out, features), (transposed, dtype) = shape, how
     x, weight, bias = values(2, 5, features, dtype=dtype), values(out, features, dtype=dtype), values(out, dtype=dtype)
     weight = weight.t().contiguous().t() if transposed else weight
     mask, dy = values(out, features, dtype=dtype) > 0, values(2, 5, out, dtype=dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.base import OPERATORS
 from peft_zoo.kernels.merge_lora import merge_lora, merge_lora_reference
+from tests.kernels.cases import each_shape_with
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (63, 64), (64, 63), (63, 1000), (1000, 63), (3, 4097), (4097, 3)]
@@ -31,8 +32,7 @@ def assert_merged(found: Tensor, arguments: tuple[Tensor, list[Tensor], list[Ten
     assert bool(((found.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_shape_with(DTYPES, SHAPES), ids=str)
 def test_equals_the_definition(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     for factors in (torch.float32, dtype):
         arguments = make(shape, (3, 16), dtype, factors, device)
@@ -74,8 +74,7 @@ def test_in_place(dtype: torch.dtype, device: str) -> None:
     assert bool((around == 7).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (63, 70), (3, 1000), (1000, 3)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), each_shape_with(DTYPES, [(1, 1), (63, 70), (3, 1000), (1000, 3)]), ids=str)
 def test_stochastic_rounding_has_the_bits_of_the_definition(
     shape: tuple[int, int], dtype: torch.dtype, device: str
 ) -> None:

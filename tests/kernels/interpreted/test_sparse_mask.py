@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.base import OPERATORS
 from peft_zoo.kernels.sparse_mask import GROUPS, density_mask, density_mask_reference
+from tests.kernels.cases import each_shape_with
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,9 +43,9 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, distinct: bool = True) ->
     return drawn.to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("layout, dtype", CASES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_masking(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("shape", "case"), each_shape_with(CASES, SHAPES), ids=str)
+def test_masking(shape: tuple[int, ...], case: tuple[str, torch.dtype]) -> None:
+    layout, dtype = case
     weight = LAYOUTS[layout](values(shape, dtype))
     mask, scores = values(shape, dtype) > 0, LAYOUTS["transposed"](values(shape, torch.float32))
     threshold = torch.tensor(0.4, device=DEVICE)
