@@ -4,6 +4,7 @@ code, and reads from the result what decides its speed: registers, spills, share
     python -m benchmarks.compile_gate                compile, print, write benchmarks/results/compile.json
     python -m benchmarks.compile_gate --check        fail if a limit is broken or a kernel is worse than in that file
     python -m benchmarks.compile_gate --only merge   only the kernels with this in their name; writes nothing
+    python -m benchmarks.compile_gate --fresh        compile what has not changed since the file was written as well
 
 The file is only written if every limit holds. What counts as worse: any more shared memory, fewer wide loads, fewer
 tensor-core instructions, or more registers than the smallest amount in which they are handed out. With another version
@@ -226,7 +227,7 @@ def configurations() -> dict[str, Shipped]:
         ValueError: If two have one name.
     """
     found: dict[str, Shipped] = {}
-    modules = {operator.triton_module for operator in all_operators().values()}
+    modules = {operator.triton_module for operator in all_operators().values() if operator.triton_module}
     modules |= {f"{kernels.__name__}.{path.stem}" for path in Path(kernels.__path__[0]).glob("*_triton.py")}
     for name in sorted(modules):
         module = importlib.import_module(name)
@@ -346,17 +347,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(obstacle)
         return 1
     saved = None
-    if options.check:
-        if not options.table.exists():
-            print(f"{options.table.name} is missing; run `python -m benchmarks.compile_gate`.")
-            return 1
+    if options.table.exists():
         saved = json.loads(options.table.read_text(encoding="utf-8"))
         saved["configurations"] = {k: row for k, row in saved["configurations"].items() if options.only in k}
-        if saved["triton"] != version("triton"):
+        if options.check and saved["triton"] != version("triton"):
             print(f"The table is of Triton {saved['triton']}, this is {version('triton')}: only limits are checked.")
-    results = compile_all(options.only, options.workers, saved)
+    elif options.check:
+        print(f"{options.table.name} is missing; run `python -m benchmarks.compile_gate`.")
+        return 1
+    results = compile_all(options.only, options.workers, None if options.fresh else saved)
     print(common.aligned(HEADER, (cells(key, result) for key, result in results.items())))
-    found = complaints(results, saved)
+    found = complaints(results, saved if options.check else None)
     print("\n" + "\n".join(found or [f"{len(results)} kernels, all within the limits, Triton {version('triton')}."]))
     if found and options.check:
         print("If this is meant, and within the limits: `python -m benchmarks.compile_gate` writes the table anew.")
@@ -368,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.compile_gate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the saved table; writes nothing")
+    parser.add_argument("--fresh", action="store_true", help="compile what has not changed as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="only configurations with this in their name")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (default 2)")
     parser.add_argument("--table", type=Path, default=TABLE, help="the saved table")

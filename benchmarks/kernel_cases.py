@@ -258,7 +258,10 @@ def _linear_definition(x: Tensor, A: Tensor, B: Tensor, num_kept: Tensor, weight
 
 def cases(sizes: Sizes = FULL) -> list[Case]:
     """All of them, at one size."""
-    return [*_merges(sizes), *_thresholds(sizes), *_kernel_matrices(sizes), *_masks(sizes), *_linears(sizes)]
+    from benchmarks import kernel_cases_randlora as randlora  # which needs what stands above
+
+    groups = (_merges, _thresholds, _kernel_matrices, _masks, _linears, randlora.cases)
+    return [case for group in groups for case in group(sizes)]
 
 
 def _merges(sizes: Sizes) -> list[Case]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_zoo.kernels.base import OPERATORS
+from peft_zoo.kernels.random_basis import UNIFORM, fill_basis
 
 Arguments = tuple[Any, ...]
 
@@ -130,6 +131,89 @@ def _masked_linear_backward(dtype: torch.dtype) -> list[Arguments]:
     return [(grad, x, weight, mask, True), (grad, None, weight, mask, True), (grad, x, weight, mask, False)]
 
 
+def _stored(rows: int, columns: int, k: int, matrix: int) -> Tensor:
+    store = torch.empty(rows, columns if k == UNIFORM else -(-columns // 4), dtype=torch.uint8)
+    fill_basis(store, 7, matrix, k)
+    return store
+
+
+def _fill_basis(dtype: torch.dtype) -> list[Arguments]:
+    return [
+        (torch.zeros(3, 40, dtype=torch.uint8), 7, 1, UNIFORM, 2),
+        (torch.zeros(3, 5, dtype=torch.uint8), -(2**63), 0, 43, 0),
+    ]
+
+
+def _basis_product(dtype: torch.dtype) -> list[Arguments]:
+    return [
+        (torch.randn(4, 7, dtype=dtype), _stored(9, 8, UNIFORM, 0), UNIFORM, 9, 7, False, 64),
+        (torch.randn(4, 9, dtype=dtype), _stored(9, 8, 43, 0), 43, 9, 7, True, 64),
+        (torch.randn(4, 9, dtype=dtype), torch.randn(9, 8, dtype=torch.bfloat16), 0, 9, 7, True, 10**6),
+    ]
+
+
+def _scaled_basis_product(dtype: torch.dtype) -> list[Arguments]:
+    scales = torch.randn(3, 4, dtype=dtype), torch.randn(4, 7, dtype=dtype)
+    return [
+        (torch.randn(5, 7, dtype=dtype), _stored(3, 8, UNIFORM, 1), *scales, 0.7, UNIFORM, False, 64),
+        (torch.randn(5, 12, dtype=dtype), _stored(3, 8, 43, 1), *scales, 0.7, 43, True, 64),
+    ]
+
+
+def _scaled_basis_grad(dtype: torch.dtype) -> list[Arguments]:
+    u, v = torch.randn(5, 34, dtype=dtype), torch.randn(5, 7, dtype=dtype)
+    scales = torch.randn(2, 17, dtype=dtype), torch.randn(17, 7, dtype=dtype)
+    return [(u, v, _stored(3, 8, k, 1), *scales, 0.7, k, 64) for k in (UNIFORM, 43)]
+
+
+def _randlora(dtype: torch.dtype, k: int) -> Arguments:
+    """λ, γ, A and B for a layer with sizes 9 and 7."""
+    return _leaf(3, 3, dtype=dtype), _leaf(3, 7, dtype=dtype), _stored(4, 8, k, 1), _stored(10, 9, k, 0)
+
+
+def _randlora_weight(dtype: torch.dtype) -> list[Arguments]:
+    return [(*_randlora(dtype, k), 9, k > 0, 0.7, k, 64) for k in (UNIFORM, 43)]
+
+
+def _randlora_weight_backward(dtype: torch.dtype) -> list[Arguments]:
+    return [
+        (torch.randn(7, 9, dtype=dtype) if k else torch.randn(9, 7, dtype=dtype), *_detached(factors), *spec)
+        for *factors, _, _, _, k, _ in _randlora_weight(dtype)
+        for spec in [(9, k > 0, 0.7, k, 64)]
+    ]
+
+
+def _detached(tensors: Any) -> list[Tensor]:
+    return [t.detach() for t in tensors]
+
+
+def _randlora_linear(dtype: torch.dtype) -> list[Arguments]:
+    arguments = []
+    for flipped, k, by_weight, frozen in (
+        (False, UNIFORM, False, False),
+        (True, 43, False, False),
+        (False, 43, True, True),
+        (True, UNIFORM, True, True),
+        (True, UNIFORM, True, False),
+    ):
+        shape = (7, 9) if flipped else (9, 7)
+        weight = torch.randn(shape, dtype=dtype) if frozen else None
+        bias = torch.randn(shape[0], dtype=dtype) if frozen and not flipped else None
+        x = _leaf(2, 3, shape[1], dtype=dtype)
+        arguments.append((x, *_randlora(dtype, k), weight, bias, by_weight, 9, flipped, 0.7, k, 64))
+    return arguments
+
+
+def _randlora_linear_backward(dtype: torch.dtype) -> list[Arguments]:
+    arguments = []
+    for x, lambda_, gamma, A, B, weight, _bias, by_weight, features, flipped, *rest in _randlora_linear(dtype):
+        dy = torch.randn(2, 3, 7 if flipped else 9, dtype=dtype)
+        tensors = *_detached((x, lambda_, gamma, A, B)), weight
+        arguments.append((dy, *tensors, by_weight, True, features, flipped, *rest))
+    dy, _x, *others = arguments[0]
+    return [*arguments, (dy, None, *others)]
+
+
 SAMPLES: dict[str, Callable[[torch.dtype], list[Arguments]]] = {
     "merge_lora": _merge_lora,
     "merge_lora_": _merge_lora_inplace,
@@ -144,5 +228,13 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[Arguments]]] = {
     "mask_weight": _mask_weight,
     "masked_linear": _masked_linear,
     "masked_linear_backward": _masked_linear_backward,
+    "fill_basis": _fill_basis,
+    "basis_product": _basis_product,
+    "scaled_basis_product": _scaled_basis_product,
+    "scaled_basis_grad": _scaled_basis_grad,
+    "randlora_weight": _randlora_weight,
+    "randlora_weight_backward": _randlora_weight_backward,
+    "randlora_linear": _randlora_linear,
+    "randlora_linear_backward": _randlora_linear_backward,
 }
 """By name of the operator: arguments of a dtype. Trained tensors require a gradient."""

@@ -93,7 +93,8 @@ class Operator:
         name: Its name in `torch.ops.peft_zoo`.
         reference: The definition in plain torch, differentiable; takes what the operator takes.
         torch_path: What runs without Triton.
-        triton_module: Module whose function `name` runs with Triton.
+        triton_module: Module whose function `name` runs with Triton; None for an operator made of others, which choose
+            for themselves.
         mutates: Names of the arguments it changes; an operator that changes any has no gradient.
     """
 
@@ -103,8 +104,8 @@ class Operator:
         schema: str,
         torch_path: Callable[..., Any],
         reference: Callable[..., Any],
-        triton_module: str,
-        refuse: Callable[..., str | None],
+        triton_module: str | None,
+        refuse: Callable[..., str | None] | None,
         mutates: tuple[str, ...],
     ) -> None:
         self.name, self.reference, self.torch_path = name, reference, torch_path
@@ -117,6 +118,8 @@ class Operator:
 
     def why_not_triton(self, *args: Any) -> str | None:
         """Why these arguments are left to the torch path, or None if the Triton kernels take them."""
+        if self.triton_module is None or self._refuse is None:
+            return Choice("it is made of operators that choose for themselves")
         return why_not_triton(_first_tensor(args)) or self._refuse(*args)
 
     def _run(self, *args: Any) -> Any:
@@ -128,7 +131,7 @@ class Operator:
                 by_choice = isinstance(reason, Choice) or kernels_mode() == "torch"
                 _say_once(self.name, reason, by_choice or (not tensor.is_cuda and kernels_mode() == "auto"))
                 return self.torch_path(*args)
-            run = getattr(importlib.import_module(self.triton_module), self.name)
+            run = getattr(importlib.import_module(str(self.triton_module)), self.name)
             with torch.cuda.device(tensor.device if tensor.is_cuda else -1):  # Triton launches on the current device
                 return run(*args)
 
@@ -138,8 +141,8 @@ def operator(
     schema: str,
     *,
     reference: Callable[..., Any],
-    triton: str,
-    refuse: Callable[..., str | None],
+    triton: str | None = None,
+    refuse: Callable[..., str | None] | None = None,
     mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Decorator that makes an operator of its torch path and enters it into `OPERATORS`.
@@ -148,13 +151,14 @@ def operator(
         name: Name in `torch.ops.peft_zoo`.
         schema: Arguments and results in PyTorch's schema language.
         reference: The definition.
-        triton: Module of `peft_zoo.kernels` with a function `name` that launches the Triton kernels.
-        refuse: Says of the arguments why the kernels cannot take them (a dtype, a size), or None.
+        triton: Module of `peft_zoo.kernels` with a function `name` that launches the Triton kernels; none for an
+            operator that is made of others.
+        refuse: Says of the arguments why the kernels cannot take them (a dtype, a size), or None; goes with `triton`.
         mutates: Names of arguments that are changed in place.
     """
 
     def make(torch_path: Callable[..., Any]) -> Operator:
-        module = f"{__package__}.{triton}"
+        module = f"{__package__}.{triton}" if triton else None
         OPERATORS[name] = Operator(name, schema, torch_path, reference, module, refuse, mutates)
         return OPERATORS[name]
 
