@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_zoo.kernels import shared_basis as module
+from peft_zoo.kernels.basis_product import basis_product
 from peft_zoo.kernels.philox import philox
 from peft_zoo.kernels.random_basis import UNIFORM, fill_basis, fill_basis_reference, read_basis, unit
 from peft_zoo.kernels.shared_basis import BasisKey, shared_basis
@@ -133,6 +134,15 @@ def test_every_storage_holds_the_same_values(k: int) -> None:
         sizes.append(basis.B.nbytes)
     assert all(torch.equal(v, values[0]) for v in values)
     assert sorted(sizes) == ([960, 1920] if k == UNIFORM else [240, 960, 1920])
+
+
+def test_a_product_is_the_same_for_every_storage() -> None:
+    x, products = torch.randn(5, 24, dtype=torch.float64), []
+    for storage in ("int8", "packed2", "dense"):
+        basis = shared_basis(BasisKey(5, 43, storage, CPU))
+        basis.require(A=(3, 20), B=(40, 24))
+        products.append(basis_product(x, basis.B, 43, 40, 24, False, 64))
+    assert all(torch.equal(product, products[0]) for product in products)
 
 
 def test_made_in_inference_mode_it_serves_training() -> None:

@@ -27,7 +27,7 @@ def on(device: str, value: Any) -> Any:
 def test_contracts_of_torch(name: str, device: str) -> None:
     for arguments in SAMPLES[name](torch.float32):
         moved = on(device, arguments)
-        assert OPERATORS[name].why_not_triton(*moved) is None
+        assert OPERATORS[name].triton_module is None or OPERATORS[name].why_not_triton(*moved) is None
         torch.library.opcheck(OPERATORS[name].op, moved)
 
 
