@@ -103,7 +103,9 @@ def test_peft_s_all_linear_leaves_an_adapted_head_alone(method: Method) -> None:
 
 
 def other_value(value: Any) -> Any:
-    """A different but valid value of a field that a pattern can replace."""
+    """A different but valid value of a field that a pattern can replace; None stands for a multiple of another one."""
+    if value is None:
+        return 3.0
     return value * 2 if isinstance(value, int) else value / 2
 
 

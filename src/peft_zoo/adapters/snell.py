@@ -176,7 +176,8 @@ class SnellLayer(ZooLayer):
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
         """`x` (..., in) to (..., out) by one product with W₀ + ΔW."""
         base: Any = self.base_layer
-        if {"fused": False, "auto": base.weight.dtype.itemsize < 4}.get(self.configs[name].forward_mode, True):
+        additive = {"fused": False, "auto": base.weight.dtype.itemsize < 4}.get(self.configs[name].forward_mode, True)
+        if additive or self.scaling[name] != 1.0:
             return None
         frozen = {"weight": self.layout.to_base(base.weight), "bias": base.bias}
         return kernelized_linear(x, *self._arguments(name), **frozen, last=self._last(name))

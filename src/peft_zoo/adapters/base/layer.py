@@ -55,17 +55,19 @@ class ZooLayer(nn.Module, BaseTunerLayer):
     * `init_adapter(name, config)`: create its parameters and buffers;
     * `delta_weight(name)`: ΔW of shape `(out_features, in_features)`, in fp32, differentiable;
     * `delta_output(name, x)`, optional: what ΔW adds to the output, without forming it;
-    * `fused_output(name, x)`, optional: the output of base layer and update together.
+    * `fused_output(name, x)`, optional: the output of base layer and update together, `scaling` included.
 
     Attributes:
         in_features, out_features: Shape of ΔW; for a convolution `in` is in/groups times the kernel's size, for an
             embedding `in` is the number of rows.
         configs: For each adapter, its configuration as it applies to this module.
         scaling: For each adapter, the factor on its update.
+        path: Name of the module in its model, for messages; empty for a layer made by hand.
     """
 
     ParamWrapper: ClassVar[type[ZooLayer]]
     _targets_parameter: ClassVar[bool] = False
+    path: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,7 +110,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         return self.layout.apply(self.get_base_layer(), x, self.delta_weight(name))
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
-        """Output of base layer and adapter in one pass, or None to add the two; only asked where `can_fuse` holds."""
+        """Output of base layer and scaled update in one pass, or None to add the two; asked where `can_fuse` holds."""
         return None
 
     def initial_scaling(self, config: ZooConfig) -> float:
@@ -220,7 +222,6 @@ class ZooLayer(nn.Module, BaseTunerLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in vars(base))
             and not (self.training and (config.dropout or config.drop_path))
             and not torch.is_autocast_enabled(x.device.type)
-            and self.scaling[name] == 1.0
         )
 
     def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
@@ -264,7 +265,8 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             if self.merged:
                 snapshot.write(before.to(weight.dtype))
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+            broken = f"The adapter {', '.join(names)} seems to be broken"
+            raise ValueError(f"NaNs detected in the merged weights. {broken}; the module is {self.path or 'unnamed'}.")
         if weight.dtype.itemsize < 4:
             _note_rounding(type(self).__name__, weight.dtype)
         snapshot.write(merged.to(weight.dtype))

@@ -64,7 +64,7 @@ class ZooModel(SavedInsideFsdp):
         layer = self._existing_layer(target, adapter_name, parameter_name)
         if layer is None:
             layer = self._new_layer(target, current_key, parameter_name)
-            layer._active_adapter = self.active_adapter
+            layer._active_adapter, layer.path = self.active_adapter, current_key
             self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(adapter_name, resolved, inference_mode=config.inference_mode)
 
