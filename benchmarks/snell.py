@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.training import Case, distance, training_step
 from peft_zoo import SnellConfig
 from peft_zoo.adapters.snell import SnellLayer
 
@@ -111,15 +111,6 @@ class Block(nn.Module):
         q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model and the shape of its input; the input requires a gradient, as in the middle of a network."""
-
-    name: str
-    build: Callable[[], nn.Sequential]
-    shape: tuple[int, int, int]  # batch, tokens, width
 
 
 @dataclass(frozen=True)
@@ -220,33 +211,10 @@ def _error(ours: nn.Module, adapted: SnellLayer, twin: DenseSnell, S: Tensor) ->
     factors = [p for p in (twin.A, twin.B, twin.kernel_params) if p is not None]
     y64 = x64 @ (base.weight.double().t() + S)
     want = [x64 @ S, *torch.autograd.grad(y64, [x64, *factors], dy.double())]
-    return max(_distance(g.detach(), w.detach()) for g, w in zip(got, want, strict=True))
-
-
-def _distance(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm())
+    return max(distance(g.detach(), w.detach()) for g, w in zip(got, want, strict=True))
 
 
 # ---- measuring ----
-
-
-def training_step(model: Any, case: Case, device: torch.device) -> common.Step:
-    """One step of training: forward, backward, AdamW and what the method adds; it leaves no gradient behind."""
-    generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(case.shape, generator=generator).to(device) for _ in range(2))
-    x.requires_grad_()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    numbers = itertools.count(1)
-    allocate = getattr(model.base_model, "update_and_allocate", lambda step: None)
-
-    def step() -> None:
-        model(x).backward(dy)
-        optimizer.step()
-        allocate(next(numbers))
-        optimizer.zero_grad(set_to_none=True)
-        x.grad = None
-
-    return step
 
 
 def matrices_saved(model: nn.Module, case: Case, device: torch.device) -> int:
