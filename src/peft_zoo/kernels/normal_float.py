@@ -1,0 +1,261 @@
+r"""NormalFloat of 2, 3, 4 and 8 bits in blocks whose scales are quantized too, packed into words.
+
+Levels, for k bits and δ = 0.9677083, at the quantiles of a normal distribution whose δ-quantile is 1::
+
+    p = linspace(1 - δ, 1/2, 2^(k-1)) without its last, then linspace(1/2, δ, 2^(k-1) + 1)
+    v = σ Φ^-1(p),  σ = 1 / Φ^-1(δ)                          2^(k-1) - 1 negative ones, one zero, 2^(k-1) positive ones
+
+A matrix, flattened row by row, is cut into blocks of B0 values and those into groups of B1 blocks::
+
+    s  = max |x| of a block          o  = min s of the matrix             g  = max (s - o) of a group, in `scale_dtype`
+    j  = round((s - o) (2^b0 - 1) / g)                                    the scale's code, b0 bits
+    s~ = j / ((2^b0 - 1) / g) + o    i  = index of x / s~ in v            the value's code, b bits
+    x~ = v_i s~
+
+where a value between two levels takes the lower one up to and including their middle, and rounding goes half to even.
+It costs b + b0/B0 + b1/(B0 B1) bits a value (b1 those of `scale_dtype`), and 32 for o.
+
+Source: LQ-LoRA (arXiv 2311.12023), section 3.2 and its released code, whose bits these are, for the levels of QLoRA
+(arXiv 2305.14314), appendix E. Beyond that code a matrix may have any size and blocks may be constant or zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["NFConfig", "NFTensor", "codebook", "dequantize", "pack", "quantize", "unpack"]
+
+BITS = (2, 3, 4, 8)
+SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DELTA = 0.9677083
+_PIECE = 2**20  # values that are quantized at a time
+
+
+class NFConfig(NamedTuple):
+    """How a matrix is quantized.
+
+    Attributes:
+        bits: b, of a value.
+        scale_bits: b0, of a block's scale.
+        scale_dtype: A key of `SCALE_DTYPES`, for a group's scale.
+        block: B0, values with one scale.
+        group: B1, blocks with one second scale.
+    """
+
+    bits: int = 4
+    scale_bits: int = 8
+    scale_dtype: str = "fp32"
+    block: int = 64
+    group: int = 256
+
+    def check(self) -> None:
+        """Refuse what is no configuration.
+
+        Raises:
+            ValueError: Names the field, its value and what it may be.
+        """
+        for name, allowed in (("bits", BITS), ("scale_bits", BITS), ("scale_dtype", tuple(SCALE_DTYPES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"NFConfig: {name}={getattr(self, name)!r} must be one of {allowed}.")
+        for name in ("block", "group"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"NFConfig: {name}={value!r} must be an integer of at least 1.")
+
+    @property
+    def bits_per_value(self) -> float:
+        """Size of a large matrix, without the 32 bits of its offset and the table of its levels."""
+        second = 8 * SCALE_DTYPES[self.scale_dtype].itemsize
+        return self.bits + self.scale_bits / self.block + second / (self.block * self.group)
+
+
+class NFTensor(NamedTuple):
+    """A quantized matrix of n values.
+
+    Attributes:
+        codes: Of the values, packed, int32.
+        scales: Codes of the blocks' scales, packed, int32.
+        group_scales: g, `(ceil(n / (B0 B1)),)` in the configuration's dtype.
+        offset: o, float32 of shape ().
+        levels: v, `(2^b,)` in float32.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    group_scales: Tensor
+    offset: Tensor
+    levels: Tensor
+
+
+@functools.cache
+def _codebook(bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    below, above = torch.linspace(1 - DELTA, 0.5, half), torch.linspace(0.5, DELTA, half + 1)
+    # In float32, as the released code. CPUs may differ in the last bit, so a quantized matrix carries its levels.
+    sigma = 1 / torch.special.ndtri(torch.tensor(DELTA, dtype=torch.float64)).item()
+    return torch.distributions.Normal(0.0, sigma).icdf(torch.cat([below[:-1], above]))
+
+
+def codebook(bits: int) -> Tensor:
+    """The levels v of NormalFloat, ascending, float32 of shape `(2^bits,)`.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+
+    Raises:
+        ValueError: If it is another number.
+    """
+    if bits not in BITS:
+        raise ValueError(f"bits={bits!r} must be one of {BITS}.")
+    return _codebook(bits).clone()
+
+
+# ---- packing ----
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes in int32 words, the first in the lowest bits.
+
+    With 2, 4 and 8 bits value j of a word has its bits `[j b, (j + 1) b)`. With 3 bits, 32 values make three words, and
+    word t has bit t of value j in its bit j. The last word is filled up with zeros.
+
+    Args:
+        codes: Any shape, integers of at least 0 and below 2^bits.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int32 of shape `(ceil(n / 32) * 3,)` for 3 bits, else `(ceil(n bits / 32),)`.
+    """
+    each = 32 if bits == 3 else 32 // bits
+    flat = codes.flatten()
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % each)).view(-1, each)
+    if bits == 3:
+        planes = torch.stack([flat >> t & 1 for t in range(3)], dim=1)
+        return _words(planes, 1).flatten()
+    return _words(flat, bits)
+
+
+def _words(values: Tensor, bits: int) -> Tensor:
+    """Sums of the last axis, each value shifted to its place; int64 so that the sign bit is a bit like any other."""
+    places = bits * torch.arange(values.shape[-1], device=values.device)
+    words = (values.long() << places).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes, uint8 of shape `(count,)`.
+
+    Args:
+        words: As `pack` gives them.
+        bits: 2, 3, 4 or 8.
+        count: How many.
+    """
+    places = torch.arange(32 if bits == 3 else 32 // bits, dtype=torch.int32, device=words.device)
+    if bits == 3:
+        planes = words.view(-1, 3, 1) >> places & 1
+        codes = planes[:, 0] | planes[:, 1] << 1 | planes[:, 2] << 2
+    else:
+        codes = words[:, None] >> bits * places & (2**bits - 1)
+    return codes.to(torch.uint8).flatten()[:count]
+
+
+# ---- quantizing ----
+
+
+def quantize(weight: Tensor, config: NFConfig, levels: Tensor | None = None) -> NFTensor:
+    """Quantize a matrix.
+
+    Args:
+        weight: Any shape, floating-point; computed in float32.
+        config: How.
+        levels: Other levels than NormalFloat's, ascending, `(2^bits,)`.
+
+    Returns:
+        Codes and scales, on the device of `weight`.
+
+    Raises:
+        ValueError: If `weight` is empty or has values that are not finite, or too large ones for the scales' dtype, or
+            `config` or `levels` are not valid.
+    """
+    config.check()
+    levels = _levels(config, levels).to(weight.device)
+    x = weight.detach().flatten().float()
+    if x.numel() == 0 or not torch.isfinite(x).all():
+        raise ValueError("weight is empty or has values that are not finite; a quantized matrix needs finite values.")
+    codes, group_scales, offset = _quantize_scales(x, config)
+    scales = _scales(codes, group_scales, offset, config)
+    middles = (levels[1:] + levels[:-1]) / 2
+    zero = torch.searchsorted(middles, torch.zeros((), device=x.device)).to(torch.uint8)
+    indices = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
+    step = config.block * max(1, _PIECE // config.block)
+    for start in range(0, x.numel(), step):
+        piece = x[start : start + step]
+        s = _spread(scales, config.block, start, len(piece))
+        found = torch.bucketize(piece / s, middles, out_int32=True).to(torch.uint8)
+        indices[start : start + step] = torch.where(s == 0, zero, found)
+    return NFTensor(pack(indices, config.bits), pack(codes, config.scale_bits), group_scales, offset, levels)
+
+
+def _levels(config: NFConfig, levels: Tensor | None) -> Tensor:
+    """Those of NormalFloat, or the given ones if they are some."""
+    if levels is None:
+        return codebook(config.bits)
+    levels = levels.detach().float()
+    if levels.shape != (2**config.bits,) or not torch.isfinite(levels).all() or not (levels.diff() >= 0).all():
+        raise ValueError(f"levels: give {2**config.bits} finite values in ascending order, not {tuple(levels.shape)}.")
+    return levels
+
+
+def _quantize_scales(x: Tensor, config: NFConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the blocks' scales, the groups' scales, and the offset."""
+    padded = torch.nn.functional.pad(x, (0, -len(x) % config.block))
+    s = padded.view(-1, config.block).abs().amax(1)
+    offset = s.min()
+    above = torch.nn.functional.pad(s - offset, (0, -len(s) % config.group)).view(-1, config.group)
+    group_scales = above.amax(1).to(SCALE_DTYPES[config.scale_dtype])
+    if not torch.isfinite(group_scales).all():
+        raise ValueError(
+            f"scale_dtype={config.scale_dtype!r} cannot hold {above.max().item():.3g}; use 'bf16' or 'fp32'."
+        )
+    steps = _steps(group_scales, config)[:, None]
+    # A group without differences, or of differences that its dtype rounds to zero, has the offset as its only scale.
+    codes = torch.where(torch.isfinite(steps), above * steps, 0).round().clamp(0, 2**config.scale_bits - 1)
+    return codes.flatten()[: len(s)].to(torch.uint8), group_scales, offset
+
+
+def _steps(group_scales: Tensor, config: NFConfig) -> Tensor:
+    """What a difference is multiplied by to become a code; infinite where all scales of a group are the offset."""
+    return (2**config.scale_bits - 1) / group_scales.float()
+
+
+def _scales(codes: Tensor, group_scales: Tensor, offset: Tensor, config: NFConfig) -> Tensor:
+    """s~ of every block, float32."""
+    steps = _spread(_steps(group_scales, config), config.group, 0, len(codes))
+    return codes.float() / steps + offset
+
+
+def _spread(values: Tensor, times: int, start: int, count: int) -> Tensor:
+    """Entries `start` to `start + count` of `values` with each of them repeated; `start` is a multiple of `times`."""
+    first = start // times
+    return values[first : first + -(-count // times)].repeat_interleave(times)[:count]
+
+
+def dequantize(tensor: NFTensor, config: NFConfig, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """x~ of a quantized matrix.
+
+    Args:
+        tensor: As `quantize` gives it.
+        config: That it was quantized with.
+        shape: Of the matrix.
+        dtype: Of the result; computed in float32.
+    """
+    count = math.prod(shape)
+    codes = unpack(tensor.scales, config.scale_bits, -(-count // config.block))
+    scales = _scales(codes, tensor.group_scales, tensor.offset, config)
+    values = tensor.levels[unpack(tensor.codes, config.bits, count).int()]
+    return (values * _spread(scales, config.block, 0, count)).to(dtype).view(shape)
