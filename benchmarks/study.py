@@ -1,0 +1,184 @@
+"""What studies of quality share: recipes that are tuned alike on a real task, runs that are remembered, one table.
+
+Each recipe's learning rate is chosen on the validation split with a seed of its own; the test split is scored once for
+each seed. Every finished run is kept in `runs.jsonl`; started again, a study goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from benchmarks.common import RESULTS, machine, write_json
+from peft_zoo.tasks.base.catalog import load_task
+from peft_zoo.tasks.base.settings import resolve_settings
+from peft_zoo.tasks.base.task import Task
+from peft_zoo.tasks.base.training import adapt, evaluate, fit
+
+TUNING_SEED = 1000
+SHARED = ("steps", "max_length", "batch_size", "eval_size", "model", "data")
+
+Run = dict[str, Any]
+Score = Callable[[str, Task, Any, Dataset[Any]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train.
+
+    Attributes:
+        method: A registered method, or `lora` for peft's own.
+        options: Its fields.
+        rates: The grid of learning rates, if it is not that of the whole study.
+    """
+
+    method: str
+    options: Mapping[str, str]
+    rates: tuple[float, ...] = ()
+
+
+def perplexity(recipe: str, task: Task, model: Any, held_out: Dataset[Any]) -> dict[str, float]:
+    """The score of a trained model, by the row of the table that it belongs to."""
+    return {recipe: evaluate(task, model, held_out).value}
+
+
+class Study:
+    """Trains, scores, and remembers what is done."""
+
+    def __init__(
+        self, recipes: Mapping[str, Recipe], settings: Run, dtype: str, folder: Path, score: Score = perplexity
+    ) -> None:
+        self.recipes, self.settings, self.dtype, self.score = recipes, settings, dtype, score
+        self.path = folder / "runs.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.done: list[Run] = []
+        if self.path.is_file():
+            self.done = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def run(self, name: str, rate: float, seed: int, split: str) -> Run:
+        """The scores of one run, trained now unless it is on record."""
+        key = {"recipe": name, "rate": rate, "seed": seed, "split": split, "dtype": self.dtype, **self.settings}
+        for run in self.done:
+            if all(run.get(field) == value for field, value in key.items()):
+                return run
+        start = time.perf_counter()
+        recipe = self.recipes[name]
+        task = load_task(
+            resolve_settings(
+                {**self.settings, "method": recipe.method, "learning_rate": rate, "seed": seed},
+                {"options": recipe.options, "output": str(self.path.parent / "work")},
+            )
+        )
+        data = task.load_data()
+        model = adapt(task, task.load_model().to(getattr(torch, self.dtype)))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        losses = fit(task, model, data.train)
+        scores = self.score(name, task, model, data.test if split == "test" else data.validation)
+        result = {**key, "scores": scores, "parameters": trained, "train_loss": losses[-1][1]}
+        result["seconds"] = time.perf_counter() - start
+        self._remember(result)
+        print(f"{name:<8} rate {rate:g} seed {seed} {split}: {scores} in {result['seconds']:.0f} s", flush=True)
+        return result
+
+    def _remember(self, result: Run) -> None:
+        self.done.append(result)
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text("".join(json.dumps(run) + "\n" for run in self.done), encoding="utf-8")
+        os.replace(draft, self.path)
+
+    def report(self, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
+        """All recipes, each with its best rate: a row for every name that a run has scores for."""
+        rows: dict[str, Any] = {}
+        for name, recipe in self.recipes.items():
+            grid = recipe.rates or tuple(rates)
+            tuned = {rate: self.run(name, rate, TUNING_SEED, "validation")["scores"][name] for rate in grid}
+            best = min(grid, key=lambda rate: tuned[rate])
+            runs = {seed: self.run(name, best, seed, "test") for seed in seeds}
+            for row in next(iter(runs.values()))["scores"]:
+                scores = [run["scores"][row] for run in runs.values()]
+                rows[row] = {
+                    "rate": best,
+                    "at_grid_edge": len(grid) > 1 and best in (min(grid), max(grid)),
+                    "validation": {str(rate): score for rate, score in tuned.items()} if row == name else None,
+                    "test": {str(seed): run["scores"][row] for seed, run in runs.items()},
+                    "mean": statistics.fmean(scores),
+                    "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+                    "parameters": next(iter(runs.values())).get("parameters"),
+                    "seconds": statistics.fmean(run["seconds"] for run in runs.values()),
+                }
+        return {"settings": self.settings, "dtype": self.dtype, "rows": rows}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The study as a Markdown table."""
+    lines = [
+        "| recipe | trained parameters | learning rate | test perplexity | seeds | s a run |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for name, row in report["rows"].items():
+        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.3f}"
+        edge = " (edge of the grid)" if row["at_grid_edge"] else ""
+        scores = ", ".join(f"{score:.3f}" for score in row["test"].values())
+        parameters = "" if row["parameters"] is None else f"{row['parameters']:,}"
+        cells = (
+            name,
+            parameters,
+            f"{row['rate']:g}{edge}",
+            f"{row['mean']:.3f}{spread}",
+            scores,
+            f"{row['seconds']:.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(
+    name: str,
+    description: str | None,
+    recipes: Mapping[str, Recipe],
+    arguments: Sequence[str] | None,
+    score: Score = perplexity,
+) -> int:
+    """The command line of a study.
+
+    Args:
+        name: Of the module, `<name>_study`; also of the folder of runs and the file of results.
+        description: Its docstring.
+        recipes: What is compared.
+        arguments: Of the command line.
+        score: How a trained model is scored.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--eval-size", type=int, default=32)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", default="gsm8k")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
+    parser.add_argument("--rates", default="0.0003,0.001,0.003", help="for recipes without a grid of their own")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default=",".join(recipes), help="recipes, for a part of the study")
+    parser.add_argument("--output", default=f"runs/{name}_study")
+    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{name}_study.json")
+    words = parser.parse_args(arguments)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    settings = {"task": "language", **{field: getattr(words, field) for field in SHARED}}
+    chosen = {recipe: recipes[recipe] for recipe in words.only.split(",")}
+    rates, seeds = [float(rate) for rate in words.rates.split(",")], [int(seed) for seed in words.seeds.split(",")]
+    report = Study(chosen, settings, words.dtype, Path(words.output), score).report(rates, seeds)
+    print(table(report))
+    if words.save:
+        write_json(RESULTS / f"{name}_study.json", {"machine": machine(torch.device("cpu")), **report})
+    return 0
