@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_zoo.kernels.base import OPERATORS
+from peft_zoo.kernels.normal_float import NFConfig, quantize
 from peft_zoo.kernels.random_basis import UNIFORM, fill_basis
 
 Arguments = tuple[Any, ...]
@@ -137,6 +138,14 @@ def _stored(rows: int, columns: int, k: int, matrix: int) -> Tensor:
     return store
 
 
+def _nf_dequantize(dtype: torch.dtype) -> list[Arguments]:
+    samples = []
+    for config in (NFConfig(3, 4, "bf16", 16, 2), NFConfig(4, 8, "fp32", 64, 256)):
+        tensor = quantize(torch.randn(5, 31), config)
+        samples.append((*tensor, config.bits, config.scale_bits, config.block, config.group, 155, dtype))
+    return samples
+
+
 def _fill_basis(dtype: torch.dtype) -> list[Arguments]:
     return [
         (torch.zeros(3, 40, dtype=torch.uint8), 7, 1, UNIFORM, 2),
@@ -227,6 +236,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[Arguments]]] = {
     "mask_weight": _mask_weight,
     "masked_linear": _masked_linear,
     "masked_linear_backward": _masked_linear_backward,
+    "nf_dequantize": _nf_dequantize,
     "fill_basis": _fill_basis,
     "basis_product": _basis_product,
     "scaled_basis_product": _scaled_basis_product,

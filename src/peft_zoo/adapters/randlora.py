@@ -21,10 +21,10 @@ hundred examples, and where step time counts most.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -67,12 +67,13 @@ class RandLoraLayer(ZooLayer):
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         super().__init__(base_layer, **quantization)
         self.small, self.large = sorted((self.in_features, self.out_features))
-        # Neither module nor buffer: not saved, not moved, and the same objects in every layer.
+        # Neither modules nor buffers: not saved, not moved, and the same objects in every layer.
         self.bases: dict[str, dict[torch.device, SharedBasis]] = {}
-        self.other_param_names = (*self.other_param_names, "bases")
+        self.projections: dict[str, PeftProjection] = {}
+        self.other_param_names = (*self.other_param_names, "bases", "projections")
 
     def init_adapter(self, name: str, config: RandLoraConfig) -> None:  # type: ignore[override]
-        """λ (r, n) of zeros, γ (n, d) of 1/max(n, d), as peft; without `init_weights`, λ normal and γ 1/(α/r · d)."""
+        """λ (r, n) of zeros, γ (n, d) of 1/max(n, d), as peft; without `init_weights`, λ normal and γ 1/(4 α/r d)."""
         full = math.ceil(self.small / config.r)
         bases = config.num_bases or full
         config.require(
@@ -85,7 +86,7 @@ class RandLoraLayer(ZooLayer):
         lambda_, gamma = torch.zeros(config.r, bases), torch.full((bases, self.small), 1 / max(bases, self.small))
         if config.init_weights is False:
             nn.init.normal_(lambda_)
-            nn.init.constant_(gamma, 1 / (config.scaling * self.small))  # ΔW maps inputs to outputs of their size
+            nn.init.constant_(gamma, 1 / (4 * config.scaling * self.small))  # ΔW maps inputs to a quarter of their size
         self.zoo_randlora_lambda[name], self.zoo_randlora_gamma[name] = nn.Parameter(lambda_), nn.Parameter(gamma)
         self.bases[name] = {}
 
@@ -145,9 +146,8 @@ class RandLoraLayer(ZooLayer):
     def _factors(self, name: str) -> Factors:
         factors = self.factor("zoo_randlora_lambda", name), self.factor("zoo_randlora_gamma", name)
         lambda_, gamma = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in factors)
-        config = self.configs[name]
-        if config.projection is not None:
-            return Factors(lambda_, gamma, *config.projection.matrices(lambda_.device))
+        if name in self.projections:
+            return Factors(lambda_, gamma, *self.projections[name].matrices(lambda_.device))
         basis = self._basis(name, lambda_)
         return Factors(lambda_, gamma, basis.A, basis.B)
 
@@ -193,46 +193,59 @@ class RandLoraModel(ZooModel):
     prefix = "zoo_randlora_"
     tuner_layer_cls = RandLoraLayer
 
-    def _create_and_replace(self, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        if self.peft_config[adapter_name] is config:  # the first module: the user's own configuration stays as it is
-            self.peft_config[adapter_name] = self._completed(config, adapter_name)
-        super()._create_and_replace(self.peft_config[adapter_name], adapter_name, *args, **kwargs)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject as peft does; the configuration then says for which sizes it was."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config, layers = self.peft_config[adapter_name], self._zoo_layers()
+        if not config.is_peft_basis:
+            config.basis_shape = _largest(
+                (layer.out_features, layer.in_features) for layer in layers if adapter_name in layer.scaling
+            )
 
-    def _completed(self, config: RandLoraConfig, adapter_name: str) -> RandLoraConfig:
-        """A copy of the configuration that says for which sizes it is, and has peft's matrices if it needs them.
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: RandLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if config.is_peft_basis:
+            self._draw(config, adapter_name)
+        super()._create_and_replace(config, adapter_name, target, target_name, parent, *args, **kwargs)
+        if config.is_peft_basis:
+            layer: Any = getattr(parent, target_name)
+            layer.projections[adapter_name] = PeftProjection(self.zoo_randlora_A, self.zoo_randlora_B, adapter_name)
+
+    def _draw(self, config: RandLoraConfig, adapter_name: str) -> None:
+        """Give the model peft's matrices for an adapter, and let the configuration say how they were drawn.
 
         Raises:
-            ValueError: If peft's matrices would be too small for the modules.
+            ValueError: If they would be too small for the modules.
         """
-        config, needed = copy.copy(config), self._largest_sizes(config)
-        if not config.is_peft_basis:
-            config.basis_shape = needed
-            return config
+        if all(adapter_name in getattr(self, name, {}) for name in MATRICES):  # for a module before this one
+            return
+        needed = _largest(self._sizes(config))
         config.peft_basis_dtype = config.peft_basis_dtype or usual_dtype()
         largest, smallest = config.basis_shape = config.basis_shape or needed
         fits = largest >= needed[0] and smallest >= needed[1]
-        config.require(fits, "basis_shape", f"the adapted modules need at least {needed}")
-        held = [getattr(self, name, {}) for name in MATRICES]
-        if all(adapter_name in matrices for matrices in held):  # further modules of an adapter that is there
-            return config
+        config.require(fits, "basis_shape", f"the adapted modules need at least {needed}; use None for a new adapter")
         drawn = draw(config.basis, config.r, largest, smallest, config.projection_prng_key, config.peft_basis_dtype)
         for container, matrix in zip(MATRICES, drawn, strict=True):
             if not hasattr(self, container):
                 self.add_module(container, BufferDict())
             getattr(self, container).register_buffer(adapter_name, matrix, persistent=config.saves_projection)
-        projection = PeftProjection(self.zoo_randlora_A, self.zoo_randlora_B, adapter_name)
-        config.projection = projection  # type: ignore[misc]
-        return config
 
-    def _largest_sizes(self, config: RandLoraConfig) -> list[int]:
-        """Largest size, and smaller one of the largest `in` and the largest `out`, of all modules to adapt."""
-        sizes = [(1, 1)]
+    def _sizes(self, config: RandLoraConfig) -> Iterator[tuple[int, int]]:
+        """`(out, in)` of the modules that will be adapted."""
         for name, module in self.model.named_modules():
             if self._check_target_module_exists(config, name):
                 with suppress(ValueError):  # replacing the module will say it again, with its name
                     layout = module.layout if isinstance(module, ZooLayer) else layout_of(module, None)
-                    sizes += [(layout.out_features, layout.in_features)] if layout else []
-        return sorted(map(max, zip(*sizes, strict=True)), reverse=True)
+                    if layout is not None:
+                        yield layout.out_features, layout.in_features
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the matrices that were drawn for it."""
@@ -240,6 +253,11 @@ class RandLoraModel(ZooModel):
         for matrices in (getattr(self, name, {}) for name in MATRICES):
             if adapter_name in matrices:
                 del matrices[adapter_name]
+
+
+def _largest(sizes: Iterable[tuple[int, int]]) -> list[int]:
+    """Largest size, and smaller one of the largest `out` and the largest `in`."""
+    return sorted(map(max, zip((1, 1), *sizes, strict=True)), reverse=True)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peft_zoo.adapters.base import ZooConfig, option
-from peft_zoo.adapters.randlora_peft import PeftProjection
 from peft_zoo.kernels.random_basis import UNIFORM
 from peft_zoo.kernels.shared_basis import STORAGES
 
@@ -24,8 +23,6 @@ class RandLoraConfig(ZooConfig):
     method_name: ClassVar[str] = "randlora"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "randlora_alpha"}
     suggested_learning_rate: ClassVar[float | None] = 1e-3
-    #: Peft's matrices, where a model has them; no field, so it is not saved.
-    projection: ClassVar[PeftProjection | None] = None
 
     r: int = option(32, "Rank of one base, at least 1; a smaller one has more bases and trains more parameters.")
     randlora_alpha: float | None = option(

@@ -23,10 +23,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from peft_zoo.kernels.base import FLOATS, Choice, operator
 
 __all__ = ["NFConfig", "NFTensor", "codebook", "dequantize", "pack", "quantize", "unpack"]
 
@@ -188,7 +191,7 @@ def quantize(weight: Tensor, config: NFConfig, levels: Tensor | None = None) -> 
     if x.numel() == 0 or not torch.isfinite(x).all():
         raise ValueError("weight is empty or has values that are not finite; a quantized matrix needs finite values.")
     codes, group_scales, offset = _quantize_scales(x, config)
-    scales = _scales(codes, group_scales, offset, config)
+    scales = _scales(codes, group_scales, offset, config.scale_bits, config.group)
     middles = (levels[1:] + levels[:-1]) / 2
     zero = torch.searchsorted(middles, torch.zeros((), device=x.device)).to(torch.uint8)
     indices = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
@@ -222,21 +225,20 @@ def _quantize_scales(x: Tensor, config: NFConfig) -> tuple[Tensor, Tensor, Tenso
         raise ValueError(
             f"scale_dtype={config.scale_dtype!r} cannot hold {above.max().item():.3g}; use 'bf16' or 'fp32'."
         )
-    steps = _steps(group_scales, config)[:, None]
+    steps = _steps(group_scales, config.scale_bits)[:, None]
     # A group without differences, or of differences that its dtype rounds to zero, has the offset as its only scale.
     codes = torch.where(torch.isfinite(steps), above * steps, 0).round().clamp(0, 2**config.scale_bits - 1)
     return codes.flatten()[: len(s)].to(torch.uint8), group_scales, offset
 
 
-def _steps(group_scales: Tensor, config: NFConfig) -> Tensor:
+def _steps(group_scales: Tensor, scale_bits: int) -> Tensor:
     """What a difference is multiplied by to become a code; infinite where all scales of a group are the offset."""
-    return (2**config.scale_bits - 1) / group_scales.float()
+    return (2**scale_bits - 1) / group_scales.float()
 
 
-def _scales(codes: Tensor, group_scales: Tensor, offset: Tensor, config: NFConfig) -> Tensor:
+def _scales(codes: Tensor, group_scales: Tensor, offset: Tensor, scale_bits: int, group: int) -> Tensor:
     """s~ of every block, float32."""
-    steps = _spread(_steps(group_scales, config), config.group, 0, len(codes))
-    return codes.float() / steps + offset
+    return codes.float() / _spread(_steps(group_scales, scale_bits), group, 0, len(codes)) + offset
 
 
 def _spread(values: Tensor, times: int, start: int, count: int) -> Tensor:
@@ -245,17 +247,106 @@ def _spread(values: Tensor, times: int, start: int, count: int) -> Tensor:
     return values[first : first + -(-count // times)].repeat_interleave(times)[:count]
 
 
-def dequantize(tensor: NFTensor, config: NFConfig, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def dequantize(tensor: NFTensor, config: NFConfig, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """x~ of a quantized matrix.
 
     Args:
         tensor: As `quantize` gives it.
         config: That it was quantized with.
         shape: Of the matrix.
-        dtype: Of the result; computed in float32.
+        dtype: Floating-point, of the result; computed in float32 and rounded once.
+
+    Raises:
+        ValueError: If the tensors are too short for the shape, or `config` is not valid.
     """
+    config.check()
     count = math.prod(shape)
-    codes = unpack(tensor.scales, config.scale_bits, -(-count // config.block))
-    scales = _scales(codes, tensor.group_scales, tensor.offset, config)
-    values = tensor.levels[unpack(tensor.codes, config.bits, count).int()]
-    return (values * _spread(scales, config.block, 0, count)).to(dtype).view(shape)
+    blocks = -(-count // config.block)
+    needed = {
+        "codes": _length(count, config.bits),
+        "scales": _length(blocks, config.scale_bits),
+        "group_scales": -(-blocks // config.group),
+        "levels": 2**config.bits,
+    }
+    for name, length in needed.items():
+        if getattr(tensor, name).shape != (length,):
+            have = tuple(getattr(tensor, name).shape)
+            raise ValueError(f"{name} has the shape {have}; a matrix of {tuple(shape)} needs ({length},).")
+    return _dequantize(*tensor, config.bits, config.scale_bits, config.block, config.group, count, dtype).view(shape)
+
+
+def _length(count: int, bits: int) -> int:
+    """Words that `pack` makes of so many codes."""
+    return -(-count // 32) * 3 if bits == 3 else -(-count * bits // 32)
+
+
+def _dequantize_reference(
+    codes: Tensor,
+    scales: Tensor,
+    group_scales: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    bits: int,
+    scale_bits: int,
+    block: int,
+    group: int,
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The definition: x~ of `count` values, one axis."""
+    j = unpack(scales, scale_bits, -(-count // block)).float()
+    steps = ((2**scale_bits - 1) / group_scales.float()).repeat_interleave(group)[: len(j)]
+    s = (j / steps + offset).repeat_interleave(block)[:count]
+    return (levels[unpack(codes, bits, count).int()] * s).to(dtype)
+
+
+def _refuse(
+    codes: Tensor, scales: Tensor, group_scales: Tensor, offset: Tensor, levels: Tensor, *numbers: Any
+) -> str | None:
+    _, _, block, _, count, dtype = numbers
+    if count == 0:
+        return Choice("there is nothing to write")
+    if block & (block - 1) or block > 1024:
+        return f"a block of {block} values is no power of two up to 1024"
+    if dtype not in FLOATS:
+        return f"dtype {dtype} is not one of {', '.join(map(str, FLOATS))}"
+    return None
+
+
+@operator(
+    "nf_dequantize",
+    "(Tensor codes, Tensor scales, Tensor group_scales, Tensor offset, Tensor levels, int bits, int scale_bits, "
+    "int block, int group, int count, ScalarType dtype) -> Tensor",
+    reference=_dequantize_reference,
+    triton="normal_float_triton",
+    refuse=_refuse,
+)
+def _dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    group_scales: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    bits: int,
+    scale_bits: int,
+    block: int,
+    group: int,
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    j = unpack(scales, scale_bits, -(-count // block))
+    s = _scales(j, group_scales, offset, scale_bits, group)
+    out = torch.empty(count, dtype=dtype, device=codes.device)
+    step = math.lcm(32, block) * max(1, _PIECE // math.lcm(32, block))
+    for start in range(0, count, step):
+        size = min(step, count - start)
+        words = codes[_length(start, bits) : _length(start + size, bits)]
+        torch.mul(
+            levels[unpack(words, bits, size).int()], _spread(s, block, start, size), out=out[start : start + size]
+        )
+    return out
+
+
+@_dequantize.register_fake
+def _(codes: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(rest[8], dtype=rest[9], device=codes.device)
