@@ -258,9 +258,10 @@ def _linear_definition(x: Tensor, A: Tensor, B: Tensor, num_kept: Tensor, weight
 
 def cases(sizes: Sizes = FULL) -> list[Case]:
     """All of them, at one size."""
-    from benchmarks import kernel_cases_randlora as randlora  # which needs what stands above
+    from benchmarks import kernel_cases_lq as lq  # which need what stands above
+    from benchmarks import kernel_cases_randlora as randlora
 
-    groups = (_merges, _thresholds, _kernel_matrices, _masks, _linears, randlora.cases)
+    groups = (_merges, _thresholds, _kernel_matrices, _masks, _linears, randlora.cases, lq.cases)
     return [case for group in groups for case in group(sizes)]
 
 

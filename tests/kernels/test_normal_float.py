@@ -90,7 +90,7 @@ def test_the_place_of_every_bit() -> None:
 def test_every_bit_is_that_of_the_formulas(config: NFConfig) -> None:
     torch.manual_seed(0)
     size = config.block * config.group
-    weight = torch.randn(4, size // 2) * torch.logspace(-2, 1, 4)[:, None]
+    weight = torch.randn(12, size // 2) * torch.logspace(-2, 1, 12)[:, None]
     codes, values = by_hand(weight, config)
     tensor = quantize(weight, config)
     assert np.array_equal(unpack(tensor.codes, config.bits, weight.numel()).numpy(), codes)

@@ -233,7 +233,8 @@ def _quantize_scales(x: Tensor, config: NFConfig) -> tuple[Tensor, Tensor, Tenso
 
 def _steps(group_scales: Tensor, scale_bits: int) -> Tensor:
     """What a difference is multiplied by to become a code; infinite where all scales of a group are the offset."""
-    return (2**scale_bits - 1) / group_scales.float()
+    most = torch.full((), 2**scale_bits - 1, dtype=torch.float32, device=group_scales.device)
+    return most / group_scales.float()  # one rounding; a Python number over a tensor has two
 
 
 def _scales(codes: Tensor, group_scales: Tensor, offset: Tensor, scale_bits: int, group: int) -> Tensor:
@@ -295,7 +296,7 @@ def _dequantize_reference(
 ) -> Tensor:
     """The definition: x~ of `count` values, one axis."""
     j = unpack(scales, scale_bits, -(-count // block)).float()
-    steps = ((2**scale_bits - 1) / group_scales.float()).repeat_interleave(group)[: len(j)]
+    steps = _steps(group_scales, scale_bits).repeat_interleave(group)[: len(j)]
     s = (j / steps + offset).repeat_interleave(block)[:count]
     return (levels[unpack(codes, bits, count).int()] * s).to(dtype)
 

@@ -63,6 +63,7 @@ def _dequantize(
     there = block * BLOCK < count
     j = read_code(scales_ptr, block, there, SCALE_BITS).to(tl.float32)
     g = widen(tl.load(group_scales_ptr + block // group, mask=there, other=1))
+    g = tl.where(g == 0, 1, g)  # the codes of such a group are 0
     # Division as IEEE rounds it: the scales have the bits that the codes of the values were chosen for.
     s = tl.div_rn(j, tl.div_rn(tl.full((ROWS,), 2**SCALE_BITS - 1, tl.float32), g)) + tl.load(offset_ptr)
     place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
