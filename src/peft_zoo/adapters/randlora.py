@@ -137,8 +137,8 @@ class RandLoraLayer(ZooLayer):
     def _spec(self, name: str, x: Tensor | None = None, scale: float = 1.0) -> RandLoraSpec:
         config = self.configs[name]
         chunk = config.chunk_mb * 2**20
-        if x is not None and x.device.type == "cpu":  # no piece is to tower above the activations, and caches are small
-            chunk = min(chunk, max(2**18, x.numel() * x.element_size() // 4))
+        if x is not None and x.device.type == "cpu":  # nothing is to tower above the activations, and caches are small
+            chunk = min(chunk, max(2**20, x.numel() * x.element_size()))
         k = config.kind(self.small)
         scale *= 1.0 if config.is_peft_basis else unit(k) ** 2
         return RandLoraSpec(self.large, self.in_features > self.out_features, scale, k, chunk)

@@ -139,6 +139,7 @@ def randomized_svd(
     oversampling: int = 10,
     power_iterations: int = 2,
     generator: torch.Generator | None = None,
+    block: Tensor | None = None,
 ) -> RandomizedSvd:
     """The first `rank` singular triplets of a matrix, from `2 + 2 * power_iterations` products with thin blocks.
 
@@ -150,6 +151,8 @@ def randomized_svd(
         power_iterations: Each costs two products and pays off where singular values decay slowly.
         generator: Source of the random block, on its own device. By default a fresh one on the CPU with seed 0: the
             same arguments give the same bits, and the global random state is neither used nor changed.
+        block: `(n, l)` with l >= rank, to begin with instead of a random one: the `Vh.mT` of a matrix that is nearly
+            this one saves the power iterations. Then `oversampling` and `generator` count for nothing.
 
     Raises:
         ValueError: If an argument has the wrong shape, dtype or value, or a product is not finite.
@@ -159,9 +162,13 @@ def randomized_svd(
     _check_rank(rank, min(rows, columns))
     check_count("oversampling", oversampling, least=0)
     check_count("power_iterations", power_iterations, least=0)
-    width = min(rank + oversampling, rows, columns)
-    source = torch.Generator().manual_seed(0) if generator is None else generator
-    block = torch.randn(columns, width, generator=source, device=source.device, dtype=linear.dtype).to(linear.device)
+    if block is None:
+        width = min(rank + oversampling, rows, columns)
+        source = torch.Generator().manual_seed(0) if generator is None else generator
+        block = torch.randn(columns, width, generator=source, device=source.device, dtype=linear.dtype)
+    elif block.dim() != 2 or len(block) != columns or not rank <= block.shape[1] <= min(rows, columns):
+        raise ValueError(f"block has the shape {tuple(block.shape)}; it must be ({columns}, l) with l from {rank} on.")
+    block = block.to(linear.device, linear.dtype)
     basis = _orthonormal(_product("matmul", linear.matmul, block, rows))
     for _ in range(power_iterations):
         basis = _orthonormal(_product("rmatmul", linear.rmatmul, basis, columns))

@@ -211,9 +211,17 @@ def _linear(
 
 
 def _by_tokens(products: Products, x: Tensor) -> Tensor:
-    y, flipped = x.new_empty(len(x), products.shape[0]), products.spec.flipped
-    for t in products.tokens(len(x), x.element_size()):
-        y[t] = products.from_pairs(products.from_rows(x[t])) if flipped else products.to_rows(products.to_pairs(x[t]))
+    flipped = products.spec.flipped
+
+    def group(t: slice) -> Tensor:
+        return products.from_pairs(products.from_rows(x[t])) if flipped else products.to_rows(products.to_pairs(x[t]))
+
+    groups = products.tokens(len(x), x.element_size())
+    if len(groups) == 1:  # nothing to put together
+        return group(groups[0])
+    y = x.new_empty(len(x), products.shape[0])
+    for t in groups:
+        y[t] = group(t)
     return y
 
 
@@ -272,26 +280,32 @@ def _linear_backward(
     out_features, in_features = products.shape
     dy2d = dy.reshape(-1, out_features)
     x2d = None if x is None else x.reshape(-1, in_features)
-    dx = dy.new_empty((len(dy2d), in_features) if need_x else 0)
     gradients = torch.zeros_like(lambda_), torch.zeros_like(gamma)
     if by_weight:
-        _gradients_by_weight(products, dy2d, x2d, weight, dx if need_x else None, gradients)
+        dx = dy.new_empty(len(dy2d), in_features) if need_x else None
+        _gradients_by_weight(products, dy2d, x2d, weight, dx, gradients)
     else:
-        _gradients_by_tokens(products, dy2d, x2d, dx if need_x else None, gradients)
-    return dx.view(*dy.shape[:-1], in_features) if need_x else dx, *gradients
+        dx = _gradients_by_tokens(products, dy2d, x2d, need_x, gradients)
+    return dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], in_features), *gradients
 
 
 def _gradients_by_tokens(
-    products: Products, dy: Tensor, x: Tensor | None, dx: Tensor | None, gradients: tuple[Tensor, Tensor]
-) -> None:
-    """Fills `dx` and adds to `gradients`, what of it is wanted."""
+    products: Products, dy: Tensor, x: Tensor | None, need_x: bool, gradients: tuple[Tensor, Tensor]
+) -> Tensor | None:
+    """The gradient of x; adds to `gradients`, what of it is wanted."""
     flipped = products.spec.flipped
-    for t in products.tokens(len(dy), dy.element_size()):
+    groups = products.tokens(len(dy), dy.element_size())
+    dx = dy.new_empty(len(dy), products.shape[1]) if need_x and len(groups) != 1 else None
+    for t in groups:
         dz = products.to_pairs(dy[t]) if flipped else products.from_rows(dy[t])
-        if dx is not None:
-            dx[t] = products.to_rows(dz) if flipped else products.from_pairs(dz)
         if x is not None:
             add_to(gradients, products.gradient(*(products.from_rows(x[t]), dy[t]) if flipped else (dz, x[t])))
+        if need_x:
+            part = products.to_rows(dz) if flipped else products.from_pairs(dz)
+            if dx is None:  # of the only group: all of it
+                return part
+            dx[t] = part
+    return dx
 
 
 def _gradients_by_weight(

@@ -21,7 +21,8 @@ class RandLoraSpec(NamedTuple):
         flipped: Whether that is `in`; the update is then the transpose of B M.
         scale: Factor of the update, with that of the values of A and B.
         k: Kind of both random matrices, see `random_basis`; of no matter for floating-point ones.
-        chunk: Bytes of workspace that torch may use for one intermediate result.
+        chunk: Bytes of workspace that torch may use for one intermediate result; several small ones exist at a time,
+            and pieces of the matrices take a quarter each.
     """
 
     features: int
@@ -51,13 +52,14 @@ class Products:
     def __init__(self, lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, *spec: Any) -> None:
         self.lambda_, self.gamma, self.A, self.B = lambda_, gamma, A, B
         self.spec = RandLoraSpec(*spec)
+        self.piece = max(1, self.spec.chunk // 4)
         self.pairs, self.d = lambda_.numel(), gamma.shape[1]
         self.shape = shape_of(gamma, self.spec.features, self.spec.flipped)  # (out, in)
 
     def to_pairs(self, x: Tensor, onto_columns: bool = False) -> Tensor:
         """`x M^T`, `(T, d)` to `(T, r n)`; or `x M`, the other way."""
         spec = self.spec
-        return scaled_basis_product(x, self.A, self.lambda_, self.gamma, spec.scale, spec.k, onto_columns, spec.chunk)
+        return scaled_basis_product(x, self.A, self.lambda_, self.gamma, spec.scale, spec.k, onto_columns, self.piece)
 
     def from_pairs(self, z: Tensor) -> Tensor:
         """`z M`, `(T, r n)` to `(T, d)`."""
@@ -66,7 +68,7 @@ class Products:
     def to_rows(self, z: Tensor, onto_columns: bool = False) -> Tensor:
         """`z B^T`, `(T, r n)` to `(T, D)`; or `z B`, the other way."""
         spec = self.spec
-        return basis_product(z, self.B, spec.k, spec.features, self.pairs, onto_columns, spec.chunk)
+        return basis_product(z, self.B, spec.k, spec.features, self.pairs, onto_columns, self.piece)
 
     def from_rows(self, x: Tensor) -> Tensor:
         """`x B`, `(T, D)` to `(T, r n)`."""
@@ -74,7 +76,7 @@ class Products:
 
     def gradient(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Of λ and γ, that of M being `u^T v`."""
-        return scaled_basis_grad(u, v, self.A, self.lambda_, self.gamma, self.spec.scale, self.spec.k, self.spec.chunk)
+        return scaled_basis_grad(u, v, self.A, self.lambda_, self.gamma, self.spec.scale, self.spec.k, self.piece)
 
     def tokens(self, count: int, itemsize: int) -> list[slice]:
         """Groups of tokens whose intermediate result is within the workspace."""
