@@ -61,6 +61,8 @@ def adapted_model(case: str) -> PeftModel:
     config_cls = peft_zoo.methods()[method].config_cls
     if "init_weights" in {field.name for field in dataclasses.fields(config_cls)}:
         fields = {"init_weights": False, **fields}
+    if method == "randlora":  # steps of 0.01 at its usual scale would magnify the last bits
+        fields["randlora_alpha"] = 64
     return get_peft_model(model, config_cls(target_modules=["q_proj", "v_proj", "down_proj"], **fields))
 
 
