@@ -19,7 +19,7 @@ BENCH ?= snell
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 # Torch and its friends are installed without bytecode, most of which nobody needs. What is imported is compiled once and
-# kept, also where the environment says otherwise: compiling it anew takes every process a minute.
+# kept, also where the environment says otherwise: else every process would compile it anew.
 export PYTHONDONTWRITEBYTECODE :=
 # Spinning threads would take the core from whoever else needs it.
 export OMP_WAIT_POLICY := PASSIVE

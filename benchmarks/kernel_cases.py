@@ -136,17 +136,17 @@ class Case:
 # ---- arguments ----
 
 
-def _random(*shape: int, device: torch.device, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_tensor(*shape: int, device: torch.device, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator(device).manual_seed(sum(shape))
     return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
 
 def _weight(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return _random(sizes.width, sizes.width, device=device, scale=sizes.width**-0.5, dtype=dtype)
+    return random_tensor(sizes.width, sizes.width, device=device, scale=sizes.width**-0.5, dtype=dtype)
 
 
 def _mask(sizes: Sizes, device: torch.device) -> Tensor:
-    return _random(sizes.width, sizes.width + 1, device=device)[:, 1:].contiguous() > 0
+    return random_tensor(sizes.width, sizes.width + 1, device=device)[:, 1:].contiguous() > 0
 
 
 def _scalar(value: float, device: torch.device) -> Tensor:
@@ -154,13 +154,13 @@ def _scalar(value: float, device: torch.device) -> Tensor:
 
 
 def _tokens(sizes: Sizes, device: torch.device, seed: int = 0) -> Tensor:
-    return _random(sizes.tokens + seed, sizes.width, device=device, dtype=torch.bfloat16)[seed:]
+    return random_tensor(sizes.tokens + seed, sizes.width, device=device, dtype=torch.bfloat16)[seed:]
 
 
 def _factors(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, None, Tensor]:
     """A, B, no parameters, and how many entries are kept."""
     shape = sizes.groups, sizes.width, sizes.rank // sizes.groups
-    A, B = _random(*shape, device=device), _random(*shape, device=device).flip(1)
+    A, B = random_tensor(*shape, device=device), random_tensor(*shape, device=device).flip(1)
     return A, B, None, torch.tensor(int(DENSITY * sizes.numel), device=device)
 
 
@@ -171,10 +171,12 @@ def _threshold(sizes: Sizes, device: torch.device) -> Tensor:
 
 
 def _loras(sizes: Sizes, adapters: int, seed: int | None, device: torch.device) -> Arguments:
-    A = [_random(sizes.rank, sizes.width + k, device=device, dtype=torch.bfloat16)[:, k:] for k in range(adapters)]
+    A = [
+        random_tensor(sizes.rank, sizes.width + k, device=device, dtype=torch.bfloat16)[:, k:] for k in range(adapters)
+    ]
     size = (sizes.width * sizes.rank * adapters) ** -0.5
     B = [
-        _random(sizes.width + k, sizes.rank, device=device, scale=size, dtype=torch.bfloat16)[k:]
+        random_tensor(sizes.width + k, sizes.rank, device=device, scale=size, dtype=torch.bfloat16)[k:]
         for k in range(adapters)
     ]
     return _weight(sizes, device), [a.contiguous() for a in A], B, [0.5] * adapters, seed
@@ -218,7 +220,7 @@ def _peft_merge(*arguments: Any) -> Step:
 
 def _peft_training(x: Tensor, A: Tensor, B: Tensor, _kept: Tensor, weight: Tensor, dy: Tensor) -> Step:
     rank = A.shape[0] * A.shape[2]
-    a, b = (_random(*shape, device=x.device) for shape in ((rank, weight.shape[1]), (weight.shape[0], rank)))
+    a, b = (random_tensor(*shape, device=x.device) for shape in ((rank, weight.shape[1]), (weight.shape[0], rank)))
     layer = peft_lora(weight, [a], [b], [1.0])
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
     return lambda: torch.autograd.grad(layer(x), trained, dy)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import BFLOAT16, PRODUCT, Arguments, Case, Sizes, Step, Work
+from benchmarks.kernel_cases import BFLOAT16, PRODUCT, Arguments, Case, Sizes, Step, Work, random_tensor
 from peft_zoo.kernels.randlora_linear import Factors, RandLoraSpec, randlora_linear, randlora_weight, weight_is_cheaper
 from peft_zoo.kernels.random_basis import UNIFORM, fill_basis, read_basis
 
@@ -18,9 +20,7 @@ def _stored(rows: int, columns: int, matrix: int, device: torch.device) -> Tenso
     return store
 
 
-def _normal(*shape: int, device: torch.device, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator(device).manual_seed(sum(shape))
-    return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+_normal = functools.partial(random_tensor, dtype=torch.bfloat16)
 
 
 def _factors(sizes: Sizes, device: torch.device) -> tuple[Factors, RandLoraSpec]:

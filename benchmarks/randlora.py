@@ -11,9 +11,7 @@ these matrices. If one fails, its row has no number, nothing is saved and the ex
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
 import sys
 import tempfile
@@ -28,12 +26,11 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.training import Case, distance, training_step
+from benchmarks.training import Case, Report, distance, training_step
 from peft_zoo import RandLoraConfig
 from peft_zoo.adapters.randlora import RandLoraLayer
 from peft_zoo.kernels.random_basis import read_basis, unit
 
-PAGE = common.ROOT / "docs" / "methods" / "randlora.md"
 LORA, PEER = "LoRA (peft)", "RandLoRA (peft)"
 OURS: dict[str, dict[str, Any]] = {
     "RandLoRA": {},
@@ -134,7 +131,7 @@ def file_bytes(model: Any) -> int:
         return Path(folder, "adapter_model.safetensors").stat().st_size
 
 
-def measure(case: Case, sizes: Sizes, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(sizes: Sizes, repeats: int, case: Case, device: torch.device) -> list[dict[str, Any]]:
     """The rows of one case, peft's LoRA first."""
     linear = {key: m for key, m in case.build().named_modules() if isinstance(m, nn.Linear)}
     shapes = {(m.out_features, m.in_features) for m in linear.values()}
@@ -187,54 +184,16 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return name, parameters, time, f"{row['times_lora']:.2f}", f"{row['times_peer']:.2f}", peak, saved, size
 
 
-def results_page(results: Sequence[dict[str, Any]]) -> str:
-    """Saved results as Markdown."""
-    parts = []
-    for result in results:
-        parts.append(f"{common.describe(result['machine'])}; median of {result['repeats']} rounds.")
-        for case in result["cases"]:
-            parts += [f"**{case['name']}**", common.markdown(HEADER, map(cells, case["rows"]))]
-    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.randlora`."
-
-
-def saved_results() -> list[dict[str, Any]]:
-    """What lies in benchmarks/results, the CPU first."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(common.RESULTS.glob("randlora_*.json"))]
+REPORT = Report("randlora", HEADER, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+    options = REPORT.parser(str(__doc__).split("\n\n")[0]).parse_args(arguments)
     if options.markdown:
-        page = common.replace_block(PAGE.read_text(encoding="utf-8"), "results", results_page(saved_results()))
-        PAGE.write_text(page, encoding="utf-8")
+        REPORT.write_page()
         return 0
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = QUICK if options.quick else Sizes()
-    result: dict[str, Any] = {"benchmark": "randlora", "machine": common.machine(device), "repeats": options.repeats}
-    result |= {"sizes": asdict(sizes), "cases": []}
-    print(common.describe(result["machine"]))
-    for case in sizes.cases():
-        rows = measure(case, sizes, options.repeats, device)
-        result["cases"].append({"name": case.name, "rows": rows})
-        print(f"\n{case.name}\n{common.aligned(HEADER, map(cells, rows))}", flush=True)
-    wrong = [f"{c['name']}: {r['method']}: {r['wrong']}" for c in result["cases"] for r in c["rows"] if "wrong" in r]
-    print("\n" + "\n".join(wrong) if wrong else "")
-    path = options.json or (None if options.quick else common.RESULTS / f"randlora_{device.type}.json")
-    if path and not wrong:
-        common.write_json(path, result)
-    return bool(wrong)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.randlora", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="toy sizes; writes no file unless --json is given")
-    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
-    parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's choice)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
-    parser.add_argument("--json", type=Path, help="where to save (default benchmarks/results/randlora_<device>.json)")
-    return parser.parse_args(arguments)
+    return REPORT.run(options, sizes.cases(), functools.partial(measure, sizes, options.repeats), sizes=asdict(sizes))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,11 @@ run and for these matrices. If one fails, its row has no number, nothing is save
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +24,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.training import Case, distance, training_step
+from benchmarks.training import Case, Report, distance, training_step
 from peft_zoo import SnellConfig
 from peft_zoo.adapters.snell import SnellLayer
 
 RANK = 8  # trainable parameters of an adapted layer: 8 (in + out) for LoRA and SNELL alike, 3 more for mix_k
-PAGE = common.ROOT / "docs" / "methods" / "snell.md"
 BASELINE, DENSE = "LoRA (peft)", "SNELL, dense autograd"
 
 
@@ -227,7 +223,7 @@ def matrices_saved(model: nn.Module, case: Case, device: torch.device) -> int:
     return common.saved_for_backward(lambda: model(x), model).at_least(smallest)
 
 
-def measure(case: Case, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(repeats: int, case: Case, device: torch.device) -> list[dict[str, Any]]:
     """The rows of one case, peft's LoRA first."""
     shapes = {tuple(m.weight.shape) for m in case.build().modules() if isinstance(m, nn.Linear)}
     wrong = {name: "; ".join(filter(None, (check(name, shape, device) for shape in shapes))) for name in VARIANTS}
@@ -283,57 +279,19 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return name, parameters, time, f"{row['times_lora']:.2f}", peak, saved, f"{row['matrices_saved']}"
 
 
-def results_page(results: Sequence[dict[str, Any]]) -> str:
-    """Saved results as Markdown."""
-    parts = []
-    for result in results:
-        parts.append(f"{common.describe(result['machine'])}; median of {result['repeats']} rounds.")
-        for case in result["cases"]:
-            parts += [f"**{case['name']}**", common.markdown(HEADER, map(cells, case["rows"]))]
-    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.snell`."
-
-
-def saved_results() -> list[dict[str, Any]]:
-    """What lies in benchmarks/results, the CPU first."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(common.RESULTS.glob("snell_*.json"))]
+REPORT = Report("snell", HEADER, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
-    if options.markdown:
-        page = common.replace_block(PAGE.read_text(encoding="utf-8"), "results", results_page(saved_results()))
-        PAGE.write_text(page, encoding="utf-8")
-        return 0
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = QUICK if options.quick else Sizes(blocks=options.blocks)
-    result: dict[str, Any] = {"benchmark": "snell", "machine": common.machine(device), "repeats": options.repeats}
-    result |= {"rank": RANK, "sizes": asdict(sizes), "cases": []}
-    print(common.describe(result["machine"]))
-    for case in sizes.cases():
-        rows = measure(case, options.repeats, device)
-        result["cases"].append({"name": case.name, "rows": rows})
-        print(f"\n{case.name}\n{common.aligned(HEADER, map(cells, rows))}", flush=True)
-    wrong = [
-        f"{case['name']}: {r['method']}: {r['wrong']}" for case in result["cases"] for r in case["rows"] if "wrong" in r
-    ]
-    print("\n" + "\n".join(wrong) if wrong else "")
-    path = options.json or (None if options.quick else common.RESULTS / f"snell_{device.type}.json")
-    if path and not wrong:
-        common.write_json(path, result)
-    return bool(wrong)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.snell", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="toy sizes; writes no file unless --json is given")
-    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
-    parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's choice)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
+    parser = REPORT.parser(str(__doc__).split("\n\n")[0])
     parser.add_argument("--blocks", type=int, default=1, help="ViT blocks (default 1)")
-    parser.add_argument("--json", type=Path, help="where to save (default benchmarks/results/snell_<device>.json)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.markdown:
+        REPORT.write_page()
+        return 0
+    sizes = QUICK if options.quick else Sizes(blocks=options.blocks)
+    rows = functools.partial(measure, options.repeats)
+    return REPORT.run(options, sizes.cases(), rows, rank=RANK, sizes=asdict(sizes))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""What benchmarks of training share: a model with its input, one step, and how far two results lie apart."""
+"""What benchmarks of methods share: a model with its input, one step of training, and what becomes of the rows."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,3 +47,84 @@ def training_step(model: Any, case: Case, device: torch.device) -> common.Step:
 def distance(got: Tensor, want: Tensor) -> float:
     """Relative error in the norm of the whole tensor."""
     return float((got - want).norm() / want.norm())
+
+
+class Report:
+    """The rows of a benchmark of methods: printed, saved, and put into the method's page.
+
+    Args:
+        name: Of the benchmark and the method.
+        header: Of the table.
+        cells: A row as text; one with the key `wrong`, which says why, has no numbers.
+    """
+
+    def __init__(self, name: str, header: Sequence[str], cells: Callable[[dict[str, Any]], Sequence[str]]) -> None:
+        self.name, self.header, self.cells = name, header, cells
+        self.page = common.ROOT / "docs" / "methods" / f"{name}.md"
+
+    def markdown(self, results: Sequence[dict[str, Any]]) -> str:
+        """Saved results as Markdown."""
+        parts = []
+        for result in results:
+            parts.append(f"{common.describe(result['machine'])}; median of {result['repeats']} rounds.")
+            for case in result["cases"]:
+                parts += [f"**{case['name']}**", common.markdown(self.header, map(self.cells, case["rows"]))]
+        return "\n\n".join(parts) or f"Not measured yet: `python -m benchmarks.{self.name}`."
+
+    def saved(self) -> list[dict[str, Any]]:
+        """What lies in benchmarks/results, the CPU first."""
+        paths = sorted(common.RESULTS.glob(f"{self.name}_c*.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def write_page(self) -> None:
+        """Put the saved results into the page."""
+        page = common.replace_block(self.page.read_text(encoding="utf-8"), "results", self.markdown(self.saved()))
+        self.page.write_text(page, encoding="utf-8")
+
+    def parser(self, description: str) -> argparse.ArgumentParser:
+        """The options that every benchmark of methods has."""
+        parser = argparse.ArgumentParser(prog=f"benchmarks.{self.name}", description=description)
+        parser.add_argument("--quick", action="store_true", help="toy sizes; writes no file unless --json is given")
+        parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
+        parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's choice)")
+        parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
+        default = f"benchmarks/results/{self.name}_<device>.json"
+        parser.add_argument("--json", type=Path, help=f"where to save (default {default})")
+        return parser
+
+    def run(
+        self,
+        options: argparse.Namespace,
+        cases: Iterable[Case],
+        measure: Callable[[Case, torch.device], list[dict[str, Any]]],
+        **facts: Any,
+    ) -> int:
+        """Measure, print, and save if no row is wrong.
+
+        Args:
+            options: As the parser gives them.
+            cases: What is measured.
+            measure: The rows of one case.
+            **facts: What else is saved.
+
+        Returns:
+            The exit status, 1 if a row is wrong.
+        """
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        result: dict[str, Any] = {"benchmark": self.name, "machine": common.machine(device), "repeats": options.repeats}
+        result |= {**facts, "cases": []}
+        print(common.describe(result["machine"]))
+        for case in cases:
+            rows = measure(case, device)
+            result["cases"].append({"name": case.name, "rows": rows})
+            print(f"\n{case.name}\n{common.aligned(self.header, map(self.cells, rows))}", flush=True)
+        wrong = [
+            f"{c['name']}: {r['method']}: {r['wrong']}" for c in result["cases"] for r in c["rows"] if "wrong" in r
+        ]
+        print("\n" + "\n".join(wrong) if wrong else "")
+        path = options.json or (None if options.quick else common.RESULTS / f"{self.name}_{device.type}.json")
+        if path and not wrong:
+            common.write_json(path, result)
+        return bool(wrong)

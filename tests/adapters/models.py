@@ -275,3 +275,23 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def is_adapter(name: str, config: PeftConfig) -> bool:
     """Whether a parameter's name is that of an adapter of this type."""
     return f"{config.peft_type.value.lower()}_" in name
+
+
+def check_against_definition(layer: Any, x: Tensor, delta: Tensor, *, output: float, gradients: float) -> None:
+    """Compare a linear layer's output and all gradients with those of its base layer and an update ΔW (out, in).
+
+    Args:
+        layer: Adapted, with one active adapter.
+        x: Its input, which requires a gradient.
+        delta: ΔW as the definition has it, differentiable in the layer's parameters.
+        output: Relative and absolute tolerance of the output.
+        gradients: Tolerance of each gradient, relative and beside its largest entry.
+    """
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    outcome, expected = layer(x), layer.base_layer(x) + x @ delta.t()
+    torch.testing.assert_close(outcome, expected, rtol=output, atol=output)
+    weights = torch.randn_like(outcome)
+    got = torch.autograd.grad((outcome * weights).sum(), [x, *trained])
+    wanted = torch.autograd.grad((expected * weights).sum(), [x, *trained])
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=gradients, atol=gradients * w.abs().max().item())

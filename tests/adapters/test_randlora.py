@@ -23,6 +23,7 @@ from peft_zoo.adapters import randlora
 from peft_zoo.adapters.randlora import RandLoraLayer
 from peft_zoo.kernels import shared_basis as sharing
 from peft_zoo.kernels.random_basis import UNIFORM, fill_basis, read_basis, unit
+from tests.adapters.models import check_against_definition
 
 BASES = ("uniform8", "ternary", "ternary_sqrt", "peft", "peft_sparse", "peft_very_sparse")
 COMPUTE = ("auto", "token", "weight", "merged")
@@ -86,15 +87,7 @@ def test_forward_and_gradients_follow_the_definition(basis: str, compute: str, m
     model = adapted(basis=basis, compute=compute)
     layer = layers(model)[module]
     x = torch.randn(7, layer.in_features, requires_grad=True)
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    outcome = layer(x)
-    expected = layer.base_layer(x) + x @ definition(model, layer).t()
-    torch.testing.assert_close(outcome, expected, rtol=1e-5, atol=1e-5)
-    weights = torch.randn_like(outcome)
-    got = torch.autograd.grad((outcome * weights).sum(), [x, *trained])
-    wanted = torch.autograd.grad((expected * weights).sum(), [x, *trained])
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5 * w.abs().max().item())
+    check_against_definition(layer, x, definition(model, layer), output=1e-5, gradients=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["peft", "peft_sparse", "peft_very_sparse"])

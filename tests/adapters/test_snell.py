@@ -17,6 +17,7 @@ from peft_zoo import SnellConfig
 from peft_zoo.adapters.snell import SnellLayer
 from peft_zoo.adapters.snell_allocator import SnellAllocator
 from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, reference_weight
+from tests.adapters.models import check_against_definition
 
 
 class Net(nn.Module):
@@ -55,15 +56,7 @@ def test_forward_and_gradients_follow_the_definition(kernel: str, sparsify: str,
     config = model.peft_config["default"]
     layer = layers(model)["first"]
     x = torch.randn(7, 16, requires_grad=True)
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    outcome = layer(x)
-    expected = layer.base_layer(x) + x @ reference(layer, config).t()
-    torch.testing.assert_close(outcome, expected, rtol=2e-5, atol=2e-5)
-    weights = torch.randn_like(outcome)
-    got = torch.autograd.grad((outcome * weights).sum(), [x, *trained])
-    wanted = torch.autograd.grad((expected * weights).sum(), [x, *trained])
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+    check_against_definition(layer, x, reference(layer, config), output=2e-5, gradients=1e-4)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.995])

@@ -39,9 +39,9 @@ def test_ours_has_the_parameters_of_peft_s_and_a_smaller_file(result: Any) -> No
 
 
 def test_results_become_a_page(result: Any) -> None:
-    page = randlora.results_page([result])
+    page = randlora.REPORT.markdown([result])
     assert page.count("| RandLoRA, ternary |") == 2 and result["machine"]["torch"] in page
-    assert "python -m benchmarks.randlora" in randlora.results_page([])
+    assert "python -m benchmarks.randlora" in randlora.REPORT.markdown([])
 
 
 def test_a_wrong_result_gets_no_number(
@@ -56,6 +56,6 @@ def test_a_wrong_result_gets_no_number(
 
 
 def test_the_docs_show_the_saved_results() -> None:
-    page = randlora.PAGE.read_text(encoding="utf-8")
-    shown = randlora.common.replace_block(page, "results", randlora.results_page(randlora.saved_results()))
+    page = randlora.REPORT.page.read_text(encoding="utf-8")
+    shown = randlora.common.replace_block(page, "results", randlora.REPORT.markdown(randlora.REPORT.saved()))
     assert shown == page, "run `python -m benchmarks.randlora --markdown`"

@@ -47,9 +47,9 @@ def test_only_the_dense_reference_saves_matrices(result: Any) -> None:
 
 
 def test_results_become_a_page(result: Any) -> None:
-    page = snell.results_page([result])
+    page = snell.REPORT.markdown([result])
     assert page.count("| SNELL fused |") == 2 and result["machine"]["torch"] in page
-    assert "python -m benchmarks.snell" in snell.results_page([])
+    assert "python -m benchmarks.snell" in snell.REPORT.markdown([])
 
 
 def test_a_wrong_gradient_gets_no_number(
@@ -77,6 +77,6 @@ def test_a_mask_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_docs_show_the_saved_results() -> None:
-    page = snell.PAGE.read_text(encoding="utf-8")
-    shown = snell.common.replace_block(page, "results", snell.results_page(snell.saved_results()))
+    page = snell.REPORT.page.read_text(encoding="utf-8")
+    shown = snell.common.replace_block(page, "results", snell.REPORT.markdown(snell.REPORT.saved()))
     assert shown == page, "run `python -m benchmarks.snell --markdown`"

@@ -47,6 +47,7 @@ FSDP = {
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     """For each case, the method and the fields of its configuration that are not the defaults."""
     every: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in peft_zoo.methods()}
+    every["randlora"] = ("randlora", {"randlora_alpha": 64})  # at its usual scale these steps magnify the last bits
     every |= {case: ("squeeze_lora", {"r": 8, **SQUEEZE}) for case in DDP_ONLY}
     return {**every, "snell_mix_k": ("snell", {"kernel": "mix_k"}), "snella": ("snell", SCHEDULE)}
 
@@ -61,8 +62,6 @@ def adapted_model(case: str) -> PeftModel:
     config_cls = peft_zoo.methods()[method].config_cls
     if "init_weights" in {field.name for field in dataclasses.fields(config_cls)}:
         fields = {"init_weights": False, **fields}
-    if method == "randlora":  # steps of 0.01 at its usual scale would magnify the last bits
-        fields["randlora_alpha"] = 64
     return get_peft_model(model, config_cls(target_modules=["q_proj", "v_proj", "down_proj"], **fields))
 
 

@@ -113,7 +113,7 @@ class RandLoraLayer(ZooLayer):
             return super().delta_output(name, x)
         compute = self.configs[name].compute
         by_weight = self._weight_is_cheaper(name, x, frozen=False) if compute == "auto" else compute != "token"
-        return randlora_linear(x, self._factors(name), self._spec(name, x), by_weight=by_weight)
+        return randlora_linear(x, self._factors(name), self._spec(name), by_weight=by_weight)
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
         """`x` (..., in) to (..., out) by products with pieces of W₀ + ΔW."""
@@ -126,7 +126,7 @@ class RandLoraLayer(ZooLayer):
         if config.compute == "auto" and not self._weight_is_cheaper(name, x, frozen=True):
             return None
         frozen = {"weight": self.layout.to_base(base.weight), "bias": base.bias}
-        spec = self._spec(name, x, self.scaling[name])
+        spec = self._spec(name, self.scaling[name])
         return randlora_linear(x, self._factors(name), spec, by_weight=True, **frozen)
 
     def _weight_is_cheaper(self, name: str, x: Tensor, frozen: bool) -> bool:
@@ -134,14 +134,11 @@ class RandLoraLayer(ZooLayer):
         training = torch.is_grad_enabled()
         return weight_is_cheaper(tokens, pairs, self.in_features, self.out_features, frozen=frozen, training=training)
 
-    def _spec(self, name: str, x: Tensor | None = None, scale: float = 1.0) -> RandLoraSpec:
+    def _spec(self, name: str, scale: float = 1.0) -> RandLoraSpec:
         config = self.configs[name]
-        chunk = config.chunk_mb * 2**20
-        if x is not None and x.device.type == "cpu":  # nothing is to tower above the activations, and caches are small
-            chunk = min(chunk, max(2**20, x.numel() * x.element_size()))
         k = config.kind(self.small)
         scale *= 1.0 if config.is_peft_basis else unit(k) ** 2
-        return RandLoraSpec(self.large, self.in_features > self.out_features, scale, k, chunk)
+        return RandLoraSpec(self.large, self.in_features > self.out_features, scale, k, config.chunk_mb * 2**20)
 
     def _factors(self, name: str) -> Factors:
         factors = self.factor("zoo_randlora_lambda", name), self.factor("zoo_randlora_gamma", name)

@@ -70,3 +70,26 @@ def dot16(a, b):
     if INTERPRET:
         return tl.dot(widen(a), widen(b))
     return tl.dot(a, b)
+
+
+@triton.jit
+def load_tile(ptr, row, column, rows, columns):
+    """A tile of a contiguous matrix (rows, columns); zeros outside of it."""
+    at = ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+    return tl.load(at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, row, column, rows, columns, values):
+    """Write float32 values into a tile of a contiguous matrix (rows, columns), rounded to its dtype."""
+    at = ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(at, narrow(values, ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dot_like(a, b, dtype: tl.constexpr):
+    """Product with 32-bit sums of `a`, of a dtype, and `b`, float32 and rounded to it; float32 takes three products."""
+    if dtype == tl.float32:
+        return tl.dot(a, b, input_precision="tf32x3")
+    return dot16(a, narrow(b, dtype))

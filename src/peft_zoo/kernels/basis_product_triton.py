@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot16, narrow
+from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot_like, load_tile, store_tile
 from peft_zoo.kernels.random_basis_triton import read_basis
 
 BLOCK_T, BLOCK_O, NUM_WARPS = 64, 64, 4
@@ -65,22 +65,14 @@ def _product(
     total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     for first in range(0, inner, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
-        x = tl.load(
-            x_ptr + t.to(tl.int64)[:, None] * inner + i[None, :],
-            mask=(t < tokens)[:, None] & (i < inner)[None, :],
-            other=0.0,
-        )
+        x = load_tile(x_ptr, t, i, tokens, inner)
         inside = (i < inner)[:, None] & (o < outer)[None, :]
         if ONTO_COLUMNS:
             values = read_basis(store_ptr, i[:, None], o[None, :], store_stride, inside, TERNARY)
         else:
             values = read_basis(store_ptr, o[None, :], i[:, None], store_stride, inside, TERNARY)
-        if x_ptr.dtype.element_ty == tl.float32:
-            total += tl.dot(x, values, input_precision="tf32x3")
-        else:
-            total += dot16(x, narrow(values, x_ptr.dtype.element_ty))
-    at = out_ptr + t.to(tl.int64)[:, None] * outer + o[None, :]
-    tl.store(at, narrow(total, out_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (o < outer)[None, :])
+        total += dot_like(x, values, x_ptr.dtype.element_ty)
+    store_tile(out_ptr, t, o, tokens, outer, total)
 
 
 def shipped() -> Iterator[Shipped]:

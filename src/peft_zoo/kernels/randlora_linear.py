@@ -202,7 +202,7 @@ def _linear(
     by_weight: bool,
     *spec: Any,
 ) -> Tensor:
-    products = Products(lambda_, gamma, A, B, *spec)
+    products = Products(lambda_, gamma, A, B, *spec, beside=x)
     x2d = x.reshape(-1, x.shape[-1])
     y = _by_weight(products, x2d, weight) if by_weight else _by_tokens(products, x2d)
     if bias is not None:
@@ -276,7 +276,7 @@ def _linear_backward(
     need_x: bool,
     *spec: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    products = Products(lambda_, gamma, A, B, *spec)
+    products = Products(lambda_, gamma, A, B, *spec, beside=dy)
     out_features, in_features = products.shape
     dy2d = dy.reshape(-1, out_features)
     x2d = None if x is None else x.reshape(-1, in_features)

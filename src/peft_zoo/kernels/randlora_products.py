@@ -21,8 +21,8 @@ class RandLoraSpec(NamedTuple):
         flipped: Whether that is `in`; the update is then the transpose of B M.
         scale: Factor of the update, with that of the values of A and B.
         k: Kind of both random matrices, see `random_basis`; of no matter for floating-point ones.
-        chunk: Bytes of workspace that torch may use for one intermediate result; several small ones exist at a time,
-            and pieces of the matrices take a quarter each.
+        chunk: Bytes of workspace that torch may use for one intermediate result; on a CPU no more than the input has
+            if that is above 1 MiB. Pieces of the matrices, of which several exist at a time, take a quarter each.
     """
 
     features: int
@@ -49,10 +49,16 @@ def shape_of(gamma: Tensor, features: int, flipped: bool) -> tuple[int, int]:
 class Products:
     """The four products with B and M, and the gradient of M, of which both ways are made."""
 
-    def __init__(self, lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, *spec: Any) -> None:
+    def __init__(
+        self, lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, *spec: Any, beside: Tensor | None = None
+    ) -> None:
+        """Arguments as the operators; `beside` is the input or the gradient of the output, if there is one."""
         self.lambda_, self.gamma, self.A, self.B = lambda_, gamma, A, B
         self.spec = RandLoraSpec(*spec)
-        self.piece = max(1, self.spec.chunk // 4)
+        self.chunk = self.spec.chunk
+        if beside is not None and beside.device.type == "cpu":  # caches are small, and no result is to tower
+            self.chunk = min(self.chunk, max(2**20, beside.numel() * beside.element_size()))
+        self.piece = max(1, self.chunk // 4)
         self.pairs, self.d = lambda_.numel(), gamma.shape[1]
         self.shape = shape_of(gamma, self.spec.features, self.spec.flipped)  # (out, in)
 
@@ -80,12 +86,12 @@ class Products:
 
     def tokens(self, count: int, itemsize: int) -> list[slice]:
         """Groups of tokens whose intermediate result is within the workspace."""
-        return pieces(count, self.pairs * itemsize, self.spec.chunk)
+        return pieces(count, self.pairs * itemsize, self.chunk)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Rows of B, `(rows, r n)`, as many as fit into the workspace with two blocks of V beside them."""
         each = (self.pairs + 2 * self.d) * dtype.itemsize
-        for rows in pieces(self.spec.features, each, self.spec.chunk):
+        for rows in pieces(self.spec.features, each, self.chunk):
             yield rows, read_basis(self.B[rows], self.spec.k, rows.stop - rows.start, 0, self.pairs, dtype)
 
     def plus_frozen(self, rows: slice, U: Tensor, weight: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot16, narrow, widen
+from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot16, dot_like, load_tile, store_tile, widen
 from peft_zoo.kernels.random_basis_triton import read_basis
 
 BLOCK_T, NUM_WARPS = 64, 4
@@ -99,11 +99,7 @@ def _product(
     total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     for first in range(0, inner, BLOCK_I):
         i = first + tl.arange(0, BLOCK_I)
-        x = tl.load(
-            x_ptr + t.to(tl.int64)[:, None] * inner + i[None, :],
-            mask=(t < tokens)[:, None] & (i < inner)[None, :],
-            other=0.0,
-        )
+        x = load_tile(x_ptr, t, i, tokens, inner)
         if ONTO_COLUMNS:
             p, c, pairs, d = i[:, None], o[None, :], inner, outer
         else:
@@ -112,12 +108,8 @@ def _product(
         a = read_basis(a_ptr, p // n, c, a_stride, inside, TERNARY)
         g = tl.load(gamma_ptr + (p % n).to(tl.int64) * d + c, mask=inside, other=0.0)
         M = scale * (tl.load(lambda_ptr + p, mask=p < pairs, other=0.0) * (a * widen(g)))
-        if x_ptr.dtype.element_ty == tl.float32:
-            total += tl.dot(x, M, input_precision="tf32x3")
-        else:
-            total += dot16(x, narrow(M, x_ptr.dtype.element_ty))
-    at = out_ptr + t.to(tl.int64)[:, None] * outer + o[None, :]
-    tl.store(at, narrow(total, out_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (o < outer)[None, :])
+        total += dot_like(x, M, x_ptr.dtype.element_ty)
+    store_tile(out_ptr, t, o, tokens, outer, total)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -153,11 +145,7 @@ def _grad(
                 mask=(j < n)[:, None] & (t < tokens)[None, :],
                 other=0.0,
             )
-            v = tl.load(
-                v_ptr + t.to(tl.int64)[:, None] * d + c[None, :],
-                mask=(t < tokens)[:, None] & (c < d)[None, :],
-                other=0.0,
-            )
+            v = load_tile(v_ptr, t, c, tokens, d)
             if u_ptr.dtype.element_ty == tl.float32:
                 dM += tl.dot(u, v, input_precision="tf32x3")
             else:

@@ -101,7 +101,7 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
             peft_basis_dtype = _drawn_in(drawn) or peft_basis_dtype
         elif basis == "peft" and peft_basis_dtype is None:
             raise ValueError(
-                f"{source}: written with save_projection=False, and its A and B differ by about 14 % between bfloat16 "
+                f"{source}: written with save_projection=False, and its A and B differ by over 10 % between bfloat16 "
                 "and float16, of which peft takes what the machine can; pass peft_basis_dtype='bfloat16' or 'float16', "
                 "or use a checkpoint with save_projection=True."
             )
