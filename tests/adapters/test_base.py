@@ -206,7 +206,6 @@ class TestFusing:
         assert asked == ["default"]
 
     SETUPS: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
-        "scaled": lambda model, layer: layer.scale_layer(2.0),
         "trained base": lambda model, layer: layer.base_layer.bias.requires_grad_(True),
         "forward hook": lambda model, layer: layer.base_layer.register_forward_hook(lambda *a: None),
         "pre-hook": lambda model, layer: layer.base_layer.register_forward_pre_hook(lambda *a: None),

@@ -78,7 +78,11 @@ def test_every_kind_of_layer(method: Method, kind: str, dtype: torch.dtype) -> N
     assert mixed.dtype == dtype
     for index, adapter in enumerate(NAMES):
         expected = alone(model, adapter, lambda: model(x))
-        torch.testing.assert_close(mixed[index], expected[index])
+        if dtype == torch.float32:
+            torch.testing.assert_close(mixed[index], expected[index])
+        else:  # a method may take another way for fewer tokens: one rounding of the largest output
+            rounding = torch.finfo(dtype).eps * expected.abs().max().item()
+            torch.testing.assert_close(mixed[index], expected[index], rtol=0.0, atol=rounding)
 
 
 def test_a_batch_of_the_base_alone_is_the_base(method: Method) -> None:

@@ -133,6 +133,7 @@ class TestInALoop:
 
     def test_a_compiled_model_is_not_compiled_again(self) -> None:
         model = adapted(target_rank=2, target_modules=["lin"], **STAGES)
+        torch.compiler.reset()
         counter = CompileCounter()
         compiled = torch.compile(model, backend=counter)
         optimizer, squeezer = adamw(model), LoraSqueezer(compiled, 8)

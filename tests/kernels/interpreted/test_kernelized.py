@@ -15,7 +15,7 @@ from peft_zoo.kernels.kernelized_merge import factor_grad, fields, kernelized_me
 from tests.kernels.cases import SPECS
 
 TOLERANCE = 5e-6
-SHAPES = [(1, 1), (1, 63), (64, 1), (63, 64), (2, 1000), (1000, 2)]
+SHAPES = [(1, 1), (1, 63), (64, 1), (63, 64), (2, 300), (300, 2)]
 Factors = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -99,11 +99,11 @@ def test_groups_and_ranks(groups: int, rank: int, device: str) -> None:
     assert_kernels(make(spec, (33, 20), device, groups, rank), spec)
 
 
-@pytest.mark.parametrize(("kernel", "features"), [("piecewise_linear", (1, 4097)), ("mix_k", (4097, 2))], ids=str)
-def test_4097_features(kernel: str, features: tuple[int, int], device: str) -> None:
-    """With few on the other side, since the interpreter takes its time."""
+@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
+def test_many_features(kernel: str, device: str) -> None:
+    """With one on the other side and, since the interpreter takes its time, fewer in it."""
     spec = KernelSpec(kernel, sparsify="hard")
-    assert_kernels(make(spec, features, device, rank=2), spec)
+    assert_kernels(make(spec, (1, 4097 if device == "cuda" else 1025), device, rank=2), spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -127,13 +127,13 @@ def test_merging_rounds_once(dtype: torch.dtype, transposed: bool, device: str) 
 def test_every_pass_sees_the_same_bits(kernel: str, device: str) -> None:
     """The exact number is kept, whichever entry the threshold falls on; the threshold is one of the entries."""
     spec, dense = KernelSpec(kernel, sparsify="hard"), KernelSpec(kernel, sparsify="none")
-    factors = make(spec, (45, 150), device)
+    factors = make(spec, (45, 70), device)
     W = kernelized_weight(*factors, torch.tensor(0, device=device), dense)
-    for num_kept in (0, 1, 17, 675, 6749, 6750):
+    for num_kept in (0, 17, 3149, 3150):
         kept = torch.tensor(num_kept, device=device)
         assert int((kernelized_weight(*factors, kept, spec) != 0).sum()) == num_kept
         t = threshold(*factors, kept, spec)
-        assert int((W.abs() == t).sum()) == (num_kept < 6750)
+        assert int((W.abs() == t).sum()) == (num_kept < 3150)
 
 
 @pytest.mark.parametrize("fused", [False, True])
