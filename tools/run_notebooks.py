@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 import tempfile
@@ -30,7 +31,8 @@ def execute(path: Path, limit: float) -> float:
 
     with tempfile.TemporaryDirectory() as scratch:
         resources = {"metadata": {"path": scratch}}
-        NotebookClient(notebook, timeout_func=remaining, kernel_name="python3", resources=resources).execute()
+        client = NotebookClient(notebook, timeout_func=remaining, kernel_name="python3", resources=resources)
+        asyncio.run(client.async_execute())  # closes its loop, in whichever thread
     return time.monotonic() - start
 
 

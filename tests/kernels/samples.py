@@ -146,6 +146,24 @@ def _nf_dequantize(dtype: torch.dtype) -> list[Arguments]:
     return samples
 
 
+def _nf_linear(dtype: torch.dtype) -> list[Arguments]:
+    config, (rows, columns) = NFConfig(3, 4, "bf16", 16, 2), (6, 32)
+    tensor, numbers = quantize(torch.randn(rows, columns), config), (*config[:2], *config[3:], rows, columns)
+    x, dy = _leaf(2, 3, columns, dtype=dtype), _leaf(3, rows, dtype=dtype)
+    low, B, bias = _leaf(2, 3, 5, dtype=dtype), _leaf(rows, 5, dtype=dtype), _leaf(rows, dtype=dtype)
+    return [
+        (x, *tensor, low, B, bias, *numbers, False),
+        (x, *tensor, None, None, None, *numbers, False),
+        (dy, *tensor, None, None, None, *numbers, True),
+    ]
+
+
+def _nf_merge(dtype: torch.dtype) -> list[Arguments]:
+    config, (rows, columns) = NFConfig(4, 8, "fp32", 64, 256), (5, 64)
+    A, B = torch.randn(3, columns, dtype=dtype), torch.randn(rows, 3, dtype=dtype)
+    return [(*quantize(torch.randn(rows, columns), config), A, B, 0.3, *config[:2], *config[3:], dtype)]
+
+
 def _fill_basis(dtype: torch.dtype) -> list[Arguments]:
     return [
         (torch.zeros(3, 40, dtype=torch.uint8), 7, 1, UNIFORM, 2),
@@ -237,6 +255,8 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[Arguments]]] = {
     "masked_linear": _masked_linear,
     "masked_linear_backward": _masked_linear_backward,
     "nf_dequantize": _nf_dequantize,
+    "nf_linear": _nf_linear,
+    "nf_merge": _nf_merge,
     "fill_basis": _fill_basis,
     "basis_product": _basis_product,
     "scaled_basis_product": _scaled_basis_product,

@@ -38,7 +38,10 @@ def test_a_notebook_that_takes_too_long_fails(tmp_path: Path) -> None:
 def test_notebooks_that_run_at_a_time_are_all_reported_and_one_that_fails_fails_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    waits = "import time\nfrom pathlib import Path\nPath({mine!r}).touch()\nwhile not Path({other!r}).exists(): time.sleep(0.1)"
+    waits = (
+        "import time\nfrom pathlib import Path\n"
+        "Path({mine!r}).touch()\nwhile not Path({other!r}).exists(): time.sleep(0.1)"
+    )
     flags = [str(tmp_path / "1"), str(tmp_path / "2")]
     for name, (mine, other) in {"a": flags, "b": flags[::-1]}.items():
         (tmp_path / name).mkdir()

@@ -22,7 +22,7 @@ class RandLoraConfig(ZooConfig):
 
     method_name: ClassVar[str] = "randlora"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "randlora_alpha"}
-    suggested_learning_rate: ClassVar[float | None] = 1e-3
+    suggested_learning_rate: ClassVar[float | None] = 3e-4
 
     r: int = option(32, "Rank of one base, at least 1; a smaller one has more bases and trains more parameters.")
     randlora_alpha: float | None = option(

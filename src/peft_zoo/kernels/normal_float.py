@@ -94,6 +94,26 @@ class NFTensor(NamedTuple):
     offset: Tensor
     levels: Tensor
 
+    def check(self, config: NFConfig, shape: Sequence[int]) -> None:
+        """Refuse what is no matrix of this shape in this configuration.
+
+        Raises:
+            ValueError: Names the tensor, its shape and the one that is needed, or what `config` lacks.
+        """
+        config.check()
+        count = math.prod(shape)
+        blocks = -(-count // config.block)
+        needed = {
+            "codes": _length(count, config.bits),
+            "scales": _length(blocks, config.scale_bits),
+            "group_scales": -(-blocks // config.group),
+            "levels": 2**config.bits,
+        }
+        for name, length in needed.items():
+            if getattr(self, name).shape != (length,):
+                have = tuple(getattr(self, name).shape)
+                raise ValueError(f"{name} has the shape {have}; a matrix of {tuple(shape)} needs ({length},).")
+
 
 @functools.cache
 def _codebook(bits: int) -> Tensor:
@@ -260,20 +280,11 @@ def dequantize(tensor: NFTensor, config: NFConfig, shape: Sequence[int], dtype: 
     Raises:
         ValueError: If the tensors are too short for the shape, or `config` is not valid.
     """
-    config.check()
+    tensor.check(config, shape)
     count = math.prod(shape)
-    blocks = -(-count // config.block)
-    needed = {
-        "codes": _length(count, config.bits),
-        "scales": _length(blocks, config.scale_bits),
-        "group_scales": -(-blocks // config.group),
-        "levels": 2**config.bits,
-    }
-    for name, length in needed.items():
-        if getattr(tensor, name).shape != (length,):
-            have = tuple(getattr(tensor, name).shape)
-            raise ValueError(f"{name} has the shape {have}; a matrix of {tuple(shape)} needs ({length},).")
-    return _dequantize(*tensor, config.bits, config.scale_bits, config.block, config.group, count, dtype).view(shape)
+    return dequantize_operator(*tensor, config.bits, config.scale_bits, config.block, config.group, count, dtype).view(
+        shape
+    )
 
 
 def _length(count: int, bits: int) -> int:
@@ -322,7 +333,7 @@ def _refuse(
     triton="normal_float_triton",
     refuse=_refuse,
 )
-def _dequantize(
+def dequantize_operator(
     codes: Tensor,
     scales: Tensor,
     group_scales: Tensor,
@@ -335,6 +346,7 @@ def _dequantize(
     count: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    """`dequantize` on one axis, for operators that are made of it."""
     j = unpack(scales, scale_bits, -(-count // block))
     s = _scales(j, group_scales, offset, scale_bits, group)
     out = torch.empty(count, dtype=dtype, device=codes.device)
@@ -348,6 +360,6 @@ def _dequantize(
     return out
 
 
-@_dequantize.register_fake
+@dequantize_operator.register_fake
 def _(codes: Tensor, *rest: Any) -> Tensor:
     return torch.empty(rest[8], dtype=rest[9], device=codes.device)

@@ -1,0 +1,264 @@
+"""Triton kernels of `nf_linear` for few tokens and of `nf_merge`: the weight is decoded where it is used."""
+
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot16, dot_like, load_tile, store_tile, widen
+from peft_zoo.kernels.nf_linear import SMALL
+from peft_zoo.kernels.normal_float_triton import read_code
+
+ROWS, WIDTH, CHUNK, NUM_WARPS = 32, 64, 16, 4
+"""Rows and columns of the weight in a tile, and ranks at a time; not tuned on a GPU yet."""
+
+
+def nf_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    group_scales: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    low: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    scale_bits: int,
+    block: int,
+    group: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+) -> Tensor:
+    """`nf_linear.nf_linear`, for at most `SMALL` tokens."""
+    tokens = x.shape[:-1].numel()
+    y = x.new_empty(tokens, rows)
+    rank = 0 if B is None else B.shape[1]
+    # An unused pointer is never read.
+    low_rows = y if low is None else low.reshape(tokens, rank).contiguous()
+    _few_tokens[(triton.cdiv(rows, ROWS),)](
+        *(x.reshape(tokens, columns).contiguous(), codes, scales, group_scales, offset, levels, low_rows),
+        *(y if B is None else B.contiguous(), y if bias is None else bias.contiguous(), y),
+        *(tokens, rows, columns, rank, group),
+        **_constants(bits, scale_bits, block),
+        TOKENS=16 if tokens <= 16 else SMALL,
+        HAS_BIAS=bias is not None,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    return y.view(*x.shape[:-1], rows)
+
+
+def nf_merge(
+    codes: Tensor,
+    scales: Tensor,
+    group_scales: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    bits: int,
+    scale_bits: int,
+    block: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`nf_linear.nf_merge`."""
+    rows, columns = len(B), A.shape[1]
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    _merge[(triton.cdiv(rows, ROWS), triton.cdiv(columns, WIDTH))](
+        *(codes, scales, group_scales, offset, levels, A.contiguous(), B.contiguous(), out),
+        *(scaling, rows, columns, len(A), group),
+        **_constants(bits, scale_bits, block),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def _constants(bits: int, scale_bits: int, block: int) -> dict[str, Any]:
+    return {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "ROWS": ROWS, "WIDTH": WIDTH, "CHUNK": CHUNK}
+
+
+@triton.jit
+def _decode_tile(
+    codes_ptr,
+    scales_ptr,
+    group_scales_ptr,
+    offset_ptr,
+    levels_ptr,
+    row,
+    first,
+    rows,
+    columns,
+    group,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Q in `WIDTH` columns from `first` on, a multiple of WIDTH, float32; a row is made of whole blocks."""
+    BLOCKS: tl.constexpr = WIDTH // BLOCK if WIDTH > BLOCK else 1
+    start = row.to(tl.int64)[:, None] * columns + first
+    j = tl.arange(0, BLOCKS)[None, :]
+    there = (row < rows)[:, None] & (first + j * BLOCK < columns)
+    block = start // BLOCK + j
+    code = read_code(scales_ptr, block, there, SCALE_BITS).to(tl.float32)
+    g = widen(tl.load(group_scales_ptr + block // group, mask=there, other=1))
+    g = tl.where(g == 0, 1, g)  # the codes of such a group are 0
+    most = tl.full((ROWS, BLOCKS), 2**SCALE_BITS - 1, tl.float32)
+    s = tl.div_rn(code, tl.div_rn(most, g)) + tl.load(offset_ptr)
+    s = tl.reshape(tl.broadcast_to(s[:, :, None], (ROWS, BLOCKS, WIDTH // BLOCKS)), (ROWS, WIDTH))
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows)[:, None] & (first + column < columns)
+    return tl.load(levels_ptr + read_code(codes_ptr, start + column, inside, BITS)) * s
+
+
+@triton.jit
+def _few_tokens(
+    x_ptr,  # (tokens, columns)
+    codes_ptr,
+    scales_ptr,
+    group_scales_ptr,
+    offset_ptr,
+    levels_ptr,
+    low_ptr,  # (tokens, rank)
+    B_ptr,  # (rows, rank)
+    bias_ptr,  # (rows,)
+    out_ptr,  # (tokens, rows)
+    tokens,
+    rows,
+    columns,
+    rank,
+    group,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    token, row = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for first in range(0, columns, WIDTH):
+        x = load_tile(x_ptr, token, first + tl.arange(0, WIDTH), tokens, columns)
+        weight = _decode_tile(
+            codes_ptr,
+            scales_ptr,
+            group_scales_ptr,
+            offset_ptr,
+            levels_ptr,
+            row,
+            first,
+            rows,
+            columns,
+            group,
+            BITS,
+            SCALE_BITS,
+            BLOCK,
+            ROWS,
+            WIDTH,
+        )
+        total += dot_like(x, tl.trans(weight), dtype)
+    for first in range(0, rank, CHUNK):
+        low = load_tile(low_ptr, token, first + tl.arange(0, CHUNK), tokens, rank)
+        B = load_tile(B_ptr, row, first + tl.arange(0, CHUNK), rows, rank)
+        total += dot_like(low, tl.trans(widen(B)), dtype)
+    if HAS_BIAS:
+        total += widen(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[None, :]
+    store_tile(out_ptr, token, row, tokens, rows, total)
+
+
+@triton.jit
+def _merge(
+    codes_ptr,
+    scales_ptr,
+    group_scales_ptr,
+    offset_ptr,
+    levels_ptr,
+    A_ptr,  # (rank, columns)
+    B_ptr,  # (rows, rank)
+    out_ptr,  # (rows, columns)
+    scaling,
+    rows,
+    columns,
+    rank,
+    group,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH
+    column = first + tl.arange(0, WIDTH)
+    update = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(0, rank, CHUNK):
+        B = load_tile(B_ptr, row, start + tl.arange(0, CHUNK), rows, rank)
+        A = load_tile(A_ptr, start + tl.arange(0, CHUNK), column, rank, columns)
+        if A_ptr.dtype.element_ty == tl.float32:
+            update += tl.dot(B, A, input_precision="tf32x3")
+        else:
+            update += dot16(B, A)
+    weight = _decode_tile(
+        codes_ptr,
+        scales_ptr,
+        group_scales_ptr,
+        offset_ptr,
+        levels_ptr,
+        row,
+        first,
+        rows,
+        columns,
+        group,
+        BITS,
+        SCALE_BITS,
+        BLOCK,
+        ROWS,
+        WIDTH,
+    )
+    store_tile(out_ptr, row, column, rows, columns, weight + scaling * update)
+
+
+def shipped() -> Iterator[Shipped]:
+    """What the compile gate compiles: every width of value, few tokens and more of them, factors of both sizes."""
+    packed = {"codes_ptr": "*i32", "scales_ptr": "*i32", "group_scales_ptr": "*bf16"}
+    packed |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32"}
+    numbers = dict.fromkeys(("rows", "columns", "rank", "group"), "i32")
+    for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
+        sizes = _constants(bits, scale_bits, block)
+        for dtype, tokens in ((torch.bfloat16, 16), (torch.bfloat16, SMALL), (torch.float32, 16)):
+            dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
+            yield Shipped(
+                f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
+                _few_tokens,
+                packed | dense | numbers | {"tokens": "i32"},
+                sizes | {"TOKENS": tokens, "HAS_BIAS": True},
+                num_warps=NUM_WARPS,
+                has_dot=True,
+            )
+        for factors in (torch.bfloat16, torch.float32):
+            dense = dict.fromkeys(("A_ptr", "B_ptr"), POINTERS[factors]) | {"out_ptr": "*bf16", "scaling": "fp32"}
+            yield Shipped(
+                f"nf_merge[{bits} bits, {POINTERS[factors][1:]} factors]",
+                _merge,
+                packed | dense | numbers,
+                sizes,
+                num_warps=NUM_WARPS,
+                has_dot=True,
+            )

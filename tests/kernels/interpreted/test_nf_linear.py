@@ -1,0 +1,78 @@
+"""The linear layer in NormalFloat for few tokens, and merging, by Triton against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_zoo.kernels.base import OPERATORS
+from peft_zoo.kernels.nf_linear import nf_linear, nf_merge
+from peft_zoo.kernels.normal_float import NFConfig, NFTensor, quantize
+
+CONFIGS = [
+    NFConfig(2, 2, "bf16", 16, 16),
+    NFConfig(3, 8, "fp32", 64, 256),
+    NFConfig(4, 3, "fp16", 32, 5),
+    NFConfig(8, 4, "bf16", 128, 3),  # a block wider than a tile
+]
+SHAPES = [(1, 128), (33, 384)]
+
+
+def quantized(shape: tuple[int, int], config: NFConfig, device: str) -> NFTensor:
+    return quantize(torch.randn(shape, device=device) * torch.logspace(-2, 0, shape[1], device=device), config)
+
+
+def assert_near(found: Tensor, exact: Tensor, size: float) -> None:
+    """Within one rounding of the result, and what float32 loses in the sum."""
+    bound = torch.finfo(found.dtype).eps * exact.abs() + 5e-6 * size
+    assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.bits}-bits")
+def test_few_tokens(config: NFConfig, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    weight, (rows, columns) = quantized(shape, config, device), shape
+    numbers = (*config[:2], *config[3:], *shape, False)
+    for tokens, rank in (((1,), 0), ((2, 10), 5), ((32,), 17)):
+        x = torch.randn(*tokens, columns, device=device).to(dtype)
+        low, B, bias = (torch.randn(*s, device=device).to(dtype) for s in ((*tokens, rank), (rows, rank), (rows,)))
+        extra = (low, B, bias) if rank else (None, None, None)
+        operator = OPERATORS["nf_linear"]
+        assert operator.why_not_triton(x, *weight, *extra, *numbers) is None
+        found = operator(x, *weight, *extra, *numbers)
+        # The weight is rounded to the dtype of the input first, by definition.
+        Q = OPERATORS["nf_dequantize"].reference(*weight, *numbers[:4], rows * columns, dtype).view(shape).double()
+        exact = x.double() @ Q.mT + (low.double() @ B.double().mT + bias.double() if rank else 0)
+        assert found.dtype == dtype and found.shape == exact.shape
+        assert_near(found, exact, float((x.double().abs() @ Q.abs().mT).max()) + rank)
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.bits}-bits")
+def test_merging_rounds_once(config: NFConfig, dtype: torch.dtype, factors: torch.dtype, device: str) -> None:
+    for shape, rank in zip(SHAPES, (1, 17), strict=True):
+        weight = quantized(shape, config, device)
+        A, B = (torch.randn(s, device=device).to(factors) for s in ((rank, shape[1]), (shape[0], rank)))
+        numbers = (*config[:2], *config[3:])
+        assert OPERATORS["nf_merge"].why_not_triton(*weight, A, B, 0.3, *numbers, dtype) is None
+        found = nf_merge(weight, config, A, B, 0.3, dtype)
+        Q = OPERATORS["nf_dequantize"].reference(*weight, *numbers, shape[0] * shape[1], torch.float64).view(shape)
+        assert found.dtype == dtype
+        assert_near(found, Q + 0.3 * B.double() @ A.double(), rank**0.5)
+
+
+def test_what_the_kernels_leave_to_others(device: str) -> None:
+    config = NFConfig(4, 8, "fp32", 64, 256)
+    operator, weight = OPERATORS["nf_linear"], quantized((8, 64), config, device)
+    numbers = (*config[:2], *config[3:])
+    x = torch.randn(33, 64, device=device)
+    assert "restored once" in str(operator.why_not_triton(x, *weight, *[None] * 3, *numbers, 8, 64, False))
+    assert "restored once" in str(operator.why_not_triton(x[:4, :8], *weight, *[None] * 3, *numbers, 8, 64, True))
+    assert "float64" in str(operator.why_not_triton(x[:4].double(), *weight, *[None] * 3, *numbers, 8, 64, False))
+    odd = quantized((8, 72), config, device)
+    assert "whole blocks" in str(operator.why_not_triton(x[:4], *odd, *[None] * 3, *numbers, 8, 72, False))
+    expected = torch.nn.functional.linear(x, nf_merge(weight, config, x[:0], x.new_zeros(8, 0)))
+    torch.testing.assert_close(nf_linear(x, weight, config, (8, 64)), expected)
