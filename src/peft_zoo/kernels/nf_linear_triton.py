@@ -17,8 +17,9 @@ from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot16, dot_like, loa
 from peft_zoo.kernels.nf_linear import SMALL
 from peft_zoo.kernels.normal_float_triton import read_code
 
-ROWS, WIDTH, CHUNK, NUM_WARPS = 32, 64, 16, 4
-"""Rows and columns of the weight in a tile, and ranks at a time; not tuned on a GPU yet."""
+ROWS, WIDTH, CHUNK, NUM_WARPS = 16, 64, 16, 4
+"""Rows and columns of the weight in a tile (half as many where tokens are float32), and ranks at a time; not tuned on a
+GPU yet."""
 
 
 def nf_linear(
@@ -49,7 +50,7 @@ def nf_linear(
         *(x.reshape(tokens, columns).contiguous(), codes, scales, group_scales, offset, levels, low_rows),
         *(y if B is None else B.contiguous(), y if bias is None else bias.contiguous(), y),
         *(tokens, rows, columns, rank, group),
-        **_constants(bits, scale_bits, block),
+        **_constants(bits, scale_bits, block, x.dtype),
         TOKENS=16 if tokens <= 16 else SMALL,
         HAS_BIAS=bias is not None,
         num_warps=NUM_WARPS,
@@ -86,8 +87,9 @@ def nf_merge(
     return out
 
 
-def _constants(bits: int, scale_bits: int, block: int) -> dict[str, Any]:
-    return {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "ROWS": ROWS, "WIDTH": WIDTH, "CHUNK": CHUNK}
+def _constants(bits: int, scale_bits: int, block: int, tokens_dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    width = WIDTH // 2 if tokens_dtype == torch.float32 else WIDTH
+    return {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "ROWS": ROWS, "WIDTH": width, "CHUNK": CHUNK}
 
 
 @triton.jit
@@ -241,14 +243,13 @@ def shipped() -> Iterator[Shipped]:
     packed |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32"}
     numbers = dict.fromkeys(("rows", "columns", "rank", "group"), "i32")
     for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
-        sizes = _constants(bits, scale_bits, block)
         for dtype, tokens in ((torch.bfloat16, 16), (torch.bfloat16, SMALL), (torch.float32, 16)):
             dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
             yield Shipped(
                 f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
                 _few_tokens,
                 packed | dense | numbers | {"tokens": "i32"},
-                sizes | {"TOKENS": tokens, "HAS_BIAS": True},
+                _constants(bits, scale_bits, block, dtype) | {"TOKENS": tokens, "HAS_BIAS": True},
                 num_warps=NUM_WARPS,
                 has_dot=True,
             )
@@ -258,7 +259,7 @@ def shipped() -> Iterator[Shipped]:
                 f"nf_merge[{bits} bits, {POINTERS[factors][1:]} factors]",
                 _merge,
                 packed | dense | numbers,
-                sizes,
+                _constants(bits, scale_bits, block),
                 num_warps=NUM_WARPS,
                 has_dot=True,
             )
