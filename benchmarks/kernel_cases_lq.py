@@ -14,8 +14,6 @@ from benchmarks.kernel_cases import BFLOAT16, PRODUCT, Arguments, Case, Sizes, S
 from peft_zoo.kernels.normal_float import NFConfig, NFTensor, quantize
 
 CONFIG = NFConfig(4, 8, "fp32", 64, 256)
-
-
 TOKENS, RANK = 1, 64
 
 
@@ -57,10 +55,13 @@ def _bitsandbytes_merge(codes: Tensor, *rest: Any) -> Step:
     return lambda: bitsandbytes.functional.dequantize_4bit(packed, state).addmm_(B, A, alpha=scaling)
 
 
+def _peer(step: Callable[..., Step]) -> dict[str, Callable[..., Step]]:
+    return {"bitsandbytes": step} if importlib.util.find_spec("bitsandbytes") else {}
+
+
 def cases(sizes: Sizes) -> list[Case]:
     """All of them, at one size."""
     width, N = sizes.width, sizes.numel
-    numbers = CONFIG.bits, CONFIG.scale_bits, CONFIG.block, CONFIG.group
 
     def tensor(device: torch.device) -> NFTensor:
         return quantize(random_tensor(width, width, device=device, scale=width**-0.5), CONFIG)
@@ -69,22 +70,17 @@ def cases(sizes: Sizes) -> list[Case]:
         return random_tensor(rows, columns, device=device, scale=width**-0.5, dtype=torch.bfloat16)
 
     def restored(device: torch.device) -> Arguments:
-        return *tensor(device), *numbers, N, torch.bfloat16
+        return *tensor(device), *CONFIG.numbers, N, torch.bfloat16
 
     def linear(device: torch.device) -> Arguments:
         x, low = factor(TOKENS, width, device), factor(TOKENS, RANK, device)
-        return x, *tensor(device), low, factor(width, RANK, device), None, *numbers, width, width, False
+        return x, *tensor(device), low, factor(width, RANK, device), None, *CONFIG.numbers, width, width, False
 
     def merged(device: torch.device) -> Arguments:
         A, B = factor(RANK, width, device), factor(width, RANK, device)
-        return *tensor(device), A, B, 0.5, *numbers, torch.bfloat16
+        return *tensor(device), A, B, 0.5, *CONFIG.numbers, torch.bfloat16
 
     read, factors = round(CONFIG.bits_per_value * N / 8), 2 * RANK * width
-    has_peer = importlib.util.find_spec("bitsandbytes") is not None
-    peers: list[dict[str, Callable[..., Step]]] = [
-        {"bitsandbytes": peer} if has_peer else {}
-        for peer in (_bitsandbytes, _bitsandbytes_linear, _bitsandbytes_merge)
-    ]
     restore, multiply = Work(read + 2 * N, slots=8 * N), Work(read + factors, slots=8 * N)
     merge = Work(read + 2 * N + 2 * factors, 2 * N * RANK, 8 * N)
     return [
@@ -94,7 +90,7 @@ def cases(sizes: Sizes) -> list[Case]:
             restored,
             (restore,),
             tolerance=BFLOAT16,
-            peers=peers[0],
+            peers=_peer(_bitsandbytes),
         ),
         Case(
             f"nf_linear, {TOKENS} token, r={RANK}",
@@ -103,7 +99,9 @@ def cases(sizes: Sizes) -> list[Case]:
             (multiply,),
             tolerance=PRODUCT,
             by_norm=True,
-            peers=peers[1] | {"bfloat16": _dense},
+            peers=_peer(_bitsandbytes_linear) | {"bfloat16": _dense},
         ),
-        Case(f"nf_merge, r={RANK}", ("nf_merge",), merged, (merge,), tolerance=BFLOAT16, peers=peers[2]),
+        Case(
+            f"nf_merge, r={RANK}", ("nf_merge",), merged, (merge,), tolerance=BFLOAT16, peers=_peer(_bitsandbytes_merge)
+        ),
     ]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from benchmarks import study
 from benchmarks.study import Recipe
 
-LORA_RATES, RANDLORA_RATES = (0.001, 0.003, 0.01), (0.0001, 0.0003, 0.001)
+LORA_RATES, RANDLORA_RATES = (0.0003, 0.001, 0.003, 0.01), (0.0001, 0.0003, 0.001)
 RECIPES = {
     "LoRA r=8": Recipe("lora", {"r": "8", "lora_alpha": "8"}, LORA_RATES),
     "RandLoRA r=23": Recipe("randlora", {"r": "23"}, RANDLORA_RATES),

@@ -205,6 +205,12 @@ class TestFusing:
         model(torch.randn(2, 6))
         assert asked == ["default"]
 
+    def test_for_a_scaled_one_whose_scale_is_in_its_hands(self, asked: list[str]) -> None:
+        model, layer = toy_layer(nn.Linear(6, 5), toy_alpha=2.0)
+        layer.scale_layer(2.0)
+        model(torch.randn(2, 6))
+        assert asked == ["default"]
+
     SETUPS: ClassVar[dict[str, Callable[[Any, Any], Any]]] = {
         "trained base": lambda model, layer: layer.base_layer.bias.requires_grad_(True),
         "forward hook": lambda model, layer: layer.base_layer.register_forward_hook(lambda *a: None),

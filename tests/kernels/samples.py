@@ -142,26 +142,25 @@ def _nf_dequantize(dtype: torch.dtype) -> list[Arguments]:
     samples = []
     for config in (NFConfig(3, 4, "bf16", 16, 2), NFConfig(4, 8, "fp32", 64, 256)):
         tensor = quantize(torch.randn(5, 31), config)
-        samples.append((*tensor, config.bits, config.scale_bits, config.block, config.group, 155, dtype))
+        samples.append((*tensor, *config.numbers, 155, dtype))
     return samples
 
 
 def _nf_linear(dtype: torch.dtype) -> list[Arguments]:
     config, (rows, columns) = NFConfig(3, 4, "bf16", 16, 2), (6, 32)
-    tensor, numbers = quantize(torch.randn(rows, columns), config), (*config[:2], *config[3:], rows, columns)
-    x, dy = _leaf(2, 3, columns, dtype=dtype), _leaf(3, rows, dtype=dtype)
+    tensor, numbers = quantize(torch.randn(rows, columns), config), (*config.numbers, rows, columns)
+    x = _leaf(2, 3, columns, dtype=dtype)
     low, B, bias = _leaf(2, 3, 5, dtype=dtype), _leaf(rows, 5, dtype=dtype), _leaf(rows, dtype=dtype)
     return [
         (x, *tensor, low, B, bias, *numbers, False),
         (x, *tensor, None, None, None, *numbers, False),
-        (dy, *tensor, None, None, None, *numbers, True),
     ]
 
 
 def _nf_merge(dtype: torch.dtype) -> list[Arguments]:
     config, (rows, columns) = NFConfig(4, 8, "fp32", 64, 256), (5, 64)
     A, B = torch.randn(3, columns, dtype=dtype), torch.randn(rows, 3, dtype=dtype)
-    return [(*quantize(torch.randn(rows, columns), config), A, B, 0.3, *config[:2], *config[3:], dtype)]
+    return [(*quantize(torch.randn(rows, columns), config), A, B, 0.3, *config.numbers, dtype)]
 
 
 def _fill_basis(dtype: torch.dtype) -> list[Arguments]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_zoo.kernels.base import OPERATORS
 from peft_zoo.kernels.nf_linear import nf_linear, nf_merge
 from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, quantize
 
@@ -19,9 +20,8 @@ def weight() -> NFTensor:
 
 
 def factors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return torch.randn(5, SHAPE[1], dtype=dtype, requires_grad=True), torch.randn(
-        SHAPE[0], 5, dtype=dtype
-    ).requires_grad_()
+    A, B = torch.randn(5, SHAPE[1], dtype=dtype), torch.randn(SHAPE[0], 5, dtype=dtype)
+    return A.requires_grad_(), B.requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -33,20 +33,15 @@ def test_is_a_linear_layer_with_a_lora(weight: NFTensor, dtype: torch.dtype) -> 
     y = nf_linear(x, weight, CONFIG, SHAPE, bias, A, B, 0.7)
     low = F.linear(F.linear(x, A.to(dtype)) * 0.7, B.to(dtype))
     expected = F.linear(x, Q, bias.to(dtype)) + low
-    tolerance = {"rtol": 0.0, "atol": 4 * torch.finfo(dtype).eps * float(expected.detach().abs().max())}
-    torch.testing.assert_close(y, expected, **tolerance)
     dy = torch.randn_like(y)
-    for found, wanted in zip(*(torch.autograd.grad(z, leaves, dy) for z in (y, expected)), strict=True):
-        torch.testing.assert_close(
-            found, wanted, rtol=0.0, atol=4 * torch.finfo(dtype).eps * float(wanted.detach().abs().max())
-        )
+    results = ([z.detach(), *torch.autograd.grad(z, leaves, dy)] for z in (y, expected))
+    for found, wanted in zip(*results, strict=True):
+        atol = 4 * torch.finfo(dtype).eps * float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=atol)
 
 
 def test_gradients_and_theirs(weight: NFTensor) -> None:
-    x, bias = (
-        torch.randn(3, SHAPE[1], dtype=torch.float64).requires_grad_(),
-        torch.randn(SHAPE[0]).double().requires_grad_(),
-    )
+    x, bias = (torch.randn(*size).double().requires_grad_() for size in ((3, SHAPE[1]), (SHAPE[0],)))
 
     def layer(*leaves: Tensor) -> Tensor:
         x, bias, A, B = leaves
@@ -55,6 +50,13 @@ def test_gradients_and_theirs(weight: NFTensor) -> None:
     leaves = (x, bias, *factors(torch.float64))
     assert torch.autograd.gradcheck(layer, leaves)
     assert torch.autograd.gradgradcheck(layer, leaves)
+
+
+def test_its_transpose_which_is_its_gradient(weight: NFTensor) -> None:
+    arguments = (torch.randn(3, SHAPE[0]).requires_grad_(), *weight, *[None] * 3, *CONFIG.numbers, *SHAPE, True)
+    operator = OPERATORS["nf_linear"]
+    torch.testing.assert_close(operator(*arguments), operator.reference(*arguments))
+    torch.library.opcheck(operator.op, arguments)
 
 
 def test_keeps_neither_weight_nor_input(weight: NFTensor) -> None:

@@ -6,9 +6,9 @@ Definition, Q being the matrix `(out, in)` that `normal_float.dequantize` restor
     W  = Q + s B A                              with Q in float32, rounded once
 
 Nothing of the size of the weight is kept for the backward pass, and `x` only for the gradient of A. For up to `SMALL`
-tokens, as in generation, time goes into reading the weight: the kernel decodes it where it is multiplied, and adds
-what the LoRA says before it writes. For more, the weight is restored once and the library multiplies, which for a
-thousand tokens and more is what limits the time.
+tokens, as in generation, the kernel decodes the weight where it is multiplied, and adds what the LoRA says before it
+writes: it moves the packed weight and little else. For more, the weight is restored once, into memory of its size in
+16 bits, and the library multiplies. `python -m benchmarks.kernels` says what each moves; neither was timed on a GPU.
 
 Source: LQ-LoRA (arXiv 2311.12023), section 3.2, whose code restores the weight always.
 """
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_zoo.kernels.base import FLOATS, Choice, operator, refuse_dtypes
-from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize_operator
+from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize_operator, refuse
 
 __all__ = ["nf_linear", "nf_merge"]
 
@@ -76,7 +76,7 @@ def nf_linear(
         _check_factors(A, B, shape)
         low, B = F.linear(x, A.to(x.dtype)) * scaling, B.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    return _linear(x, *weight, low, B, bias, *_numbers(config), rows, columns, False)
+    return _linear(x, *weight, low, B, bias, *config.numbers, rows, columns, False)
 
 
 def nf_merge(
@@ -98,11 +98,7 @@ def nf_merge(
     shape = len(B), A.shape[-1]
     _check_factors(A, B, shape)
     weight.check(config, shape)
-    return _merge(*weight, A.detach(), B.detach(), scaling, *_numbers(config), dtype)
-
-
-def _numbers(config: NFConfig) -> tuple[int, int, int, int]:
-    return config.bits, config.scale_bits, config.block, config.group
+    return _merge(*weight, A.detach(), B.detach(), scaling, *config.numbers, dtype)
 
 
 def _check_factors(A: Tensor, B: Tensor, shape: Sequence[int]) -> None:
@@ -153,12 +149,10 @@ def _refuse_linear(x: Tensor, *rest: Any) -> str | None:
         return Choice("the weight is restored once and the library multiplies")
     if tokens * rows * columns == 0:
         return Choice("there is nothing to multiply")
-    return _refuse_rows(block, columns) or refuse_dtypes(x, allowed=FLOATS)
+    return refuse(block, x.dtype) or _refuse_rows(block, columns)
 
 
 def _refuse_rows(block: int, columns: int) -> str | None:
-    if block & (block - 1) or block > 1024:
-        return f"a block of {block} values is no power of two up to 1024"
     if columns % block or columns % 32:
         return f"rows of {columns} values are not made of whole blocks of {block} and whole words"
     return None
@@ -256,9 +250,7 @@ def _refuse_merge(codes: Tensor, *rest: Any) -> str | None:
     A, B, _, _, _, block, _, dtype = rest[4:]
     if len(B) * A.shape[1] == 0:
         return Choice("there is nothing to merge")
-    if dtype not in FLOATS:
-        return f"dtype {dtype} is not one of {', '.join(map(str, FLOATS))}"
-    return _refuse_rows(block, A.shape[1]) or refuse_dtypes(A, B, allowed=FLOATS)
+    return refuse(block, dtype) or _refuse_rows(block, A.shape[1]) or refuse_dtypes(A, B, allowed=FLOATS)
 
 
 @operator(

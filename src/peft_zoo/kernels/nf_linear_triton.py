@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot16, dot_like, load_tile, store_tile, widen
+from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot_like, load_tile, store_tile, widen
 from peft_zoo.kernels.nf_linear import SMALL
-from peft_zoo.kernels.normal_float_triton import read_code
+from peft_zoo.kernels.normal_float_triton import read_code, read_scale
 
 ROWS, WIDTH, CHUNK, NUM_WARPS = 16, 64, 16, 4
-"""Rows and columns of the weight in a tile (half as many where tokens are float32), and ranks at a time; not tuned on a
-GPU yet."""
+"""Rows and columns of the weight in a tile, and ranks at a time; not tuned on a GPU yet."""
 
 
 def nf_linear(
@@ -50,7 +48,7 @@ def nf_linear(
         *(x.reshape(tokens, columns).contiguous(), codes, scales, group_scales, offset, levels, low_rows),
         *(y if B is None else B.contiguous(), y if bias is None else bias.contiguous(), y),
         *(tokens, rows, columns, rank, group),
-        **_constants(bits, scale_bits, block, x.dtype),
+        **_constants(bits, scale_bits, block, _width(x.dtype)),
         TOKENS=16 if tokens <= 16 else SMALL,
         HAS_BIAS=bias is not None,
         num_warps=NUM_WARPS,
@@ -80,16 +78,20 @@ def nf_merge(
     _merge[(triton.cdiv(rows, ROWS), triton.cdiv(columns, WIDTH))](
         *(codes, scales, group_scales, offset, levels, A.contiguous(), B.contiguous(), out),
         *(scaling, rows, columns, len(A), group),
-        **_constants(bits, scale_bits, block),
+        **_constants(bits, scale_bits, block, WIDTH),
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
     )
     return out
 
 
-def _constants(bits: int, scale_bits: int, block: int, tokens_dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    width = WIDTH // 2 if tokens_dtype == torch.float32 else WIDTH
+def _constants(bits: int, scale_bits: int, block: int, width: int) -> dict[str, int]:
     return {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "ROWS": ROWS, "WIDTH": width, "CHUNK": CHUNK}
+
+
+def _width(dtype: torch.dtype) -> int:
+    """Columns in a tile that tokens of a dtype are multiplied with; twice as many would take too many registers."""
+    return WIDTH // 2 if dtype == torch.float32 else WIDTH
 
 
 @triton.jit
@@ -116,11 +118,7 @@ def _decode_tile(
     j = tl.arange(0, BLOCKS)[None, :]
     there = (row < rows)[:, None] & (first + j * BLOCK < columns)
     block = start // BLOCK + j
-    code = read_code(scales_ptr, block, there, SCALE_BITS).to(tl.float32)
-    g = widen(tl.load(group_scales_ptr + block // group, mask=there, other=1))
-    g = tl.where(g == 0, 1, g)  # the codes of such a group are 0
-    most = tl.full((ROWS, BLOCKS), 2**SCALE_BITS - 1, tl.float32)
-    s = tl.div_rn(code, tl.div_rn(most, g)) + tl.load(offset_ptr)
+    s = read_scale(scales_ptr, group_scales_ptr, offset_ptr, block, there, group, SCALE_BITS)
     s = tl.reshape(tl.broadcast_to(s[:, :, None], (ROWS, BLOCKS, WIDTH // BLOCKS)), (ROWS, WIDTH))
     column = tl.arange(0, WIDTH)[None, :]
     inside = (row < rows)[:, None] & (first + column < columns)
@@ -213,10 +211,7 @@ def _merge(
     for start in range(0, rank, CHUNK):
         B = load_tile(B_ptr, row, start + tl.arange(0, CHUNK), rows, rank)
         A = load_tile(A_ptr, start + tl.arange(0, CHUNK), column, rank, columns)
-        if A_ptr.dtype.element_ty == tl.float32:
-            update += tl.dot(B, A, input_precision="tf32x3")
-        else:
-            update += dot16(B, A)
+        update += dot_like(B, widen(A), A_ptr.dtype.element_ty)
     weight = _decode_tile(
         codes_ptr,
         scales_ptr,
@@ -249,7 +244,7 @@ def shipped() -> Iterator[Shipped]:
                 f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
                 _few_tokens,
                 packed | dense | numbers | {"tokens": "i32"},
-                _constants(bits, scale_bits, block, dtype) | {"TOKENS": tokens, "HAS_BIAS": True},
+                _constants(bits, scale_bits, block, _width(dtype)) | {"TOKENS": tokens, "HAS_BIAS": True},
                 num_warps=NUM_WARPS,
                 has_dot=True,
             )
@@ -259,7 +254,7 @@ def shipped() -> Iterator[Shipped]:
                 f"nf_merge[{bits} bits, {POINTERS[factors][1:]} factors]",
                 _merge,
                 packed | dense | numbers,
-                _constants(bits, scale_bits, block),
+                _constants(bits, scale_bits, block, WIDTH),
                 num_warps=NUM_WARPS,
                 has_dot=True,
             )

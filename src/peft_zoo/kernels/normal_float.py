@@ -71,6 +71,11 @@ class NFConfig(NamedTuple):
                 raise ValueError(f"NFConfig: {name}={value!r} must be an integer of at least 1.")
 
     @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """Bits, bits of a scale, block and group: what the operators take, which see the dtype of the scales."""
+        return self.bits, self.scale_bits, self.block, self.group
+
+    @property
     def bits_per_value(self) -> float:
         """Size of a large matrix, without the 32 bits of its offset and the table of its levels."""
         second = 8 * SCALE_DTYPES[self.scale_dtype].itemsize
@@ -281,10 +286,7 @@ def dequantize(tensor: NFTensor, config: NFConfig, shape: Sequence[int], dtype: 
         ValueError: If the tensors are too short for the shape, or `config` is not valid.
     """
     tensor.check(config, shape)
-    count = math.prod(shape)
-    return dequantize_operator(*tensor, config.bits, config.scale_bits, config.block, config.group, count, dtype).view(
-        shape
-    )
+    return dequantize_operator(*tensor, *config.numbers, math.prod(shape), dtype).view(shape)
 
 
 def _length(count: int, bits: int) -> int:
@@ -316,8 +318,11 @@ def _refuse(
     codes: Tensor, scales: Tensor, group_scales: Tensor, offset: Tensor, levels: Tensor, *numbers: Any
 ) -> str | None:
     _, _, block, _, count, dtype = numbers
-    if count == 0:
-        return Choice("there is nothing to write")
+    return Choice("there is nothing to write") if count == 0 else refuse(block, dtype)
+
+
+def refuse(block: int, dtype: torch.dtype) -> str | None:
+    """Why no kernel decodes such blocks into such numbers, or None."""
     if block & (block - 1) or block > 1024:
         return f"a block of {block} values is no power of two up to 1024"
     if dtype not in FLOATS:

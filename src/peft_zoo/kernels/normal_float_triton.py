@@ -61,15 +61,21 @@ def _dequantize(
 ):
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = block * BLOCK < count
-    j = read_code(scales_ptr, block, there, SCALE_BITS).to(tl.float32)
-    g = widen(tl.load(group_scales_ptr + block // group, mask=there, other=1))
-    g = tl.where(g == 0, 1, g)  # the codes of such a group are 0
-    # Division as IEEE rounds it: the scales have the bits that the codes of the values were chosen for.
-    s = tl.div_rn(j, tl.div_rn(tl.full((ROWS,), 2**SCALE_BITS - 1, tl.float32), g)) + tl.load(offset_ptr)
+    s = read_scale(scales_ptr, group_scales_ptr, offset_ptr, block, there, group, SCALE_BITS)
     place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = place < count
     level = tl.load(levels_ptr + read_code(codes_ptr, place, inside, BITS))
     tl.store(out_ptr + place, narrow(level * s[:, None], out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def read_scale(scales_ptr, group_scales_ptr, offset_ptr, block, there, group, SCALE_BITS: tl.constexpr):
+    """Scales of some blocks, float32; `normal_float._scales`."""
+    j = read_code(scales_ptr, block, there, SCALE_BITS).to(tl.float32)
+    g = widen(tl.load(group_scales_ptr + block // group, mask=there, other=1))
+    g = tl.where(g == 0, 1, g)  # the codes of such a group are 0
+    # Division as IEEE rounds it: the scales have the bits that the codes of the values were chosen for.
+    return tl.div_rn(j, tl.div_rn(tl.zeros_like(g) + (2**SCALE_BITS - 1), g)) + tl.load(offset_ptr)
 
 
 @triton.jit

@@ -99,11 +99,12 @@ def test_groups_and_ranks(groups: int, rank: int, device: str) -> None:
     assert_kernels(make(spec, (33, 20), device, groups, rank), spec)
 
 
-@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
-def test_many_features(kernel: str, device: str) -> None:
-    """With one on the other side and, since the interpreter takes its time, fewer in it."""
-    spec = KernelSpec(kernel, sparsify="hard")
-    assert_kernels(make(spec, (1, 4097 if device == "cuda" else 1025), device, rank=2), spec)
+@pytest.mark.parametrize(("kernel", "others", "axis"), [("piecewise_linear", 1, 1), ("mix_k", 2, 0)])
+def test_many_features(kernel: str, others: int, axis: int, device: str) -> None:
+    """With few on the other side and, since the interpreter takes its time, fewer in it."""
+    spec, features = KernelSpec(kernel, sparsify="hard"), [others, others]
+    features[axis] = 4097 if device == "cuda" else 1025
+    assert_kernels(make(spec, (features[0], features[1]), device, rank=2), spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -129,7 +130,7 @@ def test_every_pass_sees_the_same_bits(kernel: str, device: str) -> None:
     spec, dense = KernelSpec(kernel, sparsify="hard"), KernelSpec(kernel, sparsify="none")
     factors = make(spec, (45, 70), device)
     W = kernelized_weight(*factors, torch.tensor(0, device=device), dense)
-    for num_kept in (0, 17, 3149, 3150):
+    for num_kept in (0, 1, 17, 315, 3149, 3150):
         kept = torch.tensor(num_kept, device=device)
         assert int((kernelized_weight(*factors, kept, spec) != 0).sum()) == num_kept
         t = threshold(*factors, kept, spec)
