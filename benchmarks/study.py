@@ -1,7 +1,8 @@
 """What studies of quality share: recipes that are tuned alike on a real task, runs that are remembered, one table.
 
 Each recipe's learning rate is chosen on the validation split with a seed of its own; the test split is scored once for
-each seed. Every finished run is kept in `runs.jsonl`; started again, a study goes on where it was stopped.
+each seed. Finished runs are kept in `runs.jsonl`; started again, a study goes on where it was stopped. `--jobs` trains
+in several processes at once, which pays where one small model does not fill the machine.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ SHARED = ("steps", "max_length", "batch_size", "eval_size", "model", "data")
 
 Run = dict[str, Any]
 Score = Callable[[str, Task, Any, Dataset[Any]], dict[str, float]]
+Key = tuple[str, float, int, str]
+"""Recipe, learning rate, seed and split."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Study:
         self, recipes: Mapping[str, Recipe], settings: Run, dtype: str, folder: Path, score: Score = perplexity
     ) -> None:
         self.recipes, self.settings, self.dtype, self.score = recipes, settings, dtype, score
-        self.path = folder / "runs.jsonl"
+        self.path, self.work = folder / "runs.jsonl", folder / "work"
         folder.mkdir(parents=True, exist_ok=True)
         self.done: list[Run] = []
         if self.path.is_file():
@@ -68,16 +73,32 @@ class Study:
 
     def run(self, name: str, rate: float, seed: int, split: str) -> Run:
         """The scores of one run, trained now unless it is on record."""
-        key = {"recipe": name, "rate": rate, "seed": seed, "split": split, "dtype": self.dtype, **self.settings}
-        for run in self.done:
-            if all(run.get(field) == value for field, value in key.items()):
-                return run
+        return self._on_record((name, rate, seed, split)) or self._remember(self.train(name, rate, seed, split))
+
+    def run_together(self, keys: Iterable[Key], jobs: int) -> None:
+        """Train those that are not on record, `jobs` at once, each in a process that holds nothing else."""
+        missing = [key for key in keys if not self._on_record(key)]
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            for result in pool.map(self.train, *zip(*missing, strict=True)) if missing else ():
+                self._remember(result)
+
+    def _full(self, key: Key) -> Run:
+        named = dict(zip(("recipe", "rate", "seed", "split"), key, strict=True))
+        return {**named, "dtype": self.dtype, **self.settings}
+
+    def _on_record(self, key: Key) -> Run | None:
+        full = self._full(key).items()
+        return next((run for run in self.done if all(run.get(field) == value for field, value in full)), None)
+
+    def train(self, name: str, rate: float, seed: int, split: str) -> Run:
+        """Train and score one run, on record or not."""
         start = time.perf_counter()
+        logging.getLogger("transformers").setLevel(logging.ERROR)
         recipe = self.recipes[name]
         task = load_task(
             resolve_settings(
                 {**self.settings, "method": recipe.method, "learning_rate": rate, "seed": seed},
-                {"options": recipe.options, "output": str(self.path.parent / "work")},
+                {"options": recipe.options, "output": str(self.work)},
             )
         )
         data = task.load_data()
@@ -85,25 +106,27 @@ class Study:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         losses = fit(task, model, data.train)
         scores = self.score(name, task, model, data.test if split == "test" else data.validation)
-        result = {**key, "scores": scores, "parameters": trained, "train_loss": losses[-1][1]}
-        result["seconds"] = time.perf_counter() - start
-        self._remember(result)
+        result = {**self._full((name, rate, seed, split)), "scores": scores, "parameters": trained}
+        result |= {"train_loss": losses[-1][1], "seconds": time.perf_counter() - start}
         print(f"{name:<8} rate {rate:g} seed {seed} {split}: {scores} in {result['seconds']:.0f} s", flush=True)
         return result
 
-    def _remember(self, result: Run) -> None:
+    def _remember(self, result: Run) -> Run:
         self.done.append(result)
         draft = self.path.with_suffix(".tmp")
         draft.write_text("".join(json.dumps(run) + "\n" for run in self.done), encoding="utf-8")
         os.replace(draft, self.path)
+        return result
 
-    def report(self, rates: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
+    def report(self, rates: Sequence[float], seeds: Sequence[int], jobs: int = 1) -> dict[str, Any]:
         """All recipes, each with its best rate: a row for every name that a run has scores for."""
         rows: dict[str, Any] = {}
-        for name, recipe in self.recipes.items():
-            grid = recipe.rates or tuple(rates)
-            tuned = {rate: self.run(name, rate, TUNING_SEED, "validation")["scores"][name] for rate in grid}
-            best = min(grid, key=lambda rate: tuned[rate])
+        grids = {name: recipe.rates or tuple(rates) for name, recipe in self.recipes.items()}
+        if jobs > 1:
+            self.run_together(((n, rate, TUNING_SEED, "validation") for n in grids for rate in grids[n]), jobs)
+            self.run_together(((n, self._tuned(n, grids[n])[0], s, "test") for n in grids for s in seeds), jobs)
+        for name, grid in grids.items():
+            best, tuned = self._tuned(name, grid)
             runs = {seed: self.run(name, best, seed, "test") for seed in seeds}
             for row in next(iter(runs.values()))["scores"]:
                 scores = [run["scores"][row] for run in runs.values()]
@@ -117,7 +140,12 @@ class Study:
                     "parameters": next(iter(runs.values())).get("parameters"),
                     "seconds": statistics.fmean(run["seconds"] for run in runs.values()),
                 }
-        return {"settings": self.settings, "dtype": self.dtype, "rows": rows}
+        return {"settings": self.settings, "dtype": self.dtype, "jobs": jobs, "rows": rows}
+
+    def _tuned(self, name: str, grid: Sequence[float]) -> tuple[float, dict[float, float]]:
+        """The best rate of a recipe, and the validation score of each."""
+        tuned = {rate: self.run(name, rate, TUNING_SEED, "validation")["scores"][name] for rate in grid}
+        return min(grid, key=lambda rate: tuned[rate]), tuned
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -169,16 +197,17 @@ def main(
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
     parser.add_argument("--rates", default="0.0003,0.001,0.003", help="for recipes without a grid of their own")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that train at once")
     parser.add_argument("--only", default=",".join(recipes), help="recipes, for a part of the study")
     parser.add_argument("--output", default=f"runs/{name}_study")
     parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{name}_study.json")
     words = parser.parse_args(arguments)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     settings = {"task": "language", **{field: getattr(words, field) for field in SHARED}}
     chosen = {recipe: recipes[recipe] for recipe in words.only.split(",")}
     rates, seeds = [float(rate) for rate in words.rates.split(",")], [int(seed) for seed in words.seeds.split(",")]
-    report = Study(chosen, settings, words.dtype, Path(words.output), score).report(rates, seeds)
+    report = Study(chosen, settings, words.dtype, Path(words.output), score).report(rates, seeds, words.jobs)
     print(table(report))
     if words.save:
-        write_json(RESULTS / f"{name}_study.json", {"machine": machine(torch.device("cpu")), **report})
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        write_json(RESULTS / f"{name}_study.json", {"machine": machine(device), **report})
     return 0

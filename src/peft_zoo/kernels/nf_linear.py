@@ -187,11 +187,16 @@ def _linear(
 ) -> Tensor:
     parts, numbers = (codes, scales, group_scales, offset, levels), (bits, scale_bits, block, group)
     Q = dequantize_operator(*parts, *numbers, rows * columns, x.dtype).view(rows, columns)
-    tokens = x.shape[:-1].numel()
-    y = F.linear(x.reshape(tokens, x.shape[-1]), Q.mT if transposed else Q, bias)
+    Q, tokens = (Q.mT if transposed else Q), x.shape[:-1].numel()
+    out = x.new_empty(*x.shape[:-1], len(Q))  # and not a view of two dimensions: the caller may write into it
+    y, flat = out.view(tokens, len(Q)), x.reshape(tokens, x.shape[-1])
+    if bias is None:
+        torch.mm(flat, Q.mT, out=y)
+    else:
+        torch.addmm(bias, flat, Q.mT, out=y)
     if low is not None and B is not None:
         y.addmm_(low.reshape(tokens, B.shape[1]), B.mT)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return out
 
 
 @_linear.register_fake

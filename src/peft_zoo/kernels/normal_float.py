@@ -31,7 +31,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.base import FLOATS, Choice, operator
 
-__all__ = ["NFConfig", "NFTensor", "codebook", "dequantize", "pack", "quantize", "unpack"]
+__all__ = ["NFConfig", "NFTensor", "codebook", "dequantize", "empty_nf", "pack", "packed_bits", "quantize", "unpack"]
 
 BITS = (2, 3, 4, 8)
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -287,6 +287,29 @@ def dequantize(tensor: NFTensor, config: NFConfig, shape: Sequence[int], dtype: 
     """
     tensor.check(config, shape)
     return dequantize_operator(*tensor, *config.numbers, math.prod(shape), dtype).view(shape)
+
+
+def empty_nf(config: NFConfig, count: int, device: torch.device | str | None = None) -> NFTensor:
+    """Tensors of the sizes that a matrix of `count` values takes, of zeros, to be filled from a file."""
+    blocks = -(-count // config.block)
+
+    def words(length: int, bits: int) -> Tensor:
+        return torch.zeros(_length(length, bits), dtype=torch.int32, device=device)
+
+    return NFTensor(
+        words(count, config.bits),
+        words(blocks, config.scale_bits),
+        torch.zeros(-(-blocks // config.group), dtype=SCALE_DTYPES[config.scale_dtype], device=device),
+        torch.zeros((), device=device),
+        torch.zeros(2**config.bits, device=device),
+    )
+
+
+def packed_bits(config: NFConfig, count: int) -> int:
+    """Bits of a matrix of `count` values, without its offset and levels, as `NFConfig.bits_per_value`."""
+    words = _length(count, config.bits) + _length(-(-count // config.block), config.scale_bits)
+    second = 8 * SCALE_DTYPES[config.scale_dtype].itemsize
+    return 32 * words + second * -(-count // (config.block * config.group))
 
 
 def _length(count: int, bits: int) -> int:

@@ -26,7 +26,7 @@ from peft_zoo.kernels.low_rank_random import RandomizedSvd, randomized_svd
 from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, quantize
 from peft_zoo.kernels.rank_plan import check_count
 
-__all__ = ["QuantizedLowRank", "quantized_low_rank"]
+__all__ = ["QuantizedLowRank", "first_svd", "quantized_low_rank"]
 
 Keep = Literal["best", "last"]
 Svd = Literal["warm", "randomized", "exact"]
@@ -112,6 +112,31 @@ def quantized_low_rank(
             break
     assert best is not None  # there is at least one iteration
     return best
+
+
+def first_svd(
+    W: Tensor, rank: int, *, seed: int = 0, row: Tensor | None = None, column: Tensor | None = None
+) -> tuple[RandomizedSvd | None, float]:
+    """What `quantized_low_rank` begins with, to be shared where a matrix is split in many ways.
+
+    Args:
+        W: As there, for all that follow; the SVD serves every rank up to `rank`.
+        rank: From 0, where there is no SVD.
+        seed: Of its random numbers.
+        row: `(m,)`.
+        column: `(n,)`.
+
+    Returns:
+        `start`, and the norm that errors are relative to.
+
+    Raises:
+        ValueError: As there.
+    """
+    _check(W, rank, 1, 0.0, {"keep": "best", "svd": "randomized", "codebook": "nf"})
+    wide = W.detach().float()
+    weights = _weight("row", row, wide.shape[0], wide.device), _weight("column", column, wide.shape[1], wide.device)
+    weighted = _weighted(wide, weights)
+    return _svd(weighted, rank, "randomized", None, seed) if rank else None, weighted.norm().item()
 
 
 def _svd(matrix: Tensor, rank: int, how: Svd, last: RandomizedSvd | None, seed: int) -> RandomizedSvd:
