@@ -241,9 +241,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, result: Row) -> None:
-    """Save a result, its folder made if need be."""
+    """Save a result, its folder made if need be; the file is the old one or the new one at every moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def replace_block(text: str, name: str, content: str) -> str:

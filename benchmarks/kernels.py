@@ -1,21 +1,30 @@
 """Every operator on an NVIDIA GPU: time, bandwidth, and how much faster than torch, torch.compile, cuBLAS or peft.
 
     python -m benchmarks.kernels               measure, print, write benchmarks/results/kernels_<device>.json
+    python -m benchmarks.kernels --no-compile  without torch.compile, which takes minutes for some definitions
     python -m benchmarks.kernels --quick       the same at small sizes; writes nothing
     python -m benchmarks.kernels --estimate    only the least time that an H100 needs; all there is without a GPU
+    python -m benchmarks.kernels --markdown    only put the saved results into docs/kernels.md
 
 An operator is only timed after its result has been compared with its definition in float64, in this run and at this
-size. If that fails it has no number, nobody is compared with it, nothing is saved and the exit status is 1.
+size. If that fails it has no number, nobody is compared with it, nothing is saved and the exit status is 1. While it
+measures, what there is lies in kernels_<device>.partial.json. A run that ends early, or finds something wrong, leaves
+it there; only a whole run in which all is right replaces the result.
 
-Times are medians of `triton.testing.do_bench`, which empties the L2 cache between calls, and so hides launches as long
-as nothing waits for the device. "% of copy" compares with what copying 1 GiB reaches in the same run, and counts only
-the bytes that the operator cannot avoid.
+Times ("us") are medians of `triton.testing.do_bench`, which empties the L2 cache before every call. That hides the
+launches as far as they take no longer than the emptying; an operator called from Python often takes longer, and then
+the time is that of the launches. "us, graph" is the time inside a CUDA graph (`triton.testing.do_bench_cudagraph`),
+which launches everything at once: the device's work alone. The L2 cache is not emptied there, so what fits into it may
+be faster than memory. A step that waits for the device cannot be captured and has no such time. All are compared by
+"us". "% of copy" compares with what copying 1 GiB reaches in the same run, and counts only the bytes that the operator
+cannot avoid.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -23,7 +32,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +46,17 @@ OURS = {TRITON: "triton", TORCH: "torch"}
 """Our two ways, and the `PEFT_ZOO_KERNELS` that chooses them."""
 
 COPY_BYTES = 2**30
+PAGE = common.ROOT / "docs" / "kernels.md"
 Row = dict[str, Any]
 Timer = Callable[[Step], Sequence[float]]
 """Of a step the median, the fifth part and four fifths of its seconds."""
+
+
+class Clock(NamedTuple):
+    """How steps are timed: one call after the other, and inside a CUDA graph; None where that cannot be."""
+
+    calls: Timer
+    graph: Callable[[Step], float | None]
 
 
 def do_bench(step: Step) -> Sequence[float]:
@@ -47,6 +64,24 @@ def do_bench(step: Step) -> Sequence[float]:
     from triton.testing import do_bench as bench
 
     return [milliseconds / 1e3 for milliseconds in bench(step, quantiles=[0.5, 0.2, 0.8])]
+
+
+def in_graph(step: Step) -> float | None:
+    """Seconds of a step inside a CUDA graph of about 10 ms, the mean of ten replays; None if it cannot be captured.
+
+    A failed capture would leave torch's random generators unusable. So what waits for the device is found out before.
+    """
+    from triton.testing import do_bench_cudagraph as bench
+
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return bench(step, rep=10) / 1e3
+    except RuntimeError:
+        return None
 
 
 def copy_rate(device: torch.device, timer: Timer) -> float:
@@ -129,7 +164,7 @@ def reference_of(case: Case, operator: Operator) -> Callable[..., Any]:
 # ---- measuring ----
 
 
-def measure(case: Case, device: torch.device, timer: Timer, compiled: bool = True) -> list[Row]:
+def measure(case: Case, device: torch.device, clock: Clock, compiled: bool = True) -> list[Row]:
     """The rows of a case: our two ways, and unless they are wrong the definition, compiled and not, and the peers."""
     operator = all_operators()[case.operators[0]]
     arguments = case.make(device)
@@ -138,12 +173,12 @@ def measure(case: Case, device: torch.device, timer: Timer, compiled: bool = Tru
     for name, mode in OURS.items():
         with kernels(mode):
             refused = _why_left_to_torch(case, operator, arguments) if name == TRITON else None
-            rows.append({"method": name, "skipped": refused} if refused else _own(case, name, want, arguments, timer))
+            rows.append({"method": name, "skipped": refused} if refused else _own(case, name, want, arguments, clock))
     if any("wrong" in row for row in rows):
         return [row if "wrong" in row else {"method": row["method"], "skipped": "see above"} for row in rows]
     for name, build in _others(case, operator, compiled).items():
         try:
-            rows.append(_timed(name, build(*arguments), timer))
+            rows.append(_timed(name, build(*arguments), clock))
         except Exception as error:  # noqa: BLE001, others may fail in any way, and we are measured all the same
             rows.append({"method": name, "skipped": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"})
     return rows
@@ -155,18 +190,24 @@ def _why_left_to_torch(case: Case, operator: Operator, arguments: Arguments) -> 
     return why_not_triton(next(a for a in arguments if isinstance(a, Tensor)))
 
 
-def _own(case: Case, name: str, want: list[Tensor], arguments: Arguments, timer: Timer) -> Row:
+def _own(case: Case, name: str, want: list[Tensor], arguments: Arguments, clock: Clock) -> Row:
     operator = all_operators()[case.operators[0]]
     wrong = what_is_wrong(case, outcome(case, operator, arguments), want)
     if wrong:
         return {"method": name, "wrong": wrong}
     run, own = case.run or operator, private(operator, arguments)
-    return _timed(name, lambda: run(*own), timer)
+    return _timed(name, lambda: run(*own), clock)
 
 
-def _timed(name: str, step: Step, timer: Timer) -> Row:
-    median, low, high = timer(step)
-    return {"method": name, "seconds": median, "seconds_20": low, "seconds_80": high}
+def _timed(name: str, step: Step, clock: Clock) -> Row:
+    median, low, high = clock.calls(step)
+    return {
+        "method": name,
+        "seconds": median,
+        "seconds_20": low,
+        "seconds_80": high,
+        "graph_seconds": clock.graph(step),
+    }
 
 
 def _others(case: Case, operator: Operator, compiled: bool) -> dict[str, Callable[..., Step]]:
@@ -196,7 +237,8 @@ def facts(device: torch.device) -> Row:
 
 # ---- showing ----
 
-HEADER = ("", "us", "20 %", "80 %", "GB/s", "% of copy", "x longer than ours")
+HEADER = ("", "us", "20 %", "80 %", "us, graph", "GB/s", "% of copy", "x longer than ours")
+SUMMARY = ("us", "ours", "ours, graph", "torch path", "fastest other", "floor")
 
 
 def table(case: Case, rows: Sequence[Row], rate: float) -> str:
@@ -208,12 +250,45 @@ def table(case: Case, rows: Sequence[Row], rate: float) -> str:
 def _cells(case: Case, row: Mapping[str, Any], base: float | None, rate: float) -> tuple[str, ...]:
     if "seconds" not in row:
         return f"{row['method']}: {row.get('wrong') or row['skipped']}", *["-"] * (len(HEADER) - 1)
-    times = [f"{row[key] * 1e6:.1f}" for key in ("seconds", "seconds_20", "seconds_80")]
+    times = [_microseconds(row[key]) for key in ("seconds", "seconds_20", "seconds_80", "graph_seconds")]
     moved = case.bytes / row["seconds"]
     return (
         *(row["method"], *times, f"{moved / 1e9:.0f}", f"{100 * moved / rate:.0f}"),
         f"{row['seconds'] / base:.2f}" if base else "-",
     )
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def markdown(results: Sequence[Row]) -> str:
+    """Saved results as Markdown, a row for each case: Triton, the torch path, and the fastest of all others."""
+    floors, parts = {case.name: case.floor(H100)[0] for case in cases()}, []
+    for result in results:
+        machine, rows = result["machine"], []
+        for case in result["cases"]:
+            timed = {row["method"]: row for row in case["rows"] if "seconds" in row}
+            ours, torch_path = timed.get(TRITON, {}), timed.get(TORCH, {})
+            others = [(row["seconds"], name) for name, row in timed.items() if name not in OURS]
+            fastest = f"{_microseconds(min(others)[0])} ({min(others)[1]})" if others else "-"
+            own = (ours.get("seconds"), ours.get("graph_seconds"), torch_path.get("seconds"))
+            rows.append((case["name"], *map(_microseconds, own), fastest, _microseconds(floors[case["name"]])))
+        about = f"{common.describe(machine)}, Triton {machine['triton']}, driver {machine['driver']}."
+        parts += [f"{about} {result.get('note', '')}".strip(), common.markdown(SUMMARY, rows)]
+    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.kernels`."
+
+
+def saved() -> list[Row]:
+    """What lies in benchmarks/results, without what a run has left unfinished."""
+    paths = [path for path in sorted(common.RESULTS.glob("kernels_*.json")) if ".partial" not in path.suffixes]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def write_page() -> None:
+    """Put the saved results into docs/kernels.md."""
+    page = common.replace_block(PAGE.read_text(encoding="utf-8"), "results", markdown(saved()))
+    PAGE.write_text(page, encoding="utf-8")
 
 
 def estimate(chosen: Sequence[Case]) -> str:
@@ -230,32 +305,54 @@ def estimate(chosen: Sequence[Case]) -> str:
     return f"{common.aligned(header, rows)}\n\nAn H100 by its data sheet ({rates}). Nothing here was measured."
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
-    sizes = QUICK if options.quick else FULL
-    chosen = [case for case in cases(sizes) if options.only in case.name]
-    if options.estimate or not torch.cuda.is_available():
-        print(estimate(chosen))
-        return 0
+def run(chosen: Sequence[Case], clock: Clock, compiled: bool, path: Path | None) -> int:
+    """Measure and print all cases, keep what there is after each, and save it at the end if no row is wrong.
+
+    Args:
+        chosen: The cases.
+        clock: How they are timed.
+        compiled: Whether `torch.compile` of the definitions is measured too.
+        path: Where to save; None to keep nothing.
+
+    Returns:
+        The exit status, 1 if a row is wrong.
+    """
     device = torch.device("cuda")
     result: Row = {
         "benchmark": "kernels",
         "machine": facts(device),
-        "copy_bytes_per_second": copy_rate(device, do_bench),
+        "copy_bytes_per_second": copy_rate(device, clock.calls),
+        "cases": [],
     }
     print(common.describe(result["machine"]) + f", driver {result['machine']['driver']}")
     print(f"A copy of 1 GiB: {result['copy_bytes_per_second'] / 1e9:.0f} GB/s", flush=True)
-    result["cases"] = []
     for case in chosen:
-        rows = measure(case, device, do_bench)
+        rows = measure(case, device, clock, compiled)
         result["cases"].append({"name": case.name, "bytes": case.bytes, "rows": rows})
         print(f"\n{table(case, rows, result['copy_bytes_per_second'])}", flush=True)
+        if path:
+            common.write_json(partial_path(path), result)
     wrong = [case["name"] for case in result["cases"] if any("wrong" in row for row in case["rows"])]
     print(f"\nWrong: {', '.join(wrong)}" if wrong else "")
-    path = options.json or (None if options.quick or options.only else result_path(result["machine"]["device"]))
     if path and not wrong:
         common.write_json(path, result)
+        partial_path(path).unlink(missing_ok=True)
     return bool(wrong)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.markdown:
+        write_page()
+        return 0
+    chosen = [case for case in cases(QUICK if options.quick else FULL) if options.only in case.name]
+    if options.estimate or not torch.cuda.is_available():
+        print(estimate(chosen))
+        return 0
+    path = options.json
+    if path is None and not (options.quick or options.only):
+        path = result_path(torch.cuda.get_device_name())
+    return run(chosen, Clock(do_bench, in_graph), not options.no_compile, path)
 
 
 def result_path(name: str) -> Path:
@@ -263,9 +360,16 @@ def result_path(name: str) -> Path:
     return common.RESULTS / f"kernels_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
 
 
+def partial_path(path: Path) -> Path:
+    """Where the results lie while it measures."""
+    return path.with_suffix(".partial.json")
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--estimate", action="store_true", help="only what an H100 needs at the least")
+    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--quick", action="store_true", help="small sizes; writes no file unless --json is given")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their name; writes no file")
     parser.add_argument("--json", type=Path, help="where to save (default benchmarks/results/kernels_<device>.json)")

@@ -2,7 +2,7 @@
 
 from peft_zoo.adapters.lq_lora import LqLoraModel as LqLoraModel
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig as LqLoraConfig
-from peft_zoo.adapters.lq_lora_layer import NFLinear as NFLinear
+from peft_zoo.adapters.lq_lora_linear import NFLinear as NFLinear
 from peft_zoo.adapters.randlora import RandLoraModel as RandLoraModel
 from peft_zoo.adapters.randlora_config import RandLoraConfig as RandLoraConfig
 from peft_zoo.adapters.snell import SnellConfig as SnellConfig

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +144,16 @@ def test_a_page_without_its_marks_is_refused(page: str) -> None:
 def test_json_is_written_with_its_folder(tmp_path: Path) -> None:
     common.write_json(tmp_path / "a" / "b.json", {"x": [1, 2]})
     assert json.loads((tmp_path / "a" / "b.json").read_text(encoding="utf-8")) == {"x": [1, 2]}
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "b.json"
+    common.write_json(path, {"x": 1})
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        common.write_json(path, {"x": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"x": 1}

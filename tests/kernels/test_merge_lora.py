@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_zoo.kernels import merge_lora as module
 from peft_zoo.kernels.merge_lora import merge_lora, merge_lora_reference, stochastic_round
@@ -75,10 +76,25 @@ def test_what_is_one_product_and_what_is_not() -> None:
         (weight, A, B, [0.5, 0.6], None),
         (weight, A, B, [0.5, 0.5], 1),
         (weight, *half, [0.5, 0.5], None),
-        (weight.bfloat16(), *half, [0.5, 0.5], None),  # a CPU may add 16-bit products in 16 bits
+        (weight.bfloat16(), *half, [0.5, 0.5], None),  # a library may round 16-bit products before they are added
         (weight, [], [], [], None),
     ]:
         assert not module._is_one_product(*arguments)
+
+
+def test_one_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32-bit weights, unless products are asked to be less exact; of 16-bit weights never, as on a CPU."""
+    for dtype, precision, expected in (
+        (torch.float32, "highest", True),
+        (torch.float32, "high", False),
+        (torch.bfloat16, "highest", False),
+        (torch.float16, "highest", False),
+    ):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        with FakeTensorMode():
+            weight, a, b = (torch.empty(*shape, dtype=dtype, device="cuda") for shape in ((9, 7), (2, 7), (9, 2)))
+        assert weight.is_cuda
+        assert module._is_one_product(weight, [a], [b], [0.5], None) == expected
 
 
 def test_fewer_roundings_than_pefts_merge() -> None:

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from peft_zoo import registration
 from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
-from peft_zoo.adapters.lq_lora_layer import Factors, LqLinear, NFLinear, empty_nf_linear
+from peft_zoo.adapters.lq_lora_layer import LqLinear
+from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, empty_nf_linear
 from peft_zoo.adapters.lq_lora_plan import plan, rank_of, split
 
 PREFIX = "base_model.model."

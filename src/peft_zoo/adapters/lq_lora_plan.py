@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
-from peft_zoo.adapters.lq_lora_layer import Factors, NFLinear, oriented
+from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, oriented
 from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors, fitting, matrix_errors, plan_bits
 from peft_zoo.kernels.normal_float import NFConfig
 from peft_zoo.kernels.quantized_low_rank import quantized_low_rank

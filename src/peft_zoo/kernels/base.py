@@ -8,7 +8,8 @@ torch path) → shapes for tracing and the gradient → the public function. Its
 
     auto     (default) Triton on NVIDIA GPUs of compute capability 8.0 or newer, torch elsewhere
     torch    torch everywhere
-    triton   as auto; and tensors on the CPU go through Triton's interpreter where TRITON_INTERPRET=1 is set
+    triton   as auto, also where auto finds the library's products faster; and tensors on the CPU go through Triton's
+             interpreter where TRITON_INTERPRET=1 is set
 
 Where Triton is refused, the torch path computes the same result, and one line of the log says why.
 """

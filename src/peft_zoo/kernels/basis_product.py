@@ -5,9 +5,10 @@ Definition, for the values B of the first rows and columns of what `random_basis
     x B        if onto_columns        (T, rows) to (T, columns)
     x B^T      else                   (T, columns) to (T, rows)
 
-The Triton kernel reads one byte or two bits a value and decodes them in the tile that enters the product: a half or an
-eighth of what a 16-bit matrix would be read in. torch decodes pieces of at most `chunk` bytes; they cut the result, so
-nothing is added up in between.
+torch decodes pieces of at most `chunk` bytes; they cut the result, so nothing is added up in between. The Triton kernel
+reads one byte or two bits a value and decodes them in the tile that enters the product: a half or an eighth of what a
+16-bit matrix would be read in. It is slower all the same: on an H100, for 8192 tokens and a matrix of 4096 x 4096, it
+takes 1129 us and torch 443. So it runs only where `PEFT_ZOO_KERNELS=triton` asks for it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import FLOATS, Choice, operator, refuse_dtypes
+from peft_zoo.kernels.base import FLOATS, Choice, kernels_mode, operator, refuse_dtypes
 from peft_zoo.kernels.random_basis import pieces, read_basis
 
-__all__ = ["basis_product"]
+__all__ = ["LIBRARY_IS_FASTER", "basis_product"]
+
+LIBRARY_IS_FASTER = Choice("the library's product of a piece that is formed first is faster")
+"""Why `auto` leaves the products with random matrices to torch."""
 
 
 def basis_product_reference(
@@ -41,6 +45,8 @@ def basis_product_reference(
 
 
 def _refuse(x: Tensor, B: Tensor, k: int, rows: int, columns: int, onto_columns: bool, chunk: int) -> str | None:
+    if kernels_mode() == "auto":
+        return LIBRARY_IS_FASTER
     if 0 in (x.numel(), rows, columns):
         return Choice("there is nothing to multiply")
     if B.dtype != torch.uint8:

@@ -33,6 +33,12 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
+def kernels_that_auto_leaves_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tested as well."""
+    monkeypatch.setenv("PEFT_ZOO_KERNELS", "triton")
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """`torch.empty` is filled with NaN, so that what a kernel forgets to write is seen."""
     torch.use_deterministic_algorithms(True)

@@ -78,8 +78,14 @@ def test_in_place(dtype: torch.dtype, device: str) -> None:
 def test_stochastic_rounding_has_the_bits_of_the_definition(
     shape: tuple[int, int], dtype: torch.dtype, device: str
 ) -> None:
-    """A product of rank 1 has one way to be added up, so the sums are equal and only the rounding is compared."""
-    weight, A, B, _ = make(shape, (1,), dtype, torch.float32, device)
+    """A weight plus an exact product can be added in one way, so the sums are equal and only the rounding is compared.
+
+    Factors of 8 significant bits have products of 16, which float32 holds and the parts of TF32 as well, and the scale
+    is a power of two. Products of wider factors are rounded: by the definition to float32, by a compiled kernel where
+    its instructions do.
+    """
+    weight, A, B, _ = make(shape, (1,), dtype, torch.bfloat16, device)
+    A, B = [a.float() for a in A], [b.float() for b in B]
     for seed in (0, 12345, -(2**63)):
         for arrangement in (weight, weight.t().contiguous().t()):
             found = merge_lora(arrangement, A, B, [0.125], seed=seed)

@@ -1,0 +1,151 @@
+"""A linear layer whose weight is in NormalFloat.
+
+The quantized matrix Q is in buffers, which no optimizer sees and a state dict does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_zoo.kernels.nf_linear import nf_linear, nf_merge
+from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, empty_nf
+
+__all__ = ["NFLinear"]
+
+Factors = tuple[Tensor, Tensor]
+"""B `(out, r)` and A `(r, in)` in float32, whose product is the part of low rank, scaling included."""
+
+
+class NFLinear(nn.Linear):
+    """A frozen linear layer `x Q^T + b` with Q in NormalFloat.
+
+    Args:
+        weight: Q, `(out, in)`; tensors on the meta device wait for a state dict.
+        config: That it was quantized with.
+        shape: Of Q.
+        bias: `(out,)`, taken over as it is.
+        dtype: Of the weight before, and of what is merged.
+        transposed: Whether the layer before was transformers' `Conv1D`, which has `(in, out)`.
+        initial: B and A that were split off, where they are kept; also as an empty pair to be filled.
+
+    Attributes:
+        weight: The packed codes: what peft asks for device and dtype. An integer dtype keeps adapters in float32.
+    """
+
+    PARTS = NFTensor._fields
+    INITIAL = ("initial_B", "initial_A")
+
+    codes: Tensor
+    initial_B: Tensor | None
+    initial_A: Tensor | None
+
+    def __init__(
+        self,
+        weight: NFTensor,
+        config: NFConfig,
+        shape: tuple[int, int],
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+        initial: Factors | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear would make a weight
+        self.out_features, self.in_features = shape
+        self.config, self.dtype, self.transposed = config, dtype, transposed
+        for name, part in zip(self.PARTS, weight, strict=True):
+            self.register_buffer(name, part)
+        for name, factor in zip(self.INITIAL, initial or (None, None), strict=True):
+            self.register_buffer(name, None if factor is None else factor.contiguous())
+        self._parameters["bias"] = bias  # not by assignment: where peft makes new parameters empty, this is none
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The packed codes."""
+        return self.codes
+
+    @property
+    def packed(self) -> NFTensor:
+        """Q as the kernels take it."""
+        return NFTensor(*(getattr(self, name) for name in self.PARTS))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of Q."""
+        return self.out_features, self.in_features
+
+    @property
+    def initial(self) -> Factors | None:
+        """B and A that were split off, if they are kept."""
+        return None if self.initial_B is None or self.initial_A is None else (self.initial_B, self.initial_A)
+
+    def saved(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of everything that an adapter's file has to hold."""
+        for name in (*self.PARTS, *self.INITIAL):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Q restored."""
+        return dequantize(self.packed, self.config, self.shape, dtype)
+
+    def plus(self, B: Tensor, A: Tensor) -> Tensor:
+        """`Q + B A` in the dtype of the weight before, rounded once."""
+        return nf_merge(self.packed, self.config, A, B, dtype=self.dtype)
+
+    def forward(self, x: Tensor, A: Tensor | None = None, B: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+        """`x Q^T + b`, and with A and B `+ scaling x A^T B^T` in the same kernel; see `nf_linear`."""
+        return nf_linear(x, self.packed, self.config, self.shape, self.bias, A, B, scaling)
+
+    def floating(self, weight: Tensor) -> nn.Module:
+        """An ordinary layer of the kind that was quantized, with a weight `(out, in)` and this bias."""
+        layer: Any
+        if self.transposed:
+            layer = Conv1D(1, 1)
+            layer.nf, layer.nx = self.shape
+            layer.weight = nn.Parameter(weight.mT.contiguous(), requires_grad=False)
+        else:
+            layer = nn.Linear(1, 1, device="meta")
+            layer.out_features, layer.in_features = self.shape
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer._parameters["bias"] = self.bias
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """The sizes, and how Q is quantized."""
+        return f"{super().extra_repr()}, config={tuple(self.config)}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NFLinear:
+        """Move, but keep the dtypes: scales in another dtype are another matrix."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+def empty_nf_linear(layer: Any, config: NFConfig, keep_init: bool) -> NFLinear:
+    """An `NFLinear` in the place of a layer, to be filled from a state dict.
+
+    Args:
+        layer: `nn.Linear` or `Conv1D`; its weight's device and dtype are taken.
+        config: How the matrix is quantized.
+        keep_init: Whether it has initial factors, of a rank that the state dict knows.
+    """
+    matrix = oriented(layer)
+    (rows, columns), device = matrix.shape, matrix.device
+    factors = torch.zeros(rows, 0, device=device), torch.zeros(0, columns, device=device)
+    packed = empty_nf(config, rows * columns, device)
+    transposed, initial = isinstance(layer, Conv1D), factors if keep_init else None
+    return NFLinear(packed, config, (rows, columns), layer.bias, matrix.dtype, transposed, initial)
+
+
+def oriented(layer: Any) -> Tensor:
+    """The weight of a layer as `(out, in)`."""
+    return layer.weight.mT if isinstance(layer, Conv1D) else layer.weight
