@@ -55,7 +55,7 @@ def test_every_method_trains_saves_reloads_and_merges(method: str, settings: dic
     assert outcome.merge_matches
 
     names = list(load_file(Path(settings["output"]) / "adapter_model.safetensors"))
-    adapted = {re.split(r"\.(?:lora|zoo)_", name.split("base_model.model.")[1])[0] for name in names}
+    adapted = {re.split(r"\.(?:lora_|zoo_|base_layer\.)", name.split("base_model.model.")[1])[0] for name in names}
     layers = {f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
     assert layers <= adapted
     assert {name for name in adapted - layers if not name.startswith("head")} == set()
