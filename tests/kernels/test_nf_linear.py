@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_zoo.kernels import base
 from peft_zoo.kernels.base import OPERATORS
 from peft_zoo.kernels.nf_linear import nf_linear, nf_merge
 from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, quantize
@@ -96,3 +97,17 @@ def test_what_is_refused(weight: NFTensor) -> None:
         nf_merge(weight, CONFIG, A, B.bfloat16())
     with pytest.raises(ValueError, match=r"codes has the shape .* a matrix of \(25, 40\) needs"):
         nf_linear(x, weight, CONFIG, (25, 40))
+
+
+def test_the_kernel_runs_only_when_asked_for(weight: NFTensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, B = factors()
+    low = torch.randn(3, 5)
+    numbers = (*CONFIG.numbers, 24, 64, False)
+    wide = quantize(torch.randn(24, 64), CONFIG)
+    arguments = (torch.randn(3, 64), *wide, low, B.detach(), None, *numbers)
+    monkeypatch.setattr(base, "why_not_triton", lambda tensor: None)
+    monkeypatch.setenv("PEFT_ZOO_KERNELS", "auto")
+    reason = OPERATORS["nf_linear"].why_not_triton(*arguments)
+    assert isinstance(reason, base.Choice) and "the library multiplies" in reason
+    monkeypatch.setenv("PEFT_ZOO_KERNELS", "triton")
+    assert OPERATORS["nf_linear"].why_not_triton(*arguments) is None

@@ -89,7 +89,7 @@ class LqLinear(LoraLinear):
         return self.quantized(x, A, B)
 
     def _only_adapter(self, x: Tensor) -> str | None:
-        """The one active adapter, if nothing is trained and the kernel for few tokens takes all of it."""
+        """The one active adapter, if nothing is trained and few tokens are to go through one operator."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if torch.is_grad_enabled() or self.training or len(active) != 1 or x.shape[:-1].numel() > SMALL:
             return None
