@@ -5,8 +5,7 @@ r"""LQ-LoRA: a base model quantized to a budget of bits, and a LoRA that begins 
     sum bits_i <= budget                 each matrix its own way to quantize, by a knapsack        (eq. 7)
 
 Cost: the weights take `budget_bits` a number instead of 16; training keeps what a LoRA keeps, and restores each weight
-twice a step. Use it where memory is short: at 3 bits and below it loses far less than quantizing alone. With memory
-enough for 16 bits a LoRA is faster.
+twice a step, which a LoRA on 16-bit weights need not. Use it where memory is short.
 
 What is left without the adapter is Q, which is not the base model: its largest directions are in B and A. With
 `keep_init=True` they are kept and stand in for a disabled adapter.
@@ -184,9 +183,8 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
             ValueError: If they are not, or one is missing.
         """
         for name, layer in _layers(model):
-            if adapter_name not in layer.lora_A:
-                continue
-            _check_saved(name, layer.quantized, config, state_dict)
+            if adapter_name in layer.lora_A:
+                _check_saved(name, layer.quantized, config, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

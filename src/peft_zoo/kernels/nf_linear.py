@@ -10,8 +10,8 @@ restored, into memory of its size in the dtype of `x`, and the library multiplie
 
 For up to `SMALL` tokens, as in generation, there is a kernel that decodes the weight where it is multiplied and adds
 what the LoRA says before it writes: it moves the packed weight and little else. It is slow all the same: on an H100,
-for one token and 4096 x 4096, it takes 265 us inside of a graph, where restoring the weight takes 28 and a product in
-bfloat16 30. So it runs only where `PEFT_ZOO_KERNELS=triton` asks for it.
+for one token and 4096 x 4096, it takes 265 us inside of a graph, where restoring the weight takes 28; a product in
+bfloat16 takes 30 by calls. So it runs only where `PEFT_ZOO_KERNELS=triton` asks for it.
 
 Source: LQ-LoRA (arXiv 2311.12023), section 3.2, whose code restores the weight always.
 """

@@ -106,14 +106,7 @@ class NFTensor(NamedTuple):
             ValueError: Names the tensor, its shape and the one that is needed, or what `config` lacks.
         """
         config.check()
-        count = math.prod(shape)
-        blocks = -(-count // config.block)
-        needed = {
-            "codes": _length(count, config.bits),
-            "scales": _length(blocks, config.scale_bits),
-            "group_scales": -(-blocks // config.group),
-            "levels": 2**config.bits,
-        }
+        needed = _sizes(config, math.prod(shape))
         for name, length in needed.items():
             if getattr(self, name).shape != (length,):
                 have = tuple(getattr(self, name).shape)
@@ -291,25 +284,30 @@ def dequantize(tensor: NFTensor, config: NFConfig, shape: Sequence[int], dtype: 
 
 def empty_nf(config: NFConfig, count: int, device: torch.device | str | None = None) -> NFTensor:
     """Tensors of the sizes that a matrix of `count` values takes, of zeros, to be filled from a file."""
-    blocks = -(-count // config.block)
-
-    def words(length: int, bits: int) -> Tensor:
-        return torch.zeros(_length(length, bits), dtype=torch.int32, device=device)
-
-    return NFTensor(
-        words(count, config.bits),
-        words(blocks, config.scale_bits),
-        torch.zeros(-(-blocks // config.group), dtype=SCALE_DTYPES[config.scale_dtype], device=device),
-        torch.zeros((), device=device),
-        torch.zeros(2**config.bits, device=device),
-    )
+    dtypes = {"group_scales": SCALE_DTYPES[config.scale_dtype], "levels": torch.float32}
+    made = {
+        name: torch.zeros(size, dtype=dtypes.get(name, torch.int32), device=device)
+        for name, size in _sizes(config, count).items()
+    }
+    return NFTensor(**made, offset=torch.zeros((), device=device))
 
 
 def packed_bits(config: NFConfig, count: int) -> int:
     """Bits of a matrix of `count` values, without its offset and levels, as `NFConfig.bits_per_value`."""
-    words = _length(count, config.bits) + _length(-(-count // config.block), config.scale_bits)
+    sizes = _sizes(config, count)
     second = 8 * SCALE_DTYPES[config.scale_dtype].itemsize
-    return 32 * words + second * -(-count // (config.block * config.group))
+    return 32 * (sizes["codes"] + sizes["scales"]) + second * sizes["group_scales"]
+
+
+def _sizes(config: NFConfig, count: int) -> dict[str, int]:
+    """How long the tensors of a matrix of `count` values are."""
+    blocks = -(-count // config.block)
+    return {
+        "codes": _length(count, config.bits),
+        "scales": _length(blocks, config.scale_bits),
+        "group_scales": -(-blocks // config.group),
+        "levels": 2**config.bits,
+    }
 
 
 def _length(count: int, bits: int) -> int:
