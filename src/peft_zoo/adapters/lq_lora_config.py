@@ -25,6 +25,8 @@ CHOICES = {
     "keep": ("best", "last"),
     "svd": ("warm", "randomized", "exact"),
     "codebook": ("nf", "lloyd"),
+    "weighting": ("none", "fisher", "activation"),
+    "heuristic": ("two-sided", "row", "col", "auto"),
     "lq_state": ("new", "decomposed"),
 }
 
@@ -84,6 +86,11 @@ class LqLoraConfig(LoraConfig):
     codebook: str = option("nf", "'nf' for the levels of NormalFloat, 'lloyd' for levels fitted to every matrix.")
     seed: int = option(0, "Of the first random vectors; the same seed gives the same bits on one machine.")
     table_iterations: int = option(1, "Of the decompositions that the budget's choice is made by.")
+    weighting: str = option(
+        "none", "What losses are weighted by: 'none', or 'fisher', 'activation' after `preprocess_lq_lora`."
+    )
+    heuristic: str = option("two-sided", "What the SVD weighs: 'two-sided', 'row', 'col', or 'auto', the best of them.")
+    weighting_eps: float = option(1e-6, "No weight of a row or column is below this share of the largest.")
     keep_init: bool = option(
         False, "Save what was split off too, so that disabling the adapter gives back (nearly) the base model."
     )
@@ -98,6 +105,8 @@ class LqLoraConfig(LoraConfig):
         self._check_numbers()
         for name, allowed in CHOICES.items():
             self._require(getattr(self, name) in allowed, name, f"use one of {', '.join(map(repr, allowed))}")
+        only_columns = self.weighting == "activation" and self.heuristic == "row"
+        self._require(not only_columns, "heuristic", "activations weigh columns only: use 'col'")
         for name in NEEDS_DENSE:
             self._require(not getattr(self, name), name, "it needs the weight in floating-point; leave it out")
         valid = isinstance(self.init_lora_weights, bool)
@@ -111,6 +120,8 @@ class LqLoraConfig(LoraConfig):
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
             self._require(alpha != 0, "lora_alpha", "with a scale of 0 the adapter could not take up what is split off")
         self._require(type(self.tol) in (int, float) and 0 <= self.tol < 1, "tol", "use a share in [0, 1)")
+        eps = self.weighting_eps
+        self._require(type(eps) in (int, float) and 0 < eps <= 1, "weighting_eps", "use a share in (0, 1]")
         self._require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "use an integer from 0")
         budget, ranks = self.budget_bits, self.rank_options
         fits = budget is None or (type(budget) in (int, float) and 0 < budget < math.inf)

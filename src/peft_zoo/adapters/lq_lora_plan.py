@@ -3,53 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, oriented
+from peft_zoo.adapters.lq_lora_targets import Targeted, targets
+from peft_zoo.adapters.lq_lora_weights import uses
 from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors, fitting, matrix_errors, plan_bits
 from peft_zoo.kernels.normal_float import NFConfig
-from peft_zoo.kernels.quantized_low_rank import quantized_low_rank
+from peft_zoo.kernels.quantized_low_rank import Diagonals, QuantizedLowRank, quantized_low_rank
 
 FACTOR_BITS = 16
 """Of a number in A or B, where they count: they are used in 16 bits."""
 
 _log = logging.getLogger(__name__)
-Targeted = Callable[[LqLoraConfig, str], Any]
-
-
-def targets(config: LqLoraConfig, model: nn.Module, targeted: Targeted) -> Iterator[tuple[str, Any]]:
-    """Name and layer of every matrix that is to be quantized.
-
-    Args:
-        config: Says which modules are targeted.
-        model: The base model, or one that has adapters already, whose layers are left out.
-        targeted: peft's rule, whether a module of that name is one.
-
-    Raises:
-        ValueError: If a weight has values that are not finite or that are not loaded, naming the module.
-    """
-    expanded: Any = _maybe_include_all_linear_layers(config, model)
-    adapted = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    module: Any
-    for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, Conv1D) or name.startswith(tuple(adapted)) or not targeted(expanded, name):
-            continue
-        weight = module.weight
-        if not weight.is_floating_point() or weight.dim() != 2:
-            continue
-        if weight.is_meta or weight.numel() == 0:
-            raise ValueError(f"{name}.weight has no values here; load the model into memory before it is quantized.")
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}.weight has values that are not finite; repair the base model first.")
-        yield name, module
 
 
 def plan(config: LqLoraConfig, model: nn.Module, targeted: Targeted) -> None:
@@ -100,30 +72,43 @@ def _table(config: LqLoraConfig, name: str, module: Any) -> MatrixErrors:
         bits = 8 * weight.dtype.itemsize * weight.numel() + factor_bits * own * sum(weight.shape)
         return (BitChoice(None, own, bits, 0.0),)
     ranks = sorted({min(rank, *weight.shape) for rank in config.rank_options or [own]})
-    return matrix_errors(
-        weight, ways, ranks, factor_bits=factor_bits, iterations=config.table_iterations, seed=config.seed
-    )
+    how: dict[str, Any] = {"factor_bits": factor_bits, "iterations": config.table_iterations, "seed": config.seed}
+    choices, metric = uses(config, name, module)
+    tables = [matrix_errors(weight, ways, ranks, row=row, column=col, metric=metric, **how) for row, col in choices]
+    return tuple(min(each, key=lambda choice: choice.error) for each in zip(*tables, strict=True))
 
 
 def split(config: LqLoraConfig, way: NFConfig, module: Any, rank: int, name: str) -> tuple[NFLinear, Factors]:
     """The quantized layer of a matrix, and the product of low rank that it leaves to the adapter."""
     weight = oriented(module)
-    found = quantized_low_rank(
-        weight,
-        rank,
-        way,
-        iterations=config.num_iterations,
-        tolerance=config.tol,
-        keep=config.keep,  # type: ignore[arg-type]
-        svd=config.svd,  # type: ignore[arg-type]
-        codebook=config.codebook,  # type: ignore[arg-type]
-        seed=config.seed,
-    )
+    found = decompose(config, way, weight, rank, *uses(config, name, module))
     _log.info("%s: relative error %.4g after %d iterations", name, found.error, found.iterations)
     factors = found.B, found.A
     kept = factors if config.keep_init else None
     shape = weight.shape[0], weight.shape[1]
     return NFLinear(found.Q, way, shape, module.bias, weight.dtype, isinstance(module, Conv1D), kept), factors
+
+
+def decompose(
+    config: LqLoraConfig,
+    way: NFConfig,
+    weight: Tensor,
+    rank: int,
+    choices: Sequence[Diagonals],
+    metric: Diagonals | None,
+) -> QuantizedLowRank:
+    """The parts of a matrix, with those weights of the SVD that serve it best."""
+    how: dict[str, Any] = {"keep": config.keep, "svd": config.svd, "codebook": config.codebook, "seed": config.seed}
+
+    def attempt(weights: Diagonals, iterations: int) -> QuantizedLowRank:
+        row, column = weights
+        how.update(iterations=iterations, tolerance=config.tol, row=row, column=column, metric=metric)
+        return quantized_low_rank(weight, rank, way, **how)
+
+    best = choices[0]
+    if len(choices) > 1:
+        best = min(choices, key=lambda weights: attempt(weights, config.table_iterations).error)
+    return attempt(best, config.num_iterations)
 
 
 def rank_of(config: LqLoraConfig, name: str, module: Any) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.allocate import Allocation, allocate
 from peft_zoo.kernels.normal_float import NFConfig, packed_bits
-from peft_zoo.kernels.quantized_low_rank import first_svd, quantized_low_rank
+from peft_zoo.kernels.quantized_low_rank import Diagonals, first_svd, quantized_low_rank
 
 __all__ = ["GRIDS", "BitChoice", "MatrixErrors", "fitting", "matrix_errors", "plan_bits"]
 
@@ -82,6 +82,7 @@ def matrix_errors(
     seed: int = 0,
     row: Tensor | None = None,
     column: Tensor | None = None,
+    metric: Diagonals | None = None,
 ) -> MatrixErrors:
     """What each way with each rank would leave of a matrix.
 
@@ -94,17 +95,18 @@ def matrix_errors(
         seed: Of its random numbers.
         row: `(m,)`, see `quantized_low_rank`; errors are those of the weighted norm.
         column: `(n,)`.
+        metric: Other weights of that norm.
 
     Raises:
         ValueError: If an argument has the wrong shape or value, or W is not finite.
     """
     if not configs or not ranks:
         raise ValueError("configs and ranks: give at least one of each.")
-    start, total = first_svd(W, max(ranks), seed=seed, row=row, column=column)
-    rest: dict[str, Any] = {"iterations": iterations, "seed": seed, "row": row, "column": column, "start": start}
+    weights: dict[str, Any] = {"seed": seed, "row": row, "column": column, "metric": metric}
+    start, total = first_svd(W, max(ranks), **weights)
     choices = []
     for rank, config in itertools.product(ranks, configs):
-        found = quantized_low_rank(W, rank, config, **rest)
+        found = quantized_low_rank(W, rank, config, iterations=iterations, start=start, **weights)
         bits = packed_bits(config, W.numel()) + factor_bits * rank * sum(W.shape)
         choices.append(BitChoice(config, rank, bits, (found.error * total) ** 2))
     return tuple(choices)

@@ -7,7 +7,8 @@ From Q = 0 on, the two are fitted in turn to what the other leaves::
     e   = |D_row (W - B A - Q) D_col|_F
 
 until e grows or hardly falls. The quantizer knows nothing of the weights. D_row and D_col are diagonal: the best rank r
-is known in closed form for weights that are a product of one for the row and one for the column.
+is known in closed form for weights that are a product of one for the row and one for the column. e can be measured by
+other weights than those of the SVD (`metric`), to compare which of them serve it best.
 
 Source: LQ-LoRA (arXiv 2311.12023), algorithm 1, and eq. 4 to 6 for the weights. The released code returns the pair
 after the best one (`keep="last"`); it begins every SVD anew, which costs tens of times more than to begin with the last
@@ -26,11 +27,13 @@ from peft_zoo.kernels.low_rank_random import RandomizedSvd, randomized_svd
 from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, quantize
 from peft_zoo.kernels.rank_plan import check_count
 
-__all__ = ["QuantizedLowRank", "first_svd", "quantized_low_rank"]
+__all__ = ["Diagonals", "QuantizedLowRank", "first_svd", "quantized_low_rank"]
 
 Keep = Literal["best", "last"]
 Svd = Literal["warm", "randomized", "exact"]
 Codebook = Literal["nf", "lloyd"]
+Diagonals = tuple[Tensor | None, Tensor | None]
+"""Of D_row `(m,)` and D_col `(n,)`; None for ones."""
 
 OVERSAMPLING, POWER_ITERATIONS = 10, 2
 FLOOR = 1e-6
@@ -68,6 +71,7 @@ def quantized_low_rank(
     seed: int = 0,
     row: Tensor | None = None,
     column: Tensor | None = None,
+    metric: Diagonals | None = None,
     start: RandomizedSvd | None = None,
 ) -> QuantizedLowRank:
     """Split a matrix.
@@ -84,6 +88,7 @@ def quantized_low_rank(
         seed: Of the random numbers of the first SVD.
         row: Diagonal of D_row `(m,)`, not negative.
         column: Diagonal of D_col `(n,)`, not negative.
+        metric: The diagonals that e is measured by, if they are not `row` and `column`.
         start: The first SVD, of at least `rank` triplets of `D_row W D_col`, where it is known: it does not depend on
             `config`.
 
@@ -92,8 +97,9 @@ def quantized_low_rank(
     """
     _check(W, rank, iterations, tolerance, {"keep": keep, "svd": svd, "codebook": codebook})
     wide = W.detach().float()
-    weights = _weight("row", row, wide.shape[0], wide.device), _weight("column", column, wide.shape[1], wide.device)
-    total = _weighted(wide, weights).norm().item()
+    weights = _diagonals((row, column), wide)
+    norm = weights if metric is None else _diagonals(metric, wide)
+    total = _weighted(wide, norm).norm().item()
     restored, found = torch.zeros_like(wide), start
     best: QuantizedLowRank | None = None
     for done in range(1, iterations + 1):
@@ -103,7 +109,7 @@ def quantized_low_rank(
         rest = wide - B @ A
         Q = quantize(rest, config, lloyd_levels(rest, config) if codebook == "lloyd" else None)
         restored = dequantize(Q, config, wide.shape, torch.float32)
-        error = _weighted(rest - restored, weights).norm().item() / (total or 1.0)
+        error = _weighted(rest - restored, norm).norm().item() / (total or 1.0)
         if best is not None and error > best.error:
             return QuantizedLowRank(Q, B, A, error, done) if keep == "last" else best._replace(iterations=done)
         settled = best is not None and best.error - error < tolerance * best.error
@@ -115,7 +121,13 @@ def quantized_low_rank(
 
 
 def first_svd(
-    W: Tensor, rank: int, *, seed: int = 0, row: Tensor | None = None, column: Tensor | None = None
+    W: Tensor,
+    rank: int,
+    *,
+    seed: int = 0,
+    row: Tensor | None = None,
+    column: Tensor | None = None,
+    metric: Diagonals | None = None,
 ) -> tuple[RandomizedSvd | None, float]:
     """What `quantized_low_rank` begins with, to be shared where a matrix is split in many ways.
 
@@ -125,6 +137,7 @@ def first_svd(
         seed: Of its random numbers.
         row: `(m,)`.
         column: `(n,)`.
+        metric: As there.
 
     Returns:
         `start`, and the norm that errors are relative to.
@@ -134,9 +147,10 @@ def first_svd(
     """
     _check(W, rank, 1, 0.0, {"keep": "best", "svd": "randomized", "codebook": "nf"})
     wide = W.detach().float()
-    weights = _weight("row", row, wide.shape[0], wide.device), _weight("column", column, wide.shape[1], wide.device)
-    weighted = _weighted(wide, weights)
-    return _svd(weighted, rank, "randomized", None, seed) if rank else None, weighted.norm().item()
+    weights = _diagonals((row, column), wide)
+    norm = weights if metric is None else _diagonals(metric, wide)
+    start = _svd(_weighted(wide, weights), rank, "randomized", None, seed) if rank else None
+    return start, _weighted(wide, norm).norm().item()
 
 
 def _svd(matrix: Tensor, rank: int, how: Svd, last: RandomizedSvd | None, seed: int) -> RandomizedSvd:
@@ -150,9 +164,7 @@ def _svd(matrix: Tensor, rank: int, how: Svd, last: RandomizedSvd | None, seed: 
     return randomized_svd(matrix, width, oversampling=0, power_iterations=POWER_ITERATIONS, generator=generator)
 
 
-def _factors(
-    found: RandomizedSvd | None, rank: int, wide: Tensor, weights: tuple[Tensor | None, Tensor | None]
-) -> tuple[Tensor, Tensor]:
+def _factors(found: RandomizedSvd | None, rank: int, wide: Tensor, weights: Diagonals) -> tuple[Tensor, Tensor]:
     """B and A with the weights taken out."""
     if found is None or not rank:
         return wide.new_zeros(wide.shape[0], 0), wide.new_zeros(0, wide.shape[1])
@@ -162,11 +174,18 @@ def _factors(
     return B if row is None else B / row[:, None], A if column is None else A / column
 
 
-def _weighted(matrix: Tensor, weights: tuple[Tensor | None, Tensor | None]) -> Tensor:
+def _weighted(matrix: Tensor, weights: Diagonals) -> Tensor:
     """D_row M D_col."""
     row, column = weights
     matrix = matrix if row is None else row[:, None] * matrix
     return matrix if column is None else matrix * column
+
+
+def _diagonals(given: Diagonals, matrix: Tensor) -> Diagonals:
+    """Checked, on the matrix' device."""
+    named = zip(("row", "column"), given, matrix.shape, strict=True)
+    row, column = (_weight(name, weight, size, matrix.device) for name, weight, size in named)
+    return row, column
 
 
 def _weight(name: str, weight: Tensor | None, size: int, device: torch.device) -> Tensor | None:

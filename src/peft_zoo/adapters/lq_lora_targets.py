@@ -1,0 +1,62 @@
+"""Which matrices of a model LQ-LoRA quantizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_zoo.adapters.lq_lora_config import LqLoraConfig
+
+__all__: list[str] = []
+
+Targeted = Callable[[LqLoraConfig, str], Any]
+
+
+def targets(config: LqLoraConfig, model: nn.Module, targeted: Targeted) -> Iterator[tuple[str, Any]]:
+    """Name and layer of every matrix that is to be quantized.
+
+    Args:
+        config: Says which modules are targeted.
+        model: The base model, or one that has adapters already, whose layers are left out.
+        targeted: peft's rule, whether a module of that name is one.
+
+    Raises:
+        ValueError: If a weight has values that are not finite or that are not loaded, naming the module.
+    """
+    expanded: Any = _maybe_include_all_linear_layers(config, model)
+    adapted = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    module: Any
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Linear, Conv1D) or name.startswith(tuple(adapted)) or not targeted(expanded, name):
+            continue
+        weight = module.weight
+        if not weight.is_floating_point() or weight.dim() != 2:
+            continue
+        if weight.is_meta or weight.numel() == 0:
+            raise ValueError(f"{name}.weight has no values here; load the model into memory before it is quantized.")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name}.weight has values that are not finite; repair the base model first.")
+        yield name, module
+
+
+def named(config: LqLoraConfig, model: Any) -> LqLoraConfig:
+    """The configuration with the target modules that peft takes where it names none.
+
+    Raises:
+        ValueError: If peft knows none for this model.
+    """
+    if config.target_modules is not None:
+        return config
+    known = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if known is None:
+        raise ValueError("target_modules=None: peft knows no modules of this model to take; name them.")
+    config = copy.copy(config)
+    config.target_modules = set(known)
+    return config
