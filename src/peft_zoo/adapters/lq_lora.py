@@ -10,6 +10,9 @@ twice a step, which a LoRA on 16-bit weights need not. Use it where memory is sh
 What is left without the adapter is Q, which is not the base model: its largest directions are in B and A. With
 `keep_init=True` they are kept and stand in for a disabled adapter.
 
+A model of the standalone form (`standalone`) is quantized already: nothing is computed there, and the adapter takes
+over the part of low rank that stands beside Q.
+
 Source: LQ-LoRA (Guo, Greengard, Xing, Kim, arXiv 2311.12023).
 """
 
@@ -24,15 +27,16 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from peft_zoo import registration
 from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora_layer import LqLinear
-from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, empty_nf_linear
+from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, beside, empty_nf_linear
 from peft_zoo.adapters.lq_lora_plan import plan, rank_of, split
+from peft_zoo.kernels.normal_float import NFConfig
 
 PREFIX = "base_model.model."
 
@@ -52,17 +56,22 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
-        others = [other for other in self.peft_config.values() if other is not config]
-        if config.lq_state == "new" or not others:
+        if config.lq_state == "new":
             return
-        present = {name: _hash(layer.quantized) for name, layer in _layers(self.model)}
-        for name, digest in (config.base_sha256 or {}).items():
-            if present.get(name) != digest:
+        others = [other for other in self.peft_config.values() if other is not config]
+        digests = config.base_sha256 or {}
+        if others:
+            present = {name: _hash(layer.quantized) for name, layer in _layers(self.model)}
+        else:
+            present = {name: _hash(layer) for name, layer in _alone(self.model) if name in digests}
+        for name in digests if others else present:
+            if present.get(name) != digests[name]:
                 raise ValueError(
                     f"base_sha256: this adapter belongs to another quantized matrix of {name} than that of the model; "
                     "load it onto a base model of its own."
                 )
-        self._warn_of_holes(present.keys() - (config.base_sha256 or {}).keys())
+        if others:
+            self._warn_of_holes(present.keys() - digests.keys())
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Decide how each matrix is quantized, before anything is changed."""
@@ -70,7 +79,10 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         if peft_config.lq_state == "decomposed" or not peft_config.init_lora_weights:
             return
         if len(self.peft_config) == 1:
+            ways = self._ways_alone(peft_config, model)
             plan(peft_config, model, self._check_target_module_exists)
+            if ways:
+                peft_config.qconfig_map = {**ways, **(peft_config.qconfig_map or {})}
             return
         # Other adapters count on the matrices as they are: a further one quantizes nothing.
         expanded = _maybe_include_all_linear_layers(peft_config, model)
@@ -79,6 +91,21 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         self._warn_of_holes(layers.keys() - own.keys())
         peft_config.qconfig_map = {name: list(layer.quantized.config) for name, layer in own.items()}
         peft_config.keep_init = any(layer.quantized.initial is not None for layer in own.values())
+
+    def _ways_alone(self, config: LqLoraConfig, model: nn.Module) -> dict[str, list[Any]]:
+        """How the targeted matrices are quantized that are so already, in a model of the standalone form."""
+        expanded = _maybe_include_all_linear_layers(config, model)
+        ways, given = {}, config.qconfig_map or {}
+        for name, layer in _alone(model):
+            if not self._check_target_module_exists(expanded, name):
+                continue
+            if given.get(name) is not None and nf_config(given[name]) != layer.config:
+                raise ValueError(
+                    f"qconfig_map: {name} is quantized already, as {list(layer.config)} and not as {given[name]!r}; "
+                    "leave it out, or load the model in floating-point."
+                )
+            ways[name] = list(layer.config)
+        return ways
 
     def _warn_of_holes(self, missed: Collection[str]) -> None:
         layers = dict(_layers(self.model))
@@ -106,15 +133,24 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         if isinstance(target, LqLinear):
             factors = self._factors_of_another(target) if fresh else None
         elif way is not None and not isinstance(target, LoraLayer) and kwargs.get("parameter_name") is None:
-            if fresh:
-                rank = rank_of(lora_config, current_key, target)
-                target, factors = split(lora_config, nf_config(way), target, rank, current_key)
-            elif lora_config.lq_state == "decomposed":
-                target = empty_nf_linear(target, nf_config(way), lora_config.keep_init)
+            target, factors = self._quantized(lora_config, nf_config(way), target, current_key, fresh)
             setattr(parent, target_name, target)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if factors is not None:
             getattr(parent, target_name).start(adapter_name, factors)
+
+    @staticmethod
+    def _quantized(
+        config: LqLoraConfig, way: NFConfig, layer: nn.Module, name: str, fresh: bool
+    ) -> tuple[nn.Module, Factors | None]:
+        """What an adapter goes around in the place of a layer, and where it starts unless its values are in a file."""
+        loaded = config.lq_state == "decomposed"
+        if isinstance(layer, NFLinear) and (fresh or loaded):
+            base, factors = beside(layer, config.keep_init)
+            return base, factors if fresh else None
+        if fresh:
+            return split(config, way, layer, rank_of(config, name, layer), name)
+        return (empty_nf_linear(layer, way, 0 if config.keep_init else None) if loaded else layer), None
 
     def _factors_of_another(self, layer: LqLinear) -> Factors | None:
         """Where a further adapter starts: as the first one did, or where that is not kept, from where it is now."""
@@ -130,7 +166,7 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config: LqLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if isinstance(target, NFLinear):
+        if isinstance(target, NFLinear) and not target.standing:
             return LqLinear(target, adapter_name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
@@ -194,6 +230,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LqLinear]]:
         if isinstance(module, LqLinear):
             bare = ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
             yield bare.removeprefix(PREFIX), module
+
+
+def _alone(model: nn.Module) -> Iterator[tuple[str, NFLinear]]:
+    """Every quantized layer that no adapter is around."""
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    for name, module in model.named_modules():
+        if isinstance(module, NFLinear) and not name.startswith(adapted):
+            yield name, module
 
 
 def _check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: Mapping[str, Tensor]) -> None:

@@ -32,6 +32,7 @@ class NFLinear(nn.Linear):
         dtype: Of the weight before, and of what is merged.
         transposed: Whether the layer before was transformers' `Conv1D`, which has `(in, out)`.
         initial: B and A that were split off, where they are kept; also as an empty pair to be filled.
+        standing: Whether `initial` counts where no factors are given: so in a model that is loaded without an adapter.
 
     Attributes:
         weight: The packed codes: what peft asks for device and dtype. An integer dtype keeps adapters in float32.
@@ -53,10 +54,11 @@ class NFLinear(nn.Linear):
         dtype: torch.dtype = torch.float32,
         transposed: bool = False,
         initial: Factors | None = None,
+        standing: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear would make a weight
         self.out_features, self.in_features = shape
-        self.config, self.dtype, self.transposed = config, dtype, transposed
+        self.config, self.dtype, self.transposed, self.standing = config, dtype, transposed, standing
         for name, part in zip(self.PARTS, weight, strict=True):
             self.register_buffer(name, part)
         for name, factor in zip(self.INITIAL, initial or (None, None), strict=True):
@@ -98,8 +100,25 @@ class NFLinear(nn.Linear):
         return nf_merge(self.packed, self.config, A, B, dtype=self.dtype)
 
     def forward(self, x: Tensor, A: Tensor | None = None, B: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-        """`x Q^T + b`, and with A and B `+ scaling x A^T B^T` in the same kernel; see `nf_linear`."""
+        """`x Q^T + b`, and with A and B `+ scaling x A^T B^T` in the same kernel; see `nf_linear`.
+
+        Args:
+            x: `(..., in)`.
+            A: `(r, in)`; without A and B a `standing` layer takes its initial factors.
+            B: `(out, r)`.
+            scaling: s.
+
+        Returns:
+            `(..., out)` in the dtype of `x`.
+        """
+        if A is None and B is None and self.standing:
+            B, A = self.initial or (None, None)
         return nf_linear(x, self.packed, self.config, self.shape, self.bias, A, B, scaling)
+
+    def with_initial(self, initial: Factors | None, standing: bool = False) -> NFLinear:
+        """The same matrix and bias with other factors; the tensors are shared."""
+        parts = self.packed, self.config, self.shape, self.bias, self.dtype, self.transposed
+        return NFLinear(*parts, initial, standing).train(self.training)
 
     def floating(self, weight: Tensor) -> nn.Module:
         """An ordinary layer of the kind that was quantized, with a weight `(out, in)` and this bias."""
@@ -116,8 +135,9 @@ class NFLinear(nn.Linear):
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        """The sizes, and how Q is quantized."""
-        return f"{super().extra_repr()}, config={tuple(self.config)}"
+        """The sizes, how Q is quantized, and the rank of what stands beside it."""
+        rank = "" if not self.standing or self.initial is None else f", standing rank={len(self.initial[1])}"
+        return f"{super().extra_repr()}, config={tuple(self.config)}{rank}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> NFLinear:
         """Move, but keep the dtypes: scales in another dtype are another matrix."""
@@ -130,20 +150,43 @@ class NFLinear(nn.Linear):
         return self
 
 
-def empty_nf_linear(layer: Any, config: NFConfig, keep_init: bool) -> NFLinear:
+def empty_nf_linear(layer: Any, config: NFConfig, rank: int | None, standing: bool = False) -> NFLinear:
     """An `NFLinear` in the place of a layer, to be filled from a state dict.
 
     Args:
         layer: `nn.Linear` or `Conv1D`; its weight's device and dtype are taken.
         config: How the matrix is quantized.
-        keep_init: Whether it has initial factors, of a rank that the state dict knows.
+        rank: Of the initial factors, 0 where only the state dict knows it; None: there are none.
+        standing: As for `NFLinear`.
     """
     matrix = oriented(layer)
     (rows, columns), device = matrix.shape, matrix.device
-    factors = torch.zeros(rows, 0, device=device), torch.zeros(0, columns, device=device)
+    initial = None if rank is None else _zeros(rows, columns, rank, device)
     packed = empty_nf(config, rows * columns, device)
-    transposed, initial = isinstance(layer, Conv1D), factors if keep_init else None
-    return NFLinear(packed, config, (rows, columns), layer.bias, matrix.dtype, transposed, initial)
+    packed = packed._replace(offset=packed.offset.float())  # whatever the default dtype is while a model is made
+    transposed = isinstance(layer, Conv1D)
+    return NFLinear(packed, config, (rows, columns), layer.bias, matrix.dtype, transposed, initial, standing)
+
+
+def beside(layer: NFLinear, keep_init: bool) -> tuple[NFLinear, Factors]:
+    """A layer that stood alone as what an adapter goes around, and the factors that the adapter takes over.
+
+    Args:
+        layer: Is left as it is.
+        keep_init: Whether the factors, perhaps of rank 0, stay as the initial ones.
+
+    Returns:
+        The same matrix, whose factors stand no more, and B and A.
+    """
+    standing = layer.initial if layer.standing else None
+    factors = standing or _zeros(*layer.shape, 0, layer.weight.device)
+    return layer.with_initial(factors if keep_init else None), factors
+
+
+def _zeros(rows: int, columns: int, rank: int, device: torch.device) -> Factors:
+    shapes = (rows, rank), (rank, columns)
+    B, A = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
+    return B, A
 
 
 def oriented(layer: Any) -> Tensor:

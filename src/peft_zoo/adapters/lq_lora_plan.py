@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft.utils.other import get_pattern_key
@@ -33,36 +33,44 @@ def plan(config: LqLoraConfig, model: nn.Module, targeted: Targeted) -> None:
     found = dict(targets(config, model, targeted))
     if not found:
         return
-    if config.qconfig_map is not None:
-        missing = sorted(found.keys() - config.qconfig_map.keys())
-        if missing:
-            raise ValueError(
-                f"{type(config).__name__}: qconfig_map lacks {missing[0]!r} (and {len(missing) - 1} more); set it to "
-                "None to have it found, or give every targeted module a way or None."
-            )
-        return
-    if config.budget_bits is None:
-        way = nf_config(config.qconfig)
-        ways = {name: _listed(_smaller(way, oriented(module).shape[1])) for name, module in found.items()}
+    if config.qconfig_map is not None or config.budget_bits is None:
+        without_tables(config, {name: oriented(module).shape[1] for name, module in found.items()})
     else:
-        ways = _spend(config, found, config.budget_bits)
-    config.qconfig_map = ways
+        tables = {name: table(config, name, module) for name, module in found.items()}
+        spend(config, tables, sum(module.weight.numel() for module in found.values()))
+
+
+def without_tables(config: LqLoraConfig, columns: Mapping[str, int]) -> None:
+    """Fill in `qconfig_map` with `qconfig` for matrices of so many columns, or see that the map given has them all."""
+    if config.qconfig_map is None:
+        way = nf_config(config.qconfig)
+        _take(config, {name: _smaller(way, count) for name, count in columns.items()})
+        return
+    missing = sorted(columns.keys() - config.qconfig_map.keys())
+    if missing:
+        raise ValueError(
+            f"{type(config).__name__}: qconfig_map lacks {missing[0]!r} (and {len(missing) - 1} more); set it to "
+            "None to have it found, or give every targeted module a way or None."
+        )
+
+
+def spend(config: LqLoraConfig, tables: Mapping[str, MatrixErrors], numbers: int) -> None:
+    """Fill in `qconfig_map` with the ways that make the most of the budget; `rank_pattern`, where ranks are chosen."""
+    choices, result = plan_bits(tables, float(config.budget_bits or 0), numbers)
+    _log.info("squared error %.4g, at least %.4g is possible", -result.value, -result.bound)
+    if config.rank_options is not None:
+        config.rank_pattern = {**(config.rank_pattern or {}), **{name: c.rank for name, c in choices.items()}}
+    _take(config, {name: choice.config for name, choice in choices.items()})
+
+
+def _take(config: LqLoraConfig, ways: Mapping[str, NFConfig | None]) -> None:
+    config.qconfig_map = {name: None if way is None else list(way) for name, way in ways.items()}
     left = [name for name, way in ways.items() if way is None]
     if left:
         _log.warning("%d matrices have rows that no block fits and stay as they are: %s", len(left), ", ".join(left))
 
 
-def _spend(config: LqLoraConfig, found: dict[str, Any], budget: float) -> dict[str, list[Any] | None]:
-    """The ways that make the most of the budget; ranks too, where they are chosen."""
-    tables = {name: _table(config, name, module) for name, module in found.items()}
-    choices, result = plan_bits(tables, budget, sum(module.weight.numel() for module in found.values()))
-    _log.info("squared error %.4g, at least %.4g is possible", -result.value, -result.bound)
-    if config.rank_options is not None:
-        config.rank_pattern = {**(config.rank_pattern or {}), **{name: c.rank for name, c in choices.items()}}
-    return {name: _listed(choice.config) for name, choice in choices.items()}
-
-
-def _table(config: LqLoraConfig, name: str, module: Any) -> MatrixErrors:
+def table(config: LqLoraConfig, name: str, module: Any) -> MatrixErrors:
     """What can be done with a matrix; nothing where no block fits its rows."""
     weight = oriented(module)
     factor_bits = FACTOR_BITS if config.budget_scope == "base+lora" else 0
@@ -122,11 +130,6 @@ def _smaller(way: NFConfig, columns: int) -> NFConfig | None:
     blocks = (block for block in (way.block, 64, 32, 16) if block <= way.block and columns % block == 0)
     block = next(blocks, None)
     return None if block is None else way._replace(block=block)
-
-
-def _listed(way: NFConfig | None) -> list[Any] | None:
-    """As it is written to a file."""
-    return None if way is None else list(way)
 
 
 __all__: list[str] = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig
@@ -19,13 +19,16 @@ __all__: list[str] = []
 Targeted = Callable[[LqLoraConfig, str], Any]
 
 
-def targets(config: LqLoraConfig, model: nn.Module, targeted: Targeted) -> Iterator[tuple[str, Any]]:
+def targets(
+    config: LqLoraConfig, model: nn.Module, targeted: Targeted, loaded: bool = True
+) -> Iterator[tuple[str, Any]]:
     """Name and layer of every matrix that is to be quantized.
 
     Args:
         config: Says which modules are targeted.
         model: The base model, or one that has adapters already, whose layers are left out.
         targeted: peft's rule, whether a module of that name is one.
+        loaded: Whether the weights have to be there.
 
     Raises:
         ValueError: If a weight has values that are not finite or that are not loaded, naming the module.
@@ -39,11 +42,21 @@ def targets(config: LqLoraConfig, model: nn.Module, targeted: Targeted) -> Itera
         weight = module.weight
         if not weight.is_floating_point() or weight.dim() != 2:
             continue
-        if weight.is_meta or weight.numel() == 0:
-            raise ValueError(f"{name}.weight has no values here; load the model into memory before it is quantized.")
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}.weight has values that are not finite; repair the base model first.")
+        if loaded:
+            check_values(name, weight)
         yield name, module
+
+
+def check_values(name: str, weight: Tensor) -> None:
+    """Refuse a weight that cannot be quantized.
+
+    Raises:
+        ValueError: If it has values that are not finite, or none.
+    """
+    if weight.is_meta or weight.numel() == 0:
+        raise ValueError(f"{name}.weight has no values here; load the model into memory before it is quantized.")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}.weight has values that are not finite; repair the base model first.")
 
 
 def named(config: LqLoraConfig, model: Any) -> LqLoraConfig:

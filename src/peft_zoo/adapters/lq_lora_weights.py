@@ -13,12 +13,15 @@ Source: LQ-LoRA (arXiv 2311.12023), section 3.4, whose factorization uses these 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig
@@ -26,7 +29,7 @@ from peft_zoo.adapters.lq_lora_linear import oriented
 from peft_zoo.adapters.lq_lora_targets import named, targets
 from peft_zoo.kernels.quantized_low_rank import Diagonals
 
-__all__ = ["Weights", "preprocess_lq_lora"]
+__all__ = ["Weights", "load_weights", "preprocess_lq_lora", "save_weights"]
 
 ATTRIBUTE = "_lq_lora_weights"
 """Of a module, while it waits to be quantized."""
@@ -119,6 +122,28 @@ def uses(config: LqLoraConfig, name: str, layer: Any) -> tuple[list[Diagonals], 
     row, column = weights.diagonals(config.weighting_eps)
     choices = HEURISTICS[config.heuristic]
     return [(row if by_row else None, column if by_column else None) for by_row, by_column in choices], (row, column)
+
+
+def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Weights]) -> None:
+    """Write weights to one safetensors file, as `<module>.row` and `<module>.column`."""
+    parts = {f"{name}.{part}": tensor for name, both in weights.items() for part, tensor in both._asdict().items()}
+    save_file({key: tensor.contiguous() for key, tensor in parts.items()}, path)
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Weights]:
+    """Read what `save_weights` wrote.
+
+    Raises:
+        ValueError: If the file is something else.
+    """
+    try:
+        parts = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)} was not written by save_weights: {error}") from error
+    names = {key.rpartition(".")[0]: None for key in parts}
+    if parts.keys() != {f"{name}.{part}" for name in names for part in Weights._fields} or not parts:
+        raise ValueError(f"{os.fspath(path)} was not written by save_weights: it needs a row and a column by module.")
+    return {name: Weights(*(parts[f"{name}.{part}"] for part in Weights._fields)) for name in names}
 
 
 # ---- running the model ----
