@@ -1,5 +1,5 @@
 """The command line: `peft-zoo methods` lists the registered methods, `peft-zoo train` fine-tunes a real model with
-one of them, `peft-zoo squeeze` compresses a saved LoRA.
+one of them, `peft-zoo squeeze` compresses a saved LoRA, `peft-zoo quantize` a model.
 
 A mistake of the user ends in one sentence on stderr and exit status 2. A run whose reload or merge check fails ends
 in status 1.
@@ -16,7 +16,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from peft_zoo import cli_squeeze
+from peft_zoo import cli_quantize, cli_squeeze
+from peft_zoo.cli_shared import pairs
 from peft_zoo.tasks.base.settings import (
     flag,
     flag_fields,
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     try:
         options = _parse(arguments)
-        return {"methods": _methods, "train": _train, "squeeze": _squeeze}[options.command](options)
+        return COMMANDS[options.command](options)
     except SettingError as error:
         sys.stderr.write(f"peft-zoo: {error}\n")
         return 2
@@ -65,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(prog="peft-zoo", description="New adapter methods for peft.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{methods,train,squeeze}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{methods,train,squeeze,quantize}")
     commands.add_parser("methods", help="list the registered methods and what each costs")
     train = commands.add_parser(
         "train",
@@ -87,6 +88,7 @@ def _parser() -> _Parser:
     )
     train.add_argument("--config", metavar="FILE", help="a YAML file of settings")
     cli_squeeze.add_parser(commands)
+    cli_quantize.add_parser(commands)
     return parser
 
 
@@ -102,7 +104,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         rest = cli_squeeze.adopt_target(options, rest)
     if rest:
         train = [flag(item.name) for item in flag_fields()] + ["--set", "--preset", "--config"]
-        valid = {"methods": [], "train": train, "squeeze": cli_squeeze.flags()}[options.command]
+        own = {"squeeze": cli_squeeze.flags, "quantize": cli_quantize.flags}
+        valid = own[options.command]() if options.command in own else {"methods": [], "train": train}[options.command]
         close = difflib.get_close_matches(rest[0], valid, n=1)
         hint = f"did you mean {close[0]}?" if close else f"see 'peft-zoo {options.command} --help'."
         raise SettingError(f"unknown argument {rest[0]!r}: {hint}")
@@ -123,7 +126,7 @@ def _train(options: argparse.Namespace) -> int:
     settings = resolve_settings(
         read_preset(options.preset) if options.preset else {},
         read_settings_file(options.config) if options.config else {},
-        {name: value for name, value in flags.items() if value is not None} | {"options": _pairs(options.set)},
+        {name: value for name, value in flags.items() if value is not None} | {"options": pairs(options.set)},
     )
     from peft_zoo.tasks.base.catalog import load_task
     from peft_zoo.tasks.base.report import summary_text
@@ -140,16 +143,13 @@ def _squeeze(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pairs(words: Sequence[str]) -> dict[str, str]:
-    """Read `key=value` words.
+def _quantize(options: argparse.Namespace) -> int:
+    """Quantize a model, and print what came of it."""
+    _write(cli_quantize.run(options))
+    return 0
 
-    Raises:
-        SettingError: If a word has no equals sign.
-    """
-    for word in words:
-        if "=" not in word:
-            raise SettingError(f"--set cannot be {word!r}: write key=value, for example --set r=8.")
-    return dict(word.split("=", 1) for word in words)
+
+COMMANDS = {"methods": _methods, "train": _train, "squeeze": _squeeze, "quantize": _quantize}
 
 
 def _log_to_stderr() -> None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from peft_zoo.cli_shared import plain_warnings, progress_bar, sentence
 from peft_zoo.tasks.base.settings import flag
 from peft_zoo.tasks.base.values import SettingError, parse_value
 
 if TYPE_CHECKING:
-    from peft_zoo.merge.squeeze import Progress, SqueezeReport
+    from peft_zoo.merge.squeeze import SqueezeReport
 
 EPILOG = """examples:
   peft-zoo squeeze my_lora                                       (what ranks 4, 8, 16 and 32 would keep; writes nothing)
@@ -119,13 +117,13 @@ def run(options: argparse.Namespace) -> str:
     texts = {name: getattr(options, name) for name in FLAGS if getattr(options, name) is not None}
     given = {name: parse_value(text, FLAGS[name].hint, flag(name)) for name, text in texts.items()}
     _check_purpose(options.target, given)
-    with _plain_warnings():
+    with plain_warnings():
         try:
             if options.target is None:
                 return _look(options.source, given)
             return _squeeze(options.source, options.target, given, options.all_modules)
         except (ValueError, NotImplementedError, OSError) as error:
-            raise SettingError(_sentence(error)) from error
+            raise SettingError(sentence(error)) from error
 
 
 def _check_purpose(target: str | None, given: Mapping[str, Any]) -> None:
@@ -147,7 +145,7 @@ def _look(source: str, given: Mapping[str, Any]) -> str:
     ranks = _numbers(given.get("ranks", "4,8,16,32"))
     from peft_zoo.merge.squeeze import rank_report
 
-    report = rank_report(source, ranks, progress=_progress(), **_moments(given, score=False))
+    report = rank_report(source, ranks, progress=progress_bar(), **_moments(given, score=False))
     return f"{report.table()}\n\nnothing was written: give OUT, and --rank, --energy, --budget, --sv-ratio or --sv-fro"
 
 
@@ -157,7 +155,7 @@ def _squeeze(source: str, target: str, given: Mapping[str, Any], all_modules: bo
     from peft_zoo.merge.squeeze import squeeze_adapter
 
     wanted = {name: value for name, value in given.items() if name not in ("report", "moments")}
-    report = squeeze_adapter(source, target, progress=_progress(), **wanted, **_moments(given, score=True))
+    report = squeeze_adapter(source, target, progress=progress_bar(), **wanted, **_moments(given, score=True))
     if page is not None:
         _write_report(page, report, source)
     limit = SHOWN if len(report.modules) > LONG_TABLE and not all_modules else None
@@ -227,38 +225,3 @@ def _size(path: str) -> str:
 
     size = os.path.getsize(os.path.join(path, WEIGHTS_NAME) if os.path.isdir(path) else path)
     return f"{size / 1e6:,.2f} MB" if size >= 1e5 else f"{size:,} bytes"
-
-
-def _progress() -> Progress | None:
-    """A bar on stderr if that is a terminal, and tqdm is there."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return None
-
-    def bar(names: Iterable[str], doing: str) -> Iterable[str]:
-        return tqdm(names, desc=doing, unit="module", leave=False, file=sys.stderr)
-
-    return bar
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Show each warning of the library as one line, without the place in the code."""
-
-    def show(message: Warning | str, *place: Any, **more: Any) -> None:
-        sys.stderr.write(f"peft-zoo: warning: {' '.join(str(message).split())}\n")
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning)
-        warnings.showwarning = show
-        yield
-
-
-def _sentence(error: Exception) -> str:
-    """What an error says, on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    return " ".join(str(error).split())

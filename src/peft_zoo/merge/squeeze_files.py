@@ -83,8 +83,7 @@ class FileSource:
             return {}
         with new_folder(self.target) as folder:
             write_tensors(folder / WEIGHTS_NAME, content.infos, content.produce, metadata)
-            config = json.dumps(_config(adapter.config, kept, modules), indent=2, sort_keys=True)
-            (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+            write_config(folder, adapter.config, kept, modules)
             card = self.source / CARD
             if card.is_file() and card.stat().st_size <= LARGEST_CARD:
                 shutil.copyfile(card, folder / CARD)
@@ -145,19 +144,23 @@ class _Alpha(NamedTuple):
         return TensorInfo(self.tensor.dtype, tuple(self.tensor.shape))
 
 
-def _config(old: Mapping[str, Any], modules: Mapping[str, RankAndScale], before: Iterable[str]) -> dict[str, Any]:
-    """The configuration of the result: a plain LoRA, whatever it was compressed by before."""
+def write_config(
+    folder: Path, old: Mapping[str, Any], modules: Mapping[str, RankAndScale], before: Iterable[str]
+) -> None:
+    """Write the configuration of a plain LoRA that was made of an adapter.
+
+    Args:
+        folder: Where it goes.
+        old: The content of the adapter's `adapter_config.json`.
+        modules: Rank and scale of those that are left.
+        before: Names of all that there were.
+    """
     known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
     is_lora = old.get("peft_type") == "LORA"
     new = {name: value for name, value in old.items() if name not in HOW_IT_BEGAN and (name in known or is_lora)}
     rslora = bool(old.get("use_rslora")) and keeps_rslora(modules)
-    return {
-        **new,
-        "peft_type": "LORA",
-        "use_rslora": rslora,
-        **rank_fields(modules, rslora),
-        **_targets(modules, before),
-    }
+    new |= {"peft_type": "LORA", "use_rslora": rslora, **rank_fields(modules, rslora), **_targets(modules, before)}
+    (folder / CONFIG_NAME).write_text(json.dumps(new, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _targets(modules: Iterable[str], before: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,261 @@
+r"""LQ-LoRA from files: a checkpoint is quantized one matrix at a time, into a model that loads without its base.
+
+    quantize_checkpoint("Llama-3-8B", "Llama-3-8B-2.75bit", LqLoraConfig(budget_bits=2.75, target_modules="all-linear"))
+
+No tensor but the one in work is in memory, with some copies of it in float32. What is done lies in `<out_dir>.partial`
+until all is; after a kill the same call goes on from there. The result is that of `get_peft_model` and `standalone`, Q
+to the bit, and `get_peft_model` with an `LqLoraConfig` trains it.
+
+Source: LQ-LoRA (arXiv 2311.12023), algorithm 1 and eq. 7.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+import peft_zoo
+from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
+from peft_zoo.adapters.lq_lora_linear import NFLinear, oriented
+from peft_zoo.adapters.lq_lora_plan import decompose, rank_of, spend, table, without_tables
+from peft_zoo.adapters.lq_lora_standalone import NFkConfig
+from peft_zoo.adapters.lq_lora_targets import check_values, named, targets
+from peft_zoo.adapters.lq_lora_weights import ATTRIBUTE, Weights, uses
+from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors
+from peft_zoo.kernels.normal_float import packed_bits
+from peft_zoo.merge.base import TensorFile, TensorInfo, new_file, new_folder, read_json, write_tensors
+from peft_zoo.merge.checkpoint import CONFIG, Checkpoint, write_shards
+from peft_zoo.merge.lq_lora import QuantizedMatrix
+
+__all__ = ["quantize_checkpoint"]
+
+Progress = Callable[[Iterable[str], str], Iterable[str]]
+STATE = "state.json"
+
+
+def quantize_checkpoint(
+    folder: str | Path,
+    out_dir: str | Path,
+    config: LqLoraConfig,
+    *,
+    weights: Mapping[str, Weights] | None = None,
+    device: torch.device | str = "cpu",
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> list[QuantizedMatrix]:
+    """Quantize a model in files.
+
+    Args:
+        folder: A model that transformers saved, in floating-point: `config.json` and safetensors, sharded or not.
+        out_dir: A folder that does not exist or is empty; it appears whole or not at all. `from_pretrained` loads it
+            once `peft_zoo` is imported; tokenizer and other files are copied.
+        config: As for `get_peft_model`. Fields of the adapter that is trained later have no effect here.
+        weights: By module, from `preprocess_lq_lora`, if `config.weighting` wants them.
+        device: Where matrices are decomposed.
+        max_shard_bytes: Of a file of the result.
+        progress: Wraps the names of what is worked on, with a word for what is done, as `tqdm` does.
+
+    Returns:
+        A row for every targeted matrix.
+
+    Raises:
+        ValueError: If something cannot be quantized, or `<out_dir>.partial` is of a call with other arguments; then
+            there is no `out_dir`, and what was done before is kept.
+    """
+    target = Path(os.path.abspath(out_dir))
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"out_dir={str(target)!r} exists and is not an empty folder; give a new one.")
+    partial = target.with_name(f"{target.name}.partial")
+    with Checkpoint(folder) as source:
+        job = _Job(source, copy.deepcopy(config), weights, torch.device(device), progress or (lambda names, _: names))
+        job.resume(partial)
+        job.choose()
+        rows = [job.quantize(name) for name in job.progress(job.layers, "quantizing")]
+        with new_folder(target) as work:
+            job.write(work, max_shard_bytes)
+    shutil.rmtree(partial)
+    return rows
+
+
+class _Job:
+    """One call: what is to be done, and where what is done lies."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        config: LqLoraConfig,
+        weights: Mapping[str, Weights] | None,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.source, self.device, self.progress = source, device, progress
+        skeleton = _skeleton(source)
+        self.config = named(config, skeleton)
+        self.layers = dict(targets(self.config, skeleton, check_target_module_exists, loaded=False))
+        if not self.layers:
+            raise ValueError(f"target_modules={config.target_modules!r} names no layer of the model that is quantized.")
+        self.keys = {name: self._key(name, layer, skeleton.base_model_prefix) for name, layer in self.layers.items()}
+        self.weights = weights or {}
+        lost = sorted(self.layers.keys() - self.weights.keys()) if config.weighting != "none" else []
+        if lost:
+            raise ValueError(
+                f"weights of {lost[0]} (and {len(lost) - 1} more) are missing, which weighting={config.weighting!r} "
+                "needs; pass those that preprocess_lq_lora returned."
+            )
+        self.numbers = {name: number for number, name in enumerate(self.layers)}
+        self.partial = Path()
+
+    def _key(self, name: str, layer: Any, prefix: str) -> str:
+        """Where the weight of a layer is: a model with a head has one part more in its names than one without."""
+        names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        key = next((f"{one}.weight" for one in names if f"{one}.weight" in self.source.tensors), None)
+        if key is None:
+            raise ValueError(f"{self.source.folder}: has no weight of {name}; its files and config.json do not match.")
+        info = self.source.tensors[key]
+        if info.shape != tuple(layer.weight.shape) or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+            raise ValueError(
+                f"{key} is {info.dtype} of shape {info.shape}, and config.json says {tuple(layer.weight.shape)}; give "
+                "a model in floating-point."
+            )
+        return key
+
+    # ---- what was done before ----
+
+    def resume(self, partial: Path) -> None:
+        """Take over what a call with the same arguments left, or begin."""
+        state = json.loads(json.dumps(self._arguments(), default=sorted))
+        if (partial / STATE).exists():
+            if read_json(partial / STATE) != state:
+                raise ValueError(
+                    f"{partial} is what another call left, of another model or with other settings; repeat that call, "
+                    "or remove the folder."
+                )
+        else:
+            with new_folder(partial) as folder:
+                (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        self.partial = partial
+
+    def _arguments(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name in sorted(self.weights.keys() & self.layers.keys()):
+            for part in self.weights[name]:
+                digest.update(part.float().cpu().numpy().tobytes())
+        fields = {key: value for key, value in asdict(self.config).items() if key != "runtime_config"}
+        return {
+            "version": peft_zoo.__version__,
+            "source": self.source.identity(),
+            "config": fields,
+            "weights": digest.hexdigest(),
+        }
+
+    # ---- one matrix ----
+
+    def _layer(self, name: str) -> Any:
+        """A layer like the model's, with its weight and nothing else of it."""
+        weight = self.source.read(self.keys[name])
+        check_values(name, weight)
+        layer: Any = copy.copy(self.layers[name])
+        layer._parameters = {"weight": nn.Parameter(weight.to(self.device), requires_grad=False), "bias": None}
+        if name in self.weights:
+            setattr(layer, ATTRIBUTE, Weights(*(part.to(self.device) for part in self.weights[name])))
+        return layer
+
+    def choose(self) -> None:
+        """How each matrix is quantized."""
+        if self.config.qconfig_map is not None or self.config.budget_bits is None:
+            without_tables(self.config, {name: oriented(layer).shape[1] for name, layer in self.layers.items()})
+            return
+        tables = {name: self._table(name) for name in self.progress(self.layers, "measuring")}
+        spend(self.config, tables, sum(layer.weight.numel() for layer in self.layers.values()))
+
+    def _table(self, name: str) -> MatrixErrors:
+        path = self.partial / f"{self.numbers[name]:05d}.json"
+        if not path.exists():
+            choices = table(self.config, name, self._layer(name))
+            with new_file(path) as draft:
+                draft.write_text(json.dumps({"choices": [asdict(choice) for choice in choices]}), encoding="utf-8")
+        choices = read_json(path)["choices"]
+        return tuple(BitChoice(**{**c, "config": c["config"] and nf_config(c["config"])}) for c in choices)
+
+    def _path(self, name: str) -> Path:
+        return self.partial / f"{self.numbers[name]:05d}.safetensors"
+
+    def quantize(self, name: str) -> QuantizedMatrix:
+        """Quantize a matrix, unless that has been done."""
+        listed, numbers = (self.config.qconfig_map or {}).get(name), self.layers[name].weight.numel()
+        if listed is None:
+            return QuantizedMatrix(
+                name, numbers, None, 0, 8.0 * self.source.tensors[self.keys[name]].dtype.itemsize, 0.0
+            )
+        way = nf_config(listed)
+        if not self._path(name).exists():
+            layer = self._layer(name)
+            rank = rank_of(self.config, name, layer)
+            found = decompose(self.config, way, oriented(layer), rank, *uses(self.config, name, layer))
+            tensors = {**found.Q._asdict(), **dict(zip(NFLinear.INITIAL, (found.B, found.A), strict=True))}
+            infos = {part: TensorInfo(tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
+            with new_file(self._path(name)) as draft:
+                write_tensors(draft, infos, tensors.__getitem__, {"error": repr(found.error)})
+        with TensorFile(self._path(name)) as file:
+            rank = file.tensors["initial_A"].shape[0]
+            bits = packed_bits(way, numbers) / numbers
+            return QuantizedMatrix(name, numbers, tuple(way), rank, bits, float(file.metadata["error"]))
+
+    # ---- the result ----
+
+    def write(self, folder: Path, max_bytes: int) -> None:
+        """Write the model."""
+        source, infos, origin, ranks = self.source, dict[str, TensorInfo](), dict[str, tuple[Path, str]](), {}
+        modules = {name: way for name, way in (self.config.qconfig_map or {}).items() if way and name in self.layers}
+        owner = {self.keys[name]: name for name in modules}
+        for key, info in source.tensors.items():
+            if key not in owner:
+                infos[key] = info
+                continue
+            path = self._path(owner[key])
+            with TensorFile(path) as file:
+                for part, its in file.tensors.items():
+                    new = f"{key.removesuffix('weight')}{part}"
+                    infos[new], origin[new] = its, (path, part)
+                ranks[owner[key]] = file.tensors["initial_A"].shape[0]
+
+        def produce(key: str) -> Tensor:
+            if key not in origin:
+                return source.read(key)
+            path, part = origin[key]
+            with TensorFile(path) as file:
+                return file.read(part)
+
+        write_shards(folder, infos, produce, max_bytes)
+        quantization = NFkConfig(modules=modules, ranks=ranks).to_dict()
+        content = json.dumps({**source.config, "quantization_config": quantization}, indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(content, encoding="utf-8")
+        source.copy_others(folder)
+
+
+def _skeleton(source: Checkpoint) -> Any:
+    """The model without values.
+
+    Raises:
+        ValueError: If it is quantized, or of no class that transformers has.
+    """
+    if "quantization_config" in source.config:
+        raise ValueError(f"{source.folder}: is quantized already; give the model in floating-point.")
+    (architecture, *_) = source.config.get("architectures") or [None]
+    kind = getattr(transformers, str(architecture), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"{source.folder}: architectures={architecture!r} is no model that transformers has.")
+    with torch.device("meta"):
+        return kind(kind.config_class.from_pretrained(source.folder))

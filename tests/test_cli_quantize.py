@@ -1,0 +1,75 @@
+"""`peft-zoo quantize`, in process: what it writes is what the library writes, and mistakes cost one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from peft_zoo import LqLoraConfig, preprocess_lq_lora, save_weights
+from peft_zoo.cli import main
+from peft_zoo.merge.lq_lora_stream import quantize_checkpoint
+from tests.adapters.lq_samples import TOKENS, base
+from tests.tasks.conftest import RENAMED
+from tests.test_cli import untouched_process
+
+__all__ = ["untouched_process"]  # a fixture of the tests below
+
+pytestmark = RENAMED
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    base().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def digest(folder: str) -> str:
+    return hashlib.sha256(Path(folder, "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_it_writes_what_the_library_writes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--budget-bits", "3", "--set", "r=4", "--set", "num_iterations=2"]
+    assert main(["quantize", "model", "out", *words]) == 0
+    text = capsys.readouterr().out
+    config = LqLoraConfig(r=4, num_iterations=2, budget_bits=3.0, target_modules="all-linear")
+    rows = quantize_checkpoint("model", "again", config)
+    assert digest("out") == digest("again")
+    worst = max(rows, key=lambda row: row.error)
+    assert f"{worst.error:.4f}  {worst.bits:.2f} bits  {worst.name}" in text
+    bits = sum(row.bits * row.numbers for row in rows) / sum(row.numbers for row in rows)
+    assert "matrices    14 with" in text and f"{bits:.3f} a number, and a part of rank 4" in text
+
+
+def test_weights_from_a_file(here: Path) -> None:
+    config = LqLoraConfig(r=4, target_modules="all-linear", weighting="activation")
+    save_weights("w.safetensors", preprocess_lq_lora(base(), config, [{"input_ids": TOKENS}]))
+    fields = ["--set", "r=4", "--set", "weighting=activation"]
+    assert main(["quantize", "model", "out", "--weights", "w.safetensors", *fields]) == 0
+    assert main(["quantize", "model", "plain", "--set", "r=4"]) == 0
+    assert digest("out") != digest("plain")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["model", "out", "--budget-bits", "1"], "budget_bits=1.0 is below 2."),
+        (["model", "out", "--budget-bits", "few"], "field 'budget_bits' cannot be 'few'"),
+        (["model", "out", "--set", "rank=4"], "unknown field of lq_lora"),
+        (["model", "out", "--budget", "3"], "did you mean --budget-bits?"),
+        (["model", "model"], "is not an empty folder"),
+        (["nothing", "out"], "not a file"),
+        (["model", "out", "--weights", "model/config.json"], "was not written by save_weights"),
+        (["model", "out", "--device", "abacus"], "abacus"),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value,
+)
+def test_mistakes_get_one_sentence(
+    words: list[str], sentence: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.startswith("peft-zoo: ") and "Traceback" not in said
+    assert not (here / "out").exists()
