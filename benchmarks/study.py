@@ -46,11 +46,14 @@ class Recipe:
         method: A registered method, or `lora` for peft's own.
         options: Its fields.
         rates: The grid of learning rates, if it is not that of the whole study.
+        adapt: Puts the adapter on the base model; may prepare the model first. A function of a module, so that other
+            processes find it.
     """
 
     method: str
     options: Mapping[str, str]
     rates: tuple[float, ...] = ()
+    adapt: Callable[[Task, Any], Any] = adapt
 
 
 def perplexity(recipe: str, task: Task, model: Any, held_out: Dataset[Any]) -> dict[str, float]:
@@ -59,12 +62,27 @@ def perplexity(recipe: str, task: Task, model: Any, held_out: Dataset[Any]) -> d
 
 
 class Study:
-    """Trains, scores, and remembers what is done."""
+    """Trains, scores, and remembers what is done.
+
+    Args:
+        recipes: What is compared.
+        settings: Of the task, for all runs.
+        dtype: Of the base model.
+        folder: Where the runs are kept.
+        score: How a trained model is scored.
+        before: Whether each run also has a row for the perplexity before the first step.
+    """
 
     def __init__(
-        self, recipes: Mapping[str, Recipe], settings: Run, dtype: str, folder: Path, score: Score = perplexity
+        self,
+        recipes: Mapping[str, Recipe],
+        settings: Run,
+        dtype: str,
+        folder: Path,
+        score: Score = perplexity,
+        before: bool = False,
     ) -> None:
-        self.recipes, self.settings, self.dtype, self.score = recipes, settings, dtype, score
+        self.recipes, self.settings, self.dtype, self.score, self.before = recipes, settings, dtype, score, before
         self.path, self.work = folder / "runs.jsonl", folder / "work"
         folder.mkdir(parents=True, exist_ok=True)
         self.done: list[Run] = []
@@ -102,10 +120,12 @@ class Study:
             )
         )
         data = task.load_data()
-        model = adapt(task, task.load_model().to(getattr(torch, self.dtype)))
+        held_out = data.test if split == "test" else data.validation
+        model = recipe.adapt(task, task.load_model().to(getattr(torch, self.dtype)))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        before = perplexity(f"{name}, before tuning", task, model, held_out) if self.before else {}
         losses = fit(task, model, data.train)
-        scores = self.score(name, task, model, data.test if split == "test" else data.validation)
+        scores = {**self.score(name, task, model, held_out), **before}
         result = {**self._full((name, rate, seed, split)), "scores": scores, "parameters": trained}
         result |= {"train_loss": losses[-1][1], "seconds": time.perf_counter() - start}
         print(f"{name:<8} rate {rate:g} seed {seed} {split}: {scores} in {result['seconds']:.0f} s", flush=True)
@@ -177,6 +197,8 @@ def main(
     recipes: Mapping[str, Recipe],
     arguments: Sequence[str] | None,
     score: Score = perplexity,
+    before: bool = False,
+    defaults: Mapping[str, Any] | None = None,
 ) -> int:
     """The command line of a study.
 
@@ -186,6 +208,8 @@ def main(
         recipes: What is compared.
         arguments: Of the command line.
         score: How a trained model is scored.
+        before: Whether each recipe also has a row for the perplexity before the first step.
+        defaults: Of the command line, where they are not those of all studies.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=96)
@@ -201,11 +225,13 @@ def main(
     parser.add_argument("--only", default=",".join(recipes), help="recipes, for a part of the study")
     parser.add_argument("--output", default=f"runs/{name}_study")
     parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{name}_study.json")
+    parser.set_defaults(**(defaults or {}))
     words = parser.parse_args(arguments)
     settings = {"task": "language", **{field: getattr(words, field) for field in SHARED}}
     chosen = {recipe: recipes[recipe] for recipe in words.only.split(",")}
     rates, seeds = [float(rate) for rate in words.rates.split(",")], [int(seed) for seed in words.seeds.split(",")]
-    report = Study(chosen, settings, words.dtype, Path(words.output), score).report(rates, seeds, words.jobs)
+    study = Study(chosen, settings, words.dtype, Path(words.output), score, before)
+    report = study.report(rates, seeds, words.jobs)
     print(table(report))
     if words.save:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -163,7 +163,6 @@ def empty_nf_linear(layer: Any, config: NFConfig, rank: int | None, standing: bo
     (rows, columns), device = matrix.shape, matrix.device
     initial = None if rank is None else _zeros(rows, columns, rank, device)
     packed = empty_nf(config, rows * columns, device)
-    packed = packed._replace(offset=packed.offset.float())  # whatever the default dtype is while a model is made
     transposed = isinstance(layer, Conv1D)
     return NFLinear(packed, config, (rows, columns), layer.bias, matrix.dtype, transposed, initial, standing)
 

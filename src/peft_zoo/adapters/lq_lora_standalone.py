@@ -204,11 +204,11 @@ def standalone(model: PeftModel, adapter_name: str | None = None) -> PreTrainedM
     Raises:
         ValueError: If it is another model, or has what the standalone form cannot hold: nothing is changed then.
     """
-    base, name = _checked(model, adapter_name)
+    base, name = check_standalone(model, adapter_name)
     modules: dict[str, Any] = dict(base.named_modules())
     for key, module in modules.items():
         if isinstance(module, LqLinear):
-            base.set_submodule(key, _standing(module, name))
+            base.set_submodule(key, standing_layer(module, name))
         elif isinstance(module, BaseTunerLayer):
             base.set_submodule(key, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
@@ -222,7 +222,7 @@ def standalone(model: PeftModel, adapter_name: str | None = None) -> PreTrainedM
     return base
 
 
-def _standing(layer: LqLinear, adapter_name: str) -> NFLinear:
+def standing_layer(layer: LqLinear, adapter_name: str) -> NFLinear:
     """The matrix of a layer with the factors of an adapter, or where it has none the initial ones."""
     here = adapter_name in layer.lora_A
     factors = layer.factors(adapter_name) if here else layer.quantized.initial
@@ -231,7 +231,7 @@ def _standing(layer: LqLinear, adapter_name: str) -> NFLinear:
     return layer.quantized.with_initial(factors, standing=True)
 
 
-def _checked(model: PeftModel, adapter_name: str | None) -> tuple[Any, str]:
+def check_standalone(model: PeftModel, adapter_name: str | None) -> tuple[Any, str]:
     """The base model and the name of the adapter, if both can be made standalone."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, LqLoraModel):

@@ -289,7 +289,7 @@ def empty_nf(config: NFConfig, count: int, device: torch.device | str | None = N
         name: torch.zeros(size, dtype=dtypes.get(name, torch.int32), device=device)
         for name, size in _sizes(config, count).items()
     }
-    return NFTensor(**made, offset=torch.zeros((), device=device))
+    return NFTensor(**made, offset=torch.zeros((), dtype=torch.float32, device=device))
 
 
 def packed_bits(config: NFConfig, count: int) -> int:
