@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_zoo.kernels.normal_float import NFConfig, codebook, dequantize, pack, quantize, unpack
+from peft_zoo.kernels.bit_packing import pack, unpack
+from peft_zoo.kernels.normal_float import NFConfig, _places, codebook, dequantize, quantize
 
 # The table of QLoRA (arXiv 2305.14314, appendix E), and those of two and three bits by the same rule.
 LEVELS = {
@@ -191,3 +192,19 @@ def test_bad_input(weight: Tensor, config: NFConfig, levels: Tensor | None, mess
 def test_no_such_codebook() -> None:
     with pytest.raises(ValueError, match="bits=5 must be one of"):
         codebook(5)
+
+
+@pytest.mark.parametrize("kind", ["2", "3", "4", "8", "random", "twins", "wide"])
+def test_the_table_finds_what_bucketize_does(kind: str) -> None:
+    """Also for levels that no table serves: equal ones, and some outside of [-1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    if kind.isdigit():
+        levels = codebook(int(kind))
+    else:
+        levels = torch.rand(16, generator=generator).mul(2).sub(1).sort().values
+        levels = {"random": levels, "twins": levels.repeat_interleave(2), "wide": levels * 3}[kind]
+    middles = (levels[1:] + levels[:-1]) / 2
+    edges = torch.arange(2**11 + 1) / 2**10 - 1
+    some = torch.cat([middles, levels, edges, torch.tensor([-9.0, 9.0, 0.0]), torch.randn(4096, generator=generator)])
+    values = torch.cat([some, some.nextafter(torch.tensor(9.0)), some.nextafter(torch.tensor(-9.0))])
+    assert torch.equal(_places(middles)(values), torch.bucketize(values, middles).to(torch.uint8))

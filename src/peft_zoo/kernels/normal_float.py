@@ -23,20 +23,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_zoo.kernels.base import FLOATS, Choice, operator
+from peft_zoo.kernels.bit_packing import pack, packed_length, unpack
 
-__all__ = ["NFConfig", "NFTensor", "codebook", "dequantize", "empty_nf", "pack", "packed_bits", "quantize", "unpack"]
+__all__ = ["NFConfig", "NFTensor", "codebook", "dequantize", "empty_nf", "packed_bits", "quantize"]
 
 BITS = (2, 3, 4, 8)
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DELTA = 0.9677083
 _PIECE = 2**20  # values that are quantized at a time
+_BINS = 2**11  # in which levels are looked up; those of 8 bits are five of them apart and more
 
 
 class NFConfig(NamedTuple):
@@ -136,58 +138,6 @@ def codebook(bits: int) -> Tensor:
     return _codebook(bits).clone()
 
 
-# ---- packing ----
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes in int32 words, the first in the lowest bits.
-
-    With 2, 4 and 8 bits value j of a word has its bits `[j b, (j + 1) b)`. With 3 bits, 32 values make three words, and
-    word t has bit t of value j in its bit j. The last word is filled up with zeros.
-
-    Args:
-        codes: Any shape, integers of at least 0 and below 2^bits.
-        bits: 2, 3, 4 or 8.
-
-    Returns:
-        int32 of shape `(ceil(n / 32) * 3,)` for 3 bits, else `(ceil(n bits / 32),)`.
-    """
-    each = 32 if bits == 3 else 32 // bits
-    flat = codes.flatten()
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % each)).view(-1, each)
-    if bits == 3:
-        planes = torch.stack([flat >> t & 1 for t in range(3)], dim=1)
-        return _words(planes, 1).flatten()
-    return _words(flat, bits)
-
-
-def _words(values: Tensor, bits: int) -> Tensor:
-    """Sums of the last axis, each value shifted to its place; int64 so that the sign bit is a bit like any other."""
-    places = bits * torch.arange(values.shape[-1], device=values.device)
-    words = (values.long() << places).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes, uint8 of shape `(count,)`.
-
-    Args:
-        words: As `pack` gives them.
-        bits: 2, 3, 4 or 8.
-        count: How many.
-    """
-    places = torch.arange(32 if bits == 3 else 32 // bits, dtype=torch.int32, device=words.device)
-    if bits == 3:
-        planes = words.view(-1, 3, 1) >> places & 1
-        codes = planes[:, 0] | planes[:, 1] << 1 | planes[:, 2] << 2
-    else:
-        codes = words[:, None] >> bits * places & (2**bits - 1)
-    return codes.to(torch.uint8).flatten()[:count]
-
-
-# ---- quantizing ----
-
-
 def quantize(weight: Tensor, config: NFConfig, levels: Tensor | None = None) -> NFTensor:
     """Quantize a matrix.
 
@@ -210,16 +160,38 @@ def quantize(weight: Tensor, config: NFConfig, levels: Tensor | None = None) -> 
         raise ValueError("weight is empty or has values that are not finite; a quantized matrix needs finite values.")
     codes, group_scales, offset = _quantize_scales(x, config)
     scales = _scales(codes, group_scales, offset, config.scale_bits, config.group)
-    middles = (levels[1:] + levels[:-1]) / 2
-    zero = torch.searchsorted(middles, torch.zeros((), device=x.device)).to(torch.uint8)
+    places = _places((levels[1:] + levels[:-1]) / 2)
+    zero = places(torch.zeros(1, device=x.device))
     indices = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
     step = config.block * max(1, _PIECE // config.block)
     for start in range(0, x.numel(), step):
         piece = x[start : start + step]
         s = _spread(scales, config.block, start, len(piece))
-        found = torch.bucketize(piece / s, middles, out_int32=True).to(torch.uint8)
-        indices[start : start + step] = torch.where(s == 0, zero, found)
+        found = places(piece / torch.where(s == 0, 1, s))
+        indices[start : start + step] = found if s.all() else torch.where(s == 0, zero, found)
     return NFTensor(pack(indices, config.bits), pack(codes, config.scale_bits), group_scales, offset, levels)
+
+
+def _places(middles: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that counts the middles below each value, as uint8.
+
+    It is `bucketize`, which takes most of the time of quantizing on a CPU, in one look into a table of narrow bins: of
+    each the count at its beginning and the one middle that it may have.
+    """
+    edges = torch.arange(_BINS + 1, device=middles.device) * (2 / _BINS) - 1
+    edges[0], edges[-1] = -torch.inf, torch.inf
+    slack = 1e-5  # a value near an edge may be rounded into either bin
+    first, last = (torch.searchsorted(middles, e.contiguous()) for e in (edges[:-1] - slack, edges[1:] + slack))
+    if (last - first > 1).any():  # levels that are very close
+        return lambda values: torch.bucketize(values, middles, out_int32=True).to(torch.uint8)
+    next_middle = torch.cat([middles, middles.new_full((1,), torch.inf)])[first]
+    counts = first.to(torch.uint8)
+
+    def places(values: Tensor) -> Tensor:
+        bins = (values * (_BINS // 2)).add_(_BINS // 2).clamp_(0, _BINS - 1).int()
+        return counts.index_select(0, bins) + (values > next_middle.index_select(0, bins)).view(torch.uint8)
+
+    return places
 
 
 def _levels(config: NFConfig, levels: Tensor | None) -> Tensor:
@@ -303,16 +275,11 @@ def _sizes(config: NFConfig, count: int) -> dict[str, int]:
     """How long the tensors of a matrix of `count` values are."""
     blocks = -(-count // config.block)
     return {
-        "codes": _length(count, config.bits),
-        "scales": _length(blocks, config.scale_bits),
+        "codes": packed_length(count, config.bits),
+        "scales": packed_length(blocks, config.scale_bits),
         "group_scales": -(-blocks // config.group),
         "levels": 2**config.bits,
     }
-
-
-def _length(count: int, bits: int) -> int:
-    """Words that `pack` makes of so many codes."""
-    return -(-count // 32) * 3 if bits == 3 else -(-count * bits // 32)
 
 
 def _dequantize_reference(
@@ -379,9 +346,11 @@ def dequantize_operator(
     step = math.lcm(32, block) * max(1, _PIECE // math.lcm(32, block))
     for start in range(0, count, step):
         size = min(step, count - start)
-        words = codes[_length(start, bits) : _length(start + size, bits)]
+        words = codes[packed_length(start, bits) : packed_length(start + size, bits)]
         torch.mul(
-            levels[unpack(words, bits, size).int()], _spread(s, block, start, size), out=out[start : start + size]
+            levels.index_select(0, unpack(words, bits, size).int()),
+            _spread(s, block, start, size),
+            out=out[start : start + size],
         )
     return out
 

@@ -1,0 +1,60 @@
+"""Codes of 2, 3, 4 or 8 bits packed into words of 32, in the layout of LQ-LoRA's released code (arXiv 2311.12023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["pack", "packed_length", "unpack"]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes in int32 words, the first in the lowest bits.
+
+    With 2, 4 and 8 bits value j of a word has its bits `[j b, (j + 1) b)`. With 3 bits, 32 values make three words, and
+    word t has bit t of value j in its bit j. The last word is filled up with zeros.
+
+    Args:
+        codes: Any shape, integers of at least 0 and below 2^bits.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int32 of shape `(ceil(n / 32) * 3,)` for 3 bits, else `(ceil(n bits / 32),)`.
+    """
+    each = 32 if bits == 3 else 32 // bits
+    flat = codes.flatten().to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % each))
+    if bits == 3:
+        planes = [_bytes((flat >> t & 1).view(len(flat) // 32, 4, 8), 1) for t in range(3)]
+        return torch.stack(planes, dim=1).flatten().view(torch.int32)
+    return _bytes(flat.view(len(flat) * bits // 8, 8 // bits), bits).view(torch.int32)
+
+
+def _bytes(values: Tensor, bits: int) -> Tensor:
+    """The last axis in one byte, the first value in the lowest bits; four bytes are a word, the first the lowest."""
+    packed = values[..., 0].clone(memory_format=torch.contiguous_format)
+    for place in range(1, values.shape[-1]):
+        packed |= values[..., place] << bits * place
+    return packed
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes, uint8 of shape `(count,)`.
+
+    Args:
+        words: As `pack` gives them.
+        bits: 2, 3, 4 or 8.
+        count: How many.
+    """
+    packed = words.contiguous().view(torch.uint8)
+    if bits == 3:
+        places = torch.arange(8, dtype=torch.uint8, device=words.device)
+        planes = packed.view(len(packed) // 12, 3, 4, 1) >> places & 1
+        return (planes[:, 0] | planes[:, 1] << 1 | planes[:, 2] << 2).flatten()[:count]
+    places = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+    return (packed[:, None] >> places & (2**bits - 1)).flatten()[:count]
+
+
+def packed_length(count: int, bits: int) -> int:
+    """Words that `pack` makes of so many codes."""
+    return -(-count // 32) * 3 if bits == 3 else -(-count * bits // 32)
