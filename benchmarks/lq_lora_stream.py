@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import common
 from peft_zoo.merge.base import TensorInfo
-from peft_zoo.merge.checkpoint import write_shards
+from peft_zoo.merge.base.checkpoint import write_shards
 
 SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
 QUICK = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}

@@ -3,6 +3,13 @@
 from peft_zoo.adapters.lq_lora import LqLoraModel as LqLoraModel
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig as LqLoraConfig
 from peft_zoo.adapters.lq_lora_linear import NFLinear as NFLinear
+from peft_zoo.adapters.lq_lora_standalone import NFkConfig as NFkConfig
+from peft_zoo.adapters.lq_lora_standalone import NFkHfQuantizer as NFkHfQuantizer
+from peft_zoo.adapters.lq_lora_standalone import standalone as standalone
+from peft_zoo.adapters.lq_lora_weights import Weights as Weights
+from peft_zoo.adapters.lq_lora_weights import load_weights as load_weights
+from peft_zoo.adapters.lq_lora_weights import preprocess_lq_lora as preprocess_lq_lora
+from peft_zoo.adapters.lq_lora_weights import save_weights as save_weights
 from peft_zoo.adapters.randlora import RandLoraModel as RandLoraModel
 from peft_zoo.adapters.randlora_config import RandLoraConfig as RandLoraConfig
 from peft_zoo.adapters.snell import SnellConfig as SnellConfig

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import LqLoraConfig, NFLinear
@@ -481,3 +481,17 @@ def test_a_budget_below_the_least_names_the_least() -> None:
 def test_a_map_that_lacks_a_module() -> None:
     with pytest.raises(ValueError, match=r"qconfig_map lacks 'model\.layers\.0"):
         adapted(qconfig_map={})
+
+
+def test_models_that_ask_a_layer_for_its_dtype() -> None:
+    """T5 converts what enters `wo` to the dtype of its weight, unless that is int8."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    plain = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    with torch.no_grad():
+        expected = plain(input_ids=TOKENS, labels=TOKENS).logits
+    model = get_peft_model(plain, LqLoraConfig(r=8, target_modules=["wi", "wo"], qconfig=[8, 8, "fp32", 16, 16]))
+    outcome = model(input_ids=TOKENS, labels=TOKENS)
+    outcome.loss.backward()
+    assert (outcome.logits - expected).norm() < 0.02 * expected.norm()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -67,8 +67,8 @@ class NFLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The packed codes."""
-        return self.codes
+        """The packed codes as int8, by which T5 knows that they are no dtype to compute in."""
+        return self.codes.view(torch.int8)
 
     @property
     def packed(self) -> NFTensor:

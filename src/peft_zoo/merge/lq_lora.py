@@ -25,7 +25,7 @@ from peft_zoo.adapters.lq_lora_config import LqLoraConfig
 from peft_zoo.adapters.lq_lora_linear import NFLinear
 from peft_zoo.merge.base import LoraAdapter, Role, TensorFile, TensorInfo, new_folder, read_json, write_tensors
 from peft_zoo.merge.base.adapter import CONFIG_NAME, WEIGHTS_NAME
-from peft_zoo.merge.squeeze_files import write_config
+from peft_zoo.merge.base.lora_config import write_config
 from peft_zoo.registration import peft_type_of
 
 __all__ = ["QuantizedMatrix", "to_lora"]

@@ -36,7 +36,7 @@ from peft_zoo.adapters.lq_lora_weights import ATTRIBUTE, Weights, uses
 from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors
 from peft_zoo.kernels.normal_float import packed_bits
 from peft_zoo.merge.base import TensorFile, TensorInfo, new_file, new_folder, read_json, write_tensors
-from peft_zoo.merge.checkpoint import CONFIG, Checkpoint, write_shards
+from peft_zoo.merge.base.checkpoint import CONFIG, Checkpoint, write_shards
 from peft_zoo.merge.lq_lora import QuantizedMatrix
 
 __all__ = ["quantize_checkpoint"]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from peft_zoo.adapters.base.patterns import RankAndScale, alpha_of, rank_fields
 from peft_zoo.merge.base import LoraAdapter, Role, TensorInfo, new_file, new_folder, parse_json, write_tensors
-from peft_zoo.merge.base.adapter import CONFIG_NAME, WEIGHTS_NAME
+from peft_zoo.merge.base.adapter import WEIGHTS_NAME
+from peft_zoo.merge.base.lora_config import target_fields, write_config
 from peft_zoo.merge.base.settings import DIFFUSERS_METADATA
-from peft_zoo.merge.squeeze_source import HOW_IT_BEGAN, Factors, Make, keeps_rslora
+from peft_zoo.merge.squeeze_source import Factors, Make
 
 CARD = "README.md"
 LARGEST_CARD = 1 << 20  # bytes
@@ -144,37 +142,6 @@ class _Alpha(NamedTuple):
         return TensorInfo(self.tensor.dtype, tuple(self.tensor.shape))
 
 
-def write_config(
-    folder: Path, old: Mapping[str, Any], modules: Mapping[str, RankAndScale], before: Iterable[str]
-) -> None:
-    """Write the configuration of a plain LoRA that was made of an adapter.
-
-    Args:
-        folder: Where it goes.
-        old: The content of the adapter's `adapter_config.json`.
-        modules: Rank and scale of those that are left.
-        before: Names of all that there were.
-    """
-    known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
-    is_lora = old.get("peft_type") == "LORA"
-    new = {name: value for name, value in old.items() if name not in HOW_IT_BEGAN and (name in known or is_lora)}
-    rslora = bool(old.get("use_rslora")) and keeps_rslora(modules)
-    new |= {"peft_type": "LORA", "use_rslora": rslora, **rank_fields(modules, rslora), **_targets(modules, before)}
-    (folder / CONFIG_NAME).write_text(json.dumps(new, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _targets(modules: Iterable[str], before: Iterable[str]) -> dict[str, Any]:
-    """What makes peft adapt the modules that are left and no others. It takes a name in a list for an end of names."""
-    left = sorted(modules)
-    dropped = set(before).difference(left)
-    if not dropped:
-        return {}
-    if not any(name.endswith(tuple(f".{end}" for end in left)) for name in dropped):
-        return {"target_modules": left}
-    exactly = "|".join(re.escape(name) for name in left)
-    return {"target_modules": exactly, "layers_to_transform": None, "layers_pattern": None}
-
-
 def _metadata(
     adapter: LoraAdapter, modules: Mapping[str, RankAndScale], before: Iterable[str]
 ) -> dict[str, str] | None:
@@ -201,6 +168,6 @@ def _diffusers(text: str, modules: Mapping[str, RankAndScale], before: Iterable[
         own = {name.removeprefix(prefix): new for name, new in modules.items() if name.startswith(prefix)}
         if own:
             others = (name.removeprefix(prefix) for name in before if name.startswith(prefix))
-            new = {**rank_fields(own), "use_rslora": False, **_targets(own, others)}
+            new = {**rank_fields(own), "use_rslora": False, **target_fields(own, others)}
             known |= {prefix + field: value for field, value in new.items()}
     return known

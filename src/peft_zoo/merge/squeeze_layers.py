@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from peft_zoo.adapters.base.patterns import RankAndScale, rank_fields
 from peft_zoo.adapters.squeeze_lora_finish import config_table, write_ranks
 from peft_zoo.adapters.squeeze_lora_pairs import LoraPair, lora_pairs, scale_bias, write_factors
-from peft_zoo.merge.squeeze_source import HOW_IT_BEGAN, Factors, Make, keeps_rslora
+from peft_zoo.merge.base.lora_config import HOW_IT_BEGAN, keeps_rslora
+from peft_zoo.merge.squeeze_source import Factors, Make
 
 NAME = r"[A-Za-z0-9_-]{1,64}"  # of an adapter: it becomes part of paths and of parameters' names
 PROBES = 64

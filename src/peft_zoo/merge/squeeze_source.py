@@ -29,15 +29,6 @@ class Factors(NamedTuple):
     min_rank: int
 
 
-HOW_IT_BEGAN = ("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-"""Fields of a configuration that no longer matter; peft warns of some where they do not fit the others."""
-
-
-def keeps_rslora(modules: Mapping[str, RankAndScale]) -> bool:
-    """Whether rsLoRA's rule can go on to describe the scales: with one rank, and not where all scales are folded."""
-    return len({module.rank for module in modules.values()}) == 1 and {m.scale for m in modules.values()} != {1.0}
-
-
 class Source(Protocol):
     """The modules of one adapter."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_zoo.merge.base import TensorFile, TensorInfo, read_json, write_tensors
+from peft_zoo.merge.base.files import TensorFile, TensorInfo, read_json, write_tensors
 
 __all__ = ["Checkpoint", "write_shards"]
 
