@@ -68,7 +68,9 @@ class NFLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The packed codes as int8, by which T5 knows that they are no dtype to compute in."""
-        return self.codes.view(torch.int8)
+        codes: Any = self.codes.view(torch.int8)
+        codes._is_hf_initialized = True  # transformers gives such a tensor no random values
+        return codes
 
     @property
     def packed(self) -> NFTensor:

@@ -71,5 +71,5 @@ def named(config: LqLoraConfig, model: Any) -> LqLoraConfig:
     if known is None:
         raise ValueError("target_modules=None: peft knows no modules of this model to take; name them.")
     config = copy.copy(config)
-    config.target_modules = set(known)
+    config.target_modules = list(known)
     return config

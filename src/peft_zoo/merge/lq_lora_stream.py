@@ -254,7 +254,7 @@ def _skeleton(source: Checkpoint) -> Any:
     if "quantization_config" in source.config:
         raise ValueError(f"{source.folder}: is quantized already; give the model in floating-point.")
     (architecture, *_) = source.config.get("architectures") or [None]
-    kind = getattr(transformers, str(architecture), None)
+    kind: Any = getattr(transformers, str(architecture), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{source.folder}: architectures={architecture!r} is no model that transformers has.")
     with torch.device("meta"):
