@@ -254,8 +254,9 @@ def _skeleton(source: Checkpoint) -> Any:
     if "quantization_config" in source.config:
         raise ValueError(f"{source.folder}: is quantized already; give the model in floating-point.")
     (architecture, *_) = source.config.get("architectures") or [None]
-    kind: Any = getattr(transformers, str(architecture), None)
+    kind = getattr(transformers, str(architecture), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{source.folder}: architectures={architecture!r} is no model that transformers has.")
+    configuration: Any = kind.config_class
     with torch.device("meta"):
-        return kind(kind.config_class.from_pretrained(source.folder))
+        return kind(configuration.from_pretrained(source.folder))
