@@ -430,6 +430,7 @@ def test_a_map_can_be_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"solver": "gurobi"}, "solver='gurobi' cannot be used; use one of 'greedy', 'exact'"),
         ({"budget_bits": 0}, "budget_bits=0 cannot be used; use a positive number"),
         ({"budget_bits": float("inf")}, "budget_bits=inf"),
         ({"budget_scope": "all"}, "budget_scope='all' cannot be used; use one of 'base', 'base"),

@@ -112,3 +112,17 @@ def test_bad_arguments() -> None:
 
 def replace_bits(config: NFConfig, bits: int) -> NFConfig:
     return config._replace(bits=bits)
+
+
+def test_the_exact_solver_wins_where_greedy_steps_are_coarse() -> None:
+    """Two matrices, of which the budget lets one be improved: greedy takes the better ratio, exact the better sum."""
+    way = WAYS[0]
+    small = BitChoice(way, 0, 20, 9.0), BitChoice(way, 0, 30, 4.0)
+    large = BitChoice(way, 0, 20, 9.0), BitChoice(way, 0, 60, 1.0)
+    tables = {"small": small, "large": large}
+    pytest.importorskip("scipy")
+    errors = {}
+    for solver in ("greedy", "exact"):
+        plan, _ = plan_bits(tables, 8.0, 10, solver)  # type: ignore[arg-type]
+        errors[solver] = sum(choice.error for choice in plan.values())
+    assert errors == {"greedy": 13.0, "exact": 10.0}

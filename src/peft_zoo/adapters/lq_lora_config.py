@@ -26,6 +26,7 @@ CHOICES = {
     "svd": ("warm", "randomized", "exact"),
     "codebook": ("nf", "lloyd"),
     "weighting": ("none", "fisher", "activation"),
+    "solver": ("greedy", "exact"),
     "heuristic": ("two-sided", "row", "col", "auto"),
     "lq_state": ("new", "decomposed"),
 }
@@ -86,6 +87,7 @@ class LqLoraConfig(LoraConfig):
     codebook: str = option("nf", "'nf' for the levels of NormalFloat, 'lloyd' for levels fitted to every matrix.")
     seed: int = option(0, "Of the first random vectors; the same seed gives the same bits on one machine.")
     table_iterations: int = option(1, "Of the decompositions that the budget's choice is made by.")
+    solver: str = option("greedy", "Of the budget; 'exact' for a few tens of matrices, with `peft-zoo[exact]`.")
     weighting: str = option(
         "none", "What losses are weighted by: 'none', or 'fisher', 'activation' after `preprocess_lq_lora`."
     )

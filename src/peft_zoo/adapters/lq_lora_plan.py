@@ -56,7 +56,7 @@ def without_tables(config: LqLoraConfig, columns: Mapping[str, int]) -> None:
 
 def spend(config: LqLoraConfig, tables: Mapping[str, MatrixErrors], numbers: int) -> None:
     """Fill in `qconfig_map` with the ways that make the most of the budget; `rank_pattern`, where ranks are chosen."""
-    choices, result = plan_bits(tables, float(config.budget_bits or 0), numbers)
+    choices, result = plan_bits(tables, float(config.budget_bits or 0), numbers, config.solver)  # type: ignore[arg-type]
     _log.info("squared error %.4g, at least %.4g is possible", -result.value, -result.bound)
     if config.rank_options is not None:
         config.rank_pattern = {**(config.rank_pattern or {}), **{name: c.rank for name, c in choices.items()}}

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -62,6 +62,8 @@ class BitChoice:
     bits: int
     error: float
 
+
+Solver = Literal["greedy", "exact"]
 
 MatrixErrors = tuple[BitChoice, ...]
 """All that can be done with one matrix."""
@@ -113,7 +115,7 @@ def matrix_errors(
 
 
 def plan_bits(
-    tables: Mapping[str, MatrixErrors], budget: float, numbers: int
+    tables: Mapping[str, MatrixErrors], budget: float, numbers: int, solver: Solver = "greedy"
 ) -> tuple[dict[str, BitChoice], Allocation]:
     """One choice for every matrix.
 
@@ -121,6 +123,7 @@ def plan_bits(
         tables: By the name of the matrix; one without a choice, left as it is, has a table of one.
         budget: Average bits of a number.
         numbers: How many numbers all matrices have together.
+        solver: `"exact"` is worth its time for a few tens of matrices, and needs scipy; see `allocate`.
 
     Returns:
         The choices, and what the knapsack says of them: values are errors, negated.
@@ -136,5 +139,6 @@ def plan_bits(
         [[-choice.error for choice in table] for table in tables.values()],
         [[choice.bits for choice in table] for table in tables.values()],
         int(budget * numbers),
+        method=solver,
     )
     return {name: table[k] for (name, table), k in zip(tables.items(), found.choices, strict=True)}, found
