@@ -496,3 +496,24 @@ def test_models_that_ask_a_layer_for_its_dtype() -> None:
     outcome.loss.backward()
     assert (outcome.logits - expected).norm() < 0.02 * expected.norm()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+class Packed(nn.Linear):
+    """As bitsandbytes' layers, in what is seen of them here."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(columns, rows, bias=False)
+        self.weight = nn.Parameter(torch.zeros(rows * columns // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+
+def test_a_base_that_others_have_quantized_is_refused(tmp_path: Path) -> None:
+    """For a new adapter and for a saved one, before anything changes."""
+    adapted().save_pretrained(tmp_path)
+    model = base()
+    model.model.layers[1].self_attn.v_proj = Packed(64, 64)
+    words = r"layers\.1\.self_attn\.v_proj is a Packed with a weight of torch\.uint8: it is quantized already"
+    with pytest.raises(ValueError, match=words):
+        get_peft_model(model, LqLoraConfig(r=8, target_modules=TARGETS))
+    with pytest.raises(ValueError, match=words):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear

@@ -36,6 +36,7 @@ from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora_layer import LqLinear
 from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, beside, empty_nf_linear
 from peft_zoo.adapters.lq_lora_plan import plan, rank_of, split
+from peft_zoo.adapters.lq_lora_targets import refuse_packed
 from peft_zoo.kernels.normal_float import NFConfig
 
 PREFIX = "base_model.model."
@@ -76,6 +77,9 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Decide how each matrix is quantized, before anything is changed."""
         super()._prepare_model(peft_config, model)
+        modules = dict(model.named_modules())
+        for name in (name for name, way in (peft_config.qconfig_map or {}).items() if way and name in modules):
+            refuse_packed(name, modules[name])
         if peft_config.lq_state == "decomposed" or not peft_config.init_lora_weights:
             return
         if len(self.peft_config) == 1:

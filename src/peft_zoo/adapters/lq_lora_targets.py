@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig
+from peft_zoo.adapters.lq_lora_linear import NFLinear
 
 __all__: list[str] = []
 
@@ -31,13 +32,17 @@ def targets(
         loaded: Whether the weights have to be there.
 
     Raises:
-        ValueError: If a weight has values that are not finite or that are not loaded, naming the module.
+        ValueError: If a weight has values that are not finite or that are not loaded, or is quantized already in a way
+            that is not ours, naming the module.
     """
     expanded: Any = _maybe_include_all_linear_layers(config, model)
     adapted = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     module: Any
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, Conv1D) or name.startswith(tuple(adapted)) or not targeted(expanded, name):
+        if name.startswith(tuple(adapted)) or not targeted(expanded, name):
+            continue
+        refuse_packed(name, module)
+        if type(module) not in (nn.Linear, Conv1D):
             continue
         weight = module.weight
         if not weight.is_floating_point() or weight.dim() != 2:
@@ -45,6 +50,19 @@ def targets(
         if loaded:
             check_values(name, weight)
         yield name, module
+
+
+def refuse_packed(name: str, module: nn.Module) -> None:
+    """Refuse a linear layer that somebody else has quantized.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if isinstance(module, nn.Linear) and not isinstance(module, NFLinear) and not module.weight.is_floating_point():
+        raise ValueError(
+            f"{name} is a {type(module).__name__} with a weight of {module.weight.dtype}: it is quantized already; load "
+            "the base model in floating-point."
+        )
 
 
 def check_values(name: str, weight: Tensor) -> None:
