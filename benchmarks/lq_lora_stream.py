@@ -1,9 +1,9 @@
 """A checkpoint larger than what is allowed in memory, quantized from its files, killed on the way and begun again.
 
-    python -m benchmarks.lq_lora_stream                 3.4 GB of weights in bfloat16; minutes to an hour
+    python -m benchmarks.lq_lora_stream                 3.2 GB of weights in bfloat16; minutes to an hour
     python -m benchmarks.lq_lora_stream --quick         20 MB, in seconds; writes nothing
 
-The checkpoint is a Llama of random weights in shards. One process quantizes it and is killed when a third is done; a
+The checkpoint is a Llama of random weights in shards, of the sizes of one with 1B but for untied embeddings. One process quantizes it and is killed when a third is done; a
 second one does the rest. The peak of its resident memory, above what it had when everything was imported, may be eight
 copies of the largest quantized matrix in float32; what is packed is on disk. The result is loaded and has to run.
 """
@@ -29,7 +29,7 @@ from benchmarks import common
 from peft_zoo.merge.base import TensorInfo
 from peft_zoo.merge.base.checkpoint import write_shards
 
-SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+SIZES = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
 QUICK = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
 COPIES = 8  # of the largest matrix in float32: the goal
 SHARD = 5 * 10**8  # bytes

@@ -60,8 +60,8 @@ def refuse_packed(name: str, module: nn.Module) -> None:
     """
     if isinstance(module, nn.Linear) and not isinstance(module, NFLinear) and not module.weight.is_floating_point():
         raise ValueError(
-            f"{name} is a {type(module).__name__} with a weight of {module.weight.dtype}: it is quantized already; load "
-            "the base model in floating-point."
+            f"{name} is a {type(module).__name__} with a weight of {module.weight.dtype}: it is quantized already; "
+            "load the base model in floating-point."
         )
 
 
