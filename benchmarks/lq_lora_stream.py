@@ -3,7 +3,7 @@
     python -m benchmarks.lq_lora_stream                 3.2 GB of weights in bfloat16; minutes to an hour
     python -m benchmarks.lq_lora_stream --quick         20 MB, in seconds; writes nothing
 
-The checkpoint is a Llama of random weights in shards, of the sizes of one with 1B but for untied embeddings. One process
+The checkpoint is a Llama of random weights in shards, of the sizes of one with 1B but for untied embeddings. A process
 quantizes it and is killed when a third is done; a second one does the rest. The peak of its resident memory, above what
 it had when everything was imported, may be eight copies of the largest quantized matrix in float32; what is packed is
 on disk. The result is loaded and has to run.
