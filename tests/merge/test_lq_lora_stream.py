@@ -94,11 +94,23 @@ def test_a_killed_run_goes_on(stage: str, folder: Path, tmp_path: Path, monkeypa
         quantize_checkpoint(folder, tmp_path / "out", config())
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"out.partial is what another call left"):
-        quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=4.0))
+        quantize_checkpoint(folder, tmp_path / "out", config(r=4))
     quantize_checkpoint(folder, tmp_path / "out", config())
     assert len(calls) == 4 + 14 - 3
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "out"}
+
+
+def test_another_budget_after_one_that_is_too_small(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been measured is not measured again, until a matrix is quantized."""
+    calls, real = [], lq_lora_stream.table
+    monkeypatch.setattr(lq_lora_stream, "table", lambda *args: calls.append(1) or real(*args))
+    with pytest.raises(ValueError, match=r"budget_bits=1\.0 is below"):
+        quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=1.0))
+    rows = quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=3.0))
+    assert len(calls) == len(rows) == 14 and not (tmp_path / "out.partial").exists()
 
 
 def test_weights_count(folder: Path, tmp_path: Path) -> None:

@@ -134,17 +134,24 @@ class _Job:
     # ---- what was done before ----
 
     def resume(self, partial: Path) -> None:
-        """Take over what a call with the same arguments left, or begin."""
+        """Take over what a call with the same arguments left, or begin.
+
+        Tables of errors serve every budget, so until a matrix is quantized the budget may differ.
+        """
         state = json.loads(json.dumps(self._arguments(), default=sorted))
-        if (partial / STATE).exists():
-            if read_json(partial / STATE) != state:
-                raise ValueError(
-                    f"{partial} is what another call left, of another model or with other settings; repeat that call, "
-                    "or remove the folder."
-                )
-        else:
+        if not partial.exists():
             with new_folder(partial) as folder:
                 (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        old = read_json(partial / STATE)
+        free = not any(partial.glob("*.safetensors"))
+        if old != state and not (free and _but_budget(old) == _but_budget(state)):
+            raise ValueError(
+                f"{partial} is what another call left, of another model or with other settings; repeat that call, or "
+                "remove the folder."
+            )
+        draft = partial / f"{STATE}.new"
+        draft.write_text(json.dumps(state), encoding="utf-8")
+        os.replace(draft, partial / STATE)
         self.partial = partial
 
     def _arguments(self) -> dict[str, Any]:
@@ -243,6 +250,10 @@ class _Job:
         content = json.dumps({**source.config, "quantization_config": quantization}, indent=2, sort_keys=True)
         (folder / CONFIG).write_text(content, encoding="utf-8")
         source.copy_others(folder)
+
+
+def _but_budget(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {**state, "config": {**state["config"], "budget_bits": None}}
 
 
 def _skeleton(source: Checkpoint) -> Any:
