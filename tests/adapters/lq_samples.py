@@ -14,6 +14,8 @@ from peft_zoo.adapters.lq_lora_layer import LqLinear
 
 TOKENS = torch.arange(24).view(2, 12) * 5 % 64
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+GRID = [[bits, 4, "bf16", block, 64] for bits in (2, 3, 4, 8) for block in (16, 32)]
+"""Few ways, for a budget that is spent quickly."""
 
 
 def base(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_zoo import LqLoraConfig, Weights, preprocess_lq_lora
-from tests.adapters.lq_samples import TARGETS, TOKENS, base, layers, logits
+from tests.adapters.lq_samples import GRID, TARGETS, TOKENS, base, layers, logits
 
 BATCHES = [{"input_ids": row[None]} for row in TOKENS]
 PARTS = ("row", "column")
@@ -158,7 +158,7 @@ def test_a_budget_goes_where_it_counts() -> None:
     even = {name: Weights(torch.ones_like(row), torch.ones_like(column)) for name, (row, column) in found.items()}
     bits = {}
     for how, data in (("even", even), ("dear", {**even, dear: Weights(*(1e6 * part for part in even[dear]))})):
-        made, _ = quantized("two-sided", data, budget_bits=3.0)
+        made, _ = quantized("two-sided", data, budget_bits=3.0, qconfig_grid=GRID)
         bits[how] = {name: way[0] for name, way in made.peft_config["default"].qconfig_map.items()}
     assert bits["dear"][dear] == 8 > bits["even"][dear]
     assert sum(bits["dear"].values()) - 8 < sum(bits["even"].values()) - bits["even"][dear]

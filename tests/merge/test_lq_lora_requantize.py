@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_zoo.kernels.normal_float import NFConfig
 from peft_zoo.merge.lq_lora_requantize import merge_and_requantize
-from tests.adapters.lq_samples import TARGETS, adapted, base, layers, logits, train
+from tests.adapters.lq_samples import GRID, TARGETS, adapted, base, layers, logits, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -59,7 +59,7 @@ def test_a_part_beside_it_loses_less() -> None:
 
 
 def test_many_bits_lose_little() -> None:
-    model, _ = trained()
+    model, _ = trained(qconfig_grid=GRID)
     before = logits(model)
     new, rows = merge_and_requantize(model, budget_bits=9.0)
     assert all(row.config is not None and row.config[0] == 8 for row in rows)
@@ -67,7 +67,7 @@ def test_many_bits_lose_little() -> None:
 
 
 def test_a_budget_is_kept() -> None:
-    model, expected = trained(qconfig="nf4")
+    model, expected = trained(qconfig="nf4", qconfig_grid=GRID)
     new, rows = merge_and_requantize(model, budget_bits=2.75)
     numbers = sum(W.numel() for W in expected.values())
     assert 2.6 * numbers < sum(row.bits * row.numbers for row in rows) <= 2.75 * numbers
@@ -86,7 +86,7 @@ def test_what_no_block_fits_goes_on_in_floating_point() -> None:
 
 
 def test_refuses_and_changes_nothing() -> None:
-    model, _ = trained()
+    model, _ = trained(qconfig_grid=GRID)
     before = logits(model)
     for fields, words in (({"budget_bits": 1.0}, "is below 2"), ({"r": -1}, "r=-1 cannot be used")):
         with pytest.raises(ValueError, match=words):

@@ -18,14 +18,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from peft_zoo import LqLoraConfig, preprocess_lq_lora, standalone
 from peft_zoo.merge import lq_lora_stream
 from peft_zoo.merge.lq_lora_stream import quantize_checkpoint
-from tests.adapters.lq_samples import TOKENS, base, layers, logits, train
+from tests.adapters.lq_samples import GRID, TOKENS, base, layers, logits, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 
 
 def config(**fields: Any) -> LqLoraConfig:
-    return LqLoraConfig(**{"r": 8, "target_modules": "all-linear", "budget_bits": 3.0, "num_iterations": 2, **fields})
+    own = {"r": 8, "target_modules": "all-linear", "budget_bits": 3.0, "num_iterations": 2, "qconfig_grid": GRID}
+    return LqLoraConfig(**{**own, **fields})
 
 
 @pytest.fixture
