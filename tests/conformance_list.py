@@ -24,7 +24,9 @@ ROWS = [
     ("Parameter 1", "MlpUsingParameters", {"target_modules": [], "target_parameters": ["lin0.weight"]}),
 ]
 # peft's tests take SGD steps of 0.5, but 0.01 for its own RandLoRA "otherwise we get nan": a smaller scale does too.
-GENTLE = {"randlora": {"randlora_alpha": 32}}
+# LQ-LoRA's usual rank of 64 is more than the models of these tests have, where peft combines no adapters; its usual
+# scale of 16 / 64 moves factors by less than they ask for.
+GENTLE = {"randlora": {"randlora_alpha": 32}, "lq_lora": {"r": 8, "lora_alpha": 8}}
 MERGE_GROUPS = (
     "merge_layers(_fp16|_is_idempotent|_is_deterministic_in_train_mode)?|safe_merge|forward_b?float16(_no_autocast)?|"
     "disable_adapters_with_merging|delete_merged_adapter_(raises_without_mutation|only_rejects_the_merged_one)"
@@ -32,11 +34,11 @@ MERGE_GROUPS = (
 IN_QUICK = ("MLP 1", "MLP 3", "EmbConv1D 3", "Conv2d 2", "MLP 2 identity", "EmbConv1D 2 identity")
 
 CONFORMANCE, QUICK, SKIP = [], [], []
-LACKS, INIT_FALSE = {}, {}
+LACKS, INIT_FALSE, CONFIG_KWARGS = {}, {}, {}
 for method in methods().values():
     config_cls = method.config_cls
     gentle = GENTLE.get(method.name, {})
-    rows = [(f"{method.name} {title}", model, {**kwargs, **gentle}) for title, model, kwargs in ROWS]
+    rows = [(f"{method.name} {title}", model, {**gentle, **kwargs}) for title, model, kwargs in ROWS]
     if issubclass(config_cls, LoraConfig):
         LACKS[config_cls] = {"quantization"}  # peft's LoRA has quantized layers of its own, not the generic ones
         INIT_FALSE[config_cls] = {"init_lora_weights": False}
@@ -67,3 +69,11 @@ for method in methods().values():
         ]
     CONFORMANCE += [(title, model, config_cls, kwargs) for title, model, kwargs in rows]
     QUICK += [title for title, _, _ in rows if title.removeprefix(f"{method.name} ") in IN_QUICK]
+    if method.name == "lq_lora":
+        CONFIG_KWARGS[config_cls] = gentle
+        SKIP.append(
+            (
+                rf"::test_get_base_model_state_dict\[{config_cls.__name__}",
+                "it compares the base with what it was before: here it is quantized, and its weights are packed codes",
+            )
+        )

@@ -182,6 +182,16 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
             own = ((name, layer) for name, layer in _layers(model) if adapter_name in layer.lora_A)
             config.base_sha256 = {name: _hash(layer.quantized) for name, layer in own}
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As peft; without autocast, adapters take the dtype that the weight had, which packed codes do not show."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for _, layer in _layers(self.model):
+            if adapter_name in layer.lora_A:
+                layer.lora_A[adapter_name].to(layer.quantized.dtype)
+                layer.lora_B[adapter_name].to(layer.quantized.dtype)
+
     # ---- without the adapter ----
 
     def disable_adapter_layers(self) -> None:
