@@ -25,6 +25,7 @@ from peft_zoo.adapters.squeeze_lora_finish import finalize_squeeze as finalize_s
 from peft_zoo.adapters.squeeze_lora_schedule import SqueezeConfig as SqueezeConfig
 from peft_zoo.adapters.squeeze_lora_squeezer import LoraSqueezer as LoraSqueezer
 from peft_zoo.adapters.squeeze_lora_squeezer import refactorize_ as refactorize_
+from peft_zoo.adapters.watermark_key import WatermarkKey as WatermarkKey
 from peft_zoo.registration import Method as Method
 from peft_zoo.registration import methods as methods
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -238,9 +238,9 @@ class _Job:
                     infos[new], origin[new] = its, (path, part)
                 ranks[owner[key]] = file.tensors["initial_A"].shape[0]
 
-        def produce(key: str) -> Tensor:
+        def produce(key: str) -> Tensor | Iterator[Tensor]:
             if key not in origin:
-                return source.read(key)
+                return source.pieces(key)
             path, part = origin[key]
             with TensorFile(path) as file:
                 return file.read(part)

@@ -289,3 +289,21 @@ def test_what_was_not_announced_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write_tensors(tmp_path / "c", announced, lambda name: torch.ones(2))
     assert (tmp_path / "c").read_text() == "mine"
+
+
+def test_a_tensor_is_copied_in_pieces(tmp_path: Path) -> None:
+    tensors = {**one_of_each_dtype(), "long": torch.arange(1000)}
+    save_file(tensors, tmp_path / "a", metadata={"format": "pt"})
+    with TensorFile(tmp_path / "a") as file:
+        sizes = [len(piece) for piece in file.pieces("long", 300)]
+        assert sizes == [300] * 26 + [200]
+        write_tensors(tmp_path / "b", file.tensors, lambda name: file.pieces(name, 7), file.metadata)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        with pytest.raises(ValueError, match="long: 8000 bytes were announced, 12 came"):
+            announced = {"long": file.tensors["long"]}
+            write_tensors(tmp_path / "c", announced, lambda name: iter([torch.zeros(12, dtype=torch.uint8)]))
+        with pytest.raises(KeyError):
+            next(file.pieces("missing"))
+        os.truncate(tmp_path / "a", 4000)
+        with pytest.raises(ValueError, match="became shorter"):
+            list(file.pieces("long"))

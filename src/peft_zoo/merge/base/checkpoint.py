@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,6 +80,10 @@ class Checkpoint:
         """
         return self._owner[key].read(key)
 
+    def pieces(self, key: str) -> Iterator[Tensor]:
+        """The bytes of one tensor, see `TensorFile.pieces`."""
+        return self._owner[key].pieces(key)
+
     def identity(self) -> list[list[Any]]:
         """Names and sizes of the files, and when they were changed: to see whether it is the same checkpoint."""
         states = {name: (self.folder / name).stat() for name in [CONFIG, *self._files]}
@@ -106,14 +110,14 @@ class Checkpoint:
 
 
 def write_shards(
-    folder: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], max_bytes: int
+    folder: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor | Iterator[Tensor]], max_bytes: int
 ) -> None:
     """Write a model's tensors as transformers names the files, holding one tensor in memory at a time.
 
     Args:
         folder: Inside a `new_folder`.
         infos: What will be written.
-        produce: Gives a tensor by its key.
+        produce: Gives a tensor by its key, or its bytes in pieces.
         max_bytes: Of a shard, unless one tensor alone is larger.
     """
     shards: list[dict[str, TensorInfo]] = [{}]

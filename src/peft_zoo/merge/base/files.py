@@ -14,7 +14,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ __all__ = [
 
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 MAX_JSON = 16 << 20  # bytes
+PIECE = 1 << 26  # bytes that are copied at a time
 MAX_DIMENSIONS = 64  # what torch can handle
 
 # In the order in which safetensors sorts tensors into a file.
@@ -161,6 +162,19 @@ class TensorFile:
         data = torch.empty(info.nbytes, dtype=torch.uint8)
         self._fill(data.numpy().data, self._starts[name])
         return data.view(info.dtype).reshape(info.shape)
+
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[Tensor]:
+        """The bytes of one tensor in order, uint8 and at most `size` at a time: to copy what memory need not hold.
+
+        Raises:
+            KeyError: If there is no such tensor.
+            ValueError: If the file became shorter since it was opened.
+        """
+        start, end = self._starts[name], self._starts[name] + self.tensors[name].nbytes
+        for begin in range(start, end, size):
+            data = torch.empty(min(size, end - begin), dtype=torch.uint8)
+            self._fill(data.numpy().data, begin)
+            yield data
 
     def close(self) -> None:
         """Close the file; nothing can be read after it."""
@@ -300,10 +314,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_tensors(
     path: str | Path,
     infos: Mapping[str, TensorInfo],
-    produce: Callable[[str], Tensor],
+    produce: Callable[[str], Tensor | Iterator[Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, holding one tensor in memory at a time.
+    """Write a safetensors file, holding one tensor in memory at a time, or a piece of one.
 
     The bytes are those of `safetensors.torch.save_file`, but for the order of several metadata: it leaves that to
     chance, here they are sorted.
@@ -311,7 +325,8 @@ def write_tensors(
     Args:
         path: The file to make, inside a `new_folder` or a `new_file`; it must not exist.
         infos: What will be written.
-        produce: Gives the tensor of a name; called once for each, in the order of the file: by dtype, then by name.
+        produce: Gives the tensor of a name, or its bytes as `TensorFile.pieces` does; called once for each, in the
+            order of the file: by dtype, then by name.
         metadata: Texts for `__metadata__`.
 
     Raises:
@@ -322,11 +337,20 @@ def write_tensors(
     with open(path, "xb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
-            tensor = produce(name)
-            if TensorInfo(tensor.dtype, tuple(tensor.shape)) != infos[name]:
-                raise ValueError(f"{name}: {infos[name]} was announced, {tensor.dtype} {tuple(tensor.shape)} came.")
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(data.numpy().data)
+            begin = file.tell()
+            file.writelines(data.numpy().data for data in _bytes(name, produce(name), infos[name]))
+            if file.tell() - begin != infos[name].nbytes:
+                raise ValueError(f"{name}: {infos[name].nbytes} bytes were announced, {file.tell() - begin} came.")
+
+
+def _bytes(name: str, tensor: Tensor | Iterator[Tensor], info: TensorInfo) -> Iterator[Tensor]:
+    """What is written of a tensor; nothing here holds it when the next is made."""
+    if not isinstance(tensor, Tensor):
+        yield from tensor
+        return
+    if TensorInfo(tensor.dtype, tuple(tensor.shape)) != info:
+        raise ValueError(f"{name}: {info} was announced, {tensor.dtype} {tuple(tensor.shape)} came.")
+    yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _make_header(names: list[str], infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
