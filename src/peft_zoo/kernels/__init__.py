@@ -11,7 +11,7 @@ they are made and which of the two paths runs, ``docs/kernels.md`` how to use th
 * ``budget``: how SNELLA divides its non-zero weights among layers.
 * ``low_rank``, ``low_rank_random``: best approximations of factored, dense and only multiplied matrices.
 * ``allocate``, ``rank_plan``: one budget divided among modules; a rank for each from its singular values.
-* ``normal_float``, ``bit_packing``, ``lloyd_levels``: matrices of 2 to 8 bits a number; ``nf_linear``: products with them.
+* ``normal_float``, ``bit_packing``, ``lloyd_levels``: matrices of 2 to 8 bits a number; products: ``nf_linear``.
 * ``quantized_low_rank``, ``bit_plan``: a matrix as a quantized one and one of low rank; bits for many under a budget.
 * ``random_basis`` and what is made of it: random matrices that are a function of a seed, and products with them.
 * ``bch``, ``message_test``: short error-correcting codes, and the exact test of a secret message.
