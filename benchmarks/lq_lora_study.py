@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
 from benchmarks import study
 from benchmarks.loftq import loftq_anywhere
 from benchmarks.study import Recipe
-from peft_zoo import LqLoraConfig
 from peft_zoo.tasks.base.task import Task
 from peft_zoo.tasks.base.training import adapt
 
@@ -81,12 +80,6 @@ def loftq(task: Task, base: Any) -> Any:
 # ---- ours ----
 
 
-def nf4(task: Task, base: Any) -> Any:
-    """LQ-LoRA with QLoRA's way for every matrix; text cannot say that field."""
-    config = LqLoraConfig(qconfig="nf4", r=RANK, lora_alpha=RANK, **task.adapter_defaults(base))
-    return get_peft_model(base, config)
-
-
 def once(make: Callable[[Task, Any], Any], task: Task, base: Any) -> Any:
     """What `make` makes of a base, from a file from the second time on."""
     known = make.__name__, task.settings.model, str(base.dtype), sorted(task.settings.options.items())
@@ -103,14 +96,14 @@ def once(make: Callable[[Task, Any], Any], task: Task, base: Any) -> Any:
     return model
 
 
-BUDGET = functools.partial(once, adapt)
+ONCE = functools.partial(once, adapt)
 RECIPES = {
     "LoRA": Recipe("lora", LORA),
     "QLoRA 4.13": Recipe("lora", LORA, adapt=qlora),
     "LoftQ 4.5": Recipe("lora", {**LORA, **LOFTQ}, adapt=loftq),
-    "LQ-LoRA 4.13": Recipe("lq_lora", LORA, adapt=functools.partial(once, nf4)),
+    "LQ-LoRA 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4"}, adapt=ONCE),
     **{
-        f"LQ-LoRA {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits}, adapt=BUDGET)
+        f"LQ-LoRA {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits}, adapt=ONCE)
         for bits in ("4", "3", "2.75", "2.5")
     },
 }

@@ -43,6 +43,21 @@ def test_it_writes_what_the_library_writes(here: Path, capsys: pytest.CaptureFix
     assert "matrices    14 with" in text and f"{bits:.3f} a number, and a part of rank 4" in text
 
 
+def test_ways_can_be_said_in_words(here: Path) -> None:
+    """A preset, five values, and a grid of both."""
+    ways = {"nf4": "nf4", "3,4,bf16,32,64": [3, 4, "bf16", 32, 64]}
+    for number, (text, way) in enumerate(ways.items()):
+        assert main(["quantize", "model", f"out{number}", "--set", "r=4", "--set", f"qconfig={text}"]) == 0
+        quantize_checkpoint("model", f"again{number}", LqLoraConfig(r=4, qconfig=way, target_modules="all-linear"))
+        assert digest(f"out{number}") == digest(f"again{number}")
+    grid = '["nf4", [2, 4, "bf16", 16, 64]]'
+    words = ["--set", "r=4", "--set", f"qconfig_grid={grid}", "--budget-bits", "3"]
+    assert main(["quantize", "model", "mixed", *words]) == 0
+    fields = {"r": 4, "qconfig_grid": ["nf4", [2, 4, "bf16", 16, 64]], "budget_bits": 3.0}
+    quantize_checkpoint("model", "mixed again", LqLoraConfig(target_modules="all-linear", **fields))
+    assert digest("mixed") == digest("mixed again")
+
+
 def test_weights_from_a_file(here: Path) -> None:
     config = LqLoraConfig(r=4, target_modules="all-linear", weighting="activation")
     save_weights("w.safetensors", preprocess_lq_lora(base(), config, [{"input_ids": TOKENS}]))

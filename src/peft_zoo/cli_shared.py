@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_zoo.tasks.base.values import SettingError
 
-Progress = Callable[[Iterable[str], str], Iterable[str]]
+if TYPE_CHECKING:
+    from peft_zoo.merge.base.progress import Progress
 
 
 def progress_bar() -> Progress | None:

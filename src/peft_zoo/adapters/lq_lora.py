@@ -27,7 +27,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from peft_zoo import registration
@@ -36,7 +36,7 @@ from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora_layer import LqLinear
 from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, beside, empty_nf_linear
 from peft_zoo.adapters.lq_lora_plan import plan, rank_of, split
-from peft_zoo.adapters.lq_lora_targets import refuse_packed
+from peft_zoo.adapters.lq_lora_targets import outside_adapters, refuse_packed
 from peft_zoo.kernels.normal_float import NFConfig
 
 PREFIX = "base_model.model."
@@ -248,10 +248,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LqLinear]]:
 
 def _alone(model: nn.Module) -> Iterator[tuple[str, NFLinear]]:
     """Every quantized layer that no adapter is around."""
-    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    for name, module in model.named_modules():
-        if isinstance(module, NFLinear) and not name.startswith(adapted):
-            yield name, module
+    return ((name, module) for name, module in outside_adapters(model) if isinstance(module, NFLinear))
 
 
 def _check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: Mapping[str, Tensor]) -> None:

@@ -47,6 +47,10 @@ def nf_config(value: Any) -> NFConfig:
     return config
 
 
+def _usual_way() -> list[int | str]:
+    return [4, 4, "bf16", 32, 256]
+
+
 @dataclass
 class LqLoraConfig(LoraConfig):
     """Configuration of a LoRA on a base that is quantized with it: every field of peft's `LoraConfig`, and how.
@@ -66,14 +70,16 @@ class LqLoraConfig(LoraConfig):
         None, "Average bits of a number in all targeted matrices; each gets its way from the grid. None: all `qconfig`."
     )
     budget_scope: str = option("base", "What the budget counts: 'base', or 'base+lora' with 16 bits a number of A, B.")
-    qconfig: Any = field(
-        default_factory=lambda: [4, 4, "bf16", 32, 256],
+    qconfig: str | list[int | str] = field(
+        default_factory=_usual_way,
         metadata={
             "help": "Without a budget: 'nf3', 'nf4', or bits, bits of a scale, dtype of second scales, block, blocks "
             "of a group."
         },
     )
-    qconfig_grid: Any = option("default60", "Ways to choose from: 'default60', 'paper243', 'full432' or a list.")
+    qconfig_grid: str | list[str | list[int | str]] = option(
+        "default60", "Ways to choose from: 'default60', 'paper243', 'full432' or a list."
+    )
     qconfig_map: dict[str, Any] | None = option(
         None, "How each module is quantized (None: it is not); found by the budget, or given instead of one."
     )

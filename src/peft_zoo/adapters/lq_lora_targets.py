@@ -36,10 +36,9 @@ def targets(
             that is not ours, naming the module.
     """
     expanded: Any = _maybe_include_all_linear_layers(config, model)
-    adapted = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     module: Any
-    for name, module in model.named_modules():
-        if name.startswith(tuple(adapted)) or not targeted(expanded, name):
+    for name, module in outside_adapters(model):
+        if not targeted(expanded, name):
             continue
         refuse_packed(name, module)
         if type(module) not in (nn.Linear, Conv1D):
@@ -50,6 +49,12 @@ def targets(
         if loaded:
             check_values(name, weight)
         yield name, module
+
+
+def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of all that is not inside of an adapter's layer."""
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return ((name, module) for name, module in model.named_modules() if not name.startswith(adapted))
 
 
 def refuse_packed(name: str, module: nn.Module) -> None:

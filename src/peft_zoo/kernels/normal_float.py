@@ -175,8 +175,8 @@ def quantize(weight: Tensor, config: NFConfig, levels: Tensor | None = None) -> 
 def _places(middles: Tensor) -> Callable[[Tensor], Tensor]:
     """A function that counts the middles below each value, as uint8.
 
-    It is `bucketize`, which takes most of the time of quantizing on a CPU, in one look into a table of narrow bins: of
-    each the count at its beginning and the one middle that it may have.
+    It is `bucketize` in one look into a table of narrow bins: of each the count where it begins and the one middle that
+    it may have.
     """
     edges = torch.arange(_BINS + 1, device=middles.device) * (2 / _BINS) - 1
     edges[0], edges[-1] = -torch.inf, torch.inf

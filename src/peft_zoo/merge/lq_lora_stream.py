@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ from peft_zoo.adapters.lq_lora_weights import ATTRIBUTE, Weights, uses
 from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors
 from peft_zoo.kernels.normal_float import packed_bits
 from peft_zoo.merge.base import TensorFile, TensorInfo, new_file, new_folder, read_json, write_tensors
+from peft_zoo.merge.base.atomic import check_new_folder
 from peft_zoo.merge.base.checkpoint import CONFIG, Checkpoint, write_shards
+from peft_zoo.merge.base.progress import Progress, silent
 from peft_zoo.merge.lq_lora import QuantizedMatrix
 
 __all__ = ["quantize_checkpoint"]
 
-Progress = Callable[[Iterable[str], str], Iterable[str]]
 STATE = "state.json"
 
 
@@ -75,11 +76,10 @@ def quantize_checkpoint(
             there is no `out_dir`, and what was done before is kept.
     """
     target = Path(os.path.abspath(out_dir))
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"out_dir={str(target)!r} exists and is not an empty folder; give a new one.")
+    check_new_folder(target)
     partial = target.with_name(f"{target.name}.partial")
     with Checkpoint(folder) as source:
-        job = _Job(source, copy.deepcopy(config), weights, torch.device(device), progress or (lambda names, _: names))
+        job = _Job(source, copy.deepcopy(config), weights, torch.device(device), progress or silent)
         job.resume(partial)
         job.choose()
         rows = [job.quantize(name) for name in job.progress(job.layers, "quantizing")]

@@ -13,7 +13,7 @@ Source: LoRA-Squeeze (arXiv 2602.10993), Alg. 2, which leaves the split of the s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -24,13 +24,11 @@ from peft_zoo.adapters.base.patterns import RankAndScale, kept_scale
 from peft_zoo.kernels.low_rank import Balance, FactoredSvd, Method, factored_svd
 from peft_zoo.kernels.rank_plan import RankTarget, Spectrum, check_count, plan_ranks
 from peft_zoo.merge.base import open_adapter
+from peft_zoo.merge.base.progress import Progress, silent
 from peft_zoo.merge.squeeze_files import FileSource
 from peft_zoo.merge.squeeze_layers import ModelSource
 from peft_zoo.merge.squeeze_report import ModuleReport, RankReport, SqueezeReport
 from peft_zoo.merge.squeeze_source import Source
-
-Progress = Callable[[Iterable[str], str], Iterable[str]]
-"""Gets the names of the modules and what is being done to them, gives them back one by one; such as a progress bar."""
 
 SCALINGS = ("auto", "keep", "fold")
 SCORES = ("absolute", "relative", "activation")
@@ -128,7 +126,7 @@ def squeeze_adapter(
     if how.score == "relative":
         raise ValueError("score='relative' needs the base model's weights; use squeeze_model.")
     with open_adapter(in_dir) as adapter:
-        return _squeeze(FileSource(adapter, Path(in_dir), Path(out_dir)), target, how, progress or _silent)
+        return _squeeze(FileSource(adapter, Path(in_dir), Path(out_dir)), target, how, progress or silent)
 
 
 def squeeze_model(
@@ -164,7 +162,7 @@ def squeeze_model(
         NotImplementedError: If a module's update is not a plain product of two factors, naming the module.
     """
     target, how = _options(rank=rank, energy=energy, budget=budget, **options)
-    return _squeeze(ModelSource(model, adapter_name, into), target, how, progress or _silent)
+    return _squeeze(ModelSource(model, adapter_name, into), target, how, progress or silent)
 
 
 def rank_report(
@@ -192,9 +190,9 @@ def rank_report(
         check_count("ranks", rank)
     how = SqueezeOptions(score="absolute" if moments is None else "activation", moments=moments)
     if isinstance(model_or_path, nn.Module):
-        return _look(ModelSource(model_or_path, adapter_name, None), tuple(ranks), how, progress or _silent)
+        return _look(ModelSource(model_or_path, adapter_name, None), tuple(ranks), how, progress or silent)
     with open_adapter(model_or_path) as adapter:
-        return _look(FileSource(adapter, Path(model_or_path), None), tuple(ranks), how, progress or _silent)
+        return _look(FileSource(adapter, Path(model_or_path), None), tuple(ranks), how, progress or silent)
 
 
 @dataclass(frozen=True)
@@ -326,10 +324,6 @@ def _warn(report: SqueezeReport) -> None:
             "train on after the squeeze (SqueezeLoraConfig).",
             stacklevel=4,
         )
-
-
-def _silent(names: Iterable[str], _: str) -> Iterable[str]:
-    return names
 
 
 __all__ = ["RankReport", "SqueezeReport", "rank_report", "squeeze_adapter", "squeeze_model"]

@@ -28,9 +28,7 @@ def new_folder(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
         ValueError: If there is something at `target`.
     """
     target = Path(os.path.abspath(target))
-    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
-    if os.path.lexists(target) and not is_empty:
-        raise ValueError(f"{field}={str(target)!r} exists and is not an empty folder; give a new one.")
+    check_new_folder(target, field)
     work = _beside(target)
     work.mkdir()
     try:
@@ -43,6 +41,17 @@ def new_folder(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
     finally:
         shutil.rmtree(work, ignore_errors=True)  # is there only if something failed
     _sync(target.parent)
+
+
+def check_new_folder(target: Path, field: str = "out_dir") -> None:
+    """What `new_folder` asks of its target, for work that takes long before the folder is made.
+
+    Raises:
+        ValueError: If there is something at `target`.
+    """
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if os.path.lexists(target) and not is_empty:
+        raise ValueError(f"{field}={str(target)!r} exists and is not an empty folder; give a new one.")
 
 
 @contextmanager
