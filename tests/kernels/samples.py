@@ -149,8 +149,8 @@ def _nf_dequantize(dtype: torch.dtype) -> list[Arguments]:
 def _nf_linear(dtype: torch.dtype) -> list[Arguments]:
     config, (rows, columns) = NFConfig(3, 4, "bf16", 16, 2), (6, 32)
     tensor, numbers = quantize(torch.randn(rows, columns), config), (*config.numbers, rows, columns)
-    x = _leaf(2, 3, columns, dtype=dtype)
-    low, B, bias = _leaf(2, 3, 5, dtype=dtype), _leaf(rows, 5, dtype=dtype), _leaf(rows, dtype=dtype)
+    x = _leaf(2, 2, columns, dtype=dtype)
+    low, B, bias = _leaf(2, 2, 5, dtype=dtype), _leaf(rows, 5, dtype=dtype), _leaf(rows, dtype=dtype)
     return [
         (x, *tensor, low, B, bias, *numbers, False),
         (x, *tensor, None, None, None, *numbers, False),

@@ -99,15 +99,12 @@ def test_what_is_refused(weight: NFTensor) -> None:
         nf_linear(x, weight, CONFIG, (25, 40))
 
 
-def test_the_kernel_runs_only_when_asked_for(weight: NFTensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, B = factors()
-    low = torch.randn(3, 5)
-    numbers = (*CONFIG.numbers, 24, 64, False)
-    wide = quantize(torch.randn(24, 64), CONFIG)
-    arguments = (torch.randn(3, 64), *wide, low, B.detach(), None, *numbers)
+@pytest.mark.parametrize(("mode", "most"), [("auto", 2), ("triton", 4)])
+def test_the_kernel_runs_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, mode: str, most: int) -> None:
     monkeypatch.setattr(base, "why_not_triton", lambda tensor: None)
-    monkeypatch.setenv("PEFT_ZOO_KERNELS", "auto")
-    reason = OPERATORS["nf_linear"].why_not_triton(*arguments)
+    monkeypatch.setenv("PEFT_ZOO_KERNELS", mode)
+    rest = (*quantize(torch.randn(24, 64), CONFIG), None, None, None, *CONFIG.numbers, 24, 64, False)
+    operator = OPERATORS["nf_linear"]
+    assert operator.why_not_triton(torch.randn(most, 64), *rest) is None
+    reason = operator.why_not_triton(torch.randn(most + 1, 64), *rest)
     assert isinstance(reason, base.Choice) and "the library multiplies" in reason
-    monkeypatch.setenv("PEFT_ZOO_KERNELS", "triton")
-    assert OPERATORS["nf_linear"].why_not_triton(*arguments) is None
