@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import peft_zoo
-from peft_zoo.adapters import watermark_key
-from peft_zoo.adapters.watermark_key import WatermarkKey, refuse_key_in
+from peft_zoo.adapters import watermark_lora_key
+from peft_zoo.adapters.watermark_lora_key import WatermarkKey, refuse_key_in
 from peft_zoo.kernels.bch import BchCode
 
 SECRET = bytes(range(100, 132))
@@ -325,7 +325,7 @@ LEAKS: dict[str, bytes] = {
 @pytest.mark.parametrize("leak", LEAKS)
 def test_a_leak_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
     if leak == "over the edge":
-        monkeypatch.setattr(watermark_key, "CHUNK", 100)
+        monkeypatch.setattr(watermark_lora_key, "CHUNK", 100)
     path = tmp_path / "checkpoint" / ".cache" / "notes"
     path.parent.mkdir(parents=True)
     path.write_bytes(LEAKS[leak])

@@ -34,8 +34,8 @@ from peft_zoo.kernels.bch import BchCode, as_bits
 
 __all__ = ["WatermarkKey"]
 
-FORMAT, VERSION, SECRET_BYTES, MOST_BITS = "peft-zoo watermark key", 1, 32, 256
-LARGEST_FILE = 4096  # bytes; a key file has some hundreds
+FORMAT, DECODER_FORMAT = "peft-zoo watermark key", "peft-zoo watermark decoder, secret"  # what their files begin with
+VERSION, SECRET_BYTES, MOST_BITS, LARGEST_FILE = 1, 32, 256, 4096  # the last in bytes; a key file has some hundreds
 CHUNK, OVERLAP = 2**24, 2**13  # bytes of a file that are searched at once, and again with the next
 SHORTEST_SOUGHT = 16  # bits: shorter messages are found in any text with digits
 
@@ -138,7 +138,7 @@ class WatermarkKey:
         """Write the key to a new JSON file that only its owner can read (mode 0600), whole or not at all.
 
         Args:
-            path: Where nothing is yet; folders are made as needed.
+            path: Where nothing is yet; folders are made.
 
         Raises:
             ValueError: If there is something at `path`.
@@ -204,8 +204,8 @@ class WatermarkKey:
 def refuse_key_in(folder: str | os.PathLike[str], key: WatermarkKey) -> None:
     """Make sure that a folder can be uploaded without giving a key away.
 
-    All files and names, in subfolders too, are searched for the secret as bytes, hexadecimal digits or base64, and for
-    the message, from 16 bits on, as digits or a list of 0 and 1 or true and false. Compressed, it would not be found.
+    All files and names, in subfolders too, are searched for the secret as bytes, hexadecimal digits or base64, for the
+    message, from 16 bits on, as digits or a list of 0 and 1 or true and false, and for calibrations of decoders.
 
     Args:
         folder: What is going to be uploaded.
@@ -268,7 +268,8 @@ def _parsed(content: bytes) -> WatermarkKey:
 
 def _traces(key: WatermarkKey) -> list[bytes | re.Pattern[bytes]]:
     """What gives a key away. No match is longer than `OVERLAP`."""
-    traces: list[bytes | re.Pattern[bytes]] = [key.secret, key.secret.hex().encode(), key.secret.hex().upper().encode()]
+    digits = key.secret.hex().encode()
+    traces: list[bytes | re.Pattern[bytes]] = [key.secret, digits, digits.upper(), DECODER_FORMAT.encode()]
     for before in range(3):
         # The secret may start at any of the three bytes of a group; digits that depend on its neighbours are left out.
         text = base64.b64encode(b"\0" * before + key.secret)[-(-8 * before // 6) : 8 * (before + SECRET_BYTES) // 6]

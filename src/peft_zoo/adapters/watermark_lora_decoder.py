@@ -1,0 +1,136 @@
+"""The decoder of a key, calibrated on clean images, and the file that keeps the calibration beside the key.
+
+Filters and rotation follow from the key; what calibration adds, a matrix and a centre, is kept in
+`<key file>.decoder.safetensors`. It holds no filter and nothing of the key, which is behind an HMAC, but it belongs to
+the secret all the same: with it and enough images one can fit filters, and who knows a decoder can remove its marks by
+gradient descent. So it is written with mode 0600, and `refuse_key_in` finds it in a folder that is to be published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from peft_zoo.adapters.watermark_lora_key import DECODER_FORMAT, WatermarkKey
+from peft_zoo.kernels.keyed_decoder import KeyedDecoder
+
+__all__ = ["calibrate_decoder", "load_decoder", "save_decoder"]
+
+PURPOSE = "decoder"
+SUFFIX = ".decoder.safetensors"
+LARGEST_FILE = 2**21  # bytes: 1024 filters and 256 bits take half
+
+
+def calibrate_decoder(key: WatermarkKey, batches: Iterable[Tensor], num_filters: int = 160) -> KeyedDecoder:
+    """The decoder of a key, made ready with clean images.
+
+    Args:
+        key: Its seed is the decoder's.
+        batches: Of images without a mark, `(B, 3, H, W)` in [0, 1], at least `2 num_filters` in all; best such as the
+            marked ones will be: decoded by the autoencoder, of the same size.
+        num_filters: K, at least the key's number of bits.
+
+    Raises:
+        ValueError: As `KeyedDecoder` and `KeyedDecoder.calibrate` do.
+    """
+    return KeyedDecoder(key.seed(PURPOSE), key.num_bits, num_filters).calibrate(batches)
+
+
+def decoder_path(key_path: str | os.PathLike[str]) -> Path:
+    """Where the calibration of a key file's decoder is."""
+    return Path(f"{os.fspath(key_path)}{SUFFIX}")
+
+
+def save_decoder(decoder: nn.Module, key: WatermarkKey, key_path: str | os.PathLike[str]) -> Path:
+    """Keep the calibration beside the key's file, for its owner only (mode 0600), whole or not at all.
+
+    Args:
+        decoder: What `calibrate_decoder` or `embed_watermark` made.
+        key: The decoder's.
+        key_path: Where the key is, or will be.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        ValueError: If the decoder is not a calibrated `KeyedDecoder`, or another key's, or there is a file already.
+    """
+    if not isinstance(decoder, KeyedDecoder):
+        raise ValueError(f"decoder is a {type(decoder).__name__}: only a key's own can be kept; save others yourself.")
+    if not decoder.is_calibrated:
+        raise ValueError("decoder is not calibrated: use calibrate_decoder().")
+    _check_owner(decoder, key)
+    target = decoder_path(key_path)
+    if os.path.lexists(target):
+        raise ValueError(f"path={str(target)!r} exists, and marks made with it would be lost: move it away first.")
+    facts = {
+        "format": DECODER_FORMAT,
+        "commitment": key.commitment,
+        "num_bits": decoder.num_bits,
+        "num_filters": decoder.num_filters,
+    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in decoder.state_dict().items()}
+    content = save(tensors, metadata={"decoder": json.dumps(facts)})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".unfinished-{secrets.token_hex(8)}")
+    try:
+        work.touch(mode=0o600, exist_ok=False)  # private before anything is in it
+        with work.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work, target)
+    finally:
+        work.unlink(missing_ok=True)
+    return target
+
+
+def load_decoder(key: WatermarkKey, key_path: str | os.PathLike[str]) -> KeyedDecoder:
+    """The decoder whose calibration `save_decoder` has kept beside a key's file.
+
+    Args:
+        key: What the file holds.
+        key_path: Where it is.
+
+    Raises:
+        ValueError: If there is no calibration, it is damaged, or of another key.
+    """
+    target = decoder_path(key_path)
+    if not target.is_file():
+        raise ValueError(f"{str(target)!r} is no file: embed with this key first, or copy it to be beside the key.")
+    if target.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{str(target)!r} is too large for the decoder of a watermark: use a copy.")
+    try:
+        with safe_open(target, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("decoder", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, ValueError):
+        facts, tensors = {}, {}
+    if not isinstance(facts, dict) or facts.get("format") != DECODER_FORMAT:
+        raise ValueError(f"{str(target)!r} is not what save_decoder has written: use a copy.")
+    if facts.get("commitment") != key.commitment:
+        raise ValueError(f"{str(target)!r} belongs to another key: give the key that it was made with.")
+    decoder = KeyedDecoder(key.seed(PURPOSE), facts.get("num_bits", 0), facts.get("num_filters", 0))
+    try:
+        decoder.load_state_dict(tensors)
+    except RuntimeError:
+        raise ValueError(f"{str(target)!r} has other tensors than it says: it is damaged, use a copy.") from None
+    _check_owner(decoder, key)
+    if not decoder.is_calibrated:
+        raise ValueError(f"{str(target)!r} has numbers that are not finite: it is damaged, use a copy.")
+    return decoder
+
+
+def _check_owner(decoder: KeyedDecoder, key: WatermarkKey) -> None:
+    """Whether the filters are those of the key."""
+    own = KeyedDecoder(key.seed(PURPOSE), key.num_bits, max(decoder.num_filters, key.num_bits))
+    if decoder.num_bits != key.num_bits or not torch.equal(own.filters, decoder.filters.cpu()):
+        raise ValueError("decoder is that of another key: give the key that it was made with.")

@@ -1,0 +1,139 @@
+"""What embedding needs of an autoencoder: latents, images, the LoRA put in and taken out, and all else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+
+from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
+
+__all__: list[str] = []
+
+ATTENTION = ("attn", "attention", "to_q", "to_k", "to_v", "to_out")
+ENCODER = ("encoder", "quant_conv")
+
+
+def check_vae(vae: Any, config: WatermarkLoraConfig) -> None:
+    """Whether a watermark can be trained into an autoencoder.
+
+    Raises:
+        ValueError: If it does not encode and decode, is not in float32, has adapters already, or the configuration's
+            target is nothing, attention only, or not in the decoder.
+    """
+    if not isinstance(vae, nn.Module) or not (hasattr(vae, "encode") and hasattr(vae, "decode")):
+        raise ValueError(f"vae is a {type(vae).__name__}: give a module that has encode and decode, such as pipe.vae.")
+    other = {p.dtype for p in vae.parameters() if p.is_floating_point()} - {torch.float32}
+    if other:
+        raise ValueError(f"vae has weights in {other.pop()}, whose steps are too coarse to train: use vae.float().")
+    layers = [module for module in vae.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("vae has a merged adapter, which would become part of the mark: unmerge and delete it first.")
+    if layers:
+        raise ValueError("vae has adapters already: merge them for good (unload) or delete them first.")
+    _check_target(vae, config.plain_lora(vae))
+
+
+def _check_target(vae: Any, config: LoraConfig) -> None:
+    names = [name for name, _ in vae.named_modules() if name and check_target_module_exists(config, name)]
+    asked = f"target_modules={config.target_modules!r}"
+    if not names:
+        raise ValueError(f"{asked} matches no module of {type(vae).__name__}: use 'last_up_block', or its names.")
+    outside = [name for name in names if name.split(".")[0] in ENCODER]
+    if outside:
+        raise ValueError(f"{asked} matches {outside[0]!r}, which decoding does not use: name modules of the decoder.")
+    if all(any(word in name for word in ATTENTION) for name in names):
+        raise ValueError(f"{asked} matches attention only, where training is unstable: name convolutions too.")
+
+
+@torch.no_grad()
+def encode(vae: Any, images: Tensor) -> Tensor:
+    """Latents of images: of a distribution, its mode.
+
+    Args:
+        vae: An autoencoder.
+        images: `(B, 3, H, W)` in [0, 1].
+    """
+    found = vae.encode(2 * images - 1)
+    if hasattr(found, "latent_dist"):
+        return found.latent_dist.mode()
+    return getattr(found, "latents", getattr(found, "latent", found))
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images `(B, 3, H, W)` in [0, 1] of latents."""
+    found = vae.decode(latents)
+    return ((getattr(found, "sample", found) + 1) / 2).clamp(0, 1)
+
+
+@torch.no_grad()
+def reconstruct(vae: Any, images: Tensor, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+    """Latents of images, and what the autoencoder makes of them; both where the images are.
+
+    Args:
+        vae: An autoencoder.
+        images: `(N, 3, H, W)` in [0, 1].
+        batch_size: Images at once.
+
+    Raises:
+        ValueError: If the images come back in another size.
+    """
+    device = next(vae.parameters()).device
+    latents, decoded = [], []
+    for batch in images.split(batch_size):
+        latents.append(encode(vae, batch.to(device)))
+        decoded.append(decode(vae, latents[-1]).to(images.device))
+        if decoded[-1].shape != batch.shape:
+            raise ValueError(
+                f"images of {batch.shape[2]} x {batch.shape[3]} pixels come back from the vae as "
+                f"{decoded[-1].shape[2]} x {decoded[-1].shape[3]}: use sides that its factor of reduction divides."
+            )
+    return torch.cat(latents).to(images.device), torch.cat(decoded)
+
+
+def add_lora(vae: Any, config: WatermarkLoraConfig, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Put the LoRA into an autoencoder, as peft's own class so that all of diffusers works with it.
+
+    Returns:
+        Its parameters by name, those of one seed always the same.
+    """
+    plain = config.plain_lora(vae)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if hasattr(vae, "add_adapter"):
+            vae.add_adapter(plain, adapter_name=adapter_name)
+        else:
+            inject_adapter_in_model(plain, vae, adapter_name=adapter_name)
+    return {name: parameter for name, parameter in vae.named_parameters() if ".lora_" in name}
+
+
+def remove_lora(vae: Any) -> None:
+    """Take all LoRA layers out of an autoencoder; what is merged stays in the weights."""
+    for name, module in list(vae.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            vae.set_submodule(name, module.get_base_layer())
+    if hasattr(vae, "peft_config"):
+        del vae.peft_config
+    if hasattr(vae, "_hf_peft_config_loaded"):
+        vae._hf_peft_config_loaded = False
+
+
+@contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside, what was before afterwards."""
+    trained = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, wanted in trained.items():
+            parameter.requires_grad_(wanted)
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,141 @@
+"""Files of a watermarked autoencoder: merged, which protects, with a public record and nothing of the key."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
+from peft_zoo.adapters.watermark_lora_key import WatermarkKey, refuse_key_in
+from peft_zoo.adapters.watermark_lora_vae import remove_lora
+from peft_zoo.merge.base.atomic import new_folder
+
+__all__ = ["RECORD", "merge_and_export", "merged"]
+
+RECORD, VERSION = "watermark.json", 1
+CARD_TEXT = """Images decoded by this model carry an invisible watermark (EW-LoRA, {bits} bits), which its owner can
+detect. What is public about it is in `watermark.json`."""
+
+
+def merged(vae: nn.Module) -> Any:
+    """A copy of an autoencoder with its LoRA in the weights, and no LoRA layers; the one given stays as it is.
+
+    Args:
+        vae: With a LoRA that is active and not merged.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    layers = [module for module in vae.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError("vae has no adapter: embed a watermark first.")
+    if any(layer.merged or layer.disable_adapters or not layer.active_adapters for layer in layers):
+        raise ValueError("vae has an adapter that is merged, disabled or not active: unmerge and enable it first.")
+    result = copy.deepcopy(vae)
+    for module in result.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+    remove_lora(result)
+    return result
+
+
+def merge_and_export(
+    model: Any,
+    path: str | Path,
+    config: WatermarkLoraConfig,
+    key: WatermarkKey,
+    calibration: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an autoencoder, or a pipeline with it, with the watermark merged: a folder as diffusers writes it.
+
+    Beside the weights there are `watermark.json` (method, bits, kind of decoder, commitment, date, calibration) and a
+    model card that says that images are marked. The folder is searched for the key before it gets its name.
+
+    Args:
+        model: The autoencoder, or a pipeline that has one as `vae`. It does not change.
+        path: A new folder.
+        config: What the watermark was embedded with.
+        key: The key; only its commitment is written.
+        calibration: What is to be public about false positives: numbers and texts, as JSON holds them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If there is something at `path`, the model has no active adapter, the key is not the
+            configuration's, or a file would give it away.
+    """
+    if key.num_bits != config.num_bits or config.commitment not in (None, key.commitment):
+        raise ValueError(f"key with commitment={key.commitment!r} is not the configuration's: give the one used.")
+    record = public_record(config, key, calibration)
+    is_pipeline = not isinstance(model, nn.Module)
+    if is_pipeline and not isinstance(getattr(model, "vae", None), nn.Module):
+        raise ValueError(f"model is a {type(model).__name__} without a vae: give the autoencoder, or its pipeline.")
+    vae = merged(model.vae if is_pipeline else model)
+    with new_folder(path, "path") as folder:
+        if is_pipeline:
+            with _replaced(model, vae):
+                model.save_pretrained(folder)
+        else:
+            _save(vae, folder)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _write_card(folder / "README.md", config)
+        refuse_key_in(folder, key)
+    return Path(path)
+
+
+def public_record(
+    config: WatermarkLoraConfig, key: WatermarkKey, calibration: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `watermark.json` says; it names the key's commitment, which reveals nothing.
+
+    Args:
+        config: What the watermark was embedded with.
+        key: The key.
+        calibration: As for `merge_and_export`.
+    """
+    return {
+        "version": VERSION,
+        "method": config.method_name,
+        "num_bits": config.num_bits,
+        "decoder": config.decoder,
+        "commitment": key.commitment,
+        "date": date.today().isoformat(),
+        "calibration": dict(calibration or {}),
+    }
+
+
+def _save(vae: Any, folder: Path) -> None:
+    if hasattr(vae, "save_pretrained"):
+        vae.save_pretrained(folder)
+    else:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, folder / "model.safetensors"
+        )
+
+
+@contextmanager
+def _replaced(pipeline: Any, vae: nn.Module) -> Iterator[None]:
+    before = pipeline.vae
+    pipeline.vae = vae
+    try:
+        yield
+    finally:
+        pipeline.vae = before
+
+
+def _write_card(path: Path, config: WatermarkLoraConfig) -> None:
+    card: Any = ModelCard.load(path) if path.is_file() else ModelCard("---\ntags: []\n---\n")
+    card.data.tags = sorted({*(card.data.tags or []), "watermark", "peft-zoo"})
+    card.text = f"{card.text.strip()}\n\n## Watermark\n\n{CARD_TEXT.format(bits=config.num_bits)}\n".lstrip()
+    card.save(path)

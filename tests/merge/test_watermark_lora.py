@@ -1,0 +1,125 @@
+"""Exported autoencoders: the mark is in the weights, the key is not in the files, and the model is as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from peft_zoo import EmbedReport, WatermarkKey, embed_watermark, save_decoder, verify_watermark
+from peft_zoo.adapters.watermark_lora_vae import decode, encode
+from peft_zoo.merge.watermark_lora import merge_and_export, merged
+from tests.adapters.watermark_samples import KEY, kl_vae, pictures, tiny_vae, watermark
+
+CONFIG = watermark(steps=40, commitment=KEY.commitment)
+
+
+@pytest.fixture(scope="module")
+def marked() -> tuple[Any, EmbedReport]:
+    vae = tiny_vae()
+    return vae, embed_watermark(vae, pictures(48), CONFIG, KEY)
+
+
+def outputs(vae: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return decode(vae, encode(vae, pictures(9, seed=4)))
+
+
+def test_what_is_exported_carries_the_mark_without_peft(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:
+    vae, report = marked
+    before = outputs(vae)
+    folder = merge_and_export(vae, tmp_path / "out", CONFIG, KEY, calibration={"fpr": 0.01, "measured": 0.009})
+    assert torch.equal(outputs(vae), before) and any(isinstance(m, BaseTunerLayer) for m in vae.modules())
+    loaded = AutoencoderTiny.from_pretrained(folder)
+    assert not any(isinstance(module, BaseTunerLayer) for module in loaded.modules())
+    assert loaded.state_dict().keys() == tiny_vae().state_dict().keys()
+    torch.testing.assert_close(outputs(loaded), before, rtol=0, atol=1e-5)  # one sum of two products, rounded
+    assert verify_watermark(outputs(loaded), KEY, decoder=report.decoder, fpr=0.01).decision
+    record = json.loads((folder / "watermark.json").read_text())
+    assert record["commitment"] == KEY.commitment and record["method"] == "watermark_lora" and record["num_bits"] == 8
+    assert record["decoder"] == "keyed" and record["calibration"] == {"fpr": 0.01, "measured": 0.009}
+    card = (folder / "README.md").read_text()
+    assert "invisible watermark (EW-LoRA, 8 bits)" in card and "- watermark" in card
+
+
+def test_nothing_secret_is_in_any_file(tmp_path: Path) -> None:
+    """With a key long enough for its message not to stand anywhere by chance."""
+    key = WatermarkKey(bytes(range(90, 122)), 24, b"me", 1)
+    vae, config = tiny_vae(), watermark(num_bits=24, num_filters=24, commitment=key.commitment)
+    embed_watermark(vae, pictures(48), config, key, checkpoint=tmp_path / "run", checkpoint_every=1)
+    merge_and_export(vae, tmp_path / "out", config, key)
+    bits = "".join("1" if bit else "0" for bit in key.message)
+    secrets = [
+        key.secret,
+        key.secret.hex().encode(),
+        bits.encode(),
+        ", ".join(bits).encode(),
+        str(key.seed("decoder")).encode(),
+    ]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    for path in files:
+        content = path.read_bytes()
+        assert not any(secret in content for secret in secrets), path
+
+
+def test_a_pipeline_is_exported_whole_and_keeps_its_own(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:
+    vae = kl_vae()
+    embed_watermark(vae, pictures(40), watermark(), KEY)
+    pipeline = Pipeline(vae, DDPMScheduler())
+    expected = outputs(merged(vae))
+    merge_and_export(pipeline, tmp_path / "pipe", watermark(), KEY)
+    assert pipeline.vae is vae
+    loaded = AutoencoderKL.from_pretrained(tmp_path / "pipe" / "vae")
+    assert torch.equal(outputs(loaded), expected)
+    assert (tmp_path / "pipe" / "watermark.json").is_file() and (tmp_path / "pipe" / "scheduler").is_dir()
+
+
+class Pipeline(DiffusionPipeline):  # type: ignore[misc]
+    """The least that has an autoencoder."""
+
+    def __init__(self, vae: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, scheduler=scheduler)
+
+
+def test_a_module_of_one_s_own(tmp_path: Path) -> None:
+    from tests.adapters.test_watermark_lora_embed import Plain
+
+    vae, config = Plain(), watermark(target_modules=["last"])
+    names = set(vae.state_dict())
+    embed_watermark(vae, pictures(), config, KEY)
+    merge_and_export(vae, tmp_path / "out", config, KEY)
+    from safetensors.torch import load_file
+
+    fresh = Plain()
+    fresh.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    torch.testing.assert_close(outputs(fresh), outputs(vae), rtol=0, atol=1e-5)
+    assert set(fresh.state_dict()) == names
+
+
+def test_what_is_refused_leaves_nothing(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:
+    vae, report = marked
+    target = tmp_path / "out"
+    with pytest.raises(ValueError, match="vae has no adapter: embed a watermark first"):
+        merge_and_export(tiny_vae(), target, CONFIG, KEY)
+    with pytest.raises(ValueError, match="is not the configuration's: give the one used"):
+        merge_and_export(vae, target, CONFIG, WatermarkKey(bytes(32), 8))
+    with pytest.raises(ValueError, match="model is a dict without a vae"):
+        merge_and_export({}, target, CONFIG, KEY)
+    with pytest.raises(ValueError, match="contains the watermark key"):
+        merge_and_export(vae, target, CONFIG, KEY, calibration={"oops": KEY.secret.hex()})
+    layer = next(module for module in vae.modules() if isinstance(module, BaseTunerLayer))
+    layer.merge()
+    with pytest.raises(ValueError, match="an adapter that is merged, disabled or not active"):
+        merge_and_export(vae, target, CONFIG, KEY)
+    layer.unmerge()
+    assert not list(tmp_path.iterdir())
+    save_decoder(report.decoder, KEY, target / "key")
+    with pytest.raises(ValueError, match=r"path=.* exists and is not an empty folder"):
+        merge_and_export(vae, target, CONFIG, KEY)
