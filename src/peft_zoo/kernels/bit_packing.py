@@ -48,11 +48,16 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """
     packed = words.contiguous().view(torch.uint8)
     if bits == 3:
-        places = torch.arange(8, dtype=torch.uint8, device=words.device)
-        planes = packed.view(len(packed) // 12, 3, 4, 1) >> places & 1
-        return (planes[:, 0] | planes[:, 1] << 1 | planes[:, 2] << 2).flatten()[:count]
+        planes = _spread_bits(packed.device).index_select(0, packed.int()).view(len(packed) // 12, 3, 4)
+        return (planes[:, 0] | planes[:, 1] << 1 | planes[:, 2] << 2).flatten().view(torch.uint8)[:count]
     places = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
     return (packed[:, None] >> places & (2**bits - 1)).flatten()[:count]
+
+
+def _spread_bits(device: torch.device) -> Tensor:
+    """Of every byte the eight bits as the bytes of an int64, the lowest first."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return bits.to(torch.uint8).view(torch.int64).squeeze(1)
 
 
 def packed_length(count: int, bits: int) -> int:
