@@ -1,7 +1,9 @@
 """What peft's own test-suite runs on: every registered method, through the same shapes that peft tests its LoRA on.
 
-A method needs no entry here: the rows come from the registry. Where a new adapter leaves the output as it was only with
-some arguments (`ZooConfig.identity`), the rows are doubled: peft's tests of a fresh adapter run with them.
+A method needs no entry here: the rows come from the registry. A recipe (`trainable = False`) has none: it makes no
+layers and takes no target modules, and every row trains, saves or merges what a target module was given. Where a new
+adapter leaves the output as it was only with some arguments (`ZooConfig.identity`), the rows are doubled: peft's tests
+of a fresh adapter run with them.
 """
 
 from peft import LoraConfig
@@ -37,6 +39,8 @@ CONFORMANCE, QUICK, SKIP = [], [], []
 LACKS, INIT_FALSE, CONFIG_KWARGS = {}, {}, {}
 for method in methods().values():
     config_cls = method.config_cls
+    if not method.trainable:
+        continue
     gentle = GENTLE.get(method.name, {})
     rows = [(f"{method.name} {title}", model, {**gentle, **kwargs}) for title, model, kwargs in ROWS]
     if issubclass(config_cls, LoraConfig):

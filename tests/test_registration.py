@@ -144,11 +144,11 @@ class TestOtherProcesses:
     def test_configurations_and_members_travel(self, method: Method, start: str) -> None:
         if start not in multiprocessing.get_all_start_methods():
             pytest.skip(f"this system cannot {start}")
-        config = method.config_cls(r=4)
+        config = method.config_cls(base_model_name_or_path="base")
         with multiprocessing.get_context(start).Pool(1) as pool:
-            there = pool.apply(operator.attrgetter("peft_type", "r"), (config,))
+            there = pool.apply(operator.attrgetter("peft_type", "base_model_name_or_path"), (config,))
             back = pool.apply(copy.deepcopy, (config,))
-        assert there == (method.peft_type, 4)
+        assert there == (method.peft_type, "base")
         assert there[0] is PeftType(method.peft_type)
         assert back == config
 
@@ -162,7 +162,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as MAPPING
 
 names, members = list(peft_zoo.methods()), list(peft.PeftType)
 old = {name: method.config_cls for name, method in peft_zoo.methods().items()}
-kept = {name: method.config_cls(r=4) for name, method in peft_zoo.methods().items()}
+kept = {name: method.config_cls(revision="4") for name, method in peft_zoo.methods().items()}
 
 for module in [m for n, m in sys.modules.items() if n.startswith("peft_zoo.adapters.") and "base" not in n]:
     importlib.reload(module)
@@ -170,7 +170,7 @@ importlib.reload(peft_zoo)
 print(list(peft_zoo.methods()) == names, list(peft.PeftType) == members)
 for name, method in peft_zoo.methods().items():
     print(method.config_cls is not old[name], MAPPING[method.peft_type] is method.config_cls)
-    print(method.config_cls(r=4).peft_type is kept[name].peft_type, type(kept[name])(r=8).r)
+    print(method.config_cls().peft_type is kept[name].peft_type, type(kept[name])(revision="8").revision)
 
 for name in [n for n in sys.modules if n.split(".")[0] == "peft_zoo"]:
     del sys.modules[name]
@@ -203,7 +203,7 @@ print(errors, list(peft.PeftType) == members)
     )
     def test_in_any_order(self, order: str, tmp_path: Path) -> None:
         for method in METHODS:
-            method.config_cls(r=4).save_pretrained(str(tmp_path / method.name))
+            method.config_cls().save_pretrained(str(tmp_path / method.name))
         code = f"{order}\nfor n in sys.argv[1:]: print(type(peft.PeftConfig.from_pretrained(n)).__name__)\n"
         names = [method.name for method in METHODS]
         assert run(code, tmp_path, *names) == [method.config_cls.__name__ for method in METHODS]

@@ -56,6 +56,11 @@ class Method:
     paper: str
     callback: Callable[[Any], Any] | None = None
 
+    @property
+    def trainable(self) -> bool:
+        """Whether there is something to train; a recipe (`trainable = False` in its configuration) has no weights."""
+        return getattr(self.config_cls, "trainable", True)
+
 
 def methods() -> dict[str, Method]:
     """The registered methods by short name, in alphabetical order."""

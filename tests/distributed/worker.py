@@ -46,7 +46,7 @@ FSDP = {
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     """For each case, the method and the fields of its configuration that are not the defaults."""
-    every: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in peft_zoo.methods()}
+    every: dict[str, tuple[str, dict[str, Any]]] = {n: (n, {}) for n, m in peft_zoo.methods().items() if m.trainable}
     every["randlora"] = ("randlora", {"randlora_alpha": 64})  # at its usual scale these steps magnify the last bits
     every |= {case: ("squeeze_lora", {"r": 8, **SQUEEZE}) for case in DDP_ONLY}
     return {**every, "snell_mix_k": ("snell", {"kernel": "mix_k"}), "snella": ("snell", SCHEDULE)}

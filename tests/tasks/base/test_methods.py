@@ -19,17 +19,18 @@ from peft_zoo.tasks.base.methods import (
 from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.values import SettingError
 
+TRAINABLE = [name for name, method in methods().items() if method.trainable]
 SCHEDULED = [name for name, method in methods().items() if hasattr(method.config_cls, "target_sparsity")]
 
 
-@pytest.mark.parametrize("name", [*methods(), BASELINE])
+@pytest.mark.parametrize("name", [*TRAINABLE, BASELINE])
 def test_every_method_is_built_from_text(name: str) -> None:
     config = build_config(name, {"target_modules": "q_proj,v_proj"}, {"target_modules": "all-linear"}, steps=10)
     assert isinstance(config, config_class(name))
     assert config.target_modules == {"q_proj", "v_proj"}
 
 
-@pytest.mark.parametrize("name", [*methods(), BASELINE])
+@pytest.mark.parametrize("name", [*TRAINABLE, BASELINE])
 def test_task_defaults_hold_where_the_user_said_nothing(name: str) -> None:
     config = build_config(name, {}, {"target_modules": "all-linear", "no_such_field": 1}, steps=10)
     assert config.target_modules == "all-linear"
@@ -39,6 +40,12 @@ def test_unknown_methods_list_every_registered_one() -> None:
     with pytest.raises(SettingError) as caught:
         config_class("snel")
     assert all(name in str(caught.value) for name in [*methods(), BASELINE])
+
+
+@pytest.mark.parametrize("name", [name for name in methods() if name not in TRAINABLE])
+def test_a_recipe_is_not_trained(name: str) -> None:
+    with pytest.raises(SettingError, match=f"method '{name}' has nothing to train"):
+        check_options(name, {})
 
 
 def test_unknown_fields_list_the_valid_ones_but_not_the_book_keeping() -> None:
@@ -53,7 +60,7 @@ def test_a_value_of_the_wrong_type_names_method_field_value_and_fix() -> None:
         check_options("lora", {"r": "big"})
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_what_the_configuration_refuses_is_passed_on_as_a_sentence(name: str) -> None:
     with pytest.raises(SettingError, match=r"\br\b.*-3"):
         check_options(name, {"r": "-3"})

@@ -83,8 +83,10 @@ def check_options(name: str, options: Mapping[str, str]) -> None:
     """Report a mistake in the choice of method or in its fields, without a model.
 
     Raises:
-        SettingError: As `build_config`.
+        SettingError: As `build_config`, and if there is nothing to train.
     """
+    if name in methods() and not methods()[name].trainable:
+        raise SettingError(f"method {name!r} has nothing to train: it combines what is trained; see peft-zoo compose.")
     build_config(name, options, {"target_modules": "all-linear"}, steps=2**31)
 
 

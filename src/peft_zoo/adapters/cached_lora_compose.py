@@ -1,0 +1,278 @@
+"""The runtime: in place of one noise prediction, the weighted sum of one for each LoRA.
+
+Guidance is linear in the noise predictions, and so is the sum over adapters: to sum what the denoiser returns, before
+guidance, is to sum after it. All of this therefore happens in one place, the forward of the denoiser, under any
+pipeline and any scheduler.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_zoo.adapters.cached_lora_blocks import Blocks, find_blocks
+from peft_zoo.adapters.cached_lora_checks import check_denoiser, denoiser_of, unusual
+from peft_zoo.adapters.cached_lora_config import CachedLoraConfig
+from peft_zoo.adapters.cached_lora_layers import AdapterLayers
+from peft_zoo.adapters.cached_lora_passes import Call, Passes
+from peft_zoo.adapters.cached_lora_schedule import Planner
+from peft_zoo.adapters.cached_lora_steps import Clock, StepTrace, remaining
+
+TIMESTEP = ("timestep", "timesteps", "t")
+
+
+class Composition:
+    """A recipe at work on a denoiser, between `__enter__` and `__exit__`; made by `compose`.
+
+    Args:
+        denoiser: The module whose forward predicts the noise.
+        config: The recipe.
+        scheduler: A scheduler, or what will have one as its attribute `scheduler` when a generation begins; or None.
+        num_inference_steps: Calls of the denoiser in a generation.
+
+    Attributes:
+        denoiser: The module.
+        config: The recipe.
+        adapters: Names, in the order in which they take turns.
+
+    Raises:
+        ValueError: If the recipe and the denoiser do not go together, before anything is changed.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        config: CachedLoraConfig,
+        scheduler: Any = None,
+        num_inference_steps: int | None = None,
+    ) -> None:
+        check_denoiser(denoiser)
+        self.denoiser, self.config = denoiser, config
+        self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
+        self.layers = AdapterLayers(denoiser)
+        self.roles = config.roles(self.layers.names)
+        self.adapters = self.roles.order
+        dora = sorted(set(self.layers.with_dora()) & set(self.adapters))
+        if config.batched and dora:
+            raise ValueError(f"batched=True cannot be used with DoRA ({dora}), of which peft mixes none: use False.")
+        names = argument_names(denoiser)
+        if not set(TIMESTEP) & set(names):
+            raise ValueError(f"{type(denoiser).__name__} is no denoiser: its forward has no timestep: {names}.")
+        self.passes = Passes(config, self.layers, self._find_blocks())
+        self._outer: Composition | None = None
+        self._patched: list[tuple[Any, str, Any]] = []
+        self._warned: set[str] = set()
+        self._context: str | None = None
+        self._clock = Clock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was cached and traced; the next call of the denoiser begins a generation."""
+        self._clock.reset()
+        self._begin(0.0)
+
+    def trace(self) -> list[StepTrace]:
+        """What was done in the last generation, a record for each call of the denoiser."""
+        return list(self._trace)
+
+    # ---- putting in and taking out ----
+
+    def __enter__(self) -> Composition:
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.uninstall()
+
+    def install(self) -> None:
+        """Takes the place of the denoiser's forward; a composition that is there already waits until `uninstall`.
+
+        Raises:
+            ValueError: If this one is there already, or the denoiser is no longer fit for it.
+        """
+        outer = installed_on(self.denoiser)
+        if outer is self:
+            raise ValueError("this composition is at work already: call compose() again for another one.")
+        if outer:
+            outer.uninstall()
+        self._outer = outer
+        self.layers.remember()
+        try:
+            check_denoiser(self.denoiser)
+            self.layers.scale(self._strengths())
+            self._patch(self.denoiser, "forward", self._forward)
+            if hasattr(self.denoiser, "cache_context"):
+                self._patch(self.denoiser, "cache_context", self._named)
+            for module, function in self.passes.blocks.patches() if self.passes.blocks else ():
+                self._patch(module, "forward", function)
+        except BaseException:
+            self.uninstall()
+            raise
+
+    def uninstall(self) -> None:
+        """Leaves the denoiser as it was found. The trace stays."""
+        while self._patched:
+            target, name, before = self._patched.pop()
+            if before is None:
+                delattr(target, name)
+            else:
+                setattr(target, name, before)
+        self.layers.restore()
+        self.passes.forget()
+        self._clock.reset()
+        if self._outer:
+            self._outer.install()
+            self._outer = None
+
+    def _patch(self, target: Any, name: str, function: Callable[..., Any]) -> None:
+        """Lets `function` stand for a method; it gets the method as its first argument."""
+        before = vars(target).get(name)
+        # Not a closure: a copy of the model then refers to the copy.
+        setattr(target, name, partial(function, getattr(target, name)))
+        self._patched.append((target, name, before))
+
+    def _strengths(self) -> dict[str, float]:
+        """By what each adapter's scale is multiplied."""
+        weights = self.roles.weights
+        if self.config.method == "w_switch":
+            return {}  # they are shares of the steps
+        if self.config.method == "merge_normalized":
+            norms = self.layers.norms(self.adapters)
+            mean = sum(norms.values()) / len(norms)
+            return {name: weights[name] * mean / norm for name, norm in norms.items()}
+        return weights
+
+    def _find_blocks(self) -> Blocks | None:
+        """What a cached pass leaves out; None where nothing is cached."""
+        if self.config.method != "cmlora" or not self.config.cache or len(self.adapters) == 1:
+            return None
+        try:
+            return find_blocks(self.denoiser)
+        except NotImplementedError as error:
+            name = type(self.denoiser).__name__
+            warnings.warn(f"{name} cannot be cached: {error}. Every pass is a full one.", stacklevel=4)
+            return None
+
+    # ---- one call of the denoiser ----
+
+    @contextmanager
+    def _named(self, method: Callable[..., AbstractContextManager[Any]], name: str, **kwargs: Any) -> Iterator[None]:
+        """Stands for `cache_context`, by which pipelines say which of several calls follows."""
+        self._context = name
+        try:
+            with method(name, **kwargs):
+                yield
+        finally:
+            self._context = None
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands for the denoiser's forward."""
+        if not self.layers.enabled:
+            return forward(*args, **kwargs)
+        if torch.is_grad_enabled():
+            raise ValueError("gradients are on, and a composition has none: use torch.no_grad() or inference_mode().")
+        arguments = call_arguments(self.denoiser, args, kwargs)
+        timestep = next(arguments[name] for name in TIMESTEP if name in arguments)
+        try:
+            tick = self._clock.tick(float(torch.as_tensor(timestep).flatten()[0]), self._context)
+            if tick.begins:
+                self._begin(self._clock.first)
+            progress = self._clock.progress(tick.step, self._total)
+            planner = self._planners.setdefault(tick.context, Planner(self.config, self.roles))
+            plan = planner.plan(tick.step, progress)
+            call = Call(forward, arguments, next(iter(arguments)), tick.context, tick.step)
+            output, done = self.passes.run(call, plan, self._may_cache(arguments))
+        except BaseException:
+            self.reset()
+            raise
+        now = (tick.step, tick.context, self._clock.last, progress)
+        self._trace.append(
+            StepTrace(*now, plan.dominant, plan.weights, done.passes, done.ages, done.forwards, done.macs)
+        )
+        return output
+
+    def _begin(self, first: float) -> None:
+        """Begins a generation at a timestep."""
+        self._planners: dict[str, Planner] = {}
+        self._trace: list[StepTrace] = []
+        self.passes.forget()
+        self._total = self.num_inference_steps
+        scheduler = getattr(self.scheduler, "scheduler", self.scheduler)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if self._total is None and timesteps is not None:
+            self._total = remaining([float(t) for t in timesteps], first)
+
+    def _may_cache(self, arguments: Mapping[str, Any]) -> bool:
+        if self.passes.blocks is None:
+            return False
+        reason = unusual(self.denoiser, arguments)
+        if reason and reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"{reason}: every pass is a full one.", stacklevel=2)
+        return not reason
+
+
+def compose(
+    target: Any,
+    config: CachedLoraConfig | None = None,
+    *,
+    scheduler: Any = None,
+    num_inference_steps: int | None = None,
+) -> Composition:
+    """Several LoRAs on one denoiser, each with a noise prediction of its own, for as long as the context lasts.
+
+    Args:
+        target: A diffusers pipeline, a denoiser with LoRAs on it, or a PeftModel around one.
+        config: The recipe; None takes that of `get_peft_model(denoiser, CachedLoraConfig(...))`, or else cmlora with
+            all adapters that there are.
+        scheduler: Whose timesteps say how far a generation is; a pipeline has its own.
+        num_inference_steps: Or the number of calls of the denoiser. With neither, the progress is read off the
+            timesteps: `1 - t / first t`.
+
+    Returns:
+        The context manager; with `trace()` for what was done.
+
+    Raises:
+        ValueError: If recipe and denoiser do not go together, naming what is wrong and the fix.
+    """
+    steps = num_inference_steps
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(f"num_inference_steps={steps!r} cannot be used; use an integer of at least 1.")
+    denoiser = denoiser_of(target)
+    owner = target if scheduler is None and not isinstance(target, nn.Module) else scheduler
+    at_work = installed_on(denoiser)
+    if config is None:
+        config = at_work.config if at_work else CachedLoraConfig()
+    return Composition(denoiser, config, owner, steps)
+
+
+def installed_on(denoiser: nn.Module) -> Composition | None:
+    """The composition at work on a denoiser."""
+    forward = vars(denoiser).get("forward")
+    owner = getattr(getattr(forward, "func", None), "__self__", None)
+    return owner if isinstance(owner, Composition) else None
+
+
+def argument_names(denoiser: nn.Module) -> list[str]:
+    """Names of the arguments of a denoiser's forward; the first is the sample."""
+    return list(inspect.signature(type(denoiser).forward).parameters)[1:]
+
+
+def call_arguments(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the denoiser by name, in the order of its signature."""
+    names = argument_names(denoiser)
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return {name: given[name] for name in (*(n for n in names if n in given), *(n for n in given if n not in names))}
+
+
+__all__ = ["Composition", "compose"]
