@@ -15,7 +15,8 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = "peft_zoo"
 FLOORS = {"kernels": 1, "registration": 2, "adapters": 3, "merge": 4, "tasks": 5, "hub": 6}
-FLOORS |= {"cli_shared": 7, "cli_squeeze": 8, "cli_quantize": 8, "cli": 8, "__main__": 9}
+FLOORS |= {"cli_shared": 7, "cli_squeeze": 8, "cli_quantize": 8, "cli_compose": 8, "cli_watermark": 8}
+FLOORS |= {"cli": 8, "__main__": 9}
 FRONT_DOOR = 7  # names taken from `peft_zoo` itself
 LONGEST_FILE, LONGEST_METHOD = 400, 300
 

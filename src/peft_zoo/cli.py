@@ -1,8 +1,9 @@
 """The command line: `peft-zoo methods` lists the registered methods, `peft-zoo train` fine-tunes a real model with
-one of them, `peft-zoo squeeze` compresses a saved LoRA, `peft-zoo quantize` a model.
+one of them, `peft-zoo squeeze` compresses a saved LoRA, `peft-zoo quantize` a model, `peft-zoo watermark` marks
+the images of an autoencoder and tests for the mark, `peft-zoo compose` draws pictures with several LoRAs.
 
 A mistake of the user ends in one sentence on stderr and exit status 2. A run whose reload or merge check fails ends
-in status 1.
+in status 1, as does a test of images that finds no watermark.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from peft_zoo import cli_quantize, cli_squeeze
+from peft_zoo import cli_compose, cli_quantize, cli_squeeze, cli_watermark
 from peft_zoo.cli_shared import pairs
 from peft_zoo.tasks.base.settings import (
     flag,
@@ -32,11 +33,12 @@ EPILOG = """examples:
   peft-zoo train --preset demo
   peft-zoo train --method snell --model smollm2-135m --data gsm8k --steps 100 --set r=16 --set sparsity=0.5
   peft-zoo train --task vision --method snell --data images/ --set r=8
+  peft-zoo train --task diffusion --method lora --concept checker --data fashion-mnist
   peft-zoo train --config run.yaml --seed 1
 
 A --config file has the flags as keys (steps: 60) and the method's fields under set. Flags win over the file, the file
 wins over the preset. Built-in models and data: smollm2-135m with shakespeare or gsm8k (language), dinov2-small
-(vision)."""
+(vision), fashion-mnist-denoiser with fashion-mnist (diffusion)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +68,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(prog="peft-zoo", description="New adapter methods for peft.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{methods,train,squeeze,quantize}")
+    names = ",".join(COMMANDS)
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
     commands.add_parser("methods", help="list the registered methods and what each costs")
     train = commands.add_parser(
         "train",
@@ -89,6 +92,8 @@ def _parser() -> _Parser:
     train.add_argument("--config", metavar="FILE", help="a YAML file of settings")
     cli_squeeze.add_parser(commands)
     cli_quantize.add_parser(commands)
+    cli_watermark.add_parser(commands)
+    cli_compose.add_parser(commands)
     return parser
 
 
@@ -104,7 +109,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         rest = cli_squeeze.adopt_target(options, rest)
     if rest:
         train = [flag(item.name) for item in flag_fields()] + ["--set", "--preset", "--config"]
-        own = {"squeeze": cli_squeeze.flags, "quantize": cli_quantize.flags}
+        own = {"squeeze": cli_squeeze.flags, "quantize": cli_quantize.flags, "compose": cli_compose.flags}
+        own["watermark"] = lambda: cli_watermark.flags(options)
         valid = own[options.command]() if options.command in own else {"methods": [], "train": train}[options.command]
         close = difflib.get_close_matches(rest[0], valid, n=1)
         hint = f"did you mean {close[0]}?" if close else f"see 'peft-zoo {options.command} --help'."
@@ -149,7 +155,27 @@ def _quantize(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"methods": _methods, "train": _train, "squeeze": _squeeze, "quantize": _quantize}
+def _compose(options: argparse.Namespace) -> int:
+    """Draw pictures with several LoRAs, and print what it cost."""
+    _write(cli_compose.run(options))
+    return 0
+
+
+def _watermark(options: argparse.Namespace) -> int:
+    """Make a key, embed or test, and print what came of it."""
+    text, all_is_well = cli_watermark.run(options)
+    _write(text)
+    return 0 if all_is_well else 1
+
+
+COMMANDS = {
+    "methods": _methods,
+    "train": _train,
+    "squeeze": _squeeze,
+    "quantize": _quantize,
+    "watermark": _watermark,
+    "compose": _compose,
+}
 
 
 def _log_to_stderr() -> None:

@@ -20,7 +20,10 @@ def test_unknown_tasks_list_the_valid_ones() -> None:
         load_task(TrainSettings(task="langage"))
 
 
-@pytest.mark.parametrize(("task", "field"), [("language", "image_size"), ("vision", "max_length")])
+@pytest.mark.parametrize(
+    ("task", "field"),
+    [("language", "image_size"), ("language", "concept"), ("vision", "max_length"), ("diffusion", "image_size")],
+)
 def test_settings_of_another_task_are_refused(task: str, field: str) -> None:
     with pytest.raises(SettingError, match=f"--{field.replace('_', '-')} belongs to --task"):
         load_task(TrainSettings(task=task, **{field: 14}))

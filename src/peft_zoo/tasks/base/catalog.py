@@ -9,7 +9,11 @@ from peft_zoo.tasks.base.task import Task
 from peft_zoo.tasks.base.values import SettingError, unknown
 
 # Package of this floor -> its Task class and the extra of peft-zoo that installs what it needs.
-TASKS = {"language": ("LanguageTask", "tasks"), "vision": ("VisionTask", "vision")}
+TASKS = {
+    "language": ("LanguageTask", "tasks"),
+    "vision": ("VisionTask", "vision"),
+    "diffusion": ("DiffusionTask", "diffusion"),
+}
 
 
 def load_task(settings: TrainSettings) -> Task:

@@ -22,8 +22,10 @@ from peft_zoo.tasks.base.values import SettingError, as_text, parse_value, unkno
 Layer = Mapping[str, Any]
 
 
-def _setting(help_text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def _setting(help_text: str, default: Any = None, task: str | None = None) -> Any:
+    """A setting; one of a single task names it."""
+    text = help_text if task is None else f"{task}: {help_text}"
+    return field(default=default, metadata={"help": text, "task": task})
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,16 @@ class TrainSettings:
         SettingError: If a number is out of range.
     """
 
-    task: str = _setting("the job: language or vision", "language")
+    task: str = _setting("the job: language, vision or diffusion", "language")
     method: str | None = _setting("a registered method, see `peft-zoo methods`, or lora for peft's own")
     model: str | None = _setting("a built-in model, a Hub id or a path")
     data: str | None = _setting("a built-in data set or a path")
     steps: int | None = _setting("optimizer steps")
     batch_size: int | None = _setting("examples in a step")
     learning_rate: float | None = _setting("peak learning rate of AdamW, linear decay (default: what suits the method)")
-    max_length: int | None = _setting("language: tokens in an example")
-    image_size: int | None = _setting("vision: pixels along each side, a multiple of the patch size")
+    max_length: int | None = _setting("tokens in an example", task="language")
+    image_size: int | None = _setting("pixels along each side, a multiple of the patch size", task="vision")
+    concept: str | None = _setting("what the adapter learns: bag, gradient, checker or square", task="diffusion")
     train_size: int | None = _setting("at most so many training examples")
     eval_size: int | None = _setting("at most so many held-out examples")
     seed: int = _setting("seed of the adapter's initial values and of the order of the data", 0)
@@ -63,6 +66,17 @@ class TrainSettings:
         """A copy in which every None that `defaults` has a value for is filled in."""
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
+
+    def refuse_foreign(self) -> None:
+        """Make sure that nothing was set that belongs to another task.
+
+        Raises:
+            SettingError: If something was.
+        """
+        for item in flag_fields():
+            owner = item.metadata["task"]
+            if owner not in (None, self.task) and getattr(self, item.name) is not None:
+                raise SettingError(f"{flag(item.name)} belongs to --task {owner}: leave it out.")
 
     def require(self, name: str, why: str) -> Any:
         """The value of a field that the run cannot do without.

@@ -39,7 +39,7 @@ class Task(ABC):
         settings: The run's settings, completed by what the method suggests and by `defaults`.
 
     Raises:
-        SettingError: If the settings name a method that does not exist.
+        SettingError: If the settings name a method that does not exist, or belong to another task.
     """
 
     name: ClassVar[str]
@@ -50,6 +50,7 @@ class Task(ABC):
     defaults: ClassVar[Mapping[str, Any]]
 
     def __init__(self, settings: TrainSettings) -> None:
+        settings.refuse_foreign()
         self.settings = settings.completed({**self.defaults, **suggested_settings(settings.method)})
 
     @abstractmethod

@@ -11,7 +11,6 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.task import Batch, Splits, Task
 from peft_zoo.tasks.base.values import SettingError
 from peft_zoo.tasks.language.smollm2 import NAME, smollm2_folder
@@ -34,11 +33,6 @@ class LanguageTask(Task):
         "max_length": 256,
         "eval_size": 32,
     }
-
-    def __init__(self, settings: TrainSettings) -> None:
-        super().__init__(settings)
-        if self.settings.image_size is not None:
-            raise SettingError("--image-size belongs to --task vision: leave it out.")
 
     def load_data(self) -> Splits:
         """Token windows of the chosen text.

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from peft_zoo.tasks.base.settings import TrainSettings
+from peft_zoo.tasks.base.images import BUILT_IN, LAYOUTS, Source, draw_splits, open_source
 from peft_zoo.tasks.base.task import Batch, Splits, Task
 from peft_zoo.tasks.base.values import SettingError, unknown
 from peft_zoo.tasks.vision.dinov2 import NAME, TIMM_NAME, load_backbone
-from peft_zoo.tasks.vision.images import BUILT_IN, LAYOUTS, Source, draw_splits, open_source
 
 # The linear layers of attention and MLP, by timm's names; the `attn` and `mlp` keep the patch embedding's `proj` out.
 LINEAR_LAYERS = r"(.*\.)?(attn|mlp)\.(qkv|q|k|v|proj|fc1|fc2)"
@@ -39,11 +38,6 @@ class VisionTask(Task):
         "train_size": 1000,
         "eval_size": 500,
     }
-
-    def __init__(self, settings: TrainSettings) -> None:
-        super().__init__(settings)
-        if self.settings.max_length is not None:
-            raise SettingError("--max-length belongs to --task language: leave it out.")
 
     def load_data(self) -> Splits:
         """Images drawn from the official splits, in equal shares of the classes.

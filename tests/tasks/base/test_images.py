@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from peft_zoo.tasks.base.images import Images, Source, draw_splits, open_source
 from peft_zoo.tasks.base.values import SettingError
-from peft_zoo.tasks.vision.images import Images, Source, draw_splits, open_source
 
 
 def arrays(count: int = 30) -> dict[str, np.ndarray]:
@@ -125,9 +125,9 @@ def test_a_broken_image_is_named(tmp_path: Path, image_folder: Path) -> None:
 
 
 def test_the_built_in_set_is_offered_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_zoo.tasks.vision.images.BUILT_IN", {"fashion-mnist": tmp_path / "none"})
+    monkeypatch.setattr("peft_zoo.tasks.base.images.BUILT_IN", {"fashion-mnist": tmp_path / "none"})
     with pytest.raises(SettingError, match="apt-get install dataset-fashion-mnist"):
         open_source("fashion-mnist")
     mnist_files(tmp_path, packed=True)
-    monkeypatch.setattr("peft_zoo.tasks.vision.images.BUILT_IN", {"fashion-mnist": tmp_path})
+    monkeypatch.setattr("peft_zoo.tasks.base.images.BUILT_IN", {"fashion-mnist": tmp_path})
     assert len(open_source("fashion-mnist").train) == 30

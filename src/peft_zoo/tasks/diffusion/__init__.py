@@ -1,0 +1,128 @@
+"""The diffusion task: teach a class-conditional denoiser one concept, to be composed with others afterwards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_zoo.tasks.base.cache import cached
+from peft_zoo.tasks.base.settings import TrainSettings
+from peft_zoo.tasks.base.task import Batch, Splits, Task
+from peft_zoo.tasks.diffusion.concepts import BASE_CLASSES, CONCEPTS, check_concept, classes_of, paint
+from peft_zoo.tasks.diffusion.denoiser import SHAPE, denoising_loss, train_base
+from peft_zoo.tasks.diffusion.garments import Noised, draw_garments
+from peft_zoo.tasks.diffusion.pipeline import ClassConditionalPipeline, load_pipeline
+
+_log = logging.getLogger(__name__)
+
+NAME = "fashion-mnist-denoiser"
+# Convolutions, the projections of the noise level and label, and attention; the first and last convolutions stay.
+ADAPTED_LAYERS = r".*\.(conv1|conv2|conv_shortcut|time_emb_proj|to_q|to_k|to_v|to_out\.0)"
+
+
+class DiffusionTask(Task):
+    """Noise prediction on images of one concept; scored by its mean squared error at fixed noise, on unseen images."""
+
+    name = "diffusion"
+    metric = "noise error"
+    higher_is_better = False
+    data_choices = "fashion-mnist, or a path of its files"
+    note = "Mean squared error of the predicted noise, which has variance 1; the same noise at each stage."
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "model": NAME,
+        "data": "fashion-mnist",
+        "concept": "checker",
+        "steps": 300,
+        "batch_size": 8,
+        "learning_rate": 4e-3,
+        "train_size": 4000,
+        "eval_size": 256,
+    }
+
+    def __init__(self, settings: TrainSettings) -> None:
+        super().__init__(settings)
+        check_concept(self.settings.require("concept", f"choose one of {', '.join(CONCEPTS)}."))
+
+    def load_data(self) -> Splits:
+        """Photographs with the concept on them; the noise of the held-out ones is fixed.
+
+        Raises:
+            SettingError: If the data set is unknown, or lacks the classes of the concept.
+        """
+        settings, pipe = self.settings, self._pipeline
+        concept: str = settings.require("concept", "choose one.")
+        size, levels = pipe.unet.config.sample_size, pipe.scheduler.config.num_train_timesteps
+        data: str = settings.require("data", f"give {self.data_choices}.")
+        drawn = draw_garments(data, classes_of([concept]), size, settings.train_size or 1, settings.eval_size or 1)
+        painted = [(paint(images, [concept]), labels) for images, labels in drawn]
+        return Splits(*(Noised(part, levels, fixed=split > 0) for split, part in enumerate(painted)))
+
+    def load_model(self) -> nn.Module:
+        """The denoiser in float32.
+
+        Raises:
+            SettingError: If the folder holds no class-conditional denoiser.
+        """
+        unet: nn.Module = load_pipeline(self._folder).unet
+        return unet
+
+    def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
+        """Convolutions and linear layers of all blocks."""
+        return {"target_modules": ADAPTED_LAYERS}
+
+    def collate(self, examples: Sequence[dict[str, Tensor]]) -> Batch:
+        """Images and noise `(batch, 1, size, size)`, noise levels and labels `(batch,)`."""
+        return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+
+    def trained_module(self, model: nn.Module) -> nn.Module:
+        """The denoiser with its loss."""
+        return _Denoising(model, self._pipeline.scheduler)
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The loss itself."""
+        return metrics["eval_loss"]
+
+    @cached_property
+    def _pipeline(self) -> ClassConditionalPipeline:
+        return load_pipeline(self._folder)
+
+    @cached_property
+    def _folder(self) -> Path:
+        return model_folder(self.settings.model, self.settings.require("data", f"give {self.data_choices}."))
+
+
+def model_folder(model: str | None, data: str) -> Path:
+    """The folder of a base: the given one, or for `NAME` or None the built-in base, trained from `data` on first use
+    and then cached (8 MB).
+
+    Raises:
+        SettingError: If there is no such data.
+    """
+    if model not in (None, NAME):
+        return Path(model)
+
+    def build(folder: Path) -> None:
+        _log.info("training the base denoiser (once; about 15 minutes on one core)")
+        everything = 10**9
+        (images, labels), *_ = draw_garments(data, BASE_CLASSES, SHAPE["sample_size"], everything, 1)
+        train_base(folder, images, labels)
+
+    return cached(f"{NAME}-v1", build)
+
+
+class _Denoising(nn.Module):
+    """A denoiser that returns its loss, as `Trainer` wants it."""
+
+    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.unet, self.scheduler = unet, scheduler
+
+    def forward(self, images: Tensor, noise: Tensor, steps: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Loss of images and noise `(batch, 1, size, size)` at noise levels `(batch,)`."""
+        return {"loss": denoising_loss(self.unet, self.scheduler, images, noise, steps, labels)}

@@ -1,0 +1,77 @@
+"""Photographs of garments as a denoiser sees them, and the noise that it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from peft_zoo.tasks.base.images import Images, Source, draw_splits, open_source
+from peft_zoo.tasks.base.values import SettingError
+
+MARGIN = 16  # an image has 1/16 of its width as a black margin on each side: 28 pixels become 32
+Garments = tuple[Tensor, Tensor]
+"""Images `(images, 1, size, size)` in [−1, 1] and their labels `(images,)`."""
+
+
+def draw_garments(data: str, classes: Collection[int], size: int, train: int, held_out: int) -> list[Garments]:
+    """Training, validation and test photographs of some classes, in grey, in equal shares.
+
+    Args:
+        data: As `--data`.
+        classes: Numbers of the classes.
+        size: Pixels along each side, a multiple of 16.
+        train: At most so many training images.
+        held_out: At most so many validation and so many test images.
+
+    Raises:
+        SettingError: If there is no such data, or it has no images of these classes.
+    """
+    source = open_source(data)
+    chosen = _only(source, classes)
+    if not (chosen.train and chosen.test):
+        raise SettingError(
+            f"--data {data!r} has no images of the classes {sorted(classes)}: give Fashion-MNIST, as its four files or "
+            "as .npz."
+        )
+    return [_garments(images, size) for images in draw_splits(chosen, size - 2 * (size // MARGIN), train, held_out)]
+
+
+def _only(source: Source, classes: Collection[int]) -> Source:
+    train, test = ([item for item in items if item[1] in classes] for items in (source.train, source.test))
+    return dataclasses.replace(source, train=train, test=test)
+
+
+def _garments(images: Images, size: int) -> Garments:
+    grey = images.pixels[:, :1].float() / 127.5 - 1  # drawn as RGB, with three channels alike
+    return torch.nn.functional.pad(grey, (size // MARGIN,) * 4, value=-1.0), torch.tensor(images.labels)
+
+
+class Noised(Dataset[dict[str, Tensor]]):
+    """Images, each with a noise and a noise level.
+
+    Args:
+        garments: Images and labels.
+        levels: Number of noise levels.
+        fixed: Whether each image always gets the same noise, and the levels are spread evenly: for evaluation. Else
+            both are drawn anew each time.
+    """
+
+    def __init__(self, garments: Garments, levels: int, fixed: bool) -> None:
+        self.images, self.labels = garments
+        self.levels, self.fixed = levels, fixed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = self.images[index]
+        if self.fixed:
+            noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index))
+            level = torch.tensor(index * self.levels // len(self))
+        else:
+            noise, level = torch.randn(image.shape), torch.randint(self.levels, ())
+        return {"images": image, "noise": noise, "steps": level, "labels": self.labels[index]}

@@ -1,0 +1,91 @@
+"""Pictures from a class-conditional denoiser: what diffusers has no stock pipeline for, in its own form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from peft_zoo.tasks.base.values import SettingError
+
+TRAINING_STEPS = 1000  # noise levels of a folder that carries no schedule of its own
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Samples a `UNet2DModel` with `num_class_embeds` labels. Loading, saving and the progress bar are diffusers' own.
+
+    Args:
+        unet: Predicts the noise of images `(batch, channels, size, size)` in [−1, 1].
+        scheduler: Any scheduler of diffusers.
+    """
+
+    unet: Any
+    scheduler: Any
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.set_progress_bar_config(disable=None)  # tqdm: a bar where somebody watches, nothing in a file
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        num_inference_steps: int = 20,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw one image for each label.
+
+        Args:
+            class_labels: Labels below `unet.config.num_class_embeds`.
+            num_inference_steps: Steps of the scheduler.
+            generator: Source of the initial noise, on the CPU or on the device of the model.
+
+        Returns:
+            Images `(len(class_labels), channels, size, size)` in [−1, 1].
+        """
+        config = self.unet.config
+        labels = torch.tensor(list(class_labels), device=self.device)
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.unet.dtype)
+        images: Tensor = noise * self.scheduler.init_noise_sigma
+        for step in self.progress_bar(self.scheduler.timesteps):
+            noisy = self.scheduler.scale_model_input(images, step)
+            images = self.scheduler.step(self.unet(noisy, step, class_labels=labels).sample, step, images).prev_sample
+        return images.clamp(-1, 1)
+
+
+def load_pipeline(folder: str | Path) -> ClassConditionalPipeline:
+    """A pipeline in float32 with a DDIM scheduler.
+
+    Args:
+        folder: Of a pipeline, or of a `UNet2DModel` alone, which is taken to be trained on diffusers' linear schedule
+            of 1000 noise levels.
+
+    Raises:
+        SettingError: If the folder holds neither, or the model takes no labels.
+    """
+    path = Path(folder)
+    wanted = "give the folder of a class-conditional UNet2DModel of diffusers, or of a pipeline around one"
+    if not path.is_dir():
+        raise SettingError(f"--model {str(folder)!r} is no folder: {wanted}.")
+    try:
+        if (path / "model_index.json").is_file():
+            unet = UNet2DModel.from_pretrained(str(path), subfolder="unet")
+            scheduler = DDIMScheduler.from_pretrained(str(path), subfolder="scheduler")
+        else:
+            unet, scheduler = UNet2DModel.from_pretrained(str(path)), DDIMScheduler(TRAINING_STEPS)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingError(f"--model {str(folder)!r} cannot be loaded: {wanted} ({reason})") from error
+    if not unet.config.num_class_embeds:
+        raise SettingError(f"--model {str(folder)!r} takes no class labels: give a UNet2DModel with num_class_embeds.")
+    return ClassConditionalPipeline(unet, scheduler)

@@ -1,0 +1,141 @@
+"""`peft-zoo watermark`, in process: from a new key to a decision, and mistakes that cost one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+
+from peft_zoo import WatermarkKey
+from peft_zoo.adapters.watermark_lora_key import refuse_key_in
+from peft_zoo.adapters.watermark_lora_vae import decode, encode
+from peft_zoo.cli import main
+from tests.adapters.watermark_samples import pictures, tiny_vae
+from tests.test_cli import untouched_process
+
+__all__ = ["untouched_process"]  # a fixture of the tests below
+
+Image: Any = pytest.importorskip("PIL.Image")
+
+EMBED = [
+    "watermark",
+    "embed",
+    "--vae",
+    "vae",
+    "--images",
+    "photos",
+    "--key",
+    "owner.key",
+    "--output",
+    "out",
+    "--size",
+    "32",
+]
+QUICK = [word for text in ("num_filters=16", "steps=60", "learning_rate=0.005") for word in ("--set", text)]
+
+
+def write(folder: Path, images: torch.Tensor) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, image in enumerate(images):
+        pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{number:03}.png")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    write(tmp_path / "photos", pictures(40))
+    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_from_a_new_key_to_a_decision(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The same key each time: of random ones, each hundredth would be accepted on clean pictures.
+    monkeypatch.setattr("secrets.token_bytes", lambda size: bytes(range(50, 50 + size)))
+    assert main(["watermark", "new-key", "owner.key", "--num-bits", "8"]) == 0
+    key = WatermarkKey.load("owner.key")
+    assert key.num_bits == 8 and key.commitment in capsys.readouterr().out
+    assert main([*EMBED, *QUICK, "--checkpoint", "run"]) == 0
+    text = capsys.readouterr().out
+    assert "960 parameters, 60 steps" in text and "owner.key.decoder.safetensors (secret" in text
+    assert key.secret.hex() not in text
+    refuse_key_in("out", key)
+    marked = AutoencoderTiny.from_pretrained("out")
+    with torch.no_grad():
+        for folder, vae in (("marked", marked), ("clean", tiny_vae())):
+            write(here / folder, decode(vae, encode(vae, pictures(15, seed=8))))
+    verify = ["watermark", "verify", "--key", "owner.key", "--fpr", "0.01", "--images"]
+    assert main([*verify, "marked"]) == 0
+    text = capsys.readouterr().out
+    assert "decision    marked with this key" in text and "of 120 bits in 15 images" in text
+    assert main([*verify, "clean"]) == 1
+    assert "no evidence of this key's mark" in capsys.readouterr().out
+    # Another autoencoder with the same key: the decoder that is there is used again.
+    before = Path("owner.key.decoder.safetensors").read_bytes()
+    assert main([{"out": "again"}.get(word, word) for word in EMBED] + [*QUICK, "--set", "seed=1"]) == 0
+    assert not Path("again", "pytorch_lora_weights.safetensors").exists() and Path("again", "watermark.json").exists()
+    assert Path("owner.key.decoder.safetensors").read_bytes() == before
+
+
+def test_a_payload(here: Path) -> None:
+    assert main(["watermark", "new-key", "owner.key", "--payload", "me"]) == 0
+    key = WatermarkKey.load("owner.key")
+    assert (key.payload, key.errors, key.num_bits) == (b"me", 3, 48)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["new-key", "vae"], "path='vae' exists"),
+        (["new-key", "k", "--num-bits", "many"], "--num-bits cannot be 'many'"),
+        (["new-key", "k", "--payload", "four"], "payload has 4 bytes, but num_bits=48 with errors=3 holds at most 3"),
+        (["new-key", "k", "--bits", "8"], "did you mean --num-bits?"),
+        (["sign"], "invalid choice: 'sign'"),
+        (EMBED[1:], "path='owner.key' is no file"),
+        (["verify", "--images", "photos", "--key", "vae/config.json"], "this is not a watermark key"),
+        (["verify", "--images", "photos"], "--key"),
+    ],
+)
+def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
+    assert main(["watermark", *words]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.strip().splitlines()) == 1
+    assert not Path("out").exists() and not Path("k").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "sentence"),
+    [
+        ({"vae": "photos"}, [], "has no config.json"),
+        ({"photos": "vae"}, [], "has no pictures"),
+        ({"out": "photos"}, [], "is not an empty folder"),
+        ({"32": "16"}, [], "16 x 16 pixels"),
+        ({"32": "0"}, [], "--size cannot be 0"),
+        ({}, ["--set", "num_filters=30"], "40 are too few to calibrate 30 filters: give at least 60"),
+        ({}, ["--set", "rank=3"], "unknown field of watermark_lora"),
+        ({}, ["--set", "num_bits=9"], "config.num_bits=9 is not the key's 8"),
+        ({}, ["--set", "target_modules=none_such"], "matches no module"),
+        ({}, ["--device", "abacus"], "abacus"),
+    ],
+)
+def test_mistakes_of_embedding(
+    here: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], more: list[str], sentence: str
+) -> None:
+    WatermarkKey(bytes(32), 8).save("owner.key")
+    before = sorted(path.name for path in here.iterdir())
+    assert main([changes.get(word, word) for word in EMBED] + more) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.strip().splitlines()) == 1
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_a_test_that_the_key_is_too_short_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    WatermarkKey(bytes(32), 8).save("owner.key")
+    assert main(["watermark", "verify", "--images", "photos", "--key", "owner.key"]) == 2
+    assert "is no file: embed with this key first" in capsys.readouterr().err
