@@ -226,7 +226,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, monkeypa
     config, folder = watermark(steps=7, augmentations=["noise", "crop"]), tmp_path / "run"
     whole, killed, resumed = tiny_vae(), tiny_vae(), tiny_vae()
     expected = embed_watermark(whole, pictures(), config, KEY)
-    original = watermark_lora_embed._Run.step
+    original = watermark_lora_embed.Training.step
 
     def power_cut(self: Any, number: int, *rest: Any) -> dict[str, float]:
         if number == 5:
@@ -234,13 +234,13 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, monkeypa
         return original(self, number, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(watermark_lora_embed._Run, "step", power_cut)
+        patch.setattr(watermark_lora_embed.Training, "step", power_cut)
         with pytest.raises(KeyboardInterrupt):
             embed_watermark(killed, pictures(), config, KEY, checkpoint=folder, checkpoint_every=2)
     assert same(killed.state_dict(), tiny_vae().state_dict()) and not hasattr(killed, "peft_config")
     steps: list[int] = []
     monkeypatch.setattr(
-        watermark_lora_embed._Run, "step", lambda self, n, *rest: (steps.append(n), original(self, n, *rest))[1]
+        watermark_lora_embed.Training, "step", lambda self, n, *rest: (steps.append(n), original(self, n, *rest))[1]
     )
     got = embed_watermark(resumed, pictures(), config, KEY, checkpoint=folder, checkpoint_every=2)
     assert steps == [4, 5, 6]

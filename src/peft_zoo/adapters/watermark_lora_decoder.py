@@ -29,7 +29,9 @@ SUFFIX = ".decoder.safetensors"
 LARGEST_FILE = 2**21  # bytes: 1024 filters and 256 bits take half
 
 
-def calibrate_decoder(key: WatermarkKey, batches: Iterable[Tensor], num_filters: int = 160) -> KeyedDecoder:
+def calibrate_decoder(
+    key: WatermarkKey, batches: Iterable[Tensor], num_filters: int = 160, device: torch.device | str = "cpu"
+) -> KeyedDecoder:
     """The decoder of a key, made ready with clean images.
 
     Args:
@@ -37,11 +39,12 @@ def calibrate_decoder(key: WatermarkKey, batches: Iterable[Tensor], num_filters:
         batches: Of images without a mark, `(B, 3, H, W)` in [0, 1], at least `2 num_filters` in all; best such as the
             marked ones will be: decoded by the autoencoder, of the same size.
         num_filters: K, at least the key's number of bits.
+        device: Where to compute, and where the decoder then is.
 
     Raises:
         ValueError: As `KeyedDecoder` and `KeyedDecoder.calibrate` do.
     """
-    return KeyedDecoder(key.seed(PURPOSE), key.num_bits, num_filters).calibrate(batches)
+    return KeyedDecoder(key.seed(PURPOSE), key.num_bits, num_filters).to(device).calibrate(batches)
 
 
 def decoder_path(key_path: str | os.PathLike[str]) -> Path:

@@ -114,8 +114,8 @@ def embed_watermark(
         latents, clean = reconstruct(vae, pictures)
         evaluated = (latents[:EVALUATED], clean[:EVALUATED]) if held_out is None else reconstruct(vae, held_out)
         if decoder is None:
-            decoder = calibrate_decoder(key, clean.split(BATCH), config.num_filters)
-        run = _Run(vae, config, decoder.to(device), key.message.to(device, torch.float32), image_loss)
+            decoder = calibrate_decoder(key, clean.split(BATCH), config.num_filters, device)
+        run = Training(vae, config, decoder.to(device), key.message.to(device, torch.float32), image_loss)
         run.check_decoder(clean[:1])
         try:
             run.parameters = add_lora(vae, config, adapter_name)
@@ -130,7 +130,7 @@ def embed_watermark(
     )
 
 
-class _Run:
+class Training:
     """One training, from wherever its checkpoint is."""
 
     def __init__(
