@@ -2,6 +2,7 @@
 
     python -m benchmarks.composition               measure, print, write benchmarks/results/composition_<device>.json
     python -m benchmarks.composition --quick       four steps; writes nothing
+    python -m benchmarks.composition --markdown    only put saved results into docs/methods/cached_lora.md
 
 On a CPU the denoisers are a small SD-shaped UNet and a DiT-Ti/2; on a GPU one of SDXL's and one of FLUX.1's shape, with
 random weights in bfloat16, each where it has room. LoRAs are on the projections of the attention, as is usual. What is
@@ -14,6 +15,7 @@ predicts alone; if one is wrong, its row has no number, nothing is saved and the
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -37,6 +39,7 @@ from torch import Tensor
 from benchmarks import common
 from peft_zoo import CachedLoraConfig, Composition, compose
 
+PAGE = common.ROOT / "docs" / "methods" / "cached_lora.md"
 ALONE = "one adapter alone"
 POLICIES: dict[str, dict[str, Any]] = {
     "merge": {"method": "merge"},
@@ -267,11 +270,38 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return row["policy"], str(row["forwards"]), str(row["full"]), *ratios, f"{row['seconds']:.2f}"
 
 
+def caption(case: dict[str, Any]) -> str:
+    """One denoiser, and what is done with it."""
+    size = f"{case['parameters'] / 1e6:,.0f} M parameters, {case['adapters']} LoRAs of rank {case['rank']}"
+    return f"{case['denoiser']}: {size}, {case['steps']} steps, {case['macs'] / 1e12:.3g} TMAC with one adapter"
+
+
 def shown(case: dict[str, Any]) -> str:
     """One denoiser as text."""
-    size = f"{case['parameters'] / 1e6:,.0f} M parameters, {case['adapters']} LoRAs of rank {case['rank']}"
-    title = f"{case['denoiser']}: {size}, {case['steps']} steps, {case['macs'] / 1e12:.3g} TMAC with one adapter"
-    return f"{title}\n{common.aligned(HEADER, map(cells, case['rows']))}\n"
+    return f"{caption(case)}\n{common.aligned(HEADER, map(cells, case['rows']))}\n"
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Saved results as Markdown."""
+    parts = []
+    for result in results:
+        parts.append(f"{common.describe(result['machine'])}; median of {result['repeats']} generations.")
+        for case in result["cases"]:
+            parts += [f"**{caption(case)}**", common.markdown(HEADER, map(cells, case["rows"]))]
+    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.composition`."
+
+
+def saved() -> list[dict[str, Any]]:
+    """What lies in benchmarks/results, the CPU first; the study beside it has a table of its own."""
+    paths = sorted(common.RESULTS.glob("composition_*.json"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [result for result in results if result.get("benchmark") == "composition"]
+
+
+def write_page() -> None:
+    """Put the saved results into docs/methods/cached_lora.md."""
+    page = common.replace_block(PAGE.read_text(encoding="utf-8"), "composition", markdown(saved()))
+    PAGE.write_text(page, encoding="utf-8")
 
 
 def chosen(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Shape]]:
@@ -286,9 +316,13 @@ def chosen(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    if options.markdown:
+        write_page()
+        return 0
     device = torch.device(options.device)
     repeats = options.repeats or (1 if device.type == "cuda" else 3)
-    result: dict[str, Any] = {"benchmark": "composition", "machine": common.machine(device), "cases": []}
+    result: dict[str, Any] = {"benchmark": "composition", "machine": common.machine(device), "repeats": repeats}
+    result["cases"] = []
     print(common.describe(result["machine"]), flush=True)
     for title, shape in chosen(options, device):
         for count in options.adapters:
@@ -308,6 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.composition", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="four steps; writes no file unless --json is given")
+    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"default {device}")
     parser.add_argument("--adapters", type=int, nargs="+", default=[3], help="how many LoRAs (default 3)")

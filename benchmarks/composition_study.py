@@ -2,6 +2,7 @@
 
     python -m benchmarks.composition_study            # three seeds; about 25 minutes on one core once the base is there
     python -m benchmarks.composition_study --quick    # one seed, few pictures: for a look
+    python -m benchmarks.composition_study --markdown # only put saved results into its page
 
 For each seed a LoRA is trained for each of four concepts: `bag` (a class that the base has never seen), `checker` (a
 texture), `gradient` (a background) and `square` (an object in a corner). All pairs and triples are drawn by every rule
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine, markdown, write_json
+from benchmarks.common import RESULTS, ROOT, describe, machine, markdown, replace_block, write_json
 from peft_zoo.adapters.cached_lora_config import CachedLoraConfig
 from peft_zoo.adapters.cached_lora_profile import FrequencyProfile
 from peft_zoo.tasks.base.catalog import load_task
@@ -41,6 +42,7 @@ from peft_zoo.tasks.diffusion.pipeline import ClassConditionalPipeline, load_pip
 Names = Sequence[str]
 Run = dict[str, Any]
 
+PAGE = ROOT / "docs" / "methods" / "cached_lora.md"
 STEPS = 20
 SETTINGS = ("train_steps", "rank", "images")  # of the command line: what results depend on, beside base and data
 OURS = "cmlora"
@@ -254,6 +256,25 @@ def tables(report: Mapping[str, Any]) -> str:
     return f"{markdown(header, first)}\n\n{markdown(columns, second)}"
 
 
+def page_block(report: Mapping[str, Any]) -> str:
+    """The study as the page has it."""
+    settings = report["settings"]
+    judge = ", ".join(f"{name} {share:.3f}" for name, share in report["judge"].items())
+    facts = (
+        f"Seeds {', '.join(map(str, settings['seeds']))}; {settings['images']} pictures of each combination and seed; "
+        f"{STEPS} steps; LoRAs of rank {settings['rank']}, {settings['train_steps']} training steps. Accuracy of the "
+        f"judge on test photographs: {judge}."
+    )
+    return f"{describe(report['machine'])}. {facts}\n\n{tables(report)}"
+
+
+def write_page() -> None:
+    """Put the saved results into the page."""
+    report = json.loads((RESULTS / "composition_study.json").read_text(encoding="utf-8"))
+    page = replace_block(PAGE.read_text(encoding="utf-8"), "composition-study", page_block(report))
+    PAGE.write_text(page, encoding="utf-8")
+
+
 def _pm(value: float, deviation: float | None, sign: str = "") -> str:
     return f"{value:{sign}.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
@@ -269,7 +290,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, eight pictures")
     parser.add_argument("--output", default="runs/composition_study")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/composition_study.json")
+    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
     words = parser.parse_args(arguments)
+    if words.markdown:
+        write_page()
+        return 0
     if words.quick:
         words.seeds, words.images, words.output = "0", 8, f"{words.output}-quick"
     logging.getLogger("transformers").setLevel(logging.ERROR)

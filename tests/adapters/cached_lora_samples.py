@@ -34,11 +34,11 @@ def sd_unet() -> UNet2DConditionModel:
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        layers_per_block=2,
+        layers_per_block=1,
         block_out_channels=(8, 16, 16),
         norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=8,
         attention_head_dim=2,
     )
@@ -49,7 +49,7 @@ def sdxl_unet() -> UNet2DConditionModel:
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        layers_per_block=2,
+        layers_per_block=1,
         block_out_channels=(8, 16),
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -161,8 +161,8 @@ class Kind:
 
 
 KINDS = {
-    "sd": Kind(sd_unet, text, (4, 8, 8), ("to_q", "to_v", "to_out.0", "conv1", "time_emb_proj")),
-    "sdxl": Kind(sdxl_unet, sdxl_condition, (4, 8, 8), ("to_q", "to_v", "conv2")),
+    "sd": Kind(sd_unet, text, (4, 8, 8), ("to_v", "conv1", "time_emb_proj")),
+    "sdxl": Kind(sdxl_unet, sdxl_condition, (4, 8, 8), ("to_v", "conv2")),
     "class": Kind(class_unet, classes, (1, 8, 8), ("to_q", "to_v", "conv1", "conv2")),
     "flux": Kind(flux, flux_condition, (16, 4)),
     "sd3": Kind(sd3, sd3_condition, (4, 8, 8)),

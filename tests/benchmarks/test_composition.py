@@ -64,6 +64,26 @@ def test_a_wrong_policy_gets_no_number(
     assert row[1:] == ["wrong", *["-"] * (len(composition.HEADER) - 2)]
 
 
+def test_results_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(composition, "PAGE", tmp_path / "page.md")
+    composition.PAGE.write_text("above <!-- begin: composition --><!-- end: composition --> below", encoding="utf-8")
+    assert composition.main(["--markdown"]) == 0
+    assert "Not measured yet: `python -m benchmarks.composition`" in composition.PAGE.read_text(encoding="utf-8")
+    assert composition.main(ARGUMENTS) == 0
+    (tmp_path / "composition_study.json").write_text('{"rows": []}', encoding="utf-8")
+    assert composition.main(["--markdown"]) == 0
+    page = composition.PAGE.read_text(encoding="utf-8")
+    assert page.startswith("above") and page.endswith("below") and page.count("**tiny: ") == 1
+    assert all(f"| {name} |" in page for name in (ALONE, *POLICIES)) and "median of 1 generations" in page
+
+
+def test_the_docs_show_the_saved_results() -> None:
+    page = composition.PAGE.read_text(encoding="utf-8")
+    shown = common.replace_block(page, "composition", composition.markdown(composition.saved()))
+    assert shown == page, "run `python -m benchmarks.composition --markdown`"
+
+
 def test_quick_is_short_and_saves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     assert composition.main([*ARGUMENTS, "--quick", "--adapters", "2"]) == 0

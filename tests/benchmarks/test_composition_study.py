@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import composition_study
-from benchmarks.composition_study import ALONE, NOTHING, OURS, RULES, recipe, summarize
+from benchmarks import common, composition_study
+from benchmarks.composition_study import ALONE, NOTHING, OURS, PAGE, RULES, page_block, recipe, summarize, tables
 from peft_zoo.tasks.diffusion.concepts import CONCEPTS
 from tests.tasks.diffusion.samples import garment_file, tiny_base
 
@@ -52,6 +52,11 @@ def test_every_rule_draws_and_is_remembered(
     report = json.loads((tmp_path / "results" / "composition_study.json").read_text())
     assert {row["rule"] for row in report["rows"]} == {*rules, NOTHING}
     assert str(tmp_path) not in json.dumps(report)
+    monkeypatch.setattr(composition_study, "PAGE", tmp_path / "page.md")
+    composition_study.PAGE.write_text("<!-- begin: composition-study --><!-- end: composition-study -->")
+    assert composition_study.main(["--markdown"]) == 0
+    page = composition_study.PAGE.read_text()
+    assert tables(report) in page and "Seeds 0; 2 pictures" in page
     with pytest.raises(SystemExit, match=r"has results for .*'images': 2.*: give another --output"):
         composition_study.main([*words, "--images", "3"])
     logging.getLogger("transformers").setLevel(level)
@@ -102,3 +107,10 @@ def test_recipes_follow_the_measured_frequencies() -> None:
     assert (turned.high, turned.low) == (["bag", "square"], ["checker"])
     assert recipe("cmlora without cache", ["bag", "checker"], found).cache is False
     assert recipe("switch, every step", ["bag", "checker"], found).switch_every == 1
+
+
+def test_the_docs_show_the_saved_study() -> None:
+    report = json.loads((common.RESULTS / "composition_study.json").read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    shown = common.replace_block(page, "composition-study", page_block(report))
+    assert shown == page, "run `python -m benchmarks.composition_study --markdown`"

@@ -32,10 +32,15 @@ class Call:
     step: int
 
     @property
+    def form(self) -> tuple[Any, ...]:
+        """What calls have in common that take the same work."""
+        sample = self.arguments[self.sample]
+        return sample.shape, sample.dtype, sample.device
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What calls have in common that can share features."""
-        sample = self.arguments[self.sample]
-        return self.context, sample.shape, sample.dtype, sample.device
+        return self.context, *self.form
 
 
 @dataclass
@@ -112,12 +117,12 @@ class Passes:
         forward = partial(call.forward, **inputs)
         with self.layers.acting(names, together):
             if self.blocks is None:
-                return self._counted((call.key, *names, mode), forward)
+                return self._counted((call.form, *names, mode), forward)
             if mode == "replay":
                 self.blocks.features = _joined([self._features[call.key, name][0] for name in names])
             self.blocks.mode = mode
             try:
-                result = self._counted((call.key, *names, mode), forward)
+                result = self._counted((call.form, *names, mode), forward)
                 if mode == "store" and self.blocks.features is not None:
                     for name, part in zip(names, _parted(self.blocks.features, times), strict=True):
                         self._features[call.key, name] = part, call.step
