@@ -15,5 +15,5 @@ they are made and which of the two paths runs, ``docs/kernels.md`` how to use th
 * ``quantized_low_rank``, ``bit_plan``: a matrix as a quantized one and one of low rank; bits for many under a budget.
 * ``random_basis`` and what is made of it: random matrices that are a function of a seed, and products with them.
 * ``bch``, ``message_test``: short error-correcting codes, and the exact test of a secret message.
-* ``keyed_decoder``, ``jpeg``, ``image_quality``: bits read from images by a key, what JPEG does to images, PSNR and SSIM.
+* ``keyed_decoder``, ``jpeg``, ``image_quality``: bits read from images by a key; what JPEG does to them; PSNR and SSIM.
 """
