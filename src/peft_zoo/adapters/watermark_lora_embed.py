@@ -131,7 +131,20 @@ def embed_watermark(
 
 
 class Training:
-    """One training, from wherever its checkpoint is."""
+    """One training, from wherever its checkpoint is.
+
+    Args:
+        vae: The autoencoder.
+        config: What to train.
+        decoder: From images to logits of the bits, on the autoencoder's device.
+        message: `(num_bits,)`, 0 or 1 in float32, there too.
+        image_loss: In place of the configuration's, or None.
+
+    Attributes:
+        parameters: What is trained, by name; to be set before `train`.
+        controller: Balances the losses.
+        trace: As in `EmbedReport`.
+    """
 
     def __init__(
         self,
@@ -148,6 +161,11 @@ class Training:
 
     @torch.no_grad()
     def check_decoder(self, image: Tensor) -> None:
+        """See that the decoder fits an image `(1, 3, H, W)`.
+
+        Raises:
+            ValueError: If its logits have another shape than `(1, num_bits)` or are not finite.
+        """
         logits = self.decoder(image.to(self.message.device))
         if logits.shape != (1, self.config.num_bits) or not logits.isfinite().all():
             raise ValueError(
@@ -156,6 +174,15 @@ class Training:
             )
 
     def train(self, latents: Tensor, clean: Tensor, store: EmbedCheckpoint | None, every: int, progress: bool) -> None:
+        """All steps that are left.
+
+        Args:
+            latents: `(N, ...)`, of the images.
+            clean: `(N, 3, H, W)`, what the clean decoder makes of them, in [0, 1].
+            store: Where checkpoints are, or None.
+            every: Steps between two of them.
+            progress: Whether to show a bar.
+        """
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.config.learning_rate)
@@ -170,6 +197,7 @@ class Training:
                 store.save(self.parameters, optimizer, self.controller, self.trace)
 
     def step(self, number: int, latents: Tensor, clean: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """One step, on images that its number and the seed choose; returns what `trace` has of it but the seconds."""
         generator = torch.Generator().manual_seed((self.config.seed << 32) + number)
         chosen = torch.randint(len(latents), (self.config.batch_size,), generator=generator)
         wanted = clean[chosen].to(self.message.device)
@@ -191,12 +219,14 @@ class Training:
         return {**found, "lambda_i": lambda_i, "lambda_w": lambda_w}
 
     def distance(self, marked: Tensor, clean: Tensor) -> Tensor:
+        """The image loss of marked and clean images `(B, 3, H, W)`."""
         if self.image_loss is not None:
             return self.image_loss(marked, clean)
         return picture_loss(self.config.image_loss, marked, clean, self.config.psnr_target)
 
     @torch.no_grad()
     def evaluate(self, latents: Tensor, clean: Tensor) -> dict[str, float]:
+        """Means of PSNR in dB, SSIM and bit accuracies over all latents and their clean images, as in `EmbedReport`."""
         device = self.message.device
         sums: dict[str, float] = dict.fromkeys(("psnr", "ssim", "bit_accuracy", "clean_bit_accuracy"), 0.0)
         for latent, picture in zip(latents.split(BATCH), clean.split(BATCH), strict=True):
