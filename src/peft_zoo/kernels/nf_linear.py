@@ -9,10 +9,9 @@ Nothing of the size of the weight is kept for the backward pass, and `x` only fo
 restored, into memory of its size in the dtype of `x`, and the library multiplies.
 
 For up to `SMALL` tokens, as in generation, there is a kernel that decodes the weight where it is multiplied and adds
-what the LoRA says before it writes. It moves the packed weight and little else: on an H200, for one token and 4096 x
-4096 in 4 bits, it takes 13 us inside of a graph, where restoring and multiplying takes 28. Every token more costs it
-about 4 us and them nothing, so it runs by itself up to `FASTER` tokens, and to `SMALL` where `PEFT_ZOO_KERNELS=triton`
-asks for it. A tile of decoded weights for the tensor cores, for 8 to 32 tokens, was tried: 49 us at its best.
+what the LoRA says before it writes. It moves the packed weight and little else; `benchmarks.lq_lora` measures it. Every
+token more takes it longer, and restoring and multiplying not, so it runs by itself up to `FASTER` tokens, and to
+`SMALL` where `PEFT_ZOO_KERNELS=triton` asks for it.
 
 Source: LQ-LoRA (arXiv 2311.12023), section 3.2, whose code restores the weight always.
 """
