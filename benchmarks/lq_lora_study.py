@@ -97,8 +97,8 @@ def once(make: Callable[[Task, Any], Any], task: Task, base: Any) -> Any:
 
 
 ONCE = functools.partial(once, adapt)
-RATES, MIDDLE = (0.0001, 0.0003, 0.001, 0.003, 0.01), (0.0003, 0.001)
-"""Of LQ-LoRA, whose factors are large from the start: all are tried at 4.13 bits, the two best ones with budgets."""
+RATES, MIDDLE = (0.0001, 0.0003, 0.001, 0.003, 0.01), (0.0003, 0.001, 0.003)
+"""Of LQ-LoRA, whose factors are large from the start: all are tried at 4.13 bits, the middle ones with budgets."""
 
 RECIPES = {
     "LoRA": Recipe("lora", LORA),

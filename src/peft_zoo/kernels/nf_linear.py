@@ -8,10 +8,11 @@ Definition, Q being the matrix `(out, in)` that `normal_float.dequantize` restor
 Nothing of the size of the weight is kept for the backward pass, and `x` only for the gradient of A. The weight is
 restored, into memory of its size in the dtype of `x`, and the library multiplies.
 
-For up to `SMALL` tokens, as in generation, there is a kernel that decodes the weight where it is multiplied and adds
-what the LoRA says before it writes. It moves the packed weight and little else; `benchmarks.lq_lora` measures it. Every
-token more takes it longer, and restoring and multiplying not, so it runs by itself up to `FASTER` tokens, and to
-`SMALL` where `PEFT_ZOO_KERNELS=triton` asks for it.
+For up to `SMALL` tokens, as in generation, kernels decode the weight where it is multiplied and add what the LoRA says
+before they write: one with a sum for each of up to `FEW` tokens, one for tensor cores beyond. They move the packed
+weight and little else; `benchmarks.lq_lora` measures them. Every token more takes them longer, and restoring and
+multiplying not, so they run by themselves up to `FASTER` tokens, and to `SMALL` where `PEFT_ZOO_KERNELS=triton` asks
+for it: then nothing of the size of the weight is allocated.
 
 Source: LQ-LoRA (arXiv 2311.12023), section 3.2, whose code restores the weight always.
 """
@@ -30,8 +31,8 @@ from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize_operato
 
 __all__ = ["nf_linear", "nf_merge"]
 
-SMALL, FASTER = 4, 2
-"""The most tokens that the kernel takes, and those for which it is faster than restoring the weight."""
+SMALL, FEW, FASTER = 32, 4, 2
+"""The most tokens that kernels take, those of the first, and those for which it is faster than restoring the weight."""
 
 
 def nf_linear(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -13,13 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_zoo.kernels.base_triton import POINTERS, Shipped, dot_like, load_tile, narrow, store_tile, widen
-from peft_zoo.kernels.nf_linear import SMALL
+from peft_zoo.kernels.nf_linear import FEW, SMALL
 from peft_zoo.kernels.normal_float_triton import decode
 
 ROWS, WIDTH, CHUNK, NUM_WARPS = 16, 64, 16, 4
-"""For merging: rows and columns of the weight in a tile, ranks at a time (as everywhere), and warps."""
+"""For merging and more tokens: rows and columns of the weight in a tile, ranks at a time (everywhere), and warps."""
 VALUES, WIDEST, FEW_WARPS = 4096, 2048, 2
 """For few tokens: values of the weight in a tile, of those at most in one row, and warps."""
+LEAST = 16
+"""Tokens in the smallest tile of a tensor core."""
 
 
 def nf_linear(
@@ -49,23 +52,34 @@ def nf_linear(
     low_rows = y if low is None else low.reshape(tokens, rank).contiguous()
     dense = low_rows, y if B is None else B.contiguous(), y if bias is None else bias.contiguous()
     x = x.reshape(tokens, columns).contiguous()
-    width = min(WIDEST, triton.next_power_of_2(columns))
-    height = VALUES // width
-    _few_tokens[(triton.cdiv(rows, height),)](
+    kernel, tile = _tile(tokens, columns, x.dtype)
+    kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         *(x, *packed, *dense, y, tokens, rows, columns, rank),
         BITS=bits,
         SCALE_BITS=scale_bits,
         BLOCK=block,
         GROUP=group,
         HAS_BIAS=bias is not None,
-        TOKENS=triton.next_power_of_2(tokens),
-        ROWS=height,
-        WIDTH=width,
-        CHUNK=CHUNK,
-        num_warps=FEW_WARPS,
+        **tile,
         enable_fp_fusion=False,
     )
     return y
+
+
+def _tile(tokens: int, columns: int, dtype: torch.dtype) -> tuple[Any, dict[str, int]]:
+    """The kernel for so many tokens, and its sizes."""
+    if tokens <= FEW:
+        width = min(WIDEST, triton.next_power_of_2(columns))
+        sizes = {"TOKENS": triton.next_power_of_2(tokens), "ROWS": VALUES // width, "WIDTH": width}
+        return _few_tokens, {**sizes, "CHUNK": CHUNK, "num_warps": FEW_WARPS}
+    # Of float32 twice as many columns would take too many registers.
+    sizes = {"TOKENS": LEAST if tokens <= LEAST else SMALL, "ROWS": ROWS}
+    return _more_tokens, {
+        **sizes,
+        "WIDTH": WIDTH // 2 if dtype == torch.float32 else WIDTH,
+        "CHUNK": CHUNK,
+        "num_warps": NUM_WARPS,
+    }
 
 
 def nf_merge(
@@ -169,6 +183,65 @@ def _few_tokens(
 
 
 @triton.jit
+def _more_tokens(
+    x_ptr,  # (tokens, columns)
+    codes_ptr,
+    scales_ptr,
+    group_scales_ptr,
+    offset_ptr,
+    levels_ptr,
+    low_ptr,  # (tokens, rank)
+    B_ptr,  # (rows, rank)
+    bias_ptr,  # (rows,)
+    out_ptr,  # (tokens, rows)
+    tokens,
+    rows,
+    columns,
+    rank,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    token, row = tl.arange(0, TOKENS), first_row + tl.arange(0, ROWS)
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for first in range(0, columns, WIDTH):
+        weight = decode(
+            codes_ptr,
+            scales_ptr,
+            group_scales_ptr,
+            offset_ptr,
+            levels_ptr,
+            first_row * columns + first,
+            rows - first_row,
+            columns - first,
+            columns,
+            BITS,
+            SCALE_BITS,
+            BLOCK,
+            GROUP,
+            ROWS,
+            WIDTH,
+        )
+        x = load_tile(x_ptr, token, first + tl.arange(0, WIDTH), tokens, columns)
+        total += dot_like(x, tl.trans(tl.reshape(weight, (ROWS, WIDTH))), dtype)
+    for first in range(0, rank, CHUNK):
+        low = load_tile(low_ptr, token, first + tl.arange(0, CHUNK), tokens, rank)
+        B = load_tile(B_ptr, row, first + tl.arange(0, CHUNK), rows, rank)
+        total += dot_like(low, tl.trans(widen(B)), dtype)
+    if HAS_BIAS:
+        total += widen(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[None, :]
+    store_tile(out_ptr, token, row, tokens, rows, total)
+
+
+@triton.jit
 def _merge(
     codes_ptr,
     scales_ptr,
@@ -225,16 +298,17 @@ def shipped() -> Iterator[Shipped]:
     numbers = dict.fromkeys(("rows", "columns", "rank"), "i32")
     for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
         way = {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256, "CHUNK": CHUNK}
-        for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, SMALL), (torch.float32, 1)):
+        for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, FEW), (torch.bfloat16, SMALL), (torch.float32, 1)):
             dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
-            tile = way | {"HAS_BIAS": True, "TOKENS": tokens, "ROWS": VALUES // WIDEST, "WIDTH": WIDEST}
+            kernel, tile = _tile(tokens, WIDEST, dtype)
             yield Shipped(
                 f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
-                _few_tokens,
+                kernel,
                 packed | dense | numbers | {"tokens": "i32"},
-                tile,
-                num_warps=FEW_WARPS,
-                loads_matrix=False,
+                way | {"HAS_BIAS": True} | {name: size for name, size in tile.items() if name != "num_warps"},
+                num_warps=tile["num_warps"],
+                has_dot=kernel is _more_tokens,
+                loads_matrix=kernel is _more_tokens,
             )
         for factors in (torch.bfloat16, torch.float32):
             dense = dict.fromkeys(("A_ptr", "B_ptr"), POINTERS[factors]) | {"out_ptr": "*bf16", "scaling": "fp32"}

@@ -35,7 +35,7 @@ def assert_near(found: Tensor, exact: Tensor, size: float) -> None:
 def test_few_tokens(config: NFConfig, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     weight, (rows, columns) = quantized(shape, config, device), shape
     numbers = (*config.numbers, *shape, False)
-    for tokens, rank in (((1,), 0), ((3, 1), 5), ((4,), 17)):
+    for tokens, rank in (((1,), 0), ((3, 1), 5), ((4,), 17), ((5,), 0), ((2, 9), 17)):
         x = torch.randn(*tokens, columns, device=device).to(dtype)
         low, B, bias = (torch.randn(*s, device=device).to(dtype) for s in ((*tokens, rank), (rows, rank), (rows,)))
         extra = (low, B, bias) if rank else (None, None, None)
@@ -70,7 +70,7 @@ def test_merging_rounds_once(config: NFConfig, dtype: torch.dtype, factors: torc
 def test_what_the_kernels_leave_to_others(device: str) -> None:
     config = NFConfig(4, 8, "fp32", 64, 256)
     operator, weight = OPERATORS["nf_linear"], quantized((8, 64), config, device)
-    x = torch.randn(5, 64, device=device)
+    x = torch.randn(33, 64, device=device)
     assert "restored once" in str(operator.why_not_triton(x, *weight, *[None] * 3, *config.numbers, 8, 64, False))
     assert "restored once" in str(
         operator.why_not_triton(x[:4, :8], *weight, *[None] * 3, *config.numbers, 8, 64, True)
