@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import typing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import LqLoraConfig, NFLinear
 from peft_zoo.adapters.lq_lora_layer import LqLinear
-from peft_zoo.kernels.bit_plan import GRIDS, matrix_errors
+from peft_zoo.kernels.bit_plan import GRIDS, fitting, matrix_errors, plan_bits
 from peft_zoo.kernels.normal_float import NFConfig, packed_bits, quantize
-from peft_zoo.kernels.quantized_low_rank import quantized_low_rank
+from peft_zoo.kernels.quantized_low_rank import Codebook, quantized_low_rank
 from tests.adapters.lq_samples import TARGETS, TOKENS, adapted, base, layers, logits, train
 
 WITHOUT = "ignore:The adapter of LQ-LoRA holds a part of the base model:UserWarning"
@@ -171,6 +172,23 @@ def test_ranks_compete_with_bits() -> None:
     W = weights(base())["model.layers.0.self_attn.q_proj"]
     table = matrix_errors(W, [NFConfig(*way) for way in grid], (2, 4, 8), factor_bits=16)
     assert len(table) == 6
+
+
+def test_a_budget_is_spent_by_the_errors_of_the_levels_that_are_used() -> None:
+    maps = {}
+    for codebook in typing.get_args(Codebook):
+        model = adapted(budget_bits=3.0, qconfig_grid=[[2, 4, "bf16", 32, 16], "nf3", "nf4"], codebook=codebook)
+        config = model.peft_config["default"]
+        ways, found = config.qconfig_map, weights(base())
+        tables = {}
+        for name in ways:
+            tables[name] = matrix_errors(
+                found[name], fitting(config.grid, found[name].shape[1]), (8,), codebook=codebook
+            )
+        choices, _ = plan_bits(tables, 3.0, sum(found[name].numel() for name in ways))
+        maps[codebook] = {name: list(choice.config or ()) for name, choice in choices.items()}
+        assert ways == maps[codebook]
+    assert maps["nf"] != maps["lloyd"]
 
 
 def test_a_model_with_transposed_weights() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -37,21 +38,23 @@ def test_blocks_lie_within_rows() -> None:
     assert fitting(GRIDS["default60"], 10) == ()
 
 
+@pytest.mark.parametrize("codebook", ["nf", "lloyd"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_errors_are_those_of_the_decomposition(weighted: bool) -> None:
+def test_errors_are_those_of_the_decomposition(weighted: bool, codebook: Any) -> None:
     W = matrix()
     row, column = (torch.rand(48) + 0.1, torch.rand(64) + 0.1) if weighted else (None, None)
-    table = matrix_errors(W, WAYS, (0, 4), factor_bits=16, row=row, column=column)
+    table = matrix_errors(W, WAYS, (0, 4), factor_bits=16, codebook=codebook, row=row, column=column)
     assert [(choice.rank, choice.config) for choice in table] == list(itertools.product((0, 4), WAYS))
     D, E = (torch.ones(48), torch.ones(64)) if row is None or column is None else (row, column)
+    how: dict[str, Any] = {"iterations": 1, "codebook": codebook, "row": row, "column": column}
     for choice in table:
         assert choice.config is not None
         assert choice.bits == packed_bits(choice.config, W.numel()) + 16 * choice.rank * (48 + 64)
-        found = quantized_low_rank(W, choice.rank, choice.config, iterations=1, row=row, column=column)
+        found = quantized_low_rank(W, choice.rank, choice.config, **how)
         rest = W - found.B @ found.A - dequantize(found.Q, choice.config, W.shape, torch.float32)
         expected = (D[:, None] * rest * E).square().sum().item()
         assert choice.error == pytest.approx(expected, rel=2e-3), "one SVD serves all ranks: its block is wider here"
-    plain = table[2].error if not weighted else None
+    plain = table[2].error if not weighted and codebook == "nf" else None
     if plain is not None:
         rest = W - dequantize(quantize(W, WAYS[2]), WAYS[2], W.shape, torch.float32)
         assert plain == pytest.approx(rest.square().sum().item(), rel=1e-5)

@@ -81,6 +81,7 @@ def table(config: LqLoraConfig, name: str, module: Any) -> MatrixErrors:
         return (BitChoice(None, own, bits, 0.0),)
     ranks = sorted({min(rank, *weight.shape) for rank in config.rank_options or [own]})
     how: dict[str, Any] = {"factor_bits": factor_bits, "iterations": config.table_iterations, "seed": config.seed}
+    how["codebook"] = config.codebook
     choices, metric = uses(config, name, module)
     tables = [matrix_errors(weight, ways, ranks, row=row, column=col, metric=metric, **how) for row, col in choices]
     return tuple(min(each, key=lambda choice: choice.error) for each in zip(*tables, strict=True))

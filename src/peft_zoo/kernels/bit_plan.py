@@ -25,7 +25,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.allocate import Allocation, allocate
 from peft_zoo.kernels.normal_float import NFConfig, packed_bits
-from peft_zoo.kernels.quantized_low_rank import Diagonals, first_svd, quantized_low_rank
+from peft_zoo.kernels.quantized_low_rank import Codebook, Diagonals, first_svd, quantized_low_rank
 
 __all__ = ["GRIDS", "BitChoice", "MatrixErrors", "fitting", "matrix_errors", "plan_bits"]
 
@@ -81,6 +81,7 @@ def matrix_errors(
     *,
     factor_bits: int = 0,
     iterations: int = 1,
+    codebook: Codebook = "nf",
     seed: int = 0,
     row: Tensor | None = None,
     column: Tensor | None = None,
@@ -94,6 +95,7 @@ def matrix_errors(
         ranks: Ranks to try, each from 0 to min(m, n), at least one.
         factor_bits: What a number of the low-rank part costs; 0 where it is outside of the budget.
         iterations: Of the decomposition.
+        codebook: Of the levels, see `quantized_low_rank`: with `"lloyd"` short codes lose less.
         seed: Of its random numbers.
         row: `(m,)`, see `quantized_low_rank`; errors are those of the weighted norm.
         column: `(n,)`.
@@ -106,9 +108,10 @@ def matrix_errors(
         raise ValueError("configs and ranks: give at least one of each.")
     weights: dict[str, Any] = {"seed": seed, "row": row, "column": column, "metric": metric}
     start, total = first_svd(W, max(ranks), **weights)
+    how: dict[str, Any] = {"iterations": iterations, "codebook": codebook, "start": start, **weights}
     choices = []
     for rank, config in itertools.product(ranks, configs):
-        found = quantized_low_rank(W, rank, config, iterations=iterations, start=start, **weights)
+        found = quantized_low_rank(W, rank, config, **how)
         bits = packed_bits(config, W.numel()) + factor_bits * rank * sum(W.shape)
         choices.append(BitChoice(config, rank, bits, (found.error * total) ** 2))
     return tuple(choices)

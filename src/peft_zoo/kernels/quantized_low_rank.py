@@ -27,7 +27,7 @@ from peft_zoo.kernels.low_rank_random import RandomizedSvd, randomized_svd
 from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, quantize
 from peft_zoo.kernels.rank_plan import check_count
 
-__all__ = ["Diagonals", "QuantizedLowRank", "first_svd", "quantized_low_rank"]
+__all__ = ["Codebook", "Diagonals", "QuantizedLowRank", "first_svd", "quantized_low_rank"]
 
 Keep = Literal["best", "last"]
 Svd = Literal["warm", "randomized", "exact"]
