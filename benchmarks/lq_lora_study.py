@@ -10,6 +10,7 @@ held-out problems, before the first step and after the last. Every recipe has ra
     LoftQ 4.5          peft's, one iteration, NF4 with scales in float32; the base is computed with dequantized
     LQ-LoRA 4.13       every matrix as in QLoRA (`qconfig="nf4"`), and A and B from the decomposition
     LQ-LoRA 4 to 2.5   a budget of so many bits
+    LQ-LoRA (Fisher)   the same, losses weighted by the Fisher information of 128 sequences of the training split
 
 Bits are those of a number in the base. LQ-LoRA's decomposition depends on neither rate nor seed. So a recipe's first
 run makes it and saves it, and the others load it, as users do; only the first run has its time.
@@ -33,11 +34,14 @@ from torch import nn
 from benchmarks import study
 from benchmarks.loftq import loftq_anywhere
 from benchmarks.study import Recipe
+from peft_zoo import preprocess_lq_lora
+from peft_zoo.tasks.base.methods import build_config
 from peft_zoo.tasks.base.task import Task
 from peft_zoo.tasks.base.training import adapt
 
 RANK = 16
 LORA = {"r": str(RANK), "lora_alpha": str(RANK)}
+SEQUENCES = 128
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": json.dumps({"loftq_bits": 4, "loftq_iter": 1})}
 
 
@@ -96,18 +100,33 @@ def once(make: Callable[[Task, Any], Any], task: Task, base: Any) -> Any:
     return model
 
 
-ONCE = functools.partial(once, adapt)
+def weighed(task: Task, base: Any) -> Any:
+    """LQ-LoRA with weights from the texts that it is going to be trained on."""
+    settings = task.settings
+    defaults = task.adapter_defaults(base)
+    config: Any = build_config(str(settings.method), settings.options, defaults, settings.require("steps", ""))
+    texts = task.load_data().train
+    preprocess_lq_lora(base, config, [{"input_ids": texts[place][None]} for place in range(SEQUENCES)])
+    return adapt(task, base)
+
+
+ONCE, WEIGHED = functools.partial(once, adapt), functools.partial(once, weighed)
 RATES, MIDDLE = (0.0001, 0.0003, 0.001, 0.003, 0.01), (0.0003, 0.001, 0.003)
 """Of LQ-LoRA, whose factors are large from the start: all are tried at 4.13 bits, the middle ones with budgets."""
+
+BUDGETS = "4", "3", "2.75", "2.5"
+FISHER = {"weighting": "fisher"}
 
 RECIPES = {
     "LoRA": Recipe("lora", LORA),
     "QLoRA 4.13": Recipe("lora", LORA, adapt=qlora),
     "LoftQ 4.5": Recipe("lora", {**LORA, **LOFTQ}, adapt=loftq),
     "LQ-LoRA 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4"}, RATES, adapt=ONCE),
+    **{f"LQ-LoRA {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits}, MIDDLE, adapt=ONCE) for bits in BUDGETS},
+    "LQ-LoRA (Fisher) 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4", **FISHER}, MIDDLE, adapt=WEIGHED),
     **{
-        f"LQ-LoRA {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits}, MIDDLE, adapt=ONCE)
-        for bits in ("4", "3", "2.75", "2.5")
+        f"LQ-LoRA (Fisher) {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits, **FISHER}, MIDDLE, adapt=WEIGHED)
+        for bits in BUDGETS
     },
 }
 DEFAULTS = {"steps": 48, "eval_size": 16}

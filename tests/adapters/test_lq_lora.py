@@ -60,6 +60,18 @@ def test_the_model_starts_as_the_decomposition(fields: dict[str, Any]) -> None:
         assert torch.equal(layer.quantized.codes, expected.Q.codes)
 
 
+def test_the_decomposition_is_made_as_the_fields_say() -> None:
+    common: dict[str, Any] = {"svd": "randomized", "oversampling": 0, "seed": 3, "codebook": "lloyd"}
+    config = LqLoraConfig(r=8, target_modules=TARGETS, num_iterations=2, niter=0, **common)
+    before = weights(base())
+    for name, layer in layers(get_peft_model(base(), config)).items():
+        W, way = before[name.removeprefix("base_model.model.")], layer.quantized.config
+        expected = quantized_low_rank(W, 8, way, iterations=2, power_iterations=0, **common)
+        assert torch.equal(layer.quantized.codes, expected.Q.codes)
+        other = quantized_low_rank(W, 8, way, iterations=2, **common)
+        assert not torch.equal(layer.quantized.codes, other.Q.codes)
+
+
 def test_only_the_factors_are_trained() -> None:
     model = adapted()
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
@@ -462,6 +474,8 @@ def test_a_map_can_be_given(tmp_path: Path) -> None:
         ({"rank_options": [0], "budget_bits": 3.0, "budget_scope": "base+lora"}, "use a list of integers"),
         ({"r": 0}, "r=0 cannot be used; use an integer of at least 1"),
         ({"num_iterations": 0}, "num_iterations=0"),
+        ({"oversampling": -1}, "oversampling=-1"),
+        ({"niter": 2.0}, "niter=2.0"),
         ({"table_iterations": 1.5}, "table_iterations=1.5"),
         ({"tol": 1.0}, r"tol=1.0 cannot be used; use a share in \[0, 1\)"),
         ({"seed": -1}, "seed=-1"),

@@ -91,6 +91,16 @@ def test_a_known_first_decomposition_gives_the_same_result() -> None:
         assert torch.equal(got, want) if isinstance(got, Tensor) else str(got) == str(want)
 
 
+def test_an_svd_by_random_vectors_comes_nearer_with_more_of_them() -> None:
+    W = matrix("structured")
+    how: dict[str, Any] = {"iterations": 1, "svd": "randomized"}
+    exact = quantized_low_rank(W, 8, NF4, iterations=1, svd="exact")
+    coarse, fine = (quantized_low_rank(W, 8, NF4, oversampling=more, power_iterations=more, **how) for more in (0, 20))
+    products = [found.B @ found.A for found in (exact, coarse, fine)]
+    far, near = ((products[0] - product).norm() / products[0].norm() for product in products[1:])
+    assert near < 1e-4 < 1e-2 < far
+
+
 def test_factors_are_balanced() -> None:
     found = quantized_low_rank(matrix(), 8, NF4)
     torch.testing.assert_close(found.B.mT @ found.B, found.A @ found.A.mT, rtol=1e-4, atol=1e-4)
@@ -148,6 +158,8 @@ def test_fitted_levels_of_gaussian_numbers() -> None:
         ({"rank": 9}, r"rank=9 is more than min\(m, n\) = 8"),
         ({"rank": -1}, "rank"),
         ({"iterations": 0}, "iterations"),
+        ({"oversampling": -1}, "oversampling"),
+        ({"power_iterations": 1.5}, "power_iterations"),
         ({"tolerance": 1.0}, r"tolerance=1.0 must be in \[0, 1\)"),
         ({"keep": "first"}, "keep='first' must be one of 'best', 'last'"),
         ({"svd": "fast"}, "svd='fast' must be one of 'warm', 'randomized', 'exact'"),

@@ -90,6 +90,8 @@ class LqLoraConfig(LoraConfig):
     tol: float = option(1e-3, "It ends where the error falls by less than this share of itself.")
     keep: str = option("best", "'best', or 'last' as the paper's released code, which goes one too far.")
     svd: str = option("warm", "'warm' begins with the last singular vectors, 'randomized' anew, 'exact' is slow.")
+    oversampling: int = option(10, "Singular vectors beyond the rank that an SVD works with, unless it is exact.")
+    niter: int = option(2, "Power iterations of an SVD that begins with random vectors.")
     codebook: str = option("nf", "'nf' for the levels of NormalFloat, 'lloyd' for levels fitted to every matrix.")
     seed: int = option(0, "Of the first random vectors; the same seed gives the same bits on one machine.")
     table_iterations: int = option(1, "Of the decompositions that the budget's choice is made by.")
@@ -128,6 +130,9 @@ class LqLoraConfig(LoraConfig):
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
             self._require(alpha != 0, "lora_alpha", "with a scale of 0 the adapter could not take up what is split off")
         self._require(type(self.tol) in (int, float) and 0 <= self.tol < 1, "tol", "use a share in [0, 1)")
+        for name in ("oversampling", "niter"):
+            value = getattr(self, name)
+            self._require(type(value) is int and value >= 0, name, "use an integer from 0")
         eps = self.weighting_eps
         self._require(type(eps) in (int, float) and 0 < eps <= 1, "weighting_eps", "use a share in (0, 1]")
         self._require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "use an integer from 0")

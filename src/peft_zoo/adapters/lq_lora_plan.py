@@ -80,8 +80,7 @@ def table(config: LqLoraConfig, name: str, module: Any) -> MatrixErrors:
         bits = 8 * weight.dtype.itemsize * weight.numel() + factor_bits * own * sum(weight.shape)
         return (BitChoice(None, own, bits, 0.0),)
     ranks = sorted({min(rank, *weight.shape) for rank in config.rank_options or [own]})
-    how: dict[str, Any] = {"factor_bits": factor_bits, "iterations": config.table_iterations, "seed": config.seed}
-    how["codebook"] = config.codebook
+    how = {"factor_bits": factor_bits, "iterations": config.table_iterations, **_sketch(config)}
     choices, metric = uses(config, name, module)
     tables = [matrix_errors(weight, ways, ranks, row=row, column=col, metric=metric, **how) for row, col in choices]
     return tuple(min(each, key=lambda choice: choice.error) for each in zip(*tables, strict=True))
@@ -107,7 +106,7 @@ def decompose(
     metric: Diagonals | None,
 ) -> QuantizedLowRank:
     """The parts of a matrix, with those weights of the SVD that serve it best."""
-    how: dict[str, Any] = {"keep": config.keep, "svd": config.svd, "codebook": config.codebook, "seed": config.seed}
+    how = {"keep": config.keep, "svd": config.svd, **_sketch(config)}
 
     def attempt(weights: Diagonals, iterations: int) -> QuantizedLowRank:
         row, column = weights
@@ -118,6 +117,12 @@ def decompose(
     if len(choices) > 1:
         best = min(choices, key=lambda weights: attempt(weights, config.table_iterations).error)
     return attempt(best, config.num_iterations)
+
+
+def _sketch(config: LqLoraConfig) -> dict[str, Any]:
+    """What the table and the decomposition have in common."""
+    svd = {"oversampling": config.oversampling, "power_iterations": config.niter, "seed": config.seed}
+    return {"codebook": config.codebook, **svd}
 
 
 def rank_of(config: LqLoraConfig, name: str, module: Any) -> int:

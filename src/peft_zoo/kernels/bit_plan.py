@@ -82,6 +82,8 @@ def matrix_errors(
     factor_bits: int = 0,
     iterations: int = 1,
     codebook: Codebook = "nf",
+    oversampling: int = 10,
+    power_iterations: int = 2,
     seed: int = 0,
     row: Tensor | None = None,
     column: Tensor | None = None,
@@ -96,6 +98,8 @@ def matrix_errors(
         factor_bits: What a number of the low-rank part costs; 0 where it is outside of the budget.
         iterations: Of the decomposition.
         codebook: Of the levels, see `quantized_low_rank`: with `"lloyd"` short codes lose less.
+        oversampling: Of its first SVD, as there.
+        power_iterations: Likewise.
         seed: Of its random numbers.
         row: `(m,)`, see `quantized_low_rank`; errors are those of the weighted norm.
         column: `(n,)`.
@@ -106,7 +110,8 @@ def matrix_errors(
     """
     if not configs or not ranks:
         raise ValueError("configs and ranks: give at least one of each.")
-    weights: dict[str, Any] = {"seed": seed, "row": row, "column": column, "metric": metric}
+    weights: dict[str, Any] = {"row": row, "column": column, "metric": metric, "seed": seed}
+    weights |= {"oversampling": oversampling, "power_iterations": power_iterations}
     start, total = first_svd(W, max(ranks), **weights)
     how: dict[str, Any] = {"iterations": iterations, "codebook": codebook, "start": start, **weights}
     choices = []

@@ -35,7 +35,6 @@ Codebook = Literal["nf", "lloyd"]
 Diagonals = tuple[Tensor | None, Tensor | None]
 """Of D_row `(m,)` and D_col `(n,)`; None for ones."""
 
-OVERSAMPLING, POWER_ITERATIONS = 10, 2
 FLOOR = 1e-6
 """Weights are at least this share of the largest: a zero one would leave its row undetermined."""
 
@@ -67,6 +66,8 @@ def quantized_low_rank(
     tolerance: float = 1e-3,
     keep: Keep = "best",
     svd: Svd = "warm",
+    oversampling: int = 10,
+    power_iterations: int = 2,
     codebook: Codebook = "nf",
     seed: int = 0,
     row: Tensor | None = None,
@@ -84,6 +85,8 @@ def quantized_low_rank(
         tolerance: It ends where e falls by less than this share of itself.
         keep: Where e grew, `"best"` returns the pair before, `"last"` the pair with the larger one.
         svd: `"exact"`; `"randomized"`, anew every time; or `"warm"`, which begins with the last one's singular vectors.
+        oversampling: Singular vectors beyond r that an SVD by random vectors works with.
+        power_iterations: Of such an SVD, where it does not begin with the last one's vectors.
         codebook: `"nf"`, or `"lloyd"` for levels fitted to every rest.
         seed: Of the random numbers of the first SVD.
         row: Diagonal of D_row `(m,)`, not negative.
@@ -96,6 +99,7 @@ def quantized_low_rank(
         ValueError: If an argument has the wrong shape or value, or W is not finite.
     """
     _check(W, rank, iterations, tolerance, {"keep": keep, "svd": svd, "codebook": codebook})
+    sketch = _Sketch.checked(oversampling, power_iterations, seed)
     wide = W.detach().float()
     weights = _diagonals((row, column), wide)
     norm = weights if metric is None else _diagonals(metric, wide)
@@ -104,7 +108,7 @@ def quantized_low_rank(
     best: QuantizedLowRank | None = None
     for done in range(1, iterations + 1):
         if rank and not (done == 1 and start is not None):
-            found = _svd(_weighted(wide - restored, weights), rank, svd, found, seed)
+            found = _svd(_weighted(wide - restored, weights), rank, svd, found, sketch)
         B, A = _factors(found, rank, wide, weights)
         rest = wide - B @ A
         Q = quantize(rest, config, lloyd_levels(rest, config) if codebook == "lloyd" else None)
@@ -124,6 +128,8 @@ def first_svd(
     W: Tensor,
     rank: int,
     *,
+    oversampling: int = 10,
+    power_iterations: int = 2,
     seed: int = 0,
     row: Tensor | None = None,
     column: Tensor | None = None,
@@ -134,6 +140,8 @@ def first_svd(
     Args:
         W: As there, for all that follow; the SVD serves every rank up to `rank`.
         rank: From 0, where there is no SVD.
+        oversampling: As there, like the next two.
+        power_iterations: Of the SVD.
         seed: Of its random numbers.
         row: `(m,)`.
         column: `(n,)`.
@@ -146,22 +154,37 @@ def first_svd(
         ValueError: As there.
     """
     _check(W, rank, 1, 0.0, {"keep": "best", "svd": "randomized", "codebook": "nf"})
+    sketch = _Sketch.checked(oversampling, power_iterations, seed)
     wide = W.detach().float()
     weights = _diagonals((row, column), wide)
     norm = weights if metric is None else _diagonals(metric, wide)
-    start = _svd(_weighted(wide, weights), rank, "randomized", None, seed) if rank else None
+    start = _svd(_weighted(wide, weights), rank, "randomized", None, sketch) if rank else None
     return start, _weighted(wide, norm).norm().item()
 
 
-def _svd(matrix: Tensor, rank: int, how: Svd, last: RandomizedSvd | None, seed: int) -> RandomizedSvd:
+class _Sketch(NamedTuple):
+    """How an SVD by random vectors is made."""
+
+    oversampling: int
+    power_iterations: int
+    seed: int
+
+    @classmethod
+    def checked(cls, oversampling: int, power_iterations: int, seed: int) -> _Sketch:
+        check_count("oversampling", oversampling, least=0)
+        check_count("power_iterations", power_iterations, least=0)
+        return cls(oversampling, power_iterations, seed)
+
+
+def _svd(matrix: Tensor, rank: int, how: Svd, last: RandomizedSvd | None, sketch: _Sketch) -> RandomizedSvd:
     """At least the first `rank` triplets."""
-    width = min(rank + OVERSAMPLING, *matrix.shape)
+    width = min(rank + sketch.oversampling, *matrix.shape)
     if how == "exact":
         return RandomizedSvd(*torch.linalg.svd(matrix, full_matrices=False))
     if how == "warm" and last is not None:
         return randomized_svd(matrix, last.Vh[:width].shape[0], power_iterations=0, block=last.Vh[:width].mT)
-    generator = torch.Generator().manual_seed(seed)
-    return randomized_svd(matrix, width, oversampling=0, power_iterations=POWER_ITERATIONS, generator=generator)
+    more = {"oversampling": 0, "power_iterations": sketch.power_iterations}
+    return randomized_svd(matrix, width, **more, generator=torch.Generator().manual_seed(sketch.seed))
 
 
 def _factors(found: RandomizedSvd | None, rank: int, wide: Tensor, weights: Diagonals) -> tuple[Tensor, Tensor]:
