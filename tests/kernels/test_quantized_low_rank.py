@@ -142,6 +142,25 @@ def test_fitted_levels_are_better() -> None:
             assert lloyd < gain * nf
 
 
+@pytest.mark.parametrize("config", [NF2, NF3], ids=["2 bits", "3 bits"])
+def test_fitted_levels_serve_the_numbers_that_matter(config: NFConfig) -> None:
+    W = matrix("structured")
+    importance = torch.logspace(-3, 1, W.shape[0])[:, None] * torch.logspace(0, -3, W.shape[1])
+
+    def error(levels: Tensor) -> float:
+        rest = W - dequantize(quantize(W, config, levels), config, W.shape, torch.float32)
+        return (importance * rest.square()).sum().item()
+
+    aware, blind = lloyd_levels(W, config, importance), lloyd_levels(W, config)
+    assert error(aware) < 0.98 * error(blind)
+    assert torch.equal(lloyd_levels(W, config, torch.ones_like(W)), blind)
+    weights: dict[str, Any] = {"row": importance[:, 0].sqrt(), "column": importance[0].sqrt(), "codebook": "lloyd"}
+    found = quantized_low_rank(W, 0, config, **weights)
+    torch.testing.assert_close(found.Q.levels, aware, rtol=0, atol=2e-3)
+    with pytest.raises(ValueError, match=r"importance has the shape \(3,\); it must be \(96, 128\)"):
+        lloyd_levels(W, config, torch.ones(3))
+
+
 def test_fitted_levels_of_gaussian_numbers() -> None:
     config = NFConfig(2, 8, "fp32", 64, 256)
     levels = lloyd_levels(matrix(shape=(512, 512)), config)

@@ -6,7 +6,8 @@ From Q = 0 on, the two are fitted in turn to what the other leaves::
     Q   = quantize(W - B A)
     e   = |D_row (W - B A - Q) D_col|_F
 
-until e grows or hardly falls. The quantizer knows nothing of the weights. D_row and D_col are diagonal: the best rank r
+until e grows or hardly falls. The quantizer knows nothing of the weights, unless its levels are fitted (`codebook`):
+then they are those of the least weighted error. D_row and D_col are diagonal: the best rank r
 is known in closed form for weights that are a product of one for the row and one for the column. e can be measured by
 other weights than those of the SVD (`metric`), to compare which of them serve it best.
 
@@ -104,6 +105,10 @@ def quantized_low_rank(
     weights = _diagonals((row, column), wide)
     norm = weights if metric is None else _diagonals(metric, wide)
     total = _weighted(wide, norm).norm().item()
+    fitted = codebook == "lloyd"
+    importance = (
+        _weighted(torch.ones_like(wide), norm).square() if fitted and any(w is not None for w in norm) else None
+    )
     restored, found = torch.zeros_like(wide), start
     best: QuantizedLowRank | None = None
     for done in range(1, iterations + 1):
@@ -111,7 +116,7 @@ def quantized_low_rank(
             found = _svd(_weighted(wide - restored, weights), rank, svd, found, sketch)
         B, A = _factors(found, rank, wide, weights)
         rest = wide - B @ A
-        Q = quantize(rest, config, lloyd_levels(rest, config) if codebook == "lloyd" else None)
+        Q = quantize(rest, config, lloyd_levels(rest, config, importance) if fitted else None)
         restored = dequantize(Q, config, wide.shape, torch.float32)
         error = _weighted(rest - restored, norm).norm().item() / (total or 1.0)
         if best is not None and error > best.error:
@@ -183,8 +188,8 @@ def _svd(matrix: Tensor, rank: int, how: Svd, last: RandomizedSvd | None, sketch
         return RandomizedSvd(*torch.linalg.svd(matrix, full_matrices=False))
     if how == "warm" and last is not None:
         return randomized_svd(matrix, last.Vh[:width].shape[0], power_iterations=0, block=last.Vh[:width].mT)
-    more = {"oversampling": 0, "power_iterations": sketch.power_iterations}
-    return randomized_svd(matrix, width, **more, generator=torch.Generator().manual_seed(sketch.seed))
+    generator, iterations = torch.Generator().manual_seed(sketch.seed), sketch.power_iterations
+    return randomized_svd(matrix, width, oversampling=0, power_iterations=iterations, generator=generator)
 
 
 def _factors(found: RandomizedSvd | None, rank: int, wide: Tensor, weights: Diagonals) -> tuple[Tensor, Tensor]:
