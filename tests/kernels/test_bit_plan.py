@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peft_zoo.kernels import quantized_low_rank as quantized_low_rank_module
 from peft_zoo.kernels.bit_plan import GRIDS, BitChoice, fitting, matrix_errors, plan_bits
 from peft_zoo.kernels.normal_float import NFConfig, dequantize, packed_bits, quantize
 from peft_zoo.kernels.quantized_low_rank import quantized_low_rank
@@ -59,6 +60,17 @@ def test_errors_are_those_of_the_decomposition(weighted: bool, codebook: Any) ->
         rest = W - dequantize(quantize(W, WAYS[2]), WAYS[2], W.shape, torch.float32)
         assert plain == pytest.approx(rest.square().sum().item(), rel=1e-5)
     assert all(table[k + 3].error < table[k].error for k in range(3)), "a rank can only help"
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_levels_are_fitted_once_for_all_kinds_of_scales(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    W, ways, calls = matrix(), [NFConfig(2, bits, "bf16", 32, 64) for bits in (2, 4, 8)], []
+    how: dict[str, Any] = {"codebook": "lloyd", "iterations": iterations}
+    alone = [matrix_errors(W, [way], (4,), **how)[0] for way in ways]
+    fit = quantized_low_rank_module.lloyd_levels
+    monkeypatch.setattr(quantized_low_rank_module, "lloyd_levels", lambda *a: calls.append(1) or fit(*a))
+    assert [*matrix_errors(W, ways, (4,), **how)] == alone
+    assert len(calls) == (1 if iterations == 1 else 6)
 
 
 @pytest.mark.parametrize("budget", [2.5, 3.0, 3.7, 4.2, 9.0])

@@ -115,8 +115,12 @@ def matrix_errors(
     start, total = first_svd(W, max(ranks), **weights)
     how: dict[str, Any] = {"iterations": iterations, "codebook": codebook, "start": start, **weights}
     choices = []
+    fitted: dict[tuple[int, int, int], Tensor] = {}
     for rank, config in itertools.product(ranks, configs):
-        found = quantized_low_rank(W, rank, config, **how)
+        key = rank, config.bits, config.block
+        found = quantized_low_rank(W, rank, config, levels=fitted.get(key), **how)
+        if iterations == 1:  # all that follows has the same rest to fit levels to
+            fitted[key] = found.Q.levels
         bits = packed_bits(config, W.numel()) + factor_bits * rank * sum(W.shape)
         choices.append(BitChoice(config, rank, bits, (found.error * total) ** 2))
     return tuple(choices)

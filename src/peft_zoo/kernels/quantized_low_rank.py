@@ -75,6 +75,7 @@ def quantized_low_rank(
     column: Tensor | None = None,
     metric: Diagonals | None = None,
     start: RandomizedSvd | None = None,
+    levels: Tensor | None = None,
 ) -> QuantizedLowRank:
     """Split a matrix.
 
@@ -95,6 +96,8 @@ def quantized_low_rank(
         metric: The diagonals that e is measured by, if they are not `row` and `column`.
         start: The first SVD, of at least `rank` triplets of `D_row W D_col`, where it is known: it does not depend on
             `config`.
+        levels: Fitted ones of the first iteration, where they are known: they depend on the number of levels and the
+            size of a block only.
 
     Raises:
         ValueError: If an argument has the wrong shape or value, or W is not finite.
@@ -116,7 +119,9 @@ def quantized_low_rank(
             found = _svd(_weighted(wide - restored, weights), rank, svd, found, sketch)
         B, A = _factors(found, rank, wide, weights)
         rest = wide - B @ A
-        Q = quantize(rest, config, lloyd_levels(rest, config, importance) if fitted else None)
+        if fitted and (levels is None or done > 1):
+            levels = lloyd_levels(rest, config, importance)
+        Q = quantize(rest, config, levels if fitted else None)
         restored = dequantize(Q, config, wide.shape, torch.float32)
         error = _weighted(rest - restored, norm).norm().item() / (total or 1.0)
         if best is not None and error > best.error:
