@@ -112,7 +112,7 @@ def weighed(task: Task, base: Any) -> Any:
 
 
 ONCE, WEIGHED = functools.partial(once, adapt), functools.partial(once, weighed)
-RATES, MIDDLE = (0.0001, 0.0003, 0.001, 0.003, 0.01), (0.0003, 0.001, 0.003)
+RATES, MIDDLE, LOW = (0.0001, 0.0003, 0.001, 0.003, 0.01), (0.0003, 0.001, 0.003), (0.0001, 0.0003, 0.001)
 """Of LQ-LoRA, whose factors are large from the start: all are tried at 4.13 bits, the middle ones with budgets."""
 
 BUDGETS = "4", "3", "2.75", "2.5"
@@ -125,10 +125,10 @@ RECIPES = {
     "LoftQ 4.5": Recipe("lora", {**LORA, **LOFTQ}, adapt=loftq),
     "LQ-LoRA 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4"}, RATES, adapt=ONCE),
     **{f"LQ-LoRA {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits}, MIDDLE, adapt=ONCE) for bits in BUDGETS},
-    "LQ-LoRA (Fisher) 2.75": Recipe("lq_lora", {**LORA, "budget_bits": "2.75", **FISHER}, MIDDLE, adapt=WEIGHED),
-    "LQ-LoRA (fitted) 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4", **FITTED}, MIDDLE, adapt=WEIGHED),
+    "LQ-LoRA (Fisher) 2.75": Recipe("lq_lora", {**LORA, "budget_bits": "2.75", **FISHER}, LOW, adapt=WEIGHED),
+    "LQ-LoRA (fitted) 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4", **FITTED}, LOW, adapt=WEIGHED),
     **{
-        f"LQ-LoRA (fitted) {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits, **FITTED}, MIDDLE, adapt=WEIGHED)
+        f"LQ-LoRA (fitted) {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits, **FITTED}, LOW, adapt=WEIGHED)
         for bits in BUDGETS
     },
 }
