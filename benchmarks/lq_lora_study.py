@@ -113,7 +113,8 @@ def weighed(task: Task, base: Any) -> Any:
 
 ONCE, WEIGHED = functools.partial(once, adapt), functools.partial(once, weighed)
 RATES, MIDDLE, LOW = (0.0001, 0.0003, 0.001, 0.003, 0.01), (0.0003, 0.001, 0.003), (0.0001, 0.0003, 0.001)
-"""Of LQ-LoRA, whose factors are large from the start: all are tried at 4.13 bits, the middle ones with budgets."""
+"""Of LQ-LoRA, whose factors are large from the start: all are tried at 4.13 bits, the middle ones with budgets, the
+low ones where losses are weighted."""
 
 BUDGETS = "4", "3", "2.75", "2.5"
 FISHER = {"weighting": "fisher"}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   peft-zoo quantize Llama-3-8B Llama-3-8B-2.75bit --budget-bits 2.75
   peft-zoo quantize model small --set qconfig=nf4 --set r=16
-  peft-zoo quantize model small --budget-bits 3 --weights fisher.safetensors --set weighting=fisher --device cuda
+  peft-zoo quantize model small --budget-bits 3 --weights fisher.safetensors --set weighting=fisher --set codebook=lloyd
 
 Every field of LqLoraConfig can be given by --set. A run that was killed goes on where it was. OUT is loaded by
 AutoModelForCausalLM.from_pretrained once peft_zoo is imported, and trained by an LqLoraConfig."""
