@@ -275,10 +275,10 @@ def line(run: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    if options.docs:
-        watermark_report.write_docs(options.docs)
-        return 0
     try:
+        if options.docs:
+            watermark_report.write_docs(*options.docs)
+            return 0
         benchmark = Benchmark(options)
         print(common.describe(benchmark.record["machine"]), flush=True)
         mistakes = benchmark.all()
@@ -321,7 +321,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--full-rate", type=float, default=5e-4, help="learning rate of the whole decoder (default 5e-4)")
     add("--runs", type=Path, help="keeps finished trainings (default runs/watermark_<device>.json)")
     add("--json", type=Path, help="where to save (default benchmarks/results/watermark_<device>.json)")
-    add("--docs", type=Path, metavar="JSON", help="only put the tables of a saved result into the method's page")
+    page = "only put the tables of a saved result into the method's page; further ones add their keys, without times"
+    add("--docs", type=Path, metavar="JSON", nargs="+", help=page)
     parser.set_defaults(**(QUICK if "--quick" in (sys.argv if arguments is None else arguments) else {}))
     options = parser.parse_args(arguments)
     options.bits = sorted(set(options.bits), reverse=True)

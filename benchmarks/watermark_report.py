@@ -14,6 +14,8 @@ PAGE = common.ROOT / "docs" / "methods" / "watermark_lora.md"
 NAMES = {"two_sided": "LoRA", "dlws": "LoRA, dlws", "full": "all of the decoder"}
 
 Run = Mapping[str, Any]
+UNTIMED = {"seconds": None, "seconds_to_99": None}
+"""Of a run on another machine than that of the table."""
 Cells = dict[tuple[str, int], list[Run]]
 """Runs of every method and number of bits, one for each key."""
 
@@ -33,14 +35,37 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def write_docs(path: Path) -> None:
-    """Put the tables of a saved result into the page of the method, after what it was measured on."""
+def write_docs(path: Path, *others: Path) -> None:
+    """Put the tables of a saved result into the page of the method, after what it was measured on.
+
+    Args:
+        path: The result.
+        others: Of other machines, with more keys; their times are not counted.
+
+    Raises:
+        ValueError: If one was trained with other settings.
+    """
     result = json.loads(path.read_text(encoding="utf-8"))
     given = {name: value for name, value in result["settings"].items() if value is not None and name != "quick"}
     said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
-    content = f"{common.describe(result['machine'])}; {said}.\n\n{tables(result)}"
+    parts = [f"{common.describe(result['machine'])}; {said}."]
+    for other in (json.loads(path.read_text(encoding="utf-8")) for path in others):
+        parts.append(_joined(result, other))
+    content = f"{' '.join(parts)}\n\n{tables(result)}"
     page = common.replace_block(PAGE.read_text(encoding="utf-8"), "measured", content)
     PAGE.write_text(page, encoding="utf-8")
+
+
+def _joined(result: dict[str, Any], other: Mapping[str, Any]) -> str:
+    """Add the runs of another machine to a result; returns a sentence that names them."""
+    unlike = {
+        name for name, value in result["settings"].items() if name != "device" and other["settings"][name] != value
+    }
+    if unlike:
+        raise ValueError(f"--docs: results differ in {', '.join(sorted(unlike))}; give those of the same settings.")
+    more = {name: {**run, **UNTIMED} for name, run in other["runs"].items() if name not in result["runs"]}
+    result["runs"] |= more
+    return f"Trained elsewhere, and without its times: {', '.join(more)} ({common.describe(other['machine'])})."
 
 
 def _quality(cells: Cells) -> str:
@@ -63,6 +88,9 @@ def _test(name: str) -> str:
 def costs(cells: Cells) -> str:
     rows = []
     for (method, bits), runs in _ordered(cells):
+        runs = [run for run in runs if run["seconds"] is not None]
+        if not runs:
+            continue
         times = [run["seconds_to_99"] for run in runs]
         reached = [time for time in times if time is not None]
         to_99 = f"{statistics.fmean(reached):.1f}" if reached else "-"

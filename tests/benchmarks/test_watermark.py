@@ -236,6 +236,29 @@ def test_tables_go_into_the_page(
     assert text.count("\n| 24 bits, LoRA |") == 2 and "| JPEG 50 |" in text and "fine-tuning, 100 steps" in text
 
 
+def test_keys_of_another_machine_join_the_tables_without_their_times(
+    finished: tuple[list[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    page, first, second = (tmp_path / name for name in ("page.md", "first.json", "second.json"))
+    page.write_text("<!-- begin: measured -->\n<!-- end: measured -->\n", encoding="utf-8")
+    monkeypatch.setattr(watermark_report, "PAGE", page)
+    result = json.loads(Path(finished[0][6]).read_text(encoding="utf-8"))
+    first.write_text(json.dumps(result), encoding="utf-8")
+    run = {**result["runs"]["two_sided/24/0"], "psnr": 99.0, "seconds": 1e6}
+    more = {**result, "runs": {"two_sided/24/7": run}, "settings": {**result["settings"], "device": "other"}}
+    second.write_text(json.dumps(more), encoding="utf-8")
+    assert watermark.main(["--docs", str(first), str(second)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "Trained elsewhere, and without its times: two_sided/24/7" in text and "1000000" not in text
+    mean = (result["runs"]["two_sided/24/0"]["psnr"] + 99) / 2
+    assert f"| 24 bits, LoRA | {mean:.1f} ± " in text
+    more["settings"]["steps"] += 1
+    second.write_text(json.dumps(more), encoding="utf-8")
+    assert watermark.main(["--docs", str(first), str(second)]) == 1
+    assert "results differ in steps" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == text
+
+
 def test_means_and_what_is_missing() -> None:
     runs = [{"seconds_to_99": value, "parameters": 5, "seconds": 2.0} for value in (1.0, None, 2.0)]
     assert "| 16 bits, LoRA | 5 | 2.0 | 1.5 (2 of 3) |" in watermark_report.costs({("two_sided", 16): runs})
