@@ -18,7 +18,8 @@ from benchmarks import common
 PICTURE = common.ROOT / "docs" / "methods" / "lq_lora_bits.svg"
 BEFORE = ", before tuning"
 UNQUANTIZED = 16.0  # bits of a base that is left in bfloat16
-COLOURS = {"LQ-LoRA": "tab:blue", "QLoRA": "tab:orange", "LoftQ": "tab:green", "LoRA": "tab:gray"}
+COLOURS = {"LQ-LoRA": "tab:blue", "LQ-LoRA (Fisher)": "tab:purple", "LQ-LoRA (fitted)": "tab:red"}
+COLOURS |= {"QLoRA": "tab:orange", "LoftQ": "tab:green", "LoRA": "tab:gray"}
 
 
 def points(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
@@ -26,8 +27,8 @@ def points(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float,
     found: dict[str, list[tuple[float, float, float]]] = {}
     for name, row in rows.items():
         if not name.endswith(BEFORE):
-            method, _, bits = name.partition(" ")
-            found.setdefault(method, []).append((float(bits or UNQUANTIZED), rows[name + BEFORE]["mean"], row["mean"]))
+            method, _, bits = name.rpartition(" ") if name[-1].isdigit() else (name, "", UNQUANTIZED)
+            found.setdefault(method, []).append((float(bits), rows[name + BEFORE]["mean"], row["mean"]))
     return {method: sorted(each) for method, each in found.items()}
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import lq_lora_picture
 from benchmarks.lq_lora_picture import BEFORE, points
 
-AFTER = {"LoRA": 6.0, "QLoRA 4.13": 6.5, "LQ-LoRA 4": 6.6, "LQ-LoRA 2.75": 11.5}
+AFTER = {"LoRA": 6.0, "QLoRA 4.13": 6.5, "LQ-LoRA 4": 6.6, "LQ-LoRA 2.75": 11.5, "LQ-LoRA (fitted) 3": 7.0}
 ROWS = {name: {"mean": mean} for name, mean in AFTER.items()}
 ROWS |= {name + BEFORE: {"mean": 2 * mean} for name, mean in AFTER.items()}
 
@@ -21,7 +21,8 @@ def test_points_are_ordered_by_bits() -> None:
     found = points(ROWS)
     assert found["LQ-LoRA"] == [(2.75, 23.0, 11.5), (4.0, 13.2, 6.6)]
     assert found["LoRA"] == [(16.0, 12.0, 6.0)]
-    assert set(found) == {"LoRA", "QLoRA", "LQ-LoRA"}
+    assert found["LQ-LoRA (fitted)"] == [(3.0, 14.0, 7.0)]
+    assert set(found) == {"LoRA", "QLoRA", "LQ-LoRA", "LQ-LoRA (fitted)"}
 
 
 def test_the_picture_is_written_and_the_same_each_time(tmp_path: Path) -> None:
