@@ -106,8 +106,9 @@ def weighed(task: Task, base: Any) -> Any:
     settings = task.settings
     defaults = task.adapter_defaults(base)
     config: Any = build_config(str(settings.method), settings.options, defaults, settings.require("steps", ""))
-    texts = task.load_data().train
-    preprocess_lq_lora(base, config, [{"input_ids": texts[place][None]} for place in range(SEQUENCES)])
+    texts: Any = task.load_data().train
+    count = min(SEQUENCES, len(texts))
+    preprocess_lq_lora(base, config, [{"input_ids": texts[place][None]} for place in range(count)])
     return adapt(task, base)
 
 
