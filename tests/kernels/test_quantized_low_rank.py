@@ -145,20 +145,36 @@ def test_fitted_levels_are_better() -> None:
 @pytest.mark.parametrize("config", [NF2, NF3], ids=["2 bits", "3 bits"])
 def test_fitted_levels_serve_the_numbers_that_matter(config: NFConfig) -> None:
     W = matrix("structured")
-    importance = torch.logspace(-3, 1, W.shape[0])[:, None] * torch.logspace(0, -3, W.shape[1])
+    row, column = torch.logspace(-1, 1, W.shape[0]), torch.logspace(0, -2, W.shape[1])
 
     def error(levels: Tensor) -> float:
         rest = W - dequantize(quantize(W, config, levels), config, W.shape, torch.float32)
-        return (importance * rest.square()).sum().item()
+        return (row[:, None] * rest * column).square().sum().item()
 
-    aware, blind = lloyd_levels(W, config, importance), lloyd_levels(W, config)
+    aware, blind = lloyd_levels(W, config, row, column), lloyd_levels(W, config)
     assert error(aware) < 0.98 * error(blind)
-    assert torch.equal(lloyd_levels(W, config, torch.ones_like(W)), blind)
-    weights: dict[str, Any] = {"row": importance[:, 0].sqrt(), "column": importance[0].sqrt(), "codebook": "lloyd"}
-    found = quantized_low_rank(W, 0, config, **weights)
-    torch.testing.assert_close(found.Q.levels, aware, rtol=0, atol=2e-3)
-    with pytest.raises(ValueError, match=r"importance has the shape \(3,\); it must be \(96, 128\)"):
-        lloyd_levels(W, config, torch.ones(3))
+    torch.testing.assert_close(lloyd_levels(W, config, torch.ones(96)), blind, rtol=0, atol=1e-6)
+    found = quantized_low_rank(W, 0, config, row=row, column=column, codebook="lloyd")
+    torch.testing.assert_close(found.Q.levels, aware, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"column has the shape \(3,\); it must be \(128,\)"):
+        lloyd_levels(W, config, row, torch.ones(3))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("least", [1e-3, 1e-7, 1e-12, 1e-30, 0.0])
+def test_fitted_levels_of_numbers_that_hardly_count(bits: int, least: float) -> None:
+    """A block, a row or a column that is much larger than all others hides none of them."""
+    config = NFConfig(bits, 8, "fp32", 16, 4)
+    few = torch.full((64,), least)
+    few[5] = 1
+    blocks = torch.randn(64, 64) * least
+    blocks[::16, :16] = torch.randn(4, 16)
+    for levels in (
+        lloyd_levels(torch.randn(64, 64), config, None, few),
+        lloyd_levels(torch.randn(64, 64), config, few, few),
+        lloyd_levels(blocks, config),
+    ):
+        assert bool((levels.diff() >= 0).all()) and levels.abs().max() <= 1
 
 
 def test_fitted_levels_of_gaussian_numbers() -> None:

@@ -2,9 +2,10 @@ r"""Levels for quantizing, fitted to a matrix: Lloyd's iteration on a histogram 
 
 With every block divided by its largest magnitude s, and each value counted s^2 times, the levels v minimize::
 
-    sum w s^2 (x / s - v_i)^2          i the nearest level of x / s, w how much the value matters
+    sum w s^2 (x / s - v_k)^2          k the nearest level of x / s
 
-by taking in turn the middles of neighbouring levels as borders, and the means between borders as levels.
+by taking in turn the middles of neighbouring levels as borders, and the means between borders as levels. Where the rows
+and columns of a matrix matter unlike, w = (row_i column_j)^2; else it is 1.
 
 Source: Lloyd, "Least squares quantization in PCM" (IEEE Transactions on Information Theory 28, 1982), method I.
 """
@@ -19,35 +20,43 @@ from peft_zoo.kernels.normal_float import NFConfig, codebook
 __all__ = ["lloyd_levels"]
 
 _BINS = 2**14
-_PIECE = 2**22  # values that are counted at a time
+_PIECE = 2**20  # values that are counted at a time
+_TINY = 1e-200  # shares of all that are less count for nothing: their quotients would not be exact
 
 
-def lloyd_levels(weight: Tensor, config: NFConfig, importance: Tensor | None = None, iterations: int = 100) -> Tensor:
+def lloyd_levels(
+    weight: Tensor,
+    config: NFConfig,
+    row: Tensor | None = None,
+    column: Tensor | None = None,
+    iterations: int = 100,
+) -> Tensor:
     """Levels for `normal_float.quantize(weight, config, levels)`.
 
     Args:
-        weight: Any shape, floating-point and finite.
+        weight: `(m, n)`, floating-point and finite.
         config: Of which the number of levels and the size of a block count.
-        importance: w of the same shape, not negative; None for ones.
+        row: `(m,)`; None for ones.
+        column: `(n,)`.
         iterations: At most so many; it ends earlier where levels no longer move by a bin.
 
     Returns:
         float32 of shape `(2^bits,)`, ascending, within [-1, 1]; those of NormalFloat for a matrix of zeros.
 
     Raises:
-        ValueError: If `importance` has another shape than `weight`.
+        ValueError: If `row` or `column` has another shape.
     """
-    if importance is not None and importance.shape != weight.shape:
-        raise ValueError(f"importance has the shape {tuple(importance.shape)}; it must be {tuple(weight.shape)}.")
-    flat = None if importance is None else importance.flatten()
-    counts, centers = _histogram(weight.detach().flatten().float(), config.block, flat)
-    mass, moment = (torch.cat([t.new_zeros(1), t.cumsum(0)]) for t in (counts, counts * centers))
+    for name, given, size in (("row", row, weight.shape[0]), ("column", column, weight.shape[-1])):
+        if given is not None and given.shape != (size,):
+            raise ValueError(f"{name} has the shape {tuple(given.shape)}; it must be ({size},).")
+    counts, centers = _histogram(weight.detach(), config.block, row, column)
     levels = codebook(config.bits).double().to(weight.device)
     for _ in range(iterations):
-        borders = torch.searchsorted(centers, (levels[1:] + levels[:-1]) / 2)
-        places = torch.cat([borders.new_zeros(1), borders, borders.new_full((1,), _BINS)])
-        inside, total = mass[places].diff(), moment[places].diff()
-        means = torch.where(inside > 0, total / inside.clamp(min=torch.finfo(torch.float64).tiny), levels)
+        borders = (levels[1:] + levels[:-1]) / 2
+        # Sums over each part, and not differences of running ones: next to a large part a small one would drown.
+        part = torch.bucketize(centers, borders)
+        mass, moment = (torch.bincount(part, t, minlength=len(levels)) for t in (counts, counts * centers))
+        means = torch.where(mass > _TINY, moment / mass.clamp(min=_TINY), levels)
         moved = (means - levels).abs().max()
         levels = means
         if moved < 1 / _BINS:
@@ -55,17 +64,21 @@ def lloyd_levels(weight: Tensor, config: NFConfig, importance: Tensor | None = N
     return levels.float()
 
 
-def _histogram(x: Tensor, block: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def _histogram(weight: Tensor, block: int, row: Tensor | None, column: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sums of w s^2 in bins of [-1, 1] and the bins' centers, float64."""
-    counts = torch.zeros(_BINS, dtype=torch.float64, device=x.device)
+    counts = torch.zeros(_BINS, dtype=torch.float64, device=weight.device)
+    x, columns = weight.flatten(), weight.shape[-1]
     step = block * max(1, _PIECE // block)
     for start in range(0, len(x), step):
-        piece = x[start : start + step]
-        rows = torch.nn.functional.pad(piece, (0, -len(piece) % block)).view(-1, block)
-        s = rows.abs().amax(1, keepdim=True)
-        bins = ((rows / s.clamp(min=torch.finfo(torch.float32).tiny) + 1) * (_BINS / 2)).long().clamp(0, _BINS - 1)
-        weights = s.double().square().expand(rows.shape).flatten()[: len(piece)]
-        if importance is not None:
-            weights = weights * importance[start : start + step]
+        piece = x[start : start + step].float()
+        blocks = torch.nn.functional.pad(piece, (0, -len(piece) % block)).view(-1, block)
+        s = blocks.abs().amax(1, keepdim=True)
+        bins = ((blocks / s.clamp(min=torch.finfo(torch.float32).tiny) + 1) * (_BINS / 2)).long().clamp(0, _BINS - 1)
+        weights = s.double().square().expand(blocks.shape).flatten()[: len(piece)]
+        place = torch.arange(start, start + len(piece), device=weight.device)
+        for diagonal, index in ((row, place // columns), (column, place % columns)):
+            if diagonal is not None:
+                weights = weights * diagonal.double().square()[index]
         counts += torch.bincount(bins.flatten()[: len(piece)], weights, minlength=_BINS)
-    return counts, (torch.arange(_BINS, dtype=torch.float64, device=x.device) + 0.5) * (2 / _BINS) - 1
+    centers = (torch.arange(_BINS, dtype=torch.float64, device=weight.device) + 0.5) * (2 / _BINS) - 1
+    return counts / counts.sum().clamp(min=_TINY), centers

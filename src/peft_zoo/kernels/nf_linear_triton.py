@@ -291,6 +291,9 @@ def _merge(
     store_tile(out_ptr, row, column, rows, columns, tl.reshape(weight, (ROWS, WIDTH)) + scaling * update)
 
 
+_DOTS = (torch.bfloat16, LEAST), (torch.bfloat16, SMALL), (torch.float16, SMALL), (torch.float32, SMALL)
+
+
 def shipped() -> Iterator[Shipped]:
     """What the compile gate compiles: every width of value; one token and the most; factors of both sizes."""
     packed = {"codes_ptr": "*i32", "scales_ptr": "*i32", "group_scales_ptr": "*bf16"}
@@ -298,7 +301,7 @@ def shipped() -> Iterator[Shipped]:
     numbers = dict.fromkeys(("rows", "columns", "rank"), "i32")
     for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
         way = {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256, "CHUNK": CHUNK}
-        for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, FEW), (torch.bfloat16, SMALL), (torch.float32, 1)):
+        for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, FEW), *_DOTS, (torch.float32, 1)):
             dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
             kernel, tile = _tile(tokens, WIDEST, dtype)
             yield Shipped(

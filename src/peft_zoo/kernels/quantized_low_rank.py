@@ -109,9 +109,6 @@ def quantized_low_rank(
     norm = weights if metric is None else _diagonals(metric, wide)
     total = _weighted(wide, norm).norm().item()
     fitted = codebook == "lloyd"
-    importance = (
-        _weighted(torch.ones_like(wide), norm).square() if fitted and any(w is not None for w in norm) else None
-    )
     restored, found = torch.zeros_like(wide), start
     best: QuantizedLowRank | None = None
     for done in range(1, iterations + 1):
@@ -120,7 +117,7 @@ def quantized_low_rank(
         B, A = _factors(found, rank, wide, weights)
         rest = wide - B @ A
         if fitted and (levels is None or done > 1):
-            levels = lloyd_levels(rest, config, importance)
+            levels = lloyd_levels(rest, config, *norm)
         Q = quantize(rest, config, levels if fitted else None)
         restored = dequantize(Q, config, wide.shape, torch.float32)
         error = _weighted(rest - restored, norm).norm().item() / (total or 1.0)
