@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import LqLoraConfig, NFLinear
+from peft_zoo.adapters.base.patterns import exactly
 from peft_zoo.adapters.lq_lora_layer import LqLinear
 from peft_zoo.kernels.bit_plan import GRIDS, fitting, matrix_errors, plan_bits
 from peft_zoo.kernels.normal_float import NFConfig, packed_bits, quantize
@@ -177,13 +178,34 @@ def test_ranks_compete_with_bits() -> None:
     for name, layer in layers(model).items():
         rows, columns = layer.quantized.shape
         rank = layer.r["default"]
-        assert model.peft_config["default"].rank_pattern[name.removeprefix("base_model.model.")] == rank in (2, 4, 8)
+        key = exactly(name.removeprefix("base_model.model."))
+        assert model.peft_config["default"].rank_pattern[key] == rank in (2, 4, 8)
         spent += packed_bits(layer.quantized.config, rows * columns) + 16 * rank * (rows + columns)
         numbers += rows * columns
     assert 0.85 * 6.0 < spent / numbers <= 6.0
     W = weights(base())["model.layers.0.self_attn.q_proj"]
     table = matrix_errors(W, [NFConfig(*way) for way in grid], (2, 4, 8), factor_bits=16)
     assert len(table) == 6
+
+
+class Nested(nn.Module):
+    """A layer whose name ends as another's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(64, 64)
+        self.block = nn.ModuleDict({"lin": nn.Linear(64, 64)})
+
+
+@pytest.mark.parametrize("given", [{}, {"block.lin": 3}], ids=str)
+def test_chosen_ranks_are_those_of_their_module_only(given: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    net = Nested()
+    net.lin.weight.data = torch.randn(64, 1) @ torch.randn(1, 64)  # of rank 1, and the other one is not
+    fields: dict[str, Any] = {"budget_bits": 6.5, "budget_scope": "base+lora", "rank_options": [1, 8]}
+    config = LqLoraConfig(target_modules=["lin"], rank_pattern=given, qconfig_grid=["nf4"], **fields)
+    found = get_peft_model(net, config).base_model.model
+    assert (found.lin.r["default"], found.block["lin"].r["default"]) == (1, given.get("block.lin", 8))
 
 
 def test_a_budget_is_spent_by_the_errors_of_the_levels_that_are_used() -> None:
@@ -222,6 +244,14 @@ def test_a_model_with_transposed_weights() -> None:
         name: tensor.shape for name, tensor in plain.state_dict().items()
     }
     assert type(merged.transformer.h[0].attn.c_attn) is Conv1D
+
+
+def test_what_is_merged_follows_a_model_that_was_cast() -> None:
+    model = adapted().to(torch.bfloat16)
+    want = logits(model)
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert (logits(merged) - want).norm() < 0.05 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -367,6 +397,19 @@ def test_a_smaller_second_adapter_takes_the_best_part() -> None:
         S = torch.linalg.svdvals(B @ A)
         B2, A2 = layer.factors("second")
         assert (B @ A - B2 @ A2).norm().item() == pytest.approx(S[3:].norm().item(), rel=1e-3)
+
+
+def test_what_does_not_say_its_base_is_refused(tmp_path: Path) -> None:
+    adapted(seed=1).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_sha256": None, "lq_state": "decomposed"}))
+    model = adapted()
+    out = logits(model)
+    with pytest.raises(ValueError, match="belongs to another quantized matrix of model"):
+        model.load_adapter(tmp_path, "other")
+    assert torch.equal(logits(model), out)
+    with pytest.raises(ValueError, match="base_sha256=None"):
+        PeftModel.from_pretrained(base(), tmp_path)
 
 
 def test_adapters_of_another_base_are_refused(tmp_path: Path) -> None:

@@ -85,6 +85,17 @@ def test_what_no_block_fits_goes_on_in_floating_point() -> None:
         assert row.bits == 32 and row.error == 0
 
 
+@pytest.mark.parametrize("budget", [None, 3.0])
+def test_an_adapter_that_diverged_is_named(budget: float | None) -> None:
+    model = adapted()
+    name, layer = list(layers(model).items())[1]
+    layer.lora_B["default"].weight.data[0, 0] = float("nan")
+    keys = model.state_dict().keys()
+    with pytest.raises(ValueError, match=name.removeprefix("base_model.model.") + ".weight has values that are not"):
+        merge_and_requantize(model, budget_bits=budget)
+    assert model.state_dict().keys() == keys
+
+
 def test_refuses_and_changes_nothing() -> None:
     model, _ = trained(qconfig_grid=GRID)
     before = logits(model)

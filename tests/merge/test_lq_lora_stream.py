@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on(stage: str, folder: Path, tmp_path: Path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "out"}
 
 
-def test_another_budget_after_one_that_is_too_small(
+def test_another_budget_after_one_that_was_not_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has been measured is not measured again, until a matrix is quantized."""
@@ -110,6 +110,12 @@ def test_another_budget_after_one_that_is_too_small(
     monkeypatch.setattr(lq_lora_stream, "table", lambda *args: calls.append(1) or real(*args))
     with pytest.raises(ValueError, match=r"budget_bits=1\.0 is below"):
         quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=1.0))
+    assert not calls and not (tmp_path / "out.partial").exists(), "that is known without measuring"
+    with monkeypatch.context() as patch:
+        patch.setattr(lq_lora_stream, "spend", lambda *args: exit())
+        with pytest.raises(SystemExit):
+            quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=2.5))
+    assert len(calls) == 14
     rows = quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=3.0))
     assert len(calls) == len(rows) == 14 and not (tmp_path / "out.partial").exists()
 
@@ -117,6 +123,10 @@ def test_another_budget_after_one_that_is_too_small(
 def test_weights_count(folder: Path, tmp_path: Path) -> None:
     model, fields = base(), {"weighting": "fisher", "heuristic": "auto", "budget_bits": None}
     found = preprocess_lq_lora(model, config(**fields), [{"input_ids": TOKENS}])
+    with pytest.raises(ValueError, match=r"weights: weighting='none' uses none"):
+        quantize_checkpoint(folder, tmp_path / "out", config(), weights=found)
+    with pytest.raises(ValueError, match=r"device='cuda:9' cannot be used .*; use 'cpu'"):
+        quantize_checkpoint(folder, tmp_path / "out", config(), device="cuda:9")
     with pytest.raises(ValueError, match=r"weights of .* are missing"):
         quantize_checkpoint(folder, tmp_path / "out", config(**fields))
     quantize_checkpoint(folder, tmp_path / "out", config(**fields), weights=found)

@@ -60,7 +60,8 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         if config.lq_state == "new":
             return
         others = [other for other in self.peft_config.values() if other is not config]
-        digests = config.base_sha256 or {}
+        digests = dict.fromkeys(name for name, way in (config.qconfig_map or {}).items() if way)
+        digests |= config.base_sha256 or {}
         if others:
             present = {name: _hash(layer.quantized) for name, layer in _layers(self.model)}
         else:
@@ -261,7 +262,7 @@ def _check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: M
             raise ValueError(f"{keys[0]} is missing: the file of the adapter is not complete; save it again.")
         found[part] = tensor
     expected = (config.base_sha256 or {}).get(name)
-    if expected is not None and _digest(found[part] for part in layer.PARTS) != expected:
+    if _digest(found[part] for part in layer.PARTS) != expected:
         raise ValueError(
             f"{name}: the quantized matrix is not that of base_sha256={expected!r}; file and configuration do not "
             "belong together, or the file is damaged."

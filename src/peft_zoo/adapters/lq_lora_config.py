@@ -84,7 +84,7 @@ class LqLoraConfig(LoraConfig):
         None, "How each module is quantized (None: it is not); found by the budget, or given instead of one."
     )
     rank_options: list[int] | None = option(
-        None, "With budget_scope='base+lora': ranks that each matrix chooses from together with its bits."
+        None, "With budget_scope='base+lora': ranks to choose from, with the bits, for those not in rank_pattern."
     )
     num_iterations: int = option(10, "Of the decomposition, at most.")
     tol: float = option(1e-3, "It ends where the error falls by less than this share of itself.")

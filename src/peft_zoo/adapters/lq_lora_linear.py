@@ -142,13 +142,14 @@ class NFLinear(nn.Linear):
         return f"{super().extra_repr()}, config={tuple(self.config)}{rank}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> NFLinear:
-        """Move, but keep the dtypes: scales in another dtype are another matrix."""
+        """Move, but keep the dtypes: scales in another dtype are another matrix. What is merged follows the model."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         return self
 
 

@@ -10,12 +10,13 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_zoo.adapters.base.patterns import exactly
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, oriented
 from peft_zoo.adapters.lq_lora_targets import Targeted, targets
 from peft_zoo.adapters.lq_lora_weights import uses
-from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors, fitting, matrix_errors, plan_bits
-from peft_zoo.kernels.normal_float import NFConfig
+from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors, check_budget, fitting, matrix_errors, plan_bits
+from peft_zoo.kernels.normal_float import NFConfig, packed_bits
 from peft_zoo.kernels.quantized_low_rank import Diagonals, QuantizedLowRank, quantized_low_rank
 
 FACTOR_BITS = 16
@@ -36,8 +37,8 @@ def plan(config: LqLoraConfig, model: nn.Module, targeted: Targeted) -> None:
     if config.qconfig_map is not None or config.budget_bits is None:
         without_tables(config, {name: oriented(module).shape[1] for name, module in found.items()})
     else:
-        tables = {name: table(config, name, module) for name, module in found.items()}
-        spend(config, tables, sum(module.weight.numel() for module in found.values()))
+        numbers = refuse_budget(config, found)
+        spend(config, {name: table(config, name, module) for name, module in found.items()}, numbers)
 
 
 def without_tables(config: LqLoraConfig, columns: Mapping[str, int]) -> None:
@@ -59,7 +60,9 @@ def spend(config: LqLoraConfig, tables: Mapping[str, MatrixErrors], numbers: int
     choices, result = plan_bits(tables, float(config.budget_bits or 0), numbers, config.solver)  # type: ignore[arg-type]
     _log.info("squared error %.4g, at least %.4g is possible", -result.value, -result.bound)
     if config.rank_options is not None:
-        config.rank_pattern = {**(config.rank_pattern or {}), **{name: c.rank for name, c in choices.items()}}
+        given = config.rank_pattern or {}
+        chosen = {exactly(name): choice.rank for name, choice in choices.items() if not _has_rank(given, name)}
+        config.rank_pattern = {**given, **chosen}
     _take(config, {name: choice.config for name, choice in choices.items()})
 
 
@@ -73,17 +76,42 @@ def _take(config: LqLoraConfig, ways: Mapping[str, NFConfig | None]) -> None:
 def table(config: LqLoraConfig, name: str, module: Any) -> MatrixErrors:
     """What can be done with a matrix; nothing where no block fits its rows."""
     weight = oriented(module)
-    factor_bits = FACTOR_BITS if config.budget_scope == "base+lora" else 0
-    own = rank_of(config, name, module)
-    ways = fitting(config.grid, weight.shape[1])
+    ways, ranks, factor_bits = _options(config, name, module)
     if not ways:
-        bits = 8 * weight.dtype.itemsize * weight.numel() + factor_bits * own * sum(weight.shape)
-        return (BitChoice(None, own, bits, 0.0),)
-    ranks = sorted({min(rank, *weight.shape) for rank in config.rank_options or [own]})
+        return (BitChoice(None, ranks[0], _least(config, name, module), 0.0),)
     how = {"factor_bits": factor_bits, "iterations": config.table_iterations, **_sketch(config)}
     choices, metric = uses(config, name, module)
     tables = [matrix_errors(weight, ways, ranks, row=row, column=col, metric=metric, **how) for row, col in choices]
     return tuple(min(each, key=lambda choice: choice.error) for each in zip(*tables, strict=True))
+
+
+def refuse_budget(config: LqLoraConfig, modules: Mapping[str, Any]) -> int:
+    """See that a budget can be met, before anything is measured; returns how many numbers there are.
+
+    Raises:
+        ValueError: If it cannot; says what can.
+    """
+    numbers = sum(module.weight.numel() for module in modules.values())
+    least = sum(_least(config, name, module) for name, module in modules.items())
+    check_budget(float(config.budget_bits or 0), least, numbers)
+    return numbers
+
+
+def _options(config: LqLoraConfig, name: str, module: Any) -> tuple[tuple[NFConfig, ...], list[int], int]:
+    """Ways and ranks that a matrix chooses from, and what a number of A or B costs."""
+    ways = fitting(config.grid, oriented(module).shape[1])
+    choose = ways and config.rank_options and not _has_rank(config.rank_pattern or {}, name)
+    ranks = config.rank_options if choose else [rank_of(config, name, module)]
+    factor_bits = FACTOR_BITS if config.budget_scope == "base+lora" else 0
+    return ways, sorted({min(rank, *module.weight.shape) for rank in ranks or ()}), factor_bits
+
+
+def _least(config: LqLoraConfig, name: str, module: Any) -> int:
+    """Bits of a matrix in its cheapest way; what no block fits stays as it is."""
+    ways, ranks, factor_bits = _options(config, name, module)
+    size, stays = module.weight.numel(), 8 * module.weight.dtype.itemsize
+    packed = min((packed_bits(way, size) for way in ways), default=stays * size)
+    return packed + factor_bits * ranks[0] * sum(module.weight.shape)
 
 
 def split(config: LqLoraConfig, way: NFConfig, module: Any, rank: int, name: str) -> tuple[NFLinear, Factors]:
@@ -129,6 +157,10 @@ def rank_of(config: LqLoraConfig, name: str, module: Any) -> int:
     """The rank of the part of low rank, as peft reads it from the configuration, but not more than the matrix has."""
     pattern = config.rank_pattern or {}
     return min(pattern.get(get_pattern_key(list(pattern), name), config.r), *module.weight.shape)
+
+
+def _has_rank(pattern: Mapping[str, int], name: str) -> bool:
+    return get_pattern_key(list(pattern), name) in pattern
 
 
 def _smaller(way: NFConfig, columns: int) -> NFConfig | None:

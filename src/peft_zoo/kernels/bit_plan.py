@@ -27,7 +27,7 @@ from peft_zoo.kernels.allocate import Allocation, allocate
 from peft_zoo.kernels.normal_float import NFConfig, packed_bits
 from peft_zoo.kernels.quantized_low_rank import Codebook, Diagonals, first_svd, quantized_low_rank
 
-__all__ = ["GRIDS", "BitChoice", "MatrixErrors", "fitting", "matrix_errors", "plan_bits"]
+__all__ = ["GRIDS", "BitChoice", "MatrixErrors", "check_budget", "fitting", "matrix_errors", "plan_bits"]
 
 _SCALES = ((2, 256), (3, 64), (4, 64), (4, 16), (8, 256))
 _SHORT = (2, 3, 4)
@@ -126,6 +126,22 @@ def matrix_errors(
     return tuple(choices)
 
 
+def check_budget(budget: float, least: int, numbers: int) -> None:
+    """Refuse a budget that cannot be met.
+
+    Args:
+        budget: Average bits of a number.
+        least: Bits of all matrices together, each in its cheapest way.
+        numbers: How many numbers they have together.
+
+    Raises:
+        ValueError: If it is below what the cheapest ways cost; says what they do.
+    """
+    if not math.isfinite(budget) or least > budget * numbers:
+        needed = math.ceil(1000 * least / numbers) / 1000
+        raise ValueError(f"budget_bits={budget!r} is below {needed}, the least that these matrices can have.")
+
+
 def plan_bits(
     tables: Mapping[str, MatrixErrors], budget: float, numbers: int, solver: Solver = "greedy"
 ) -> tuple[dict[str, BitChoice], Allocation]:
@@ -143,10 +159,7 @@ def plan_bits(
     Raises:
         ValueError: If the budget is not positive, or below what the cheapest choices cost; says what they do.
     """
-    least = sum(min(choice.bits for choice in table) for table in tables.values())
-    if not math.isfinite(budget) or least > budget * numbers:
-        needed = math.ceil(1000 * least / numbers) / 1000
-        raise ValueError(f"budget_bits={budget!r} is below {needed}, the least that these matrices can have.")
+    check_budget(budget, sum(min(choice.bits for choice in table) for table in tables.values()), numbers)
     found = allocate(
         [[-choice.error for choice in table] for table in tables.values()],
         [[choice.bits for choice in table] for table in tables.values()],

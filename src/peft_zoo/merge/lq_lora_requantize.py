@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora_layer import LqLinear
 from peft_zoo.adapters.lq_lora_linear import NFLinear, oriented
-from peft_zoo.adapters.lq_lora_plan import decompose, rank_of, spend, table
+from peft_zoo.adapters.lq_lora_plan import decompose, rank_of, refuse_budget, spend, table
 from peft_zoo.adapters.lq_lora_standalone import check_standalone, standalone, standing_layer
+from peft_zoo.adapters.lq_lora_targets import check_values
 from peft_zoo.kernels.normal_float import packed_bits
 from peft_zoo.merge.lq_lora import QuantizedMatrix
 
@@ -40,19 +41,24 @@ def merge_and_requantize(
         The model, which `save_pretrained` writes in its standalone form, and the error of each matrix.
 
     Raises:
-        ValueError: If the budget cannot be met, r is no rank, or `standalone` refuses the model: nothing is changed
-            then.
+        ValueError: If the budget cannot be met, r is no rank, a merged matrix has values that are not finite, or
+            `standalone` refuses the model: nothing is changed then.
     """
     if type(r) is not int or r < 0:
         raise ValueError(f"r={r!r} cannot be used; use an integer from 0.")
     base, name = check_standalone(model, adapter_name)
     layers = {key: module for key, module in base.named_modules() if isinstance(module, LqLinear)}
     config = _config(model.peft_config[name], budget_bits, r)
+    olds = {key: layer.quantized for key, layer in layers.items()}
+    shapes = {key: nn.Linear(old.in_features, old.out_features, device="meta") for key, old in olds.items()}
+    numbers = 0 if budget_bits is None else refuse_budget(config, shapes)
+    for key, layer in layers.items():
+        check_values(key, oriented(_merged(standing_layer(layer, name))))
     if budget_bits is None:
-        config.qconfig_map = {key: list(layer.quantized.config) for key, layer in layers.items()}
+        config.qconfig_map = {key: list(old.config) for key, old in olds.items()}
     else:
         tables = {key: table(config, key, _merged(standing_layer(layer, name))) for key, layer in layers.items()}
-        spend(config, tables, sum(_size(layer.quantized) for layer in layers.values()))
+        spend(config, tables, numbers)
     alone = standalone(model, name)
     return alone, [_requantize(alone, key, config) for key in layers]
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import peft_zoo
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora_linear import NFLinear, oriented
-from peft_zoo.adapters.lq_lora_plan import decompose, rank_of, spend, table, without_tables
+from peft_zoo.adapters.lq_lora_plan import decompose, rank_of, refuse_budget, spend, table, without_tables
 from peft_zoo.adapters.lq_lora_standalone import NFkConfig
 from peft_zoo.adapters.lq_lora_targets import check_values, named, targets
 from peft_zoo.adapters.lq_lora_weights import ATTRIBUTE, Weights, uses
@@ -77,6 +77,7 @@ def quantize_checkpoint(
     """
     target = Path(os.path.abspath(out_dir))
     check_new_folder(target)
+    _check_device(device)
     partial = target.with_name(f"{target.name}.partial")
     with Checkpoint(folder) as source:
         job = _Job(source, copy.deepcopy(config), weights, torch.device(device), progress or silent)
@@ -87,6 +88,13 @@ def quantize_checkpoint(
             job.write(work, max_shard_bytes)
     shutil.rmtree(partial)
     return rows
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device={str(device)!r} cannot be used ({str(error).splitlines()[0]}); use 'cpu'.") from error
 
 
 class _Job:
@@ -107,6 +115,10 @@ class _Job:
         if not self.layers:
             raise ValueError(f"target_modules={config.target_modules!r} names no layer of the model that is quantized.")
         self.keys = {name: self._key(name, layer, skeleton.base_model_prefix) for name, layer in self.layers.items()}
+        if self.config.budget_bits is not None and self.config.qconfig_map is None:
+            refuse_budget(self.config, self.layers)
+        if weights and config.weighting == "none":
+            raise ValueError("weights: weighting='none' uses none; set it to what they are, 'fisher' or 'activation'.")
         self.weights = weights or {}
         lost = sorted(self.layers.keys() - self.weights.keys()) if config.weighting != "none" else []
         if lost:
@@ -185,7 +197,7 @@ class _Job:
             without_tables(self.config, {name: oriented(layer).shape[1] for name, layer in self.layers.items()})
             return
         tables = {name: self._table(name) for name in self.progress(self.layers, "measuring")}
-        spend(self.config, tables, sum(layer.weight.numel() for layer in self.layers.values()))
+        spend(self.config, tables, refuse_budget(self.config, self.layers))
 
     def _table(self, name: str) -> MatrixErrors:
         path = self.partial / f"{self.numbers[name]:05d}.json"
