@@ -188,6 +188,17 @@ def test_ranks_compete_with_bits() -> None:
     assert len(table) == 6
 
 
+def test_what_stays_as_it_is_is_counted() -> None:
+    """Rows of 96 numbers have no block of 64: they cost 32 bits each, and the others have what is left."""
+    grid = [[2, 2, "bf16", 64, 256], [4, 4, "bf16", 64, 256]]
+    model = adapted(target_modules=["q_proj", "down_proj"], qconfig_grid=grid, budget_bits=20.5)
+    ways = model.peft_config["default"].qconfig_map
+    sizes = {name: weight.numel() for name, weight in weights(base()).items() if name in ways}
+    bits = {n: 32 * sizes[n] if way is None else packed_bits(NFConfig(*way), sizes[n]) for n, way in ways.items()}
+    assert sorted(way[0] if way else 32 for way in ways.values()) == [2, 4, 32, 32]
+    assert 20 < sum(bits.values()) / sum(sizes.values()) <= 20.5
+
+
 class Nested(nn.Module):
     """A layer whose name ends as another's does."""
 
