@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 FILE = "taef2_diffusers_keys.safetensors"
+SAVED_FILE = "diffusion_pytorch_model.safetensors"
 MIDDLE = {"encoder": (11, 12, 13), "decoder": (2, 3, 4)}
 WIDTH, GROUPS = 64, 4
 
@@ -48,21 +49,29 @@ def taef2(folder: str | Path | None = None) -> Any:
     """The pretrained model, in evaluation mode. Images are in [-1, 1], 1/8 of their size are the latents' sides.
 
     Args:
-        folder: With the weights; None looks where `available` does.
+        folder: With the weights, or where `save_pretrained` or `merge_and_export` has written such a model; None looks
+            where `available` does.
 
     Raises:
         ValueError: If they are not there.
     """
     folder = folder or available()
-    if folder is None or not Path(folder, FILE).is_file():
+    names = [] if folder is None else [name for name in (FILE, SAVED_FILE) if Path(folder, name).is_file()]
+    if folder is None or not names:
         raise ValueError(f"folder={str(folder)!r} has no {FILE}: set PEFT_ZOO_TAEF2 to the folder that has it.")
+    model = untrained()
+    model.load_state_dict(load_file(Path(folder, names[0])))
+    return model.eval()
+
+
+def untrained() -> Any:
+    """The same with random weights."""
     model = AutoencoderTiny(latent_channels=32)
     for side, places in MIDDLE.items():
         layers = model.get_submodule(side).layers
         for place in places:
             layers[place] = MiddleBlock(layers[place])
-    model.load_state_dict(load_file(Path(folder, FILE)))
-    return model.eval()
+    return model
 
 
 def available() -> Path | None:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,13 @@ from benchmarks.watermark_marks import (
 from peft_zoo.adapters.watermark_lora_vae import decode, frozen, reconstruct
 from peft_zoo.kernels.image_quality import psnr, ssim
 from peft_zoo.kernels.keyed_decoder import KeyedDecoder
-from peft_zoo.kernels.message_test import MatchDistribution, binomial_threshold, bits_needed
+from peft_zoo.kernels.message_test import MatchDistribution, bits_needed, count_false_alarms
 from peft_zoo.tasks.base.values import SettingError
 
 CIFAR = common.ROOT.parent / "shared" / "data" / "images" / "cifar10_jpg_8k_2k.zip"
 RATES = (1e-2, 1e-6)  # false-positive rates at which marks are to be found
 POOLED = 9  # images of one test; an odd number never splits in half
-FALSE_POSITIVE_RATE = 1e-3  # one that can be counted
+COUNTED_RATES = (1e-3, 1e-2)  # false-positive rates that can be counted
 GROUPS = (1, 8, 32)  # images of one test, where false alarms are counted
 MESSAGES = 20_000
 FULL_RATE = 5e-4  # Stable Signature's, which trains all of a decoder
@@ -101,22 +102,19 @@ def false_alarms(read: Tensor, seed: int) -> dict[str, dict[str, float]]:
     Args:
         read: `(N, n)`, bits of each image.
         seed: Of the messages, the same for all groups of images.
+
+    Returns:
+        For each number of images of one test, shares by `watermark_report.alarm`.
     """
-    bits = read.shape[1]
-    messages = torch.randint(2, (MESSAGES, bits), generator=torch.Generator().manual_seed(seed)).to(read.device)
-    result = {}
-    for images in (images for images in GROUPS if images <= len(read)):
-        groups = read.split(images)[: len(read) // images]
-        counts = torch.stack([group.sum(0) for group in groups])
-        # A bit agrees with c images if the message has 1 there, with m - c if it has 0.
-        matches = (images - counts).sum(1) + messages.float() @ (2 * counts - images).float().T
-        laws = [MatchDistribution.from_counts(row, images) for row in counts.tolist()]
-        limits = [law.threshold(FALSE_POSITIVE_RATE) for law in laws]
-        exact = matches.new_tensor([float("inf") if limit is None else limit for limit in limits])
-        usual = binomial_threshold(bits * images, FALSE_POSITIVE_RATE)
-        rates = {"exact": matches >= exact, "binomial": matches >= (float("inf") if usual is None else usual)}
-        result[str(images)] = {name: float(hit.double().mean()) for name, hit in rates.items()}
-    return result
+    return {
+        str(images): {
+            watermark_report.alarm(test, rate): share
+            for rate in COUNTED_RATES
+            for test, share in count_false_alarms(read, images, rate, MESSAGES, seed)._asdict().items()
+        }
+        for images in GROUPS
+        if images <= len(read)
+    }
 
 
 def scores(mark: Mark, images: Tensor) -> dict[str, Any]:
@@ -164,12 +162,13 @@ def check(result: dict[str, Any]) -> None:
     Raises:
         WrongFigureError: If the exact test gives more false alarms than it says, or a figure is not finite.
     """
-    for where, rates in result["false_alarms"].items():
-        for images, rate in rates.items():
+    for where, groups in result["false_alarms"].items():
+        for (images, shares), rate in product(groups.items(), COUNTED_RATES):
+            share = shares[watermark_report.alarm("exact", rate)]
             # Messages are independent, groups of images that share them are not: the deviation is at most this one.
-            if rate["exact"] > FALSE_POSITIVE_RATE + 5 * (FALSE_POSITIVE_RATE / MESSAGES) ** 0.5:
+            if share > rate + 5 * (rate / MESSAGES) ** 0.5:
                 raise WrongFigureError(
-                    f"{where}, {images} at once: the exact test has {rate['exact']:.2e} false alarms"
+                    f"{where}, {images} at once: {share:.2e} false alarms of the exact test at {rate:g}"
                 )
     if not all(math.isfinite(result[name]) for name in ("psnr", "ssim", "bit_accuracy", "seconds")):
         raise WrongFigureError("figures are not finite")
@@ -219,8 +218,8 @@ class Benchmark:
             self.record: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         else:
             self.record = {"machine": common.machine(torch.device(options.device)), "settings": settings, "runs": {}}
-        if self.record["settings"] != settings:
-            raise ValueError(f"--runs {str(self.path)!r} has settings {self.record['settings']}: give another file.")
+        if unlike := watermark_report.differing(self.record["settings"], settings):
+            raise ValueError(f"--runs {str(self.path)!r} has another {', '.join(sorted(unlike))}: give another file.")
 
     @cached_property
     def subject(self) -> Subject:

@@ -1,8 +1,8 @@
 """What happens to a mark: to its images on their way, and to the weights of the decoder that makes them.
 
 All of it works on whole batches, where the tensors are. An attack on weights knows the marked decoder and pictures,
-not the key; those that need the clean decoder too (scaling the mark, adding a LoRA as large as it) say what a model's
-owner may do to it, not what an attacker can.
+not the key; those that need the clean decoder too (scaling or truncating the mark, adding a LoRA as large as it) say
+what a model's owner may do to it, not what an attacker can.
 """
 
 from __future__ import annotations
@@ -104,11 +104,14 @@ IMAGES: dict[str, Images] = {
     "JPEG 90": partial(jpeg, quality=90),
     "JPEG 80": partial(jpeg, quality=80),
     "JPEG 50": partial(jpeg, quality=50),
+    "JPEG 30": partial(jpeg, quality=30),
     "crop to 80 %": partial(crop, area=0.8),
     "crop to 50 %": partial(crop, area=0.5),
     "crop to 30 %": partial(crop, area=0.3),
+    "crop to 10 %": partial(crop, area=0.1),
     "resize to 0.7": partial(resize, share=0.7),
     "resize to 0.5": partial(resize, share=0.5),
+    "resize to 0.3": partial(resize, share=0.3),
     "rotate by 5°": partial(rotate, degrees=5),
     "rotate by 25°": partial(rotate, degrees=25),
     "blur, sigma 0.5": partial(blur, sigma=0.5),
@@ -140,6 +143,12 @@ def scaled(weight: Tensor, clean: Tensor, factor: float) -> Tensor:
     return clean + factor * (weight - clean)
 
 
+def truncated(weight: Tensor, clean: Tensor, rank: int) -> Tensor:
+    """The LoRA of the mark by its largest singular values alone."""
+    left, values, right = torch.linalg.svd((weight - clean).flatten(1), full_matrices=False)
+    return clean + ((left[:, :rank] * values[:rank]) @ right[:rank]).view(weight.shape)
+
+
 def another_lora(weight: Tensor, clean: Tensor, factor: float) -> Tensor:
     """A random LoRA on the same layers, its norm in proportion to the mark's."""
     rows, columns = len(weight), weight[0].numel()
@@ -159,6 +168,8 @@ WEIGHTS: dict[str, Weights] = {
     "mark x 0.75": partial(scaled, factor=0.75),
     "mark x 0.5": partial(scaled, factor=0.5),
     "mark x 0.25": partial(scaled, factor=0.25),
+    "mark of rank 2": partial(truncated, rank=2),
+    "mark of rank 1": partial(truncated, rank=1),
     "another LoRA x 0.5": partial(another_lora, factor=0.5),
     "another LoRA x 1": partial(another_lora, factor=1.0),
     "another LoRA x 2": partial(another_lora, factor=2.0),

@@ -14,8 +14,8 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from benchmarks.taef2 import taef2
-from peft_zoo import WatermarkKey, WatermarkLoraConfig, calibrate_decoder, embed_watermark
-from peft_zoo.adapters.watermark_lora_embed import EmbedReport, Training
+from peft_zoo import EmbedReport, WatermarkKey, WatermarkLoraConfig, calibrate_decoder, embed_watermark
+from peft_zoo.adapters.watermark_lora_embed import Training
 from peft_zoo.adapters.watermark_lora_vae import decode, frozen, reconstruct
 from peft_zoo.kernels.keyed_decoder import KeyedDecoder
 from peft_zoo.merge.watermark_lora import merged

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def tables(result: Mapping[str, Any]) -> str:
         method, bits, _ = name.split("/")
         cells.setdefault((method, int(bits)), []).append(run)
     ours = {bits: runs for (method, bits), runs in sorted(cells.items()) if method == "two_sided"}
-    parts = [_quality(cells), costs(cells), _alarms(ours), _images(cells), _weights(cells)]
+    parts = [_quality(cells), costs(cells), alarms(ours), _images(cells), _weights(cells)]
     return "\n\n".join(parts)
 
 
@@ -58,14 +59,16 @@ def write_docs(path: Path, *others: Path) -> None:
 
 def _joined(result: dict[str, Any], other: Mapping[str, Any]) -> str:
     """Add the runs of another machine to a result; returns a sentence that names them."""
-    unlike = {
-        name for name, value in result["settings"].items() if name != "device" and other["settings"][name] != value
-    }
-    if unlike:
+    if unlike := differing(result["settings"], other["settings"]) - {"device"}:
         raise ValueError(f"--docs: results differ in {', '.join(sorted(unlike))}; give those of the same settings.")
     more = {name: {**run, **UNTIMED} for name, run in other["runs"].items() if name not in result["runs"]}
     result["runs"] |= more
     return f"Trained elsewhere, and without its times: {', '.join(more)} ({common.describe(other['machine'])})."
+
+
+def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> set[str]:
+    """Names of settings that differ; one that a result is too old to know is None, the method's default."""
+    return {name for name in {*settings, *others} if settings.get(name) != others.get(name)}
 
 
 def _quality(cells: Cells) -> str:
@@ -73,9 +76,9 @@ def _quality(cells: Cells) -> str:
     header = ["mark", "PSNR, dB", "SSIM", "bits right", *(f"found: {_test(test)}" for test in tests)]
     rows = []
     for (method, bits), runs in _ordered(cells):
-        figures = [_deviating(runs, "psnr", "{:.1f}"), _mean(runs, lambda run: run["ssim"], "{:.3f}")]
+        figures = [_deviating(runs, "psnr", "{:.1f}"), _mean((run["ssim"] for run in runs), "{:.3f}")]
         figures.append(_deviating(runs, "bit_accuracy", "{:.2%}"))
-        figures += [_mean(runs, lambda run, test=test: run["found"][test], "{:.1%}") for test in tests]  # type: ignore[misc]
+        figures += [_mean((run["found"][test] for run in runs), "{:.1%}") for test in tests]
         rows.append([f"{bits} bits, {NAMES[method]}", *figures])
     return common.markdown(header, rows)
 
@@ -97,25 +100,36 @@ def costs(cells: Cells) -> str:
         if 0 < len(reached) < len(times):
             to_99 += f" ({len(reached)} of {len(times)})"
         parameters = f"{runs[0]['parameters']:,}"
-        seconds = _mean(runs, lambda run: run["seconds"], "{:.1f}")
+        seconds = _mean((run["seconds"] for run in runs), "{:.1f}")
         rows.append([f"{bits} bits, {NAMES[method]}", parameters, seconds, to_99])
     return common.markdown(["mark", "trained", "s of training", "s to 99 % of a batch's bits"], rows)
 
 
-def _alarms(ours: Mapping[int, list[Run]]) -> str:
-    """False alarms at the most bits."""
-    bits, runs = max(ours.items())
-    header, rows = ["images of one test"], []
-    wheres = list(runs[0]["false_alarms"])
-    header += [f"{where}, {test}" for where in wheres for test in ("exact", "binomial")]
-    for images in runs[0]["false_alarms"][wheres[0]]:
-        figures = [
-            f"{statistics.fmean(run['false_alarms'][where][images][test] for run in runs):.1e}"
-            for where in wheres
-            for test in ("exact", "binomial")
-        ]
-        rows.append([f"{images} ({bits} bits)", *figures])
-    return common.markdown(header, rows)
+def alarm(test: str, rate: float) -> str:
+    """What a share of false alarms is called: without its rate where results had this one only, at first."""
+    return test if rate == 1e-3 else f"{test}, {rate:g}"
+
+
+def alarms(ours: Mapping[int, list[Run]]) -> str:
+    """Shares of random messages that are found, for every number of bits and of images in one test."""
+    found = {bits: [run["false_alarms"] for run in runs] for bits, runs in ours.items()}
+    every = [one for shares in found.values() for one in shares]
+    wheres = union(every)
+    images = union(one[where] for one in every for where in wheres)
+    tests = union(one[where][count] for one in every for where in wheres for count in one[where])
+    columns = [(where, test) for where in wheres for test in tests]
+    rows = [
+        [f"{count} ({bits} bits)"]
+        + [_mean((one[where].get(count, {}).get(test) for one in shares), "{:.1e}") for where, test in columns]
+        for bits, shares in found.items()
+        for count in images
+    ]
+    return common.markdown(["images of one test", *map(", ".join, columns)], rows)
+
+
+def union(names: Iterable[Iterable[str]]) -> list[str]:
+    """Each name once, in the order in which they come."""
+    return list(dict.fromkeys(chain.from_iterable(names)))
 
 
 def _images(cells: Cells) -> str:
@@ -128,31 +142,35 @@ def _weights(cells: Cells) -> str:
 
 def _attacks(cells: Cells, kind: str, title: str) -> str:
     """For each attack the share of right bits, and in brackets of groups of images that are found; PSNR if it has."""
-    attacked = [(key, runs) for key, runs in _ordered(cells) if "attacks" in runs[0]]
+    attacked = [(key, [run["attacks"][kind] for run in runs]) for key, runs in _ordered(cells) if "attacks" in runs[0]]
     header = [title, *(f"{bits} bits, {NAMES[method]}" for (method, bits), _ in attacked)]
-    rows = []
-    for name in attacked[0][1][0]["attacks"][kind]:
-        row = [name]
-        for _, runs in attacked:
-            found = [run["attacks"][kind][name] for run in runs]
-            text = f"{statistics.fmean(one['bit_accuracy'] for one in found):.1%}"
-            if found[0]["found"] is not None:
-                text += f" ({statistics.fmean(one['found'] for one in found):.0%})"
-            if "psnr" in found[0]:
-                text += f", {statistics.fmean(one['psnr'] for one in found):.1f} dB"
-            row.append(text)
-        rows.append(row)
+    names = union(one for _, runs in attacked for one in runs)
+    rows = [[name, *(_left([one.get(name) for one in runs]) for _, runs in attacked)] for name in names]
     return common.markdown(header, rows)
+
+
+def _left(found: Sequence[Run | None]) -> str:
+    """What one attack has left of the marks of all keys; a dash if a result does not know it."""
+    known = [one for one in found if one is not None]
+    if len(known) < len(found):
+        return "-"
+    text = f"{statistics.fmean(one['bit_accuracy'] for one in known):.1%}"
+    if known[0]["found"] is not None:
+        text += f" ({statistics.fmean(one['found'] for one in known):.0%})"
+    if "psnr" in known[0]:
+        text += f", {statistics.fmean(one['psnr'] for one in known):.1f} dB"
+    return text
 
 
 def _ordered(cells: Cells) -> list[tuple[tuple[str, int], list[Run]]]:
     return sorted(cells.items(), key=lambda cell: (list(NAMES).index(cell[0][0]), cell[0][1]))
 
 
-def _mean(runs: Iterable[Run], figure: Callable[[Run], float | None], form: str) -> str:
-    values = [figure(run) for run in runs]
-    known = [value for value in values if value is not None]
-    return form.format(statistics.fmean(known)) if len(known) == len(values) else "-"
+def _mean(values: Iterable[float | None], form: str) -> str:
+    """A dash if one is missing."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return form.format(statistics.fmean(known)) if len(known) == len(found) else "-"
 
 
 def _deviating(runs: list[Run], name: str, form: str) -> str:

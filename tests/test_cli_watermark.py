@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
-from peft_zoo import WatermarkKey
+from peft_zoo import WatermarkKey, calibrate_decoder, save_decoder
 from peft_zoo.adapters.watermark_lora_key import refuse_key_in
 from peft_zoo.adapters.watermark_lora_vae import decode, encode
 from peft_zoo.cli import main
+from peft_zoo.cli_watermark import load_images
 from tests.adapters.watermark_samples import pictures, tiny_vae
 from tests.test_cli import untouched_process
 
@@ -34,6 +38,7 @@ EMBED = [
     "--size",
     "32",
 ]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUICK = [word for text in ("num_filters=16", "steps=60", "learning_rate=0.005") for word in ("--set", text)]
 
 
@@ -66,6 +71,14 @@ def test_from_a_new_key_to_a_decision(
     assert "960 parameters, 60 steps" in text and "owner.key.decoder.safetensors (secret" in text
     assert key.secret.hex() not in text
     refuse_key_in("out", key)
+    measured = next(line for line in text.splitlines() if line.startswith("fpr "))
+    assert "measured on clean images, at a nominal 0.01" in measured
+    record = json.loads(Path("out", "watermark.json").read_text())["calibration"]
+    assert record["nominal_fpr"] == 0.01 and f"{record['measured_fpr']:.3g} measured" in measured
+    # Killed after the training: the checkpoint goes on with the decoder that was kept.
+    assert main([{"out": "resumed"}.get(word, word) for word in EMBED] + [*QUICK, "--checkpoint", "run"]) == 0
+    assert_close(*(load_file(Path(name, WEIGHTS)) for name in ("out", "resumed")), rtol=0, atol=0)
+    capsys.readouterr()
     marked = AutoencoderTiny.from_pretrained("out")
     with torch.no_grad():
         for folder, vae in (("marked", marked), ("clean", tiny_vae())):
@@ -74,9 +87,16 @@ def test_from_a_new_key_to_a_decision(
     assert main([*verify, "marked"]) == 0
     text = capsys.readouterr().out
     assert "decision    marked with this key" in text and "of 120 bits in 15 images" in text
+    assert measured in text.splitlines()
     assert main([*verify, "clean"]) == 1
     assert "no evidence of this key's mark" in capsys.readouterr().out
-    # Another autoencoder with the same key: the decoder that is there is used again.
+    # The checkpoint is another autoencoder's.
+    tiny_vae(seed=1).save_pretrained(here / "second")
+    other = [{"out": "again", "vae": "second"}.get(word, word) for word in EMBED]
+    assert main([*other, *QUICK, "--checkpoint", "run"]) == 2
+    assert "is of a training with other settings, images, key, autoencoder" in capsys.readouterr().err
+    assert not Path("again").exists()
+    # Another training with the same key: the decoder that is there is used again.
     before = Path("owner.key.decoder.safetensors").read_bytes()
     assert main([{"out": "again"}.get(word, word) for word in EMBED] + [*QUICK, "--set", "seed=1"]) == 0
     assert not Path("again", "pytorch_lora_weights.safetensors").exists() and Path("again", "watermark.json").exists()
@@ -137,5 +157,41 @@ def test_mistakes_of_embedding(
 
 def test_a_test_that_the_key_is_too_short_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     WatermarkKey(bytes(32), 8).save("owner.key")
-    assert main(["watermark", "verify", "--images", "photos", "--key", "owner.key"]) == 2
+    verify = ["watermark", "verify", "--images", "photos", "--key", "owner.key"]
+    assert main(verify) == 2
+    said = capsys.readouterr().err
+    assert "fpr=1e-06 needs a message of at least 20 bits, and the key's has 8: no number of images helps" in said
+    assert main([*verify, "--fpr", "0.01"]) == 2
     assert "is no file: embed with this key first" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_tested(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = WatermarkKey(bytes(32), 8)
+    key.save("owner.key")
+    save_decoder(calibrate_decoder(key, [pictures(40)], 16), key, "owner.key")
+    write(here / "two", pictures(2))
+    write(here / "small", pictures(1, side=40))
+    write(here / "small" / "below", pictures(1, side=20))
+    write(here / "broken", pictures(1))
+    Path("broken", "text.png").write_text("not a picture")
+    for folder, sentence in (
+        ("two", "images: 2 are too few for fpr=0.004"),
+        ("two", "give 3, as an odd number never splits in half"),
+        ("small", "images are of 20 x 20 pixels: give them at least 32"),
+        ("broken", "cannot identify image file"),
+        ("vae", "has no pictures"),
+    ):
+        assert main(["watermark", "verify", "--images", folder, "--key", "owner.key", "--fpr", "0.004"]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and len(error.strip().splitlines()) == 1
+    assert main(["watermark", "verify", "--images", "two/000.png", "--key", "owner.key", "--fpr", "0.004"]) in (0, 1)
+    assert "fpr " not in capsys.readouterr().out  # nothing was measured with this decoder
+
+
+def test_pictures_are_read_when_they_are_looked_at(here: Path) -> None:
+    found = load_images("photos")
+    assert len(found) == 40 and torch.equal(found[3], (255 * pictures(40)[3]).round() / 255)
+    Path("photos", "004.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        found[4]
+    assert load_images("photos", 32).dtype == torch.float32 and torch.equal(load_images("photos", 32)[3], found[3])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,11 @@ from peft_zoo.cli_shared import pairs, plain_warnings, sentence
 from peft_zoo.tasks.base.values import SettingError, parse_value
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
-    from peft_zoo.adapters.watermark_lora_embed import EmbedReport
     from peft_zoo.adapters.watermark_lora_key import WatermarkKey
+    from peft_zoo.adapters.watermark_lora_report import EmbedReport
 
 EPILOG = """examples:
   peft-zoo watermark new-key owner.key --payload me
@@ -124,12 +126,13 @@ def _embed(options: argparse.Namespace) -> tuple[str, bool]:
     decoder = load_decoder(key, options.key) if decoder_path(options.key).is_file() else None
     report = embed_watermark(vae, images, config, key, decoder=decoder, checkpoint=options.checkpoint)
     if decoder is None:
-        save_decoder(report.decoder, key, options.key)
-    merge_and_export(vae, options.output, config, key)
+        save_decoder(report.decoder, key, options.key, report.calibration)
+    merge_and_export(vae, options.output, config, key, report.calibration)
     return _table(_facts(report, options)), True
 
 
 def _verify(options: argparse.Namespace) -> tuple[str, bool]:
+    from peft_zoo.adapters.watermark_lora_decoder import read_calibration
     from peft_zoo.adapters.watermark_lora_verify import verify_watermark
 
     fpr = parse_value(options.fpr, float, "--fpr")
@@ -140,6 +143,7 @@ def _verify(options: argparse.Namespace) -> tuple[str, bool]:
         "matches": f"{found.matches} of {total} bits in {found.n_images} images ({found.bit_accuracy:.1%})",
         "needed": f"{found.threshold} for a false-positive rate of {fpr:g}",
         "p-value": f"{found.p_value:.3g}",
+        **_false_positives(read_calibration(options.key)),
     }
     if found.payload is not None:
         facts["payload"] = found.payload.decode(errors="backslashreplace")
@@ -179,31 +183,51 @@ def load_images(place: str, size: int | None = None) -> Any:
         size: Pixels of a square that each is cropped and scaled to; None leaves them as they are.
 
     Returns:
-        `(N, 3, size, size)` in [0, 1]; without `size`, a list of `(3, H, W)`.
+        `(N, 3, size, size)` in [0, 1]; without `size`, `Pictures`.
 
     Raises:
         SettingError: If there are no pictures, the size is not positive, or Pillow is not installed.
     """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise SettingError("pictures need Pillow: pip install 'peft-zoo[vision]'.") from None
-    import numpy as np
     import torch
 
+    if find_spec("PIL") is None:
+        raise SettingError("pictures need Pillow: pip install 'peft-zoo[vision]'.")
     if size is not None and size < 1:
         raise SettingError(f"--size cannot be {size}: give the pixels of a side, such as 256.")
     root = Path(place)
     paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise SettingError(f"--images {place!r} has no pictures: give a folder with {', '.join(SUFFIXES)} files.")
-    found = []
-    for path in paths:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-        picture = picture if size is None else ImageOps.fit(picture, (size, size))
-        found.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255)
-    return found if size is None else torch.stack(found)
+    return Pictures(paths) if size is None else torch.stack([_pixels(path, size) for path in paths]).float() / 255
+
+
+class Pictures(Sequence[Any]):
+    """Pictures that are read each time one is looked at, `(3, H, W)` in [0, 1]: any number of them fits into memory.
+
+    Args:
+        paths: Their files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: Any) -> Any:
+        return _pixels(self.paths[place]).float() / 255
+
+
+def _pixels(path: Path, size: int | None = None) -> Tensor:
+    """`(3, H, W)`, uint8."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture = picture if size is None else ImageOps.fit(picture, (size, size))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _facts(report: EmbedReport, options: argparse.Namespace) -> dict[str, str]:
@@ -211,9 +235,18 @@ def _facts(report: EmbedReport, options: argparse.Namespace) -> dict[str, str]:
         "trained": f"{report.parameters:,} parameters, {report.steps:,} steps, {report.seconds:.0f} s",
         "picture": f"PSNR {report.psnr:.1f} dB, SSIM {report.ssim:.3f} to the clean autoencoder's",
         "bits": f"{report.bit_accuracy:.2%} right (clean images: {report.clean_bit_accuracy:.1%})",
+        **_false_positives(report.calibration),
         "written": f"{options.output} (merged; to publish)",
         "decoder": f"{options.key}.decoder.safetensors (secret; verify needs it)",
     }
+
+
+def _false_positives(calibration: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured when the decoder was made, if that is known."""
+    if not {"nominal_fpr", "measured_fpr"} <= calibration.keys():
+        return {}
+    measured, nominal = calibration["measured_fpr"], calibration["nominal_fpr"]
+    return {"fpr": f"{measured:.3g} measured on clean images, at a nominal {nominal:.3g}"}
 
 
 def _table(facts: dict[str, str]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -26,9 +28,11 @@ from peft_zoo import (
     verify_watermark,
 )
 from peft_zoo.adapters import watermark_lora_embed
+from peft_zoo.adapters.watermark_lora_decoder import decoder_path, read_calibration
 from peft_zoo.adapters.watermark_lora_key import refuse_key_in
 from peft_zoo.adapters.watermark_lora_losses import augmented, picture_loss
 from peft_zoo.adapters.watermark_lora_vae import decode, encode, reconstruct
+from peft_zoo.kernels.image_quality import psnr
 from peft_zoo.kernels.keyed_decoder import KeyedDecoder
 from peft_zoo.kernels.message_test import MatchDistribution, count_matches
 from tests.adapters.watermark_samples import FILTERS, KEY, kl_vae, pictures, tiny_vae, watermark
@@ -71,6 +75,7 @@ def test_pictures_that_were_not_trained_on_carry_the_message(embedded: Embedded)
     assert report.bit_accuracy > 0.95 and 0.3 < report.clean_bit_accuracy < 0.7
     assert report.psnr > 30 and report.ssim > 0.9
     assert len(report.trace) == report.steps == 60 and report.parameters == 3 * (4 * 8 * 9 + 8 * 4)
+    assert report.nominal_fpr == 0.01 and report.images_per_test == 9 and 0 < report.measured_fpr < 0.0135  # 5 sigma
     assert report.trace[0]["lambda_i"] == report.trace[0]["lambda_w"] == 0.5
     found = verify_watermark(embedded.marked, KEY, decoder=embedded.decoder, fpr=0.01)
     assert found.decision and found.matches >= found.threshold and found.p_value <= 0.01
@@ -149,6 +154,68 @@ class Says(nn.Module):
         return 2 * self.bits[: len(images)] - 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_images_of_any_floating_point_type(dtype: torch.dtype, embedded: Embedded) -> None:
+    images = embedded.marked.to(dtype)
+    assert torch.equal(read_bits(embedded.decoder, images), read_bits(embedded.decoder, images.float()))
+    one = verify_watermark(list(images), KEY, decoder=embedded.decoder, fpr=0.01)
+    assert one.decision and one.matches == verify_watermark(images, KEY, decoder=embedded.decoder, fpr=0.01).matches
+    report = embed_watermark(tiny_vae(), pictures().to(dtype), watermark(), KEY, eval_images=pictures(3).to(dtype))
+    assert report.steps == 3
+
+
+def test_a_decoder_reads_in_evaluation_mode_and_stays_as_it_was() -> None:
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.BatchNorm1d(48), nn.Dropout(), nn.Linear(48, 8))
+    own[3].eval()
+    before = copy.deepcopy(own.state_dict())
+    read = read_bits(own, pictures(9))
+    assert same(own.state_dict(), before) and own.training and own[2].training and not own[3].training
+    with torch.no_grad():
+        assert torch.equal(read, own.eval()(pictures(9)) > 0)
+    assert all(parameter.requires_grad for parameter in own.parameters())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_dropout_is_for_training_only(mode: bool) -> None:
+    vae, images, drawn = tiny_vae().train(mode), pictures(9, seed=2), []
+    hook = vae.decoder.register_forward_pre_hook(lambda module, _: drawn.append(dropouts(module)))
+    report = embed_watermark(vae, pictures(), watermark(lora_dropout=0.5), KEY, eval_images=images)
+    hook.remove()
+    assert any(drawn) and not drawn[-1]
+    assert dropouts(vae) == (3 if mode else 0) and vae.training is mode
+    vae.eval()
+    with torch.no_grad():
+        made, again = (decode(vae, encode(vae, images)) for _ in range(2))
+    assert torch.equal(made, again)
+    assert report.psnr == pytest.approx(float(psnr(made, reconstruct(tiny_vae(), images)[1]).mean()), rel=1e-5)
+
+
+def dropouts(module: nn.Module) -> int:
+    """How many layers of dropout do something."""
+    return sum(isinstance(part, nn.Dropout) and part.training for part in module.modules())
+
+
+def test_pictures_are_looked_at_one_after_the_other() -> None:
+    done: list[str] = []
+
+    class Folder(Sequence[Tensor]):
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, place: Any) -> Any:
+            if place == len(self):
+                raise IndexError
+            done.append("looked at")
+            return pictures(1, seed=place)[0]
+
+    decoder = KeyedDecoder(0, 8, 16).calibrate([pictures(40)])
+    expected = torch.cat([read_bits(decoder, pictures(1, seed=place)) for place in range(5)])
+    decoder.register_forward_hook(lambda *_: done.append("read"))
+    assert torch.equal(read_bits(decoder, Folder()), expected)
+    assert done == ["looked at", "read"] * 5
+
+
 # --- every kind of autoencoder ---
 
 
@@ -223,9 +290,12 @@ def test_image_losses_are_one_at_the_target() -> None:
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, folder = watermark(steps=7, augmentations=["noise", "crop"]), tmp_path / "run"
+    config, folder = watermark(steps=7, augmentations=["noise", "crop"], lora_dropout=0.3), tmp_path / "run"
+    before = torch.get_rng_state()
     whole, killed, resumed = tiny_vae(), tiny_vae(), tiny_vae()
     expected = embed_watermark(whole, pictures(), config, KEY)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's random numbers go on as if nothing had been
+    torch.manual_seed(1)
     original = watermark_lora_embed.Training.step
 
     def power_cut(self: Any, number: int, *rest: Any) -> dict[str, float]:
@@ -256,14 +326,24 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     embed_watermark(tiny_vae(), pictures(), watermark(), KEY, checkpoint=tmp_path, checkpoint_every=1)
     file = tmp_path / "watermark_checkpoint.safetensors"
     before = file.read_bytes()
-    others: list[tuple[Any, ...]] = [
-        (pictures(), watermark(seed=1), KEY),
-        (pictures(seed=1), watermark(), KEY),
-        (pictures(), watermark(), WatermarkKey(bytes(32), 8)),
+    kept = KeyedDecoder(KEY.seed("decoder"), 8, FILTERS).calibrate([pictures(seed=9)])
+    others: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((tiny_vae(), pictures(), watermark(seed=1), KEY), {}),
+        ((tiny_vae(), pictures(seed=1), watermark(), KEY), {}),
+        ((tiny_vae(), pictures().flip(0), watermark(), KEY), {}),  # of the same sum
+        ((tiny_vae(), pictures(), watermark(), WatermarkKey(bytes(32), 8)), {}),
+        ((tiny_vae(seed=1), pictures(), watermark(), KEY), {}),
+        ((kl_vae(), pictures(), watermark(), KEY), {}),
+        ((tiny_vae(), pictures(), watermark(), KEY), {"decoder": kept}),
+        ((tiny_vae(), pictures(), watermark(), KEY), {"image_loss": F.mse_loss}),
+        ((tiny_vae(), pictures(), watermark(), KEY), {"adapter_name": "other"}),
     ]
-    for arguments in others:
-        with pytest.raises(ValueError, match="is of a training with other settings, images or key"):
-            embed_watermark(tiny_vae(), *arguments, checkpoint=tmp_path)
+    for arguments, more in others:
+        with pytest.raises(
+            ValueError, match="other settings, images, key, autoencoder or decoder: give another folder"
+        ):
+            embed_watermark(*arguments, **more, checkpoint=tmp_path)
+        assert not lora_state(arguments[0]) and not hasattr(arguments[0], "peft_config")
     assert file.read_bytes() == before
     file.write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="is damaged"):
@@ -345,7 +425,13 @@ def test_other_arguments_that_cannot_be() -> None:
 
 def test_tests_that_cannot_be() -> None:
     decoder = Says(torch.zeros(9, 8))
-    for images, said in (([], "give at least one"), (pictures(1)[0], "shape"), ([pictures(1)[0, :1]], "in colours")):
+    for images, said in (
+        ([], "give at least one"),
+        (pictures(1)[0], "shape"),
+        ([pictures(1)[0, :1]], "in colours"),
+        (pictures(2, side=31), "31 x 31 pixels: give them at least 32"),
+        ([pictures(1)[0], pictures(1, side=20)[0]], "20 x 20 pixels: give them at least 32"),
+    ):
         with pytest.raises(ValueError, match=said):
             verify_watermark(images, KEY, decoder=decoder, fpr=0.01)
     with pytest.raises(ValueError, match=r"fpr=1e-06 needs a message of at least 20 bits.* key's has 8: no number of"):
@@ -410,6 +496,29 @@ def test_a_decoder_comes_back_from_beside_its_key(embedded: Embedded, tmp_path: 
     assert identify_watermark(embedded.marked, {"me": str(path)}, fpr_total=0.01).names == ("me",)
     with pytest.raises(ValueError, match="exists, and marks made with it would be lost"):
         save_decoder(embedded.decoder, KEY, path)
+
+
+def test_what_was_measured_is_kept_with_the_decoder(embedded: Embedded, tmp_path: Path) -> None:
+    report = embedded.report
+    save_decoder(embedded.decoder, KEY, tmp_path / "a", report.calibration)
+    expected = {"nominal_fpr": 0.01, "measured_fpr": report.measured_fpr, "images_per_test": 9}
+    assert read_calibration(tmp_path / "a") == report.calibration == expected
+    save_decoder(embedded.decoder, KEY, tmp_path / "b")
+    assert read_calibration(tmp_path / "b") == {}
+    content = decoder_path(tmp_path / "b").read_bytes()
+    decoder_path(tmp_path / "b").write_bytes(content.replace(b'\\"calibration\\"', b'\\"calibratiox\\"'))
+    assert read_calibration(tmp_path / "b") == {}  # as of a file that is older than this
+    with pytest.raises(ValueError, match="is no file"):
+        read_calibration(tmp_path / "c")
+
+
+@pytest.mark.parametrize(("count", "images"), [(1, 1), (2, 1), (4, 3), (11, 9)])
+def test_false_positives_are_counted_with_an_odd_number_of_images(count: int, images: int) -> None:
+    """Of few bits no rate below 2^-n can be asked for."""
+    key = WatermarkKey(bytes(range(32)), 5)
+    config = watermark(num_bits=5, num_filters=16)
+    report = embed_watermark(tiny_vae(), pictures(), config, key, eval_images=pictures(count, seed=3))
+    assert report.images_per_test == images and report.nominal_fpr == 2**-5 and 0 < report.measured_fpr < 0.04
 
 
 def test_the_decoder_s_file_gives_nothing_away_and_is_found_before_an_upload(

@@ -43,6 +43,7 @@ def test_every_training_has_its_figures(finished: tuple[list[str], dict[str, Any
         for rates in run["false_alarms"].values():
             assert list(rates) == ["1", "8", "32"]
             assert rates["1"]["exact"] == rates["1"]["binomial"]  # of one image, both are the same test
+            assert rates["1"]["exact, 0.01"] == rates["1"]["binomial, 0.01"] > rates["1"]["exact"]
     lora, full = runs[NAMES[0]], runs[NAMES[2]]
     assert (
         lora["parameters"] < full["parameters"] == sum(p.numel() for p in watermark_marks.tiny().decoder.parameters())
@@ -80,18 +81,39 @@ def test_goes_on_where_it_was_killed(
 def test_runs_of_other_settings_are_refused(
     finished: tuple[list[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert watermark.main([*finished[0], "--steps", "5"]) == 1
-    assert "--runs" in capsys.readouterr().err
+    assert watermark.main([*finished[0], "--steps", "5", "--bit-target", "0.9"]) == 1
+    said = capsys.readouterr().err
+    assert "--runs" in said and "has another bit_target, steps: give another file" in said
 
 
-@pytest.mark.parametrize("broken", ["merged", "false_alarms"])
+def test_runs_that_are_too_old_to_know_a_setting_have_its_default(
+    finished: tuple[list[str], dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs.json"
+    record = json.loads(Path(finished[0][4]).read_text(encoding="utf-8"))
+    del record["settings"]["bit_target"]
+    common.write_json(runs, record)
+    arguments = [*ARGUMENTS, "--runs", str(runs), "--json", str(tmp_path / "result.json")]
+    assert watermark.main(arguments) == 0
+    assert watermark.main([*arguments, "--bit-target", "0.9"]) == 1
+    assert "has another bit_target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("broken", "alarms"),
+    [("merged", {}), ("alarms", {"exact": 0.01, "exact, 0.01": 0.01}), ("alarms", {"exact": 0.0, "exact, 0.01": 0.02})],
+)
 def test_nothing_wrong_is_saved(
-    broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    broken: str,
+    alarms: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if broken == "merged":
         monkeypatch.setattr(watermark_marks, "merged", lambda vae: _louder())
     else:
-        monkeypatch.setattr(watermark, "false_alarms", lambda read, seed: {"1": {"exact": 0.01, "binomial": 0.0}})
+        monkeypatch.setattr(watermark, "false_alarms", lambda read, seed: {"1": alarms})
     monkeypatch.setattr(Benchmark, "plan", lambda self: iter([("two_sided", 24, 0)]))
     runs, path = tmp_path / "runs.json", tmp_path / "result.json"
     assert watermark.main([*ARGUMENTS, "--runs", str(runs), "--json", str(path)]) == 1
@@ -146,20 +168,23 @@ def test_found_is_what_the_test_of_each_group_says(images: int) -> None:
 
 def test_false_alarms_are_counted_message_by_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watermark, "MESSAGES", 400)
-    monkeypatch.setattr(watermark, "FALSE_POSITIVE_RATE", 0.05)
-    monkeypatch.setattr(watermark, "GROUPS", (1, 4))
+    monkeypatch.setattr(watermark, "COUNTED_RATES", (1e-3, 0.05))
+    monkeypatch.setattr(watermark, "GROUPS", (1, 4, 10))
     bias = torch.linspace(0.2, 0.9, 10)
     read = torch.rand(9, 10, generator=torch.Generator().manual_seed(0)) < bias
     messages = torch.randint(2, (400, 10), generator=torch.Generator().manual_seed(7)).bool()
-    for images, rates in watermark.false_alarms(read, 7).items():
+    found = watermark.false_alarms(read, 7)
+    assert list(found) == ["1", "4"]  # 9 images are too few for the third
+    for images, rates in found.items():
+        assert list(rates) == ["exact", "binomial", "exact, 0.05", "binomial, 0.05"]
         m = int(images)
         groups = read.split(m)[: 9 // m]
-        exact = [message_p_value(group, message) <= 0.05 for group in groups for message in messages]
         usual = [
             binomial_p_value(int((group == message).sum()), 10 * m) <= 0.05 for group in groups for message in messages
         ]
-        assert rates["exact"] == pytest.approx(sum(exact) / len(exact))
-        assert rates["binomial"] == pytest.approx(sum(usual) / len(usual))
+        exact = [message_p_value(group, message) <= 0.05 for group in groups for message in messages]
+        assert rates["exact, 0.05"] == pytest.approx(sum(exact) / len(exact))
+        assert rates["binomial, 0.05"] == pytest.approx(sum(usual) / len(usual))
 
 
 # ---- attacks ----
@@ -194,6 +219,10 @@ def test_attacks_on_weights_do_what_they_say() -> None:
     kept = watermark_attacks.pruned(weight, clean, 0.25)
     assert (kept == 0).float().mean() == 0.25 and kept.abs().sum() > 0.9 * weight.abs().sum()
     assert torch.equal(watermark_attacks.scaled(weight, clean, 0.0), clean)
+    left = watermark_attacks.truncated(weight, clean, 2) - clean
+    values = torch.linalg.svdvals((weight - clean).flatten(1))
+    assert torch.allclose(torch.linalg.svdvals(left.flatten(1))[:3], torch.tensor([*values[:2], 0]), atol=1e-4)
+    assert torch.allclose(watermark_attacks.truncated(weight, clean, 8), weight, atol=1e-5)
     added = watermark_attacks.another_lora(weight, clean, 2.0) - weight
     assert added.norm().item() == pytest.approx(2 * (weight - clean).norm().item(), rel=1e-4)
     assert torch.linalg.matrix_rank(added.flatten(1), rtol=1e-4) == watermark_attacks.RANK
@@ -252,11 +281,39 @@ def test_keys_of_another_machine_join_the_tables_without_their_times(
     assert "Trained elsewhere, and without its times: two_sided/24/7" in text and "1000000" not in text
     mean = (result["runs"]["two_sided/24/0"]["psnr"] + 99) / 2
     assert f"| 24 bits, LoRA | {mean:.1f} ± " in text
-    more["settings"]["steps"] += 1
-    second.write_text(json.dumps(more), encoding="utf-8")
-    assert watermark.main(["--docs", str(first), str(second)]) == 1
-    assert "results differ in steps" in capsys.readouterr().err
+    del result["settings"]["bit_target"]  # as of a result that is older than this setting
+    first.write_text(json.dumps(result), encoding="utf-8")
+    assert watermark.main(["--docs", str(first), str(second)]) == 0
+    for name, value in (("steps", 5), ("bit_target", 0.9)):
+        settings = {**more["settings"], name: value}
+        second.write_text(json.dumps({**more, "settings": settings}), encoding="utf-8")
+        for order in ((first, second), (second, first)):
+            assert watermark.main(["--docs", *map(str, order)]) == 1
+            assert f"results differ in {name};" in capsys.readouterr().err
     assert page.read_text(encoding="utf-8") == text
+
+
+def test_results_that_know_less_join_with_a_dash(finished: tuple[list[str], dict[str, Any]]) -> None:
+    new = finished[1]["runs"]["two_sided/24/0"]
+    old = copy.deepcopy(new)
+    for groups in old["false_alarms"].values():
+        for rates in groups.values():
+            del rates["exact, 0.01"], rates["binomial, 0.01"]
+    del old["attacks"]["images"]["JPEG 30"], old["attacks"]["weights"]["mark of rank 1"]
+    for runs in ({"two_sided/24/0": old, "two_sided/24/1": new}, {"two_sided/24/0": new, "two_sided/24/1": old}):
+        lines = watermark_report.tables({"runs": runs}).splitlines()
+        assert "| JPEG 30 | - |" in lines and "| mark of rank 1 | - |" in lines
+        assert not any(line.startswith("| JPEG 50 | -") for line in lines)
+        one = next(line.rstrip(" |") for line in lines if line.startswith("| 8 (24 bits) |"))
+        assert [cell == "-" for cell in one.split(" | ")[1:]] == [False, False, True, True] * 2
+    lines = watermark_report.tables({"runs": {"two_sided/24/0": old}}).splitlines()
+    assert not any("JPEG 30" in line or "exact, 0.01" in line for line in lines)
+
+
+def test_false_alarms_of_every_number_of_bits() -> None:
+    runs = {bits: [{"false_alarms": {"here": {"1": {"exact": bits / 1e4}}}}] for bits in (16, 48)}
+    text = watermark_report.alarms(runs)
+    assert "| 1 (16 bits) | 1.6e-03 |" in text and "| 1 (48 bits) | 4.8e-03 |" in text and "here, exact" in text
 
 
 def test_means_and_what_is_missing() -> None:

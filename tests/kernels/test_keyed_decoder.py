@@ -125,6 +125,13 @@ def test_calibration_needs_enough_different_images() -> None:
         KeyedDecoder(0, 6, 12).calibrate([pictures(1).expand(30, -1, -1, -1)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_come_back_in_float32(dtype: torch.dtype) -> None:
+    images = pictures(2).to(dtype)
+    found = check_images(images)
+    assert found.dtype == torch.float32 and torch.equal(found, images.float())
+
+
 @pytest.mark.parametrize(
     ("images", "said"),
     [

@@ -15,6 +15,7 @@ from peft_zoo.kernels.message_test import (
     binomial_p_value,
     binomial_threshold,
     bits_needed,
+    count_false_alarms,
     count_matches,
     message_p_value,
     threshold,
@@ -231,3 +232,42 @@ def test_what_cannot_be() -> None:
         threshold([0] * 48, 10**6, 0.5)
     with pytest.raises(ValueError, match="trials must be a positive int"):
         binomial_p_value(1, 0)
+
+
+# --- counted ---
+
+
+@pytest.mark.parametrize("images", [1, 4, 9])
+def test_false_alarms_are_counted_message_by_message(images: int) -> None:
+    read, fpr = decoded(9, 10), 0.05
+    drawn = torch.randint(2, (400, 10), generator=torch.Generator().manual_seed(7))
+    groups = read.split(images)[: 9 // images]
+    pairs = [(group, message) for group in groups for message in drawn]
+    exact = [message_p_value(group, message) <= fpr for group, message in pairs]
+    usual = [binomial_p_value(count_matches(group, message), 10 * images) <= fpr for group, message in pairs]
+    found = count_false_alarms(read, images, fpr, 400, 7)
+    assert found.exact == pytest.approx(sum(exact) / len(exact))
+    assert found.binomial == pytest.approx(sum(usual) / len(usual))
+
+
+def test_the_counted_rate_is_at_most_the_nominal_one_where_the_usual_test_s_is_not() -> None:
+    found = count_false_alarms(decoded(64, 24).float(), 32, 1e-2)
+    assert 0 < found.exact <= 1e-2 + 5 * (1e-2 / 20_000) ** 0.5 < found.binomial
+
+
+def test_bits_that_split_in_half_raise_no_false_alarm() -> None:
+    assert count_false_alarms(torch.eye(2).repeat(1, 4), 2, 0.1) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "fpr", "said"),
+    [
+        (0, 0.1, "images=0 must be an int from 1 to the 9 that were decoded"),
+        (10, 0.1, "images=10 must be"),
+        (1, 1e-6, "fpr=1e-06 is below 2\\^-10"),
+        (1, 0.0, "fpr must be between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_counted(images: int, fpr: float, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        count_false_alarms(decoded(9, 10), images, fpr)

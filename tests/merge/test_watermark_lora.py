@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from benchmarks.taef2 import taef2, untrained
 from peft_zoo import EmbedReport, WatermarkKey, embed_watermark, save_decoder, verify_watermark
 from peft_zoo.adapters.watermark_lora_vae import decode, encode
 from peft_zoo.merge.watermark_lora import merge_and_export, merged
@@ -42,7 +43,11 @@ def test_what_is_exported_carries_the_mark_without_peft(marked: tuple[Any, Embed
     assert verify_watermark(outputs(loaded), KEY, decoder=report.decoder, fpr=0.01).decision
     record = json.loads((folder / "watermark.json").read_text())
     assert record["commitment"] == KEY.commitment and record["method"] == "watermark_lora" and record["num_bits"] == 8
-    assert record["decoder"] == "keyed" and record["calibration"] == {"fpr": 0.01, "measured": 0.009}
+    assert (
+        "differing_tensors" not in record
+        and record["decoder"] == "keyed"
+        and record["calibration"] == {"fpr": 0.01, "measured": 0.009}
+    )
     card = (folder / "README.md").read_text()
     assert "invisible watermark (EW-LoRA, 8 bits)" in card and "- watermark" in card
 
@@ -101,6 +106,20 @@ def test_a_module_of_one_s_own(tmp_path: Path) -> None:
     fresh.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     torch.testing.assert_close(outputs(fresh), outputs(vae), rtol=0, atol=1e-5)
     assert set(fresh.state_dict()) == names
+
+
+def test_an_autoencoder_that_its_class_does_not_know_is_loaded_as_the_card_says(tmp_path: Path) -> None:
+    """TAEF2 is an `AutoencoderTiny` with blocks that the class has not."""
+    torch.manual_seed(0)
+    vae = untrained()
+    embed_watermark(vae, pictures(), watermark(), KEY)
+    with pytest.warns(UserWarning, match=r"a new `AutoencoderTiny` in 24 tensors, such as .*pool.* Build the model"):
+        folder = merge_and_export(vae, tmp_path / "out", watermark(), KEY)
+    differing = json.loads((folder / "watermark.json").read_text())["differing_tensors"]
+    assert len(differing) == 24 and all(".pool." in name for name in differing)
+    card = (folder / "README.md").read_text()
+    assert "24 tensors" in card and "model.load_state_dict" in card and "invisible watermark" in card
+    torch.testing.assert_close(outputs(taef2(folder)), outputs(vae.eval()), rtol=0, atol=1e-5)
 
 
 def test_what_is_refused_leaves_nothing(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:

@@ -24,13 +24,30 @@ NAME = "watermark_checkpoint.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def fingerprint(config: WatermarkLoraConfig, key: WatermarkKey, images: Tensor) -> str:
-    """A hash of what a training depends on; of the key it knows the commitment."""
+def fingerprint(
+    config: WatermarkLoraConfig, key: WatermarkKey, images: Tensor, modules: Mapping[str, Any], adapter_name: str
+) -> str:
+    """A hash of what a training depends on; of the key it knows the commitment.
+
+    Args:
+        config: What is trained.
+        key: Whose message.
+        images: On what.
+        modules: Autoencoder, decoder and image loss, by what they are there for: of a module all its tensors count, of
+            a function its name.
+        adapter_name: Of the LoRA.
+    """
     facts = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-    text = json.dumps([facts, key.commitment, list(images.shape)], sort_keys=True, default=str)
-    # As integers: a sum that does not depend on the order of additions.
-    content = int((images.double() * 2**16).long().sum())
-    return hashlib.sha256(f"{text} {content}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    digest.update(json.dumps([facts, key.commitment, adapter_name], sort_keys=True, default=str).encode())
+    _add(digest, "images", images)
+    for role, module in modules.items():
+        kind = module if hasattr(module, "__qualname__") else type(module)
+        digest.update(f"{role} {kind.__module__}.{kind.__qualname__}\n".encode())
+        if isinstance(module, nn.Module):  # not its state dict, which leaves buffers out that are not persistent
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                _add(digest, name, tensor)
+    return digest.hexdigest()
 
 
 class EmbedCheckpoint:
@@ -45,7 +62,11 @@ class EmbedCheckpoint:
         if self.path.parent.exists() and not self.path.parent.is_dir():
             raise ValueError(f"checkpoint={str(folder)!r} is no folder: give a new name, or the folder of a run.")
         if self.path.exists() and (found := self._facts().get("of")) != of:
-            what = "is damaged" if found is None else "is of a training with other settings, images or key"
+            what = (
+                "is damaged"
+                if found is None
+                else "is of a training with other settings, images, key, autoencoder or decoder"
+            )
             raise ValueError(f"{str(self.path)!r} {what}: give another folder, or delete it to start anew.")
 
     def save(
@@ -97,3 +118,8 @@ class EmbedCheckpoint:
                 return json.loads((file.metadata() or {}).get("training", "{}"))
         except (SafetensorError, ValueError):
             return {}
+
+
+def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,13 +53,19 @@ def decoder_path(key_path: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(key_path)}{SUFFIX}")
 
 
-def save_decoder(decoder: nn.Module, key: WatermarkKey, key_path: str | os.PathLike[str]) -> Path:
+def save_decoder(
+    decoder: nn.Module,
+    key: WatermarkKey,
+    key_path: str | os.PathLike[str],
+    calibration: Mapping[str, Any] | None = None,
+) -> Path:
     """Keep the calibration beside the key's file, for its owner only (mode 0600), whole or not at all.
 
     Args:
         decoder: What `calibrate_decoder` or `embed_watermark` made.
         key: The decoder's.
         key_path: Where the key is, or will be.
+        calibration: What to remember about false positives: `EmbedReport.calibration`, or other numbers and texts.
 
     Returns:
         Where it was written.
@@ -79,6 +86,7 @@ def save_decoder(decoder: nn.Module, key: WatermarkKey, key_path: str | os.PathL
         "commitment": key.commitment,
         "num_bits": decoder.num_bits,
         "num_filters": decoder.num_filters,
+        "calibration": dict(calibration or {}),
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in decoder.state_dict().items()}
     content = save(tensors, metadata={"decoder": json.dumps(facts)})
@@ -107,6 +115,34 @@ def load_decoder(key: WatermarkKey, key_path: str | os.PathLike[str]) -> KeyedDe
         ValueError: If there is no calibration, it is damaged, or of another key.
     """
     target = decoder_path(key_path)
+    facts, tensors = _content(target)
+    if facts.get("commitment") != key.commitment:
+        raise ValueError(f"{str(target)!r} belongs to another key: give the key that it was made with.")
+    decoder = KeyedDecoder(key.seed(PURPOSE), facts.get("num_bits", 0), facts.get("num_filters", 0))
+    try:
+        decoder.load_state_dict(tensors)
+    except RuntimeError:
+        raise ValueError(f"{str(target)!r} has other tensors than it says: it is damaged, use a copy.") from None
+    _check_owner(decoder, key)
+    if not decoder.is_calibrated:
+        raise ValueError(f"{str(target)!r} has numbers that are not finite: it is damaged, use a copy.")
+    return decoder
+
+
+def read_calibration(key_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_decoder` was to remember about false positives; nothing in files of earlier versions.
+
+    Args:
+        key_path: Where the key is.
+
+    Raises:
+        ValueError: If there is no decoder beside it, or it is damaged.
+    """
+    return dict(_content(decoder_path(key_path))[0].get("calibration", {}))
+
+
+def _content(target: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors of a decoder's file."""
     if not target.is_file():
         raise ValueError(f"{str(target)!r} is no file: embed with this key first, or copy it to be beside the key.")
     if target.stat().st_size > LARGEST_FILE:
@@ -119,17 +155,7 @@ def load_decoder(key: WatermarkKey, key_path: str | os.PathLike[str]) -> KeyedDe
         facts, tensors = {}, {}
     if not isinstance(facts, dict) or facts.get("format") != DECODER_FORMAT:
         raise ValueError(f"{str(target)!r} is not what save_decoder has written: use a copy.")
-    if facts.get("commitment") != key.commitment:
-        raise ValueError(f"{str(target)!r} belongs to another key: give the key that it was made with.")
-    decoder = KeyedDecoder(key.seed(PURPOSE), facts.get("num_bits", 0), facts.get("num_filters", 0))
-    try:
-        decoder.load_state_dict(tensors)
-    except RuntimeError:
-        raise ValueError(f"{str(target)!r} has other tensors than it says: it is damaged, use a copy.") from None
-    _check_owner(decoder, key)
-    if not decoder.is_calibrated:
-        raise ValueError(f"{str(target)!r} has numbers that are not finite: it is damaged, use a copy.")
-    return decoder
+    return facts, tensors
 
 
 def _check_owner(decoder: KeyedDecoder, key: WatermarkKey) -> None:

@@ -10,7 +10,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +23,18 @@ from peft_zoo.adapters.watermark_lora_controller import DlwsController, TwoSided
 from peft_zoo.adapters.watermark_lora_decoder import calibrate_decoder
 from peft_zoo.adapters.watermark_lora_key import WatermarkKey
 from peft_zoo.adapters.watermark_lora_losses import augmented, picture_loss
+from peft_zoo.adapters.watermark_lora_report import EmbedReport
 from peft_zoo.adapters.watermark_lora_vae import add_lora, check_vae, decode, frozen, reconstruct, remove_lora
 from peft_zoo.kernels.image_quality import psnr, ssim
 from peft_zoo.kernels.keyed_decoder import check_images
+from peft_zoo.kernels.message_test import count_false_alarms
 
-__all__ = ["EmbedReport", "embed_watermark"]
+__all__ = ["embed_watermark"]
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
 EVALUATED = 64  # images, if none are given for it
 BATCH = 16
-
-
-@dataclass(frozen=True)
-class EmbedReport:
-    """What came of a training.
-
-    Attributes:
-        steps: Of training.
-        parameters: Trained.
-        psnr: In dB, marked to clean images, the mean over those evaluated.
-        ssim: The same.
-        bit_accuracy: Share of bits that are right on marked images.
-        clean_bit_accuracy: On clean images: about 0.5.
-        seconds: Of training, all parts of it if it was interrupted.
-        trace: For each step `step`, `psnr`, `bit_accuracy` (of its batch), `lambda_i`, `lambda_w`, `seconds` so far.
-        decoder: What reads the message; secret, keep it with `save_decoder`.
-    """
-
-    steps: int
-    parameters: int
-    psnr: float
-    ssim: float
-    bit_accuracy: float
-    clean_bit_accuracy: float
-    seconds: float
-    trace: list[dict[str, float]] = field(repr=False)
-    decoder: nn.Module = field(repr=False)
-
-    def seconds_to(self, bit_accuracy: float, window: int = 10) -> float | None:
-        """Seconds after which the bit accuracy, as the mean over some steps, first reached a value; None if never."""
-        values = [entry["bit_accuracy"] for entry in self.trace]
-        for end in range(window, len(values) + 1):
-            if sum(values[end - window : end]) >= bit_accuracy * window:
-                return self.trace[end - 1]["seconds"]
-        return None
+NOMINAL_FPR, POOLED = 1e-2, 9  # where false positives are counted: images of one test, an odd number
 
 
 def embed_watermark(
@@ -98,7 +65,7 @@ def embed_watermark(
         image_loss: From marked and clean images to a number, in place of the configuration's (LPIPS, for example).
         adapter_name: Of the LoRA.
         checkpoint: A folder to go on from if the run is interrupted, with the same arguments; None keeps nothing.
-        checkpoint_every: Steps between two checkpoints.
+        checkpoint_every: Steps between two checkpoints; there is one at the end too.
         progress: Whether to show a bar, if stderr is a terminal and tqdm is there.
 
     Raises:
@@ -108,7 +75,6 @@ def embed_watermark(
     if eval_images is not None:
         held_out = _stacked("eval_images", eval_images)
     _check(vae, config, key, decoder, checkpoint_every)
-    store = None if checkpoint is None else EmbedCheckpoint(checkpoint, fingerprint(config, key, pictures))
     with frozen(vae, *([] if decoder is None else [decoder])):
         device = next(vae.parameters()).device
         latents, clean = reconstruct(vae, pictures)
@@ -117,9 +83,14 @@ def embed_watermark(
             decoder = calibrate_decoder(key, clean.split(BATCH), config.num_filters, device)
         run = Training(vae, config, decoder.to(device), key.message.to(device, torch.float32), image_loss)
         run.check_decoder(clean[:1])
+        store = None
+        if checkpoint is not None:
+            modules = {"vae": vae, "decoder": run.decoder, "image_loss": image_loss}
+            store = EmbedCheckpoint(checkpoint, fingerprint(config, key, pictures, modules, adapter_name))
         try:
             run.parameters = add_lora(vae, config, adapter_name)
             run.train(latents, clean, store, checkpoint_every, progress)
+            vae.eval()  # a LoRA's dropout is for training only
             facts = run.evaluate(*evaluated)
         except BaseException:
             remove_lora(vae)
@@ -190,15 +161,19 @@ class Training:
             self.trace = store.load(self.parameters, optimizer, self.controller)
         spent = self.trace[-1]["seconds"] if self.trace else 0.0
         start = time.perf_counter()
-        for step in _bar(range(len(self.trace), self.config.steps), progress):
-            facts = self.step(step, latents, clean, optimizer)
-            self.trace.append({"step": step + 1, **facts, "seconds": spent + time.perf_counter() - start})
-            if store is not None and (step + 1) % every == 0:
-                store.save(self.parameters, optimizer, self.controller, self.trace)
+        device = self.message.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for step in _bar(range(len(self.trace), self.config.steps), progress):
+                facts = self.step(step, latents, clean, optimizer)
+                self.trace.append({"step": step + 1, **facts, "seconds": spent + time.perf_counter() - start})
+                if store is not None and (step + 1 == self.config.steps or (step + 1) % every == 0):
+                    store.save(self.parameters, optimizer, self.controller, self.trace)
 
     def step(self, number: int, latents: Tensor, clean: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """One step, on images that its number and the seed choose; returns what `trace` has of it but the seconds."""
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + number)
+        seed = (self.config.seed << 32) + number
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # for dropout
         chosen = torch.randint(len(latents), (self.config.batch_size,), generator=generator)
         wanted = clean[chosen].to(self.message.device)
         marked = decode(self.vae, latents[chosen].to(self.message.device))
@@ -225,18 +200,23 @@ class Training:
         return picture_loss(self.config.image_loss, marked, clean, self.config.psnr_target)
 
     @torch.no_grad()
-    def evaluate(self, latents: Tensor, clean: Tensor) -> dict[str, float]:
-        """Means of PSNR in dB, SSIM and bit accuracies over all latents and their clean images, as in `EmbedReport`."""
+    def evaluate(self, latents: Tensor, clean: Tensor) -> dict[str, Any]:
+        """What `EmbedReport` has of all latents and their clean images: means, and false positives."""
         device = self.message.device
         sums: dict[str, float] = dict.fromkeys(("psnr", "ssim", "bit_accuracy", "clean_bit_accuracy"), 0.0)
+        read: list[Tensor] = []
         for latent, picture in zip(latents.split(BATCH), clean.split(BATCH), strict=True):
             picture = picture.to(device)
             marked = decode(self.vae, latent.to(device))
-            bits = [_agreement(self.decoder(x), self.message) for x in (marked, picture)]
+            logits = [self.decoder(x) for x in (marked, picture)]
+            read.append(logits[1] > 0)
+            bits = [_agreement(one, self.message) for one in logits]
             values = (psnr(marked, picture).mean(), ssim(marked, picture).mean(), *bits)
             for name, value in zip(sums, values, strict=True):
                 sums[name] += float(value) * len(picture) / len(clean)
-        return sums
+        images, nominal = min(POOLED, (len(clean) - 1) | 1), max(NOMINAL_FPR, 2.0**-self.config.num_bits)
+        measured = count_false_alarms(torch.cat(read), images, nominal).exact
+        return {**sums, "nominal_fpr": nominal, "measured_fpr": measured, "images_per_test": images}
 
 
 def new_controller(config: WatermarkLoraConfig) -> TwoSidedController | DlwsController:

@@ -125,7 +125,7 @@ def remove_lora(vae: Any) -> None:
 
 @contextmanager
 def frozen(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside, what was before afterwards."""
+    """Evaluation mode and no gradients inside, what was before afterwards; what is put in has the whole's mode then."""
     trained = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
@@ -135,5 +135,6 @@ def frozen(*models: nn.Module) -> Iterator[None]:
     finally:
         for parameter, wanted in trained.items():
             parameter.requires_grad_(wanted)
-        for module, mode in modes.items():
-            module.training = mode
+        for model in models:
+            for module in model.modules():
+                module.training = modes.get(module, modes[model])

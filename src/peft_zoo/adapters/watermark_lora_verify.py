@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.watermark_lora_decoder import load_decoder
 from peft_zoo.adapters.watermark_lora_key import WatermarkKey
+from peft_zoo.adapters.watermark_lora_vae import frozen
 from peft_zoo.kernels.keyed_decoder import check_images
 from peft_zoo.kernels.message_test import MatchDistribution, bits_needed, count_matches
 
@@ -95,17 +96,14 @@ def verify_watermark(
         ValueError: If an argument cannot be used, the key has too few bits for `fpr`, or there are too few images: with
             an even number, bits that are 1 in half of them say nothing, and those that are left may be too few.
     """
-    needed = bits_needed(fpr)
-    key, decoder = _opened(key, decoder)
-    if needed > key.num_bits:
+    owner = _opened(key)
+    _check_bits(owner, fpr)
+    read = read_bits(_decoder_of(key, owner) if decoder is None else decoder, images, batch_size)
+    if read.shape[1] != owner.num_bits:
         raise ValueError(
-            f"fpr={fpr!r} needs a message of at least {needed} bits, and the key's has {key.num_bits}: no number of "
-            f"images helps; use fpr={2.0**-key.num_bits:.3g} or more, or embed with WatermarkKey.generate({needed})."
+            f"decoder reads {read.shape[1]} bits, the key has {owner.num_bits}: give the key's own decoder."
         )
-    read = read_bits(decoder, images, batch_size)
-    if read.shape[1] != key.num_bits:
-        raise ValueError(f"decoder reads {read.shape[1]} bits, the key has {key.num_bits}: give the key's own decoder.")
-    return _tested(read, key, fpr)
+    return _tested(read, owner, fpr)
 
 
 def identify_watermark(
@@ -148,32 +146,45 @@ def read_bits(decoder: nn.Module, images: Images, batch_size: int = 16) -> Tenso
     """Bits of each image, bool `(m, n)`.
 
     Args:
-        decoder: From images `(B, 3, H, W)` in [0, 1] to logits `(B, n)`.
-        images: `(m, 3, H, W)` in [0, 1], or m of `(3, H, W)`, then of any sizes.
+        decoder: From images `(B, 3, H, W)` in [0, 1] to logits `(B, n)`; it reads in evaluation mode.
+        images: `(m, 3, H, W)` in [0, 1], or m of `(3, H, W)`, then of any sizes, and looked at one after the other.
         batch_size: Images decoded at once.
 
     Raises:
         ValueError: If bits cannot be read from the images.
     """
     if isinstance(images, Tensor):
-        batches = list(check_images(images).split(batch_size))
+        batches: Iterable[Tensor] = check_images(images).split(batch_size)
+    elif len(images):
+        batches = (check_images(image[None] if isinstance(image, Tensor) else image) for image in images)
     else:
-        if not len(images):
-            raise ValueError("images are none: give at least one.")
-        batches = [check_images(image[None] if isinstance(image, Tensor) else image) for image in images]
+        raise ValueError("images are none: give at least one.")
     place = next((tensor.device for tensor in [*decoder.buffers(), *decoder.parameters()]), torch.device("cpu"))
-    return torch.cat([(decoder(batch.to(place)) > 0).cpu() for batch in batches])
+    with frozen(decoder):
+        return torch.cat([(decoder(batch.to(place)) > 0).cpu() for batch in batches])
 
 
-def _opened(key: KeyOrPath, decoder: nn.Module | None) -> tuple[WatermarkKey, nn.Module]:
+def _opened(key: KeyOrPath) -> WatermarkKey:
     if isinstance(key, WatermarkKey):
-        if decoder is None:
-            raise ValueError("decoder=None needs the path of a key file, beside which it is: give one of the two.")
-        return key, decoder
+        return key
     if not isinstance(key, str | os.PathLike):
         raise ValueError(f"key is a {type(key).__name__}: give a WatermarkKey, or the path of its file.")
-    loaded = WatermarkKey.load(key)
-    return loaded, load_decoder(loaded, key) if decoder is None else decoder
+    return WatermarkKey.load(key)
+
+
+def _decoder_of(key: KeyOrPath, owner: WatermarkKey) -> nn.Module:
+    """What is kept beside a key's file."""
+    if isinstance(key, WatermarkKey):
+        raise ValueError("decoder=None needs the path of a key file, beside which it is: give one of the two.")
+    return load_decoder(owner, key)
+
+
+def _check_bits(key: WatermarkKey, fpr: float) -> None:
+    if (needed := bits_needed(fpr)) > key.num_bits:
+        raise ValueError(
+            f"fpr={fpr!r} needs a message of at least {needed} bits, and the key's has {key.num_bits}: no number of "
+            f"images helps; use fpr={2.0**-key.num_bits:.3g} or more, or embed with WatermarkKey.generate({needed})."
+        )
 
 
 def _tested(read: Tensor, key: WatermarkKey, fpr: float) -> Verification:

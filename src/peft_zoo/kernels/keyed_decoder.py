@@ -149,10 +149,10 @@ def _normal(seed: int, purpose: int, count: int) -> Tensor:
 
 
 def check_images(images: Tensor) -> Tensor:
-    """The same images, if bits can be read from them.
+    """The same images in float32, if bits can be read from them.
 
     Args:
-        images: `(B, 3, H, W)`, with values in [0, 1].
+        images: `(B, 3, H, W)`, with values in [0, 1], of any floating-point type.
 
     Raises:
         ValueError: If it is something else: another type or shape, no image, sides below 32 pixels, values that are
@@ -175,4 +175,4 @@ def check_images(images: Tensor) -> Tensor:
         raise ValueError(
             f"images have values from {low:.3g} to {high:.3g}: they must be in [0, 1]; from [-1, 1] it is (x + 1) / 2."
         )
-    return images
+    return images.float()

@@ -27,16 +27,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from peft_zoo.kernels.bch import as_bits
 
 __all__ = [
+    "FalseAlarms",
     "MatchDistribution",
     "binomial_p_value",
     "binomial_threshold",
     "bits_needed",
+    "count_false_alarms",
     "count_matches",
     "message_p_value",
     "threshold",
@@ -174,6 +178,48 @@ def threshold(counts: Sequence[int], images: int, fpr: float) -> int | None:
         ValueError: As `MatchDistribution.from_counts` and `MatchDistribution.threshold` do.
     """
     return MatchDistribution.from_counts(counts, images).threshold(fpr)
+
+
+class FalseAlarms(NamedTuple):
+    """Shares of random messages that are accepted.
+
+    Attributes:
+        exact: By the exact test.
+        binomial: By the usual one.
+    """
+
+    exact: float
+    binomial: float
+
+
+def count_false_alarms(bits: Tensor, images: int, fpr: float, messages: int = 20_000, seed: int = 0) -> FalseAlarms:
+    """The measured false-positive rate beside the nominal one: random messages looked for in images that have none.
+
+    Each message is tested on each group of images: the first m, the next m, and so on, without a rest. The deviation
+    of a share is at most `sqrt(fpr / messages)`.
+
+    Args:
+        bits: `(N, n)`, bool or numbers that are 0 or 1: decoded from images that carry none of the messages.
+        images: m, of a group, from 1 to N.
+        fpr: The nominal rate, as for `MatchDistribution.threshold`.
+        messages: How many; memory grows with `messages N / m`.
+        seed: Of the messages.
+
+    Raises:
+        ValueError: If an argument cannot be used, as `MatchDistribution` says.
+    """
+    bits = as_bits("bits", bits, (None, None))
+    if type(images) is not int or not 1 <= images <= len(bits):
+        raise ValueError(f"images={images!r} must be an int from 1 to the {len(bits)} that were decoded.")
+    counts = torch.stack([group.sum(0) for group in bits.split(images)[: len(bits) // images]])
+    drawn = torch.randint(2, (messages, bits.shape[1]), generator=torch.Generator().manual_seed(seed))
+    # A bit agrees with c images if the message has 1 there, with m - c if it has 0.
+    matches = (images - counts).sum(1) + drawn.float() @ (2 * counts - images).float().T
+    limits = [threshold(row, images, fpr) for row in counts.tolist()]
+    usual = binomial_threshold(bits.shape[1] * images, fpr)
+    limit = matches.new_tensor([math.inf if limit is None else limit for limit in limits])
+    accepted = (matches >= limit, matches >= (math.inf if usual is None else usual))
+    return FalseAlarms(*(float(hit.double().mean()) for hit in accepted))
 
 
 def bits_needed(fpr: float) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -25,6 +28,9 @@ __all__ = ["RECORD", "merge_and_export", "merged"]
 RECORD, VERSION = "watermark.json", 1
 CARD_TEXT = """Images decoded by this model carry an invisible watermark (EW-LoRA, {bits} bits), which its owner can
 detect. What is public about it is in `watermark.json`."""
+DIFFERING_TEXT = """The autoencoder was changed by hand: it differs from a new `{kind}` in {count} tensors, such as
+`{name}`. `from_pretrained` leaves out what it does not know, and then makes other images. Build the model as it was,
+and load the file: `model.load_state_dict(safetensors.torch.load_file(...))`."""
 
 
 def merged(vae: nn.Module) -> Any:
@@ -61,6 +67,9 @@ def merge_and_export(
     Beside the weights there are `watermark.json` (method, bits, kind of decoder, commitment, date, calibration) and a
     model card that says that images are marked. The folder is searched for the key before it gets its name.
 
+    An autoencoder that was changed by hand may have tensors that `from_pretrained` does not know. They are written, and
+    listed in `watermark.json`; a warning and the model card say how to load them.
+
     Args:
         model: The autoencoder, or a pipeline that has one as `vae`. It does not change.
         path: A new folder.
@@ -77,11 +86,15 @@ def merge_and_export(
     """
     if key.num_bits != config.num_bits or config.commitment not in (None, key.commitment):
         raise ValueError(f"key with commitment={key.commitment!r} is not the configuration's: give the one used.")
-    record = public_record(config, key, calibration)
     is_pipeline = not isinstance(model, nn.Module)
     if is_pipeline and not isinstance(getattr(model, "vae", None), nn.Module):
         raise ValueError(f"model is a {type(model).__name__} without a vae: give the autoencoder, or its pipeline.")
     vae = merged(model.vae if is_pipeline else model)
+    record, texts = public_record(config, key, calibration), [CARD_TEXT.format(bits=config.num_bits)]
+    if differing := differing_tensors(vae):
+        record["differing_tensors"] = differing
+        texts.append(DIFFERING_TEXT.format(kind=type(vae).__name__, count=len(differing), name=differing[0]))
+        warnings.warn(f"model: {' '.join(texts[-1].split())}", stacklevel=2)
     with new_folder(path, "path") as folder:
         if is_pipeline:
             with _replaced(model, vae):
@@ -89,7 +102,7 @@ def merge_and_export(
         else:
             _save(vae, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _write_card(folder / "README.md", config)
+        _write_card(folder / "README.md", texts)
         refuse_key_in(folder, key)
     return Path(path)
 
@@ -115,6 +128,20 @@ def public_record(
     }
 
 
+def differing_tensors(vae: Any) -> list[str]:
+    """Names of tensors that either an autoencoder has or a new one of its class and configuration, but not both.
+
+    Args:
+        vae: Without LoRA. None are found if its class has no `from_config`, as those of diffusers have.
+    """
+    if not hasattr(vae, "from_config"):
+        return []
+    known = signature(type(vae)).parameters  # `from_config` logs each field that is not
+    with torch.device("meta"):
+        fresh = type(vae)(**{name: value for name, value in vae.config.items() if name in known})
+    return sorted(vae.state_dict().keys() ^ fresh.state_dict().keys())
+
+
 def _save(vae: Any, folder: Path) -> None:
     if hasattr(vae, "save_pretrained"):
         vae.save_pretrained(folder)
@@ -134,8 +161,8 @@ def _replaced(pipeline: Any, vae: nn.Module) -> Iterator[None]:
         pipeline.vae = before
 
 
-def _write_card(path: Path, config: WatermarkLoraConfig) -> None:
+def _write_card(path: Path, texts: Sequence[str]) -> None:
     card: Any = ModelCard.load(path) if path.is_file() else ModelCard("---\ntags: []\n---\n")
     card.data.tags = sorted({*(card.data.tags or []), "watermark", "peft-zoo"})
-    card.text = f"{card.text.strip()}\n\n## Watermark\n\n{CARD_TEXT.format(bits=config.num_bits)}\n".lstrip()
+    card.text = "\n\n".join([card.text.strip(), "## Watermark", *texts]).lstrip() + "\n"
     card.save(path)
