@@ -63,6 +63,7 @@ class LqLoraConfig(LoraConfig):
     """
 
     method_name: ClassVar[str] = "lq_lora"
+    suggested_learning_rate: ClassVar[float | None] = 3e-4
 
     r: int = option(64, "Rank of the part in full precision, at least 1; more than a matrix has is cut to that.")
     lora_alpha: int = option(16, "The scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; not 0.")
