@@ -43,13 +43,15 @@ PAGE = common.ROOT / "docs" / "methods" / "cached_lora.md"
 ALONE = "one adapter alone"
 POLICIES: dict[str, dict[str, Any]] = {
     "merge": {"method": "merge"},
+    "merge_normalized": {"method": "merge_normalized"},
     "switch": {"method": "switch"},
+    "w_switch": {"method": "w_switch", "weights": {"lora0": 2.0}},
     "composite": {"method": "composite"},
     "composite, batched": {"method": "composite", "batched": True},
     "cmlora": {},
     "cmlora, batched": {"batched": True},
 }
-"""merge_normalized and w_switch cost what merge and switch do, cmlora without a cache what composite does."""
+"""cmlora without a cache costs what composite does."""
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,15 @@ PAGE = ROOT / "docs" / "methods" / "cached_lora.md"
 STEPS = 20
 SETTINGS = ("train_steps", "rank", "images")  # of the command line: what results depend on, beside base and data
 OURS = "cmlora"
-# Fields of the recipe; `profiled` ones take order and phases from the measured frequencies.
+# Fields of the recipe. Those with `order` take it and the phases from the measured frequencies, `reverse` turns them
+# round; with `first` the first concept weighs so much more than each of the others.
 RULES: dict[str, dict[str, Any]] = {
     "merge": {"method": "merge"},
     "merge_normalized": {"method": "merge_normalized"},
     "switch, every step": {"method": "switch", "switch_every": 1},
     "switch, every 5 steps": {"method": "switch", "switch_every": 5},
     "w_switch, every step": {"method": "w_switch", "switch_every": 1},
+    "w_switch, 2:1": {"method": "w_switch", "switch_every": 3, "first": 2.0},  # shorter rounds cannot be shared so
     "composite": {"method": "composite"},
     OURS: {"method": "cmlora", "order": "profile"},
     "cmlora without cache": {"method": "cmlora", "order": "profile", "cache": False},
@@ -152,6 +154,8 @@ def recipe(rule: str, chosen: Names, found: Mapping[str, Any]) -> CachedLoraConf
     """The recipe of a rule for some of the adapters, with their measured frequencies."""
     fields = {"method": "merge"} if rule == ALONE else dict(RULES[rule])
     reverse, profiled = fields.pop("reverse", False), fields.pop("order", None)
+    if "first" in fields:
+        fields["weights"] = [fields.pop("first"), *[1.0] * (len(chosen) - 1)]
     config = CachedLoraConfig(adapters=list(chosen), **fields)
     if profiled is None:
         return config

@@ -53,19 +53,20 @@ def test_every_policy_writes_pictures_trace_and_recipe(
     written = json.loads(Path("out/trace.json").read_text())
     assert [step["passes"] for step in written] == [step.passes for step in trace]
     recipe = CachedLoraConfig.from_pretrained("out")
-    assert (recipe.method, recipe.adapters) == (policy, {"a": "one", "b": "two"})
+    assert (recipe.method, recipe.adapters) == (policy, {"a": str(here / "one"), "b": str(here / "two")})
     out = capsys.readouterr().out
     passes = sum(step.forwards for step in trace)
     assert out.startswith("policy") and f"6 with {passes} passes" in out
     assert f"{sum(step.macs for step in trace) / 3e6:,.0f} million multiply-adds a picture" in out
 
 
-def test_the_recipe_alone_composes_again(here: Path) -> None:
+def test_the_recipe_alone_composes_again_from_anywhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*WORDS, "--policy", "composite"]) == 0
     pipe = load_pipeline("base")
-    PeftModel.from_pretrained(pipe.unet, "out")
+    monkeypatch.chdir("out")
+    PeftModel.from_pretrained(pipe.unet, ".")
     images = pipe([0, 1, 2], 6, torch.Generator().manual_seed(0))
-    assert pixels("out/grid.png") == grid(images).tobytes()
+    assert pixels("grid.png") == grid(images).tobytes()
 
 
 def test_a_measured_profile_decides_the_order(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +82,7 @@ def test_a_measured_profile_decides_the_order(here: Path, capsys: pytest.Capture
     ("words", "parts"),
     [
         ("--policy cmlra", ["method='cmlra' cannot be used", "cmlora"]),
+        ("--set method=switch", ["--set cannot be 'method=switch': give --policy switch"]),
         ("--set switch_evry=2", ["unknown field of cached_lora 'switch_evry': did you mean 'switch_every'"]),
         ("--set switch_every=x", ["field 'switch_every' cannot be 'x'", "whole number"]),
         ("--set order=a", ["order"]),

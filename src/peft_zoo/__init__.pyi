@@ -40,9 +40,9 @@ from peft_zoo.adapters.watermark_lora_controller import TwoSidedController as Tw
 from peft_zoo.adapters.watermark_lora_decoder import calibrate_decoder as calibrate_decoder
 from peft_zoo.adapters.watermark_lora_decoder import load_decoder as load_decoder
 from peft_zoo.adapters.watermark_lora_decoder import save_decoder as save_decoder
-from peft_zoo.adapters.watermark_lora_embed import EmbedReport as EmbedReport
 from peft_zoo.adapters.watermark_lora_embed import embed_watermark as embed_watermark
 from peft_zoo.adapters.watermark_lora_key import WatermarkKey as WatermarkKey
+from peft_zoo.adapters.watermark_lora_report import EmbedReport as EmbedReport
 from peft_zoo.adapters.watermark_lora_verify import Identification as Identification
 from peft_zoo.adapters.watermark_lora_verify import Verification as Verification
 from peft_zoo.adapters.watermark_lora_verify import identify_watermark as identify_watermark

@@ -106,7 +106,11 @@ def run(options: argparse.Namespace) -> str:
 def _recipe(options: argparse.Namespace, folders: Mapping[str, str]) -> Any:
     from peft_zoo.tasks.base.methods import build_config
 
-    return build_config("cached_lora", {**pairs(options.set), "method": options.policy}, {"adapters": folders}, steps=0)
+    fields = pairs(options.set)
+    if "method" in fields:
+        raise SettingError(f"--set cannot be 'method={fields['method']}': give --policy {fields['method']}.")
+    places = {name: str(Path(folder).absolute()) for name, folder in folders.items()}  # a recipe is used from anywhere
+    return build_config("cached_lora", {**fields, "method": options.policy}, {"adapters": places}, steps=0)
 
 
 def _number(options: argparse.Namespace, name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,38 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ({"dominance_init": 0}, "dominance_init=0"),
         ({"dominance_decay": 1.0}, "dominance_decay=1.0"),
         ({"dominance_floor": -1}, "no weight is negative"),
+        ({"phase_border": "x"}, "phase_border='x' cannot be used; use a share from 0 to 1"),
+        ({"phase_border": math.nan}, "phase_border=nan"),
+        ({"cache_borders": 0.5}, "cache_borders=0.5 cannot be used; use two shares"),
+        ({"cache_borders": [0.1, "x"]}, r"cache_borders=\[0.1, 'x'\]"),
+        ({"cache_borders": None}, "cache_borders=None"),
+        ({"dominance_decay": None}, "dominance_decay=None cannot be used; use a number from 0"),
+        ({"dominance_floor": math.inf}, "dominance_floor=inf"),
+        ({"dominance_init": "n-0.5"}, "dominance_init='n-0.5' cannot be used; use a positive number or None"),
+        ({"weights": {"a": math.nan}}, r"weights=\{'a': nan\} cannot be used; use a number for each adapter"),
+        ({"weights": [1.0, math.inf]}, "weights=.*inf.* cannot be used; use a number for each adapter"),
+        ({"weights": [1.0, True]}, "use a number for each adapter"),
+        ({"cache": "no"}, "cache='no' cannot be used; use True or False"),
+        ({"batched": 1}, "batched=1 cannot be used; use True or False"),
+        ({"order": 3}, "order=3 cannot be used; use 'given'"),
+        ({"order": [1, 2]}, r"order=\[1, 2\] cannot be used; use 'given'"),
+        ({"high": 1}, "high=1 cannot be used; use a list of names"),
+        ({"low": "ab"}, "low='ab' cannot be used; use a list of names"),
+        ({"profile": [0.5]}, r"profile=\[0.5\] cannot be used; use a dict with a number"),
+        ({"profile": {"a": math.nan, "b": 0.5}}, "profile=.*nan.* cannot be used; use a dict with a number"),
+        ({"method": None}, "method=None cannot be used"),
+        ({"method": ["merge"]}, "method=.*merge.* cannot be used"),
         ({"profile": {"a": 0.5}, "order": "profile"}, r"profile=\['a'\] cannot be used; \['b'\] is left out"),
     ],
 )
 def test_a_field_that_cannot_work_is_named(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         CachedLoraConfig(**{"adapters": ["a", "b"], **settings})
+
+
+def test_the_ends_of_ranges_can_be_used() -> None:
+    CachedLoraConfig(phase_border=0, dominance_decay=0, dominance_floor=0, cache_borders=(0, 1), dominance_init=1e-9)
+    CachedLoraConfig(phase_border=1, dominance_decay=0.999, cache_borders=[1, 1], weights={"a": -1}, max_age=0)
 
 
 def test_a_profile_gives_order_and_phases() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model
@@ -20,7 +20,6 @@ from tests.adapters.cached_lora_samples import (
     KINDS,
     NAMES,
     SCHEDULERS,
-    add_loras,
     call,
     denoiser,
     flux_condition,
@@ -36,7 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 # Without and with guidance; both make batches of four rows, whose work is counted once.
 GUIDED: tuple[dict[str, Any], ...] = ({"guidance": 0.0, "rows": 4}, {"guidance": 3.0, "rows": 2})
-ALWAYS_FULL: dict[str, Any] = {"method": "cmlora", "max_age": 0, "dominance_init": 1.0}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -98,32 +96,6 @@ def test_one_adapter_is_the_plain_one(model: Any, kind: str) -> None:
 def test_composite_is_the_mean(model: Any, kind: str) -> None:
     expected = torch.stack(alone(model, kind)).mean(0)
     torch.testing.assert_close(composed(model, kind, method="composite"), expected, **ROUNDING)
-
-
-def test_to_refresh_everything_is_composite(model: Any, kind: str) -> None:
-    results = []
-    for settings in ({"method": "composite"}, ALWAYS_FULL):
-        scheduler = SCHEDULERS["ddim"]()
-        with compose(model, CachedLoraConfig(**settings), scheduler=scheduler) as c:
-            results.append(generate(model, kind, scheduler, steps=4))
-        assert all(set(step.passes.values()) == {"full"} for step in c.trace())
-    assert torch.equal(*results)
-
-
-def test_a_batch_is_the_loop(model: Any, kind: str) -> None:
-    results, macs = [], []
-    for batched in (False, True):
-        scheduler = SCHEDULERS["ddim"]()
-        with compose(model, CachedLoraConfig(batched=batched), scheduler=scheduler) as c:
-            results.append(generate(model, kind, scheduler, steps=5, guidance=2.0))
-        macs.append([step.macs for step in c.trace()])
-        assert {"full", "cached"} == {p for step in c.trace() for p in step.passes.values()}
-    size = results[0].abs().max()
-    assert (results[0] - results[1]).abs().max() < 1e-4 * size  # five steps, each within some 1e-6
-    assert macs[0] == macs[1]
-    one = torch.stack(alone(model, kind)).mean(0)
-    many = composed(model, kind, method="composite", batched=True)
-    assert (one - many).abs().max() <= 1e-6 * one.abs().max() + 1e-6
 
 
 def test_the_dominant_adapter_counts_more(sd: Any) -> None:
@@ -303,10 +275,32 @@ def test_every_generation_begins_anew(sd: Any) -> None:
         generate(sd, "sd", scheduler, steps=3, rows=1, seed=5)
         assert len(c.trace()) == 3 and set(c.trace()[0].passes.values()) == {"full"}
         assert torch.equal(first, generate(sd, "sd", scheduler, steps=4))
-        sample, condition = inputs(rows=2)
-        call(sd, sample, 999.0, condition)
-        call(sd, sample[:1], 900.0, {name: value[:1] for name, value in condition.items()})
-        assert set(c.trace()[1].passes.values()) == {"full"}, "a feature of two rows is none of one"
+
+
+def test_another_form_begins_anew(sd: Any) -> None:
+    """Another size, another number of rows or another dtype; and the first one again."""
+    wide = copy.deepcopy(sd).double()
+    (sample, condition), recipe = inputs(rows=2), CachedLoraConfig(cache_early=1)
+
+    def first(model: Any, given: Tensor, rows: int, t: float) -> Tensor:
+        some = {name: value[:rows].to(given.dtype) for name, value in condition.items()}
+        found = call(model, given[:rows], t, some)
+        (step,) = c.trace()
+        assert (step.step, step.progress, step.dominant) == (0, 0.0, "one") and not step.ages
+        return found
+
+    with compose(sd, recipe, num_inference_steps=6) as c:
+        expected = first(sd, sample, 2, 900.0)
+        first(sd, sample[..., :4], 2, 800.0)
+        first(sd, sample, 1, 700.0)
+        call(sd, sample[:1], 650.0, {name: value[:1] for name, value in condition.items()})
+        assert c.trace()[1].ages
+        first(sd, sample, 2, 600.0)
+        assert torch.equal(call(sd, sample, 900.0, condition), expected)
+    with compose(wide, recipe, num_inference_steps=6) as c:
+        first(wide, sample.double(), 2, 900.0)
+        wide.float()
+        first(wide, sample, 2, 800.0)
 
 
 def test_calls_of_one_step_have_caches_of_their_own(sd: Any) -> None:
@@ -422,12 +416,12 @@ def test_what_is_no_denoiser_with_adapters_is_refused(sd: Any) -> None:
     with pytest.raises(ValueError, match="neither a unet nor a transformer"):
         compose(object())
     with pytest.raises(ValueError, match="has no LoRA: load some"):
-        compose(KINDS["class"].make())
+        compose(KINDS["class"].make().eval())
     with pytest.raises(ValueError, match="num_inference_steps=0"):
         compose(sd, num_inference_steps=0)
-    plain = nn.Sequential(nn.Linear(4, 4))
+    plain = nn.Sequential(nn.Linear(4, 4)).eval()
     with pytest.raises(ValueError, match="no denoiser: its forward has no timestep"):
-        compose(get_peft_model(plain, LoraConfig(target_modules=["0"])))
+        compose(get_peft_model(plain, LoraConfig(target_modules=["0"])).eval())
 
 
 def test_fused_adapters_are_refused() -> None:
@@ -438,14 +432,13 @@ def test_fused_adapters_are_refused() -> None:
 
 def test_adapters_with_whole_modules_are_refused() -> None:
     model = KINDS["class"].make()
-    get_peft_model(model, LoraConfig(target_modules=["conv1"], modules_to_save=["conv_out"]))
+    get_peft_model(model, LoraConfig(target_modules=["conv1"], modules_to_save=["conv_out"])).eval()
     refused(model, "modules_to_save=.*conv_out")
 
 
 def test_dora_is_refused_in_a_batch() -> None:
-    model = KINDS["class"].make()
-    add_loras(model, ["one"], ["conv1"])
-    get_peft_model(model := KINDS["class"].make(), LoraConfig(target_modules=["to_q"], use_dora=True), "dora")
+    model = KINDS["class"].make().eval()
+    get_peft_model(model, LoraConfig(target_modules=["to_q"], use_dora=True), "dora").eval()
     refused(model, "batched=True cannot be used with DoRA", batched=True)
     compose(model, CachedLoraConfig())
 
@@ -575,6 +568,34 @@ def test_stable_diffusion_draws(sd: Any, scheduler: str) -> None:
         trace = composition.trace()
         assert len(trace) == len(pipe.scheduler.timesteps) and {step.context for step in trace} == {"0"}
         assert [step.progress for step in trace] == pytest.approx([n / len(trace) for n in range(len(trace))])
+
+
+def test_stable_diffusion_xl_draws_what_its_steps_give() -> None:
+    model = denoiser("sdxl")
+    pipe = StableDiffusionXLPipeline(
+        None, None, None, None, None, model, SCHEDULERS["ddim"](), add_watermarker=False
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    condition = inputs("sdxl")[1]
+    texts = [condition["encoder_hidden_states"][n : n + 1] for n in range(2)]
+    pooled = [condition["added_cond_kwargs"]["text_embeds"][n : n + 1] for n in range(2)]
+    prompts = {"negative_prompt_embeds": texts[0], "prompt_embeds": texts[1]}
+    prompts |= {"negative_pooled_prompt_embeds": pooled[0], "pooled_prompt_embeds": pooled[1]}
+    noise = torch.randn(1, 4, 8, 8)
+    with compose(pipe, CachedLoraConfig()) as c:
+        found = pipe(
+            **prompts, latents=noise, num_inference_steps=4, guidance_scale=3.0, height=64, width=64,
+            output_type="latent",
+        ).images  # fmt: skip
+        trace = c.trace()
+        condition["added_cond_kwargs"]["time_ids"] = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * 2)
+        scheduler, sample = SCHEDULERS["ddim"](), noise
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            without, given = call(model, torch.cat([sample] * 2), t, condition).chunk(2)
+            sample = scheduler.step(without + 3.0 * (given - without), t, sample).prev_sample
+    torch.testing.assert_close(found, sample, rtol=1e-4, atol=1e-5)
+    assert {kind for step in trace for kind in step.passes.values()} == {"full", "cached"} and len(trace) == 4
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from peft_zoo import CachedLoraConfig, FrequencyProfile, compose, profile_frequency
 from peft_zoo.adapters.cached_lora_profile import high_share, power, radial
-from tests.adapters.cached_lora_samples import NAMES, SCHEDULERS, add_loras, denoiser, flux_condition, generate
+from tests.adapters.cached_lora_samples import (
+    NAMES,
+    SCHEDULERS,
+    add_loras,
+    call,
+    denoiser,
+    flux_condition,
+    generate,
+    inputs,
+    only,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -96,6 +106,24 @@ def test_a_unet_is_measured_in_any_loop() -> None:
     found = profile_frequency(model, run=lambda: generate(model, "class", scheduler, steps=3), every=2)
     assert set(found.shares) == set(NAMES) and all(0 < share < 1 for share in found.shares.values())
     assert all(len(spectrum) == 5 for spectrum in found.spectra.values())
+
+
+def test_every_pass_gets_what_a_t2i_adapter_gives() -> None:
+    """A UNet empties that list."""
+    model = denoiser("sd")
+    sample, condition = inputs("sd")
+    torch.manual_seed(1)
+    given = [torch.randn(2, 8, 8, 8), torch.randn(2, 16, 2, 2), torch.randn(2, 16, 2, 2)]
+    extra = {**condition, "down_intrablock_additional_residuals": given}
+    found = profile_frequency(model, run=lambda: call(model, sample, 500.0, extra), every=1)
+    assert len(given) == 3
+    predictions = []
+    for active in ([], *([name] for name in NAMES)):
+        only(model, active)
+        whole = {**condition, "down_intrablock_additional_residuals": list(given)}
+        predictions.append(call(model, sample, 500.0, whole))
+    shares = {n: high_share(power(one - predictions[0]), 0.2) for n, one in zip(NAMES, predictions[1:], strict=True)}
+    assert found.shares == pytest.approx(shares, rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*guidance.*:UserWarning")

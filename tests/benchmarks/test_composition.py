@@ -43,7 +43,8 @@ def test_every_policy_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[st
     rows: dict[str, Any] = {row["policy"]: row for row in case["rows"]}
     assert list(rows) == [ALONE, *POLICIES] and case["adapters"] == 3 and case["steps"] == 6
     assert [rows[name]["forwards"] for name in (ALONE, "merge", "switch", "composite", "cmlora")] == [6, 6, 6, 18, 18]
-    assert rows["switch"]["macs_ratio"] == rows[ALONE]["macs_ratio"] == 1
+    assert rows["switch"]["macs_ratio"] == rows["w_switch"]["macs_ratio"] == rows[ALONE]["macs_ratio"] == 1
+    assert rows["merge"]["macs_ratio"] == rows["merge_normalized"]["macs_ratio"]
     assert rows["composite"]["macs_ratio"] == rows["composite, batched"]["macs_ratio"] == pytest.approx(3)
     assert 1 < rows["merge"]["macs_ratio"] < rows["cmlora"]["macs_ratio"] < 3
     assert rows["cmlora"]["full"] < 18 == rows["composite"]["full"]

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks import common, composition_study
-from benchmarks.composition_study import ALONE, NOTHING, OURS, PAGE, RULES, page_block, recipe, summarize, tables
+from benchmarks.composition_study import (
+    ALONE,
+    NOTHING,
+    OURS,
+    PAGE,
+    RULES,
+    STEPS,
+    page_block,
+    recipe,
+    summarize,
+    tables,
+)
+from peft_zoo.adapters.cached_lora_schedule import Planner
 from peft_zoo.tasks.diffusion.concepts import CONCEPTS
 from tests.tasks.diffusion.samples import garment_file, tiny_base
 
@@ -106,7 +118,19 @@ def test_recipes_follow_the_measured_frequencies() -> None:
     turned = recipe("cmlora, low before high", ["bag", "checker", "square"], found)
     assert (turned.high, turned.low) == (["bag", "square"], ["checker"])
     assert recipe("cmlora without cache", ["bag", "checker"], found).cache is False
+    weighted = recipe("w_switch, 2:1", ["bag", "checker", "square"], found)
+    assert (weighted.method, weighted.weights) == ("w_switch", {"bag": 2.0, "checker": 1.0, "square": 1.0})
+    assert recipe("w_switch, every step", ["bag", "checker"], found).weights is None
     assert recipe("switch, every step", ["bag", "checker"], found).switch_every == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "turns"), [(["bag", "square"], [14, 6]), (["bag", "checker", "square"], [10, 6, 4])]
+)
+def test_the_first_of_weighted_switches_has_most_of_the_steps(chosen: list[str], turns: list[int]) -> None:
+    planner = Planner(config := recipe("w_switch, 2:1", chosen, {}), config.roles(chosen))
+    steps = [planner.plan(step, step / STEPS).dominant for step in range(STEPS)]
+    assert [steps.count(name) for name in chosen] == turns
 
 
 def test_the_docs_show_the_saved_study() -> None:

@@ -95,9 +95,11 @@ class TransformerBlocks(Blocks):
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
-        from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
-        from diffusers.hooks._helpers import TransformerBlockRegistry
-
+        try:  # private, and there since diffusers 0.35
+            from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+            from diffusers.hooks._helpers import TransformerBlockRegistry
+        except ImportError as error:
+            raise NotImplementedError("this version of diffusers does not say what its blocks return") from error
         lists = (part for name, part in transformer.named_children() if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS)
         blocks = [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
         if len(blocks) < 2:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from peft_zoo.adapters.cached_lora_config import CachedLoraConfig, Roles
+from peft_zoo.adapters.cached_lora_patches import BEHIND_HOOKS
 
 RESIDUALS = (  # of ControlNet and T2I-Adapter
     "down_block_additional_residuals",
@@ -16,6 +20,8 @@ RESIDUALS = (  # of ControlNet and T2I-Adapter
     "controlnet_single_block_samples",
     "block_controlnet_hidden_states",
 )
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
 def denoiser_of(target: Any) -> nn.Module:
@@ -42,18 +48,68 @@ def check_denoiser(denoiser: nn.Module) -> None:
     """Whether hooks can do their work on a denoiser.
 
     Raises:
-        ValueError: If it is compiled, or another cache is at work.
+        ValueError: If it is compiled or in training mode, or another cache is at work.
     """
     name = type(denoiser).__name__
-    compiled = hasattr(denoiser, "_orig_mod") or any(
-        getattr(module, "_compiled_call_impl", None) is not None for module in denoiser.modules()
-    )
-    if compiled:
+    if hasattr(denoiser, "_orig_mod") or any(map(_compiled, denoiser.modules())):
         raise ValueError(f"{name} is compiled, and its adapters change at every step: compose the model without it.")
     if getattr(denoiser, "is_cache_enabled", False):
         raise ValueError(
             f"{name} has a cache of diffusers, which would mix up the adapters: call disable_cache() before."
         )
+    if any(isinstance(m, nn.Dropout) and m.training and m.p for m in denoiser.modules()):  # of LoRAs that came later
+        raise ValueError(f"{name} has dropout in training mode, which would act in every pass: call .eval().")
+    check_mode(denoiser)
+
+
+def check_mode(denoiser: nn.Module) -> None:
+    """Whether a denoiser is in evaluation mode: `lora_dropout` would act otherwise, at random in every pass.
+
+    Raises:
+        ValueError: If it is in training mode.
+    """
+    if denoiser.training:
+        raise ValueError(f"{type(denoiser).__name__} is in training mode, where LoRAs have dropout: call .eval().")
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Whether the weights of a pipeline are those of its base.
+
+    Raises:
+        ValueError: If LoRAs are fused into the pipeline, also those that are no longer on the denoiser.
+    """
+    if getattr(pipe, "num_fused_loras", 0):
+        raise ValueError(
+            f"{type(pipe).__name__} has LoRAs fused into its weights, which would act in every pass: call "
+            "pipe.unfuse_lora(); or, if that is meant, save the pipeline and load it again."
+        )
+
+
+def unreached(pipe: Any, config: CachedLoraConfig, roles: Roles) -> str | None:
+    """What to warn of where weights do not reach all LoRAs of a pipeline, or None."""
+    found = [name for name in TEXT_ENCODERS if any(isinstance(m, LoraLayer) for m in _modules(pipe, name))]
+    if not found or config.method == "w_switch" or set(roles.weights.values()) == {1.0}:
+        return None
+    return (
+        f"weights={roles.weights} do not reach the LoRAs on {', '.join(found)}, which act as pipe.set_adapters() has "
+        "them: set their scales there."
+    )
+
+
+def _modules(pipe: Any, name: str) -> Iterator[nn.Module]:
+    """The modules of one part of a pipeline, which may not have it."""
+    part = getattr(pipe, name, None)
+    return part.modules() if isinstance(part, nn.Module) else iter(())
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled in place, or its forward is."""
+    forwards = (getattr(module, place, None) for place in (BEHIND_HOOKS, "forward"))
+    return getattr(module, "_compiled_call_impl", None) is not None or any(
+        # A function that is kept out of compilation has the first attribute, too.
+        hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+        for forward in forwards
+    )
 
 
 def unusual(denoiser: nn.Module, call: Mapping[str, Any]) -> str | None:

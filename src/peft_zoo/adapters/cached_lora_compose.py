@@ -7,11 +7,9 @@ pipeline and any scheduler.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,14 +17,21 @@ import torch
 from torch import nn
 
 from peft_zoo.adapters.cached_lora_blocks import Blocks, find_blocks
-from peft_zoo.adapters.cached_lora_checks import check_denoiser, denoiser_of, unusual
+from peft_zoo.adapters.cached_lora_calls import TIMESTEP, argument_names, call_arguments
+from peft_zoo.adapters.cached_lora_checks import (
+    check_denoiser,
+    check_mode,
+    check_pipeline,
+    denoiser_of,
+    unreached,
+    unusual,
+)
 from peft_zoo.adapters.cached_lora_config import CachedLoraConfig
 from peft_zoo.adapters.cached_lora_layers import AdapterLayers
-from peft_zoo.adapters.cached_lora_passes import Call, Passes
+from peft_zoo.adapters.cached_lora_passes import Call, Passes, form_of
+from peft_zoo.adapters.cached_lora_patches import Patches, owner_of
 from peft_zoo.adapters.cached_lora_schedule import Planner
 from peft_zoo.adapters.cached_lora_steps import Clock, StepTrace, remaining
-
-TIMESTEP = ("timestep", "timesteps", "t")
 
 
 class Composition:
@@ -37,10 +42,12 @@ class Composition:
         config: The recipe.
         scheduler: A scheduler, or what will have one as its attribute `scheduler` when a generation begins; or None.
         num_inference_steps: Calls of the denoiser in a generation.
+        pipe: The pipeline of the denoiser, if it has one.
 
     Attributes:
         denoiser: The module.
         config: The recipe.
+        layers: Its LoRAs, as they were found last.
         adapters: Names, in the order in which they take turns.
 
     Raises:
@@ -53,26 +60,39 @@ class Composition:
         config: CachedLoraConfig,
         scheduler: Any = None,
         num_inference_steps: int | None = None,
+        pipe: Any = None,
     ) -> None:
-        check_denoiser(denoiser)
-        self.denoiser, self.config = denoiser, config
+        self.denoiser, self.config, self.pipe = denoiser, config, pipe
         self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
-        self.layers = AdapterLayers(denoiser)
-        self.roles = config.roles(self.layers.names)
-        self.adapters = self.roles.order
-        dora = sorted(set(self.layers.with_dora()) & set(self.adapters))
-        if config.batched and dora:
-            raise ValueError(f"batched=True cannot be used with DoRA ({dora}), of which peft mixes none: use False.")
-        names = argument_names(denoiser)
-        if not set(TIMESTEP) & set(names):
-            raise ValueError(f"{type(denoiser).__name__} is no denoiser: its forward has no timestep: {names}.")
-        self.passes = Passes(config, self.layers, self._find_blocks())
         self._outer: Composition | None = None
-        self._patched: list[tuple[Any, str, Any]] = []
+        self._patches = Patches()
         self._warned: set[str] = set()
         self._context: str | None = None
         self._clock = Clock()
+        self._take_stock()
         self.reset()
+
+    def _take_stock(self) -> None:
+        """Looks at the denoiser as it is now, says what is wrong with it, and changes nothing about it."""
+        check_denoiser(self.denoiser)
+        check_pipeline(self.pipe)
+        layers = AdapterLayers(self.denoiser)
+        roles = self.config.roles(layers.names)
+        warning = unreached(self.pipe, self.config, roles)
+        if warning:
+            self._warn(warning)
+        dora = sorted(set(layers.with_dora()) & set(roles.order))
+        if self.config.batched and dora:
+            raise ValueError(f"batched=True cannot be used with DoRA ({dora}), of which peft mixes none: use False.")
+        names = argument_names(self.denoiser)
+        if not set(TIMESTEP) & set(names):
+            raise ValueError(f"{type(self.denoiser).__name__} is no denoiser: its forward has no timestep: {names}.")
+        self.layers, self.roles, self.adapters = layers, roles, roles.order
+        passes = Passes(self.config, layers, self._find_blocks())
+        before: Passes | None = getattr(self, "passes", None)
+        if before and before.layers.form == layers.form:
+            passes.macs = before.macs
+        self.passes = passes
 
     def reset(self) -> None:
         """Forgets what was cached and traced; the next call of the denoiser begins a generation."""
@@ -103,43 +123,31 @@ class Composition:
         outer = installed_on(self.denoiser)
         if outer is self:
             raise ValueError("this composition is at work already: call compose() again for another one.")
+        self._take_stock()
         if outer:
             outer.uninstall()
         self._outer = outer
         self.layers.remember()
         try:
-            check_denoiser(self.denoiser)
             self.layers.scale(self._strengths())
-            self._patch(self.denoiser, "forward", self._forward)
+            self._patches.put(self.denoiser, "forward", self._forward)
             if hasattr(self.denoiser, "cache_context"):
-                self._patch(self.denoiser, "cache_context", self._named)
+                self._patches.put(self.denoiser, "cache_context", self._named)
             for module, function in self.passes.blocks.patches() if self.passes.blocks else ():
-                self._patch(module, "forward", function)
+                self._patches.put(module, "forward", function)
         except BaseException:
             self.uninstall()
             raise
 
     def uninstall(self) -> None:
         """Leaves the denoiser as it was found. The trace stays."""
-        while self._patched:
-            target, name, before = self._patched.pop()
-            if before is None:
-                delattr(target, name)
-            else:
-                setattr(target, name, before)
+        self._patches.undo()
         self.layers.restore()
         self.passes.forget()
         self._clock.reset()
         if self._outer:
             self._outer.install()
             self._outer = None
-
-    def _patch(self, target: Any, name: str, function: Callable[..., Any]) -> None:
-        """Lets `function` stand for a method; it gets the method as its first argument."""
-        before = vars(target).get(name)
-        # Not a closure: a copy of the model then refers to the copy.
-        setattr(target, name, partial(function, getattr(target, name)))
-        self._patched.append((target, name, before))
 
     def _strengths(self) -> dict[str, float]:
         """By what each adapter's scale is multiplied."""
@@ -160,8 +168,14 @@ class Composition:
             return find_blocks(self.denoiser)
         except NotImplementedError as error:
             name = type(self.denoiser).__name__
-            warnings.warn(f"{name} cannot be cached: {error}. Every pass is a full one.", stacklevel=4)
+            self._warn(f"{name} cannot be cached: {error}. Every pass is a full one.", 6)
             return None
+
+    def _warn(self, text: str, stacklevel: int = 5) -> None:
+        """Warns, once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=stacklevel)
 
     # ---- one call of the denoiser ----
 
@@ -177,15 +191,19 @@ class Composition:
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands for the denoiser's forward."""
-        if not self.layers.enabled:
+        if not self._patches or not self.layers.enabled:
             return forward(*args, **kwargs)
+        check_mode(self.denoiser)
         if torch.is_grad_enabled():
             raise ValueError("gradients are on, and a composition has none: use torch.no_grad() or inference_mode().")
         arguments = call_arguments(self.denoiser, args, kwargs)
         timestep = next(arguments[name] for name in TIMESTEP if name in arguments)
         try:
-            tick = self._clock.tick(float(torch.as_tensor(timestep).flatten()[0]), self._context)
+            form = form_of(next(iter(arguments.values())))
+            tick = self._clock.tick(float(torch.as_tensor(timestep).flatten()[0]), self._context, form)
             if tick.begins:
+                if AdapterLayers(self.denoiser).form != self.layers.form:
+                    raise ValueError("LoRAs came or went since the composition began: make such changes before that.")
                 self._begin(self._clock.first)
             progress = self._clock.progress(tick.step, self._total)
             planner = self._planners.setdefault(tick.context, Planner(self.config, self.roles))
@@ -215,10 +233,9 @@ class Composition:
     def _may_cache(self, arguments: Mapping[str, Any]) -> bool:
         if self.passes.blocks is None:
             return False
-        reason = unusual(self.denoiser, arguments)
-        if reason and reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"{reason}: every pass is a full one.", stacklevel=2)
+        reason = unusual(self.denoiser, arguments) or self.passes.too_large
+        if reason:
+            self._warn(f"{reason}: every pass is a full one.")
         return not reason
 
 
@@ -249,30 +266,17 @@ def compose(
     if steps is not None and (type(steps) is not int or steps < 1):
         raise ValueError(f"num_inference_steps={steps!r} cannot be used; use an integer of at least 1.")
     denoiser = denoiser_of(target)
-    owner = target if scheduler is None and not isinstance(target, nn.Module) else scheduler
+    pipe = None if isinstance(target, nn.Module) else target
     at_work = installed_on(denoiser)
     if config is None:
         config = at_work.config if at_work else CachedLoraConfig()
-    return Composition(denoiser, config, owner, steps)
+    return Composition(denoiser, config, pipe if scheduler is None else scheduler, steps, pipe)
 
 
 def installed_on(denoiser: nn.Module) -> Composition | None:
     """The composition at work on a denoiser."""
-    forward = vars(denoiser).get("forward")
-    owner = getattr(getattr(forward, "func", None), "__self__", None)
+    owner = owner_of(denoiser)
     return owner if isinstance(owner, Composition) else None
-
-
-def argument_names(denoiser: nn.Module) -> list[str]:
-    """Names of the arguments of a denoiser's forward; the first is the sample."""
-    return list(inspect.signature(type(denoiser).forward).parameters)[1:]
-
-
-def call_arguments(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the denoiser by name, in the order of its signature."""
-    names = argument_names(denoiser)
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    return {name: given[name] for name in (*(n for n in names if n in given), *(n for n in given if n not in names))}
 
 
 __all__ = ["Composition", "compose"]

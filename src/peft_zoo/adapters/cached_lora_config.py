@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,13 @@ from peft_zoo.adapters.base.config import option
 
 METHODS = ("merge", "merge_normalized", "switch", "w_switch", "composite", "cmlora")
 MERGES = ("merge", "merge_normalized")
+ABOVE_0, ABOVE_1 = math.nextafter(0, 1), math.nextafter(1, 2)
+RANGES = (  # of numbers: from the first, to below the second
+    ("phase_border", 0, ABOVE_1, "use a share from 0 to 1"),
+    ("dominance_decay", 0, 1, "use a number from 0 to below 1"),
+    ("dominance_floor", 0, math.inf, "use a number of at least 0: no weight is negative"),
+    ("dominance_init", ABOVE_0, math.inf, "use a positive number or None"),
+)
 
 
 @dataclass(frozen=True)
@@ -118,24 +126,31 @@ class CachedLoraConfig(PeftConfig):
     def _check_values(self) -> None:
         self._require(self.method in METHODS, "method", f"use one of {', '.join(METHODS)}")
         fix = "use 'given', 'profile' or a list of names"
-        self._require(isinstance(self.order, list) or self.order in ("given", "profile"), "order", fix)
+        self._require(_is_names(self.order) or self.order in ("given", "profile"), "order", fix)
+        for name in ("high", "low"):
+            self._require(getattr(self, name) is None or _is_names(getattr(self, name)), name, "use a list of names")
+        profile: Any = self.profile
+        measured = profile is None or (isinstance(profile, dict) and all(map(_is_number, profile.values())))
+        self._require(measured, "profile", "use a dict with a number for each adapter")
         fix = "measure it with profile_frequency() and store() it in the recipe"
         self._require(self.order != "profile" or bool(self.profile), "order", fix)
         for name in ("switch_every", "cache_early", "cache_middle"):
             value = getattr(self, name)
             self._require(type(value) is int and value > 0, name, "use an integer of at least 1")
         self._require(type(self.max_age) is int and self.max_age >= 0, "max_age", "use an integer of at least 0")
-        numbers = all(isinstance(weight, (int, float)) for weight in getattr(self.weights, "values", dict)())
+        for name in ("cache", "batched"):
+            self._require(type(getattr(self, name)) is bool, name, "use True or False")
+        numbers = all(map(_is_number, (self.weights or {}).values()))  # type: ignore[union-attr]
         self._require(numbers, "weights", "use a number for each adapter; set the scales of blocks with set_adapters()")
-        self._require(0 <= self.phase_border <= 1, "phase_border", "use a share from 0 to 1")
-        borders: Any = tuple(self.cache_borders)  # JSON has only lists
-        self.cache_borders = borders
         fix = "use two shares from 0 to 1, the smaller one first"
-        self._require(len(borders) == 2 and 0 <= borders[0] <= borders[1] <= 1, "cache_borders", fix)
-        self._require(0 <= self.dominance_decay < 1, "dominance_decay", "use a number from 0 to below 1")
-        self._require(self.dominance_floor >= 0, "dominance_floor", "use a number of at least 0: no weight is negative")
-        fix = "use a positive number or None"
-        self._require(self.dominance_init is None or self.dominance_init > 0, "dominance_init", fix)
+        borders: Any = self.cache_borders
+        pair = isinstance(borders, (list, tuple)) and len(borders) == 2 and all(map(_is_number, borders))
+        self._require(pair and 0 <= borders[0] <= borders[1] <= 1, "cache_borders", fix)
+        self.cache_borders = tuple(borders)  # JSON has only lists
+        for name, least, most, fix in RANGES:
+            value = getattr(self, name)
+            inside = _is_number(value) and least <= value < most
+            self._require(inside or (name == "dominance_init" and value is None), name, fix)
 
     def roles(self, available: Sequence[str]) -> Roles:
         """What the recipe says about the adapters of a denoiser.
@@ -202,6 +217,14 @@ class CachedLoraConfig(PeftConfig):
         weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
         if not weights.exists():
             save_file({}, weights, metadata={"format": "pt"})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
 
 
 def split(shares: Mapping[str, float]) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -17,6 +17,11 @@ class AdapterLayers:
 
     Args:
         denoiser: A module with LoRAs, from `load_lora_weights`, `load_lora_adapter`, `add_adapter` or peft.
+
+    Attributes:
+        layers: The layers.
+        form: Each of them with the ranks of its adapters: all on which the work of a pass depends.
+        names: Of the adapters.
 
     Raises:
         ValueError: If there are none, if they are fused, or if they bring whole modules along (`modules_to_save`).
@@ -38,6 +43,7 @@ class AdapterLayers:
         whole = [name for name, m in denoiser.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         if whole:
             raise ValueError(f"modules_to_save={whole} cannot be composed: an adapter may change LoRA layers only.")
+        self.form = [(layer, dict(layer.r)) for layer in self.layers]
         self.names = list(dict.fromkeys(name for layer in self.layers for name in layer.scaling))
         self._before: list[tuple[LoraLayer, Any, dict[str, float]]] = []
 
@@ -57,10 +63,8 @@ class AdapterLayers:
             ValueError: If an adapter's update is zero.
         """
         found = {}
-        layers: list[Any] = self.layers
         for name in names:
-            deltas = (layer.get_delta_weight(name) for layer in layers if name in layer.scaling)
-            found[name] = sum(float(delta.detach().double().square().sum()) for delta in deltas) ** 0.5
+            found[name] = sum(_square(layer, name) for layer in self.layers if name in layer.scaling) ** 0.5
             if not found[name]:
                 raise ValueError(f"adapter {name!r} changes no weight, so it has no norm: train it, or leave it out.")
         return found
@@ -101,6 +105,22 @@ class AdapterLayers:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _square(layer: Any, name: str) -> float:
+    """Squared Frobenius norm of an adapter's update of one layer.
+
+    That of B A is the trace of (B' B)(A A'), of which both are of the size of the rank. A convolution in groups has
+    such a product for each.
+    """
+    factors = [part[name] for part in (layer.lora_A, layer.lora_B) if name in part]
+    usual = all(isinstance(one, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) for one in factors)
+    if not factors or not usual or isinstance(layer, ParamWrapper):  # of an embedding, in blocks, or for each expert
+        return float(layer.get_delta_weight(name).detach().double().square().sum())
+    groups = getattr(factors[1], "groups", 1)
+    parts = [one.weight.detach().double().flatten(1).chunk(groups) for one in factors]
+    squares = (float(((up.T @ up) * (down @ down.T)).sum()) for down, up in zip(*parts, strict=True))
+    return layer.scaling[name] ** 2 * max(0.0, sum(squares))  # rounded, nothing can be less than nothing
 
 
 def _name_rows(names: tuple[str, ...], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -44,6 +44,8 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | None]) -> None:
                 first = PeftModel.from_pretrained(model, source, adapter_name=name)
             else:
                 first.load_adapter(source, adapter_name=name)
+    if wanted:
+        model.eval()  # new layers are in training mode, and may have dropout
 
 
 def remove_adapters(model: nn.Module, keep: Collection[str]) -> None:

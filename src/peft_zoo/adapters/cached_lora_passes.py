@@ -12,11 +12,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_zoo.adapters.cached_lora_blocks import Blocks, Features
+from peft_zoo.adapters.cached_lora_calls import repeated
 from peft_zoo.adapters.cached_lora_config import CachedLoraConfig
 from peft_zoo.adapters.cached_lora_layers import AdapterLayers
 from peft_zoo.adapters.cached_lora_schedule import Plan
 
-POSITIONS = ("img_ids", "txt_ids")  # a row for each token, not for each sample
+MOST_BYTES = 4 * 2**30
+"""Of all features together: SDXL keeps 42 MB for each LoRA, FLUX.1 27, a large video model three quarters of a GB.
+
+It is no share of the free memory, so that what is drawn does not depend on what else is in there.
+"""
 Mode = Literal["off", "store", "replay"]
 Output = TypeVar("Output")
 
@@ -34,13 +39,7 @@ class Call:
     @property
     def form(self) -> tuple[Any, ...]:
         """What calls have in common that take the same work."""
-        sample = self.arguments[self.sample]
-        return sample.shape, sample.dtype, sample.device
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What calls have in common that can share features."""
-        return self.context, *self.form
+        return form_of(self.arguments[self.sample])
 
 
 @dataclass
@@ -64,12 +63,14 @@ class Passes:
 
     def __init__(self, config: CachedLoraConfig, layers: AdapterLayers, blocks: Blocks | None) -> None:
         self.config, self.layers, self.blocks = config, layers, blocks
-        self._features: dict[Any, tuple[Features, int]] = {}
-        self._macs: dict[Any, int] = {}
+        self.count = len(config.roles(layers.names).order)
+        self.macs: dict[Any, int] = {}
+        self.forget()
 
     def forget(self) -> None:
         """Drops all features."""
-        self._features = {}
+        self._features: dict[tuple[str, str], tuple[Features, int]] = {}
+        self.too_large: str | None = None
 
     def run(self, call: Call, plan: Plan, caching: bool) -> tuple[Any, Done]:
         """What the denoiser returns, with the weighted sum for its noise prediction.
@@ -95,8 +96,8 @@ class Passes:
 
     def _ages(self, call: Call, plan: Plan) -> dict[str, int]:
         """Which adapters may reuse a feature, and how old it is."""
-        known = [name for name in plan.weights if (call.key, name) in self._features and name not in plan.refresh]
-        ages = {name: call.step - self._features[call.key, name][1] for name in known}
+        known = [name for name in plan.weights if (call.context, name) in self._features and name not in plan.refresh]
+        ages = {name: call.step - self._features[call.context, name][1] for name in known}
         return {name: age for name, age in ages.items() if age <= self.config.max_age}
 
     def _groups(self, plan: Plan, ages: Mapping[str, int], full: Mode) -> Iterator[tuple[list[str], Mode]]:
@@ -113,31 +114,40 @@ class Passes:
     def _pass(self, call: Call, names: list[str], mode: Mode, together: bool) -> tuple[Any, int]:
         """One call of the real denoiser: its output, and the multiply-accumulates."""
         times = 1 if together else len(names)
-        inputs = _repeated(call.arguments, len(call.arguments[call.sample]), times)
-        forward = partial(call.forward, **inputs)
+        forward = partial(call.forward, **repeated(call.arguments, times))
         with self.layers.acting(names, together):
             if self.blocks is None:
                 return self._counted((call.form, *names, mode), forward)
             if mode == "replay":
-                self.blocks.features = _joined([self._features[call.key, name][0] for name in names])
+                self.blocks.features = _joined([self._features[call.context, name][0] for name in names])
             self.blocks.mode = mode
             try:
                 result = self._counted((call.form, *names, mode), forward)
                 if mode == "store" and self.blocks.features is not None:
-                    for name, part in zip(names, _parted(self.blocks.features, times), strict=True):
-                        self._features[call.key, name] = part, call.step
+                    self._keep(call, names, self.blocks.features)
                 return result
             finally:
                 self.blocks.mode, self.blocks.features = "off", None
 
+    def _keep(self, call: Call, names: list[str], features: Features) -> None:
+        """Keeps the features of a pass, unless those of all adapters and contexts would be too large."""
+        size = sum(part.nbytes for part in features if part is not None) // len(names)
+        contexts = {call.context, *(context for context, _ in self._features)}
+        if size * self.count * len(contexts) > MOST_BYTES or self.too_large:
+            self.forget()
+            self.too_large = f"the features of {self.count} adapters take more than {MOST_BYTES / 2**30:.3g} GiB"
+            return
+        for name, part in zip(names, _parted(features, len(names)), strict=True):
+            self._features[call.context, name] = part, call.step
+
     def _counted(self, key: Any, run: Callable[[], Output]) -> tuple[Output, int]:
         """Runs, and counts multiply-accumulates: the first time only, since to count takes time."""
-        if key in self._macs:
-            return run(), self._macs[key]
+        if key in self.macs:
+            return run(), self.macs[key]
         with FlopCounterMode(display=False) as counter:
             output = run()
-        self._macs[key] = counter.get_total_flops() // 2
-        return output, self._macs[key]
+        self.macs[key] = counter.get_total_flops() // 2
+        return output, self.macs[key]
 
 
 def _joined(features: list[Features]) -> Features:
@@ -151,19 +161,9 @@ def _parted(features: Features, times: int) -> list[Features]:
     return list(zip(*parts, strict=True))
 
 
-def _repeated(arguments: dict[str, Any], rows: int, times: int) -> dict[str, Any]:
-    """Arguments for a batch with `times` copies of each sample; lists are copied, as T2I-Adapter's are emptied."""
-
-    def repeat(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: repeat(key, item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [repeat(name, item) for item in value]
-        if times == 1 or name in POSITIONS or not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
-            return value
-        return torch.cat([value] * times)
-
-    return {name: repeat(name, value) for name, value in arguments.items()}
+def form_of(sample: Tensor) -> tuple[Any, ...]:
+    """What must be equal in samples for a feature of one to fit another."""
+    return sample.shape, sample.dtype, sample.device
 
 
 def prediction_of(output: Any) -> Tensor:

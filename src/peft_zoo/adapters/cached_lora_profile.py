@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_zoo.adapters.cached_lora_checks import check_denoiser, denoiser_of
-from peft_zoo.adapters.cached_lora_compose import call_arguments, installed_on
+from peft_zoo.adapters.cached_lora_calls import call_arguments, repeated
+from peft_zoo.adapters.cached_lora_checks import check_denoiser, check_pipeline, denoiser_of
+from peft_zoo.adapters.cached_lora_compose import installed_on
 from peft_zoo.adapters.cached_lora_config import CachedLoraConfig, split
 from peft_zoo.adapters.cached_lora_layers import AdapterLayers
 from peft_zoo.adapters.cached_lora_passes import prediction_of
+from peft_zoo.adapters.cached_lora_patches import Patches
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def profile_frequency(
         **call: With `prompt`: more arguments for the pipeline.
 
     Raises:
-        ValueError: If an argument cannot be used, or an adapter changes nothing.
+        ValueError: If an argument cannot be used, the denoiser is not fit for it, or an adapter changes nothing.
     """
     for name, value, ok in (("h", h, 0 < h < 1), ("every", every, type(every) is int and every > 0)):
         if not ok:
@@ -115,6 +117,7 @@ def profile_frequency(
         run = partial(target, prompt, num_inference_steps=steps, generator=noise, output_type="latent", **call)
     denoiser = denoiser_of(target)
     check_denoiser(denoiser)
+    check_pipeline(target)
     probe = _Probe(denoiser, adapters, every)
     probe.watch(run)
     if not probe.powers:
@@ -137,27 +140,25 @@ class _Probe:
         at_work = installed_on(self.denoiser)
         if at_work:
             at_work.uninstall()
-        before = vars(self.denoiser).get("forward")
+        patches = Patches()
         self.layers.remember()
-        self.denoiser.forward = partial(self._forward, self.denoiser.forward)
+        patches.put(self.denoiser, "forward", self._forward)
         try:
             run()
         finally:
-            del self.denoiser.forward
-            if before is not None:
-                self.denoiser.forward = before
+            patches.undo()
             self.layers.restore()
             if at_work:
                 at_work.install()
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments = call_arguments(self.denoiser, args, kwargs)
         with self.layers.acting([], together=True):
-            output = forward(*args, **kwargs)
+            output = forward(**repeated(arguments, 1))
         if self.calls % self.every == 0:
-            arguments = call_arguments(self.denoiser, args, kwargs)
             for name in self.names:
                 with self.layers.acting([name], together=True):
-                    change = prediction_of(forward(*args, **kwargs)) - prediction_of(output)
+                    change = prediction_of(forward(**repeated(arguments, 1))) - prediction_of(output)
                 self.powers.setdefault(name, []).append(power(_as_image(change, arguments)))
         self.calls += 1
         return output

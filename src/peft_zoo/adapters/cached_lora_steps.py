@@ -49,7 +49,8 @@ class Clock:
     """Numbers the calls of a denoiser.
 
     Every call of one context is a step, so that Heun's two calls at one timestep are two. Calls without a name are told
-    apart by how many come with the first timestep of a generation. A timestep that goes up begins a new one.
+    apart by how many come with the first timestep of a generation. A timestep that goes up begins a new one, and so
+    does a sample of another form in the same context.
     """
 
     def __init__(self) -> None:
@@ -59,26 +60,30 @@ class Clock:
         """Lets the next call begin a generation."""
         self.first = self.last = 0.0
         self._counts: dict[str, int] = {}
+        self._forms: dict[str, object] = {}
         self._branch = self._branches = 0
 
-    def tick(self, timestep: float, name: str | None) -> Tick:
+    def tick(self, timestep: float, name: str | None, form: object = None) -> Tick:
         """Takes note of a call.
 
         Args:
             timestep: As the denoiser gets it.
             name: Of the context, if the pipeline gives one.
+            form: Shape, dtype and device of the sample.
         """
         again = timestep == self.first == self.last and (name in self._counts or self._branches == MOST_CALLS)
         begins = not self._counts or timestep > self.last or again
+        if not begins:
+            context = name or self._unnamed(timestep)
+            begins = self._forms.get(context, form) != form
         if begins:
             self.reset()
             self.first = timestep
-        if name is None:
-            name = self._unnamed(timestep)
+            context = name or self._unnamed(timestep)
         self.last = timestep
-        step = self._counts.get(name, 0)
-        self._counts[name] = step + 1
-        return Tick(name, step, begins)
+        step = self._counts.get(context, 0)
+        self._counts[context], self._forms[context] = step + 1, form
+        return Tick(context, step, begins)
 
     def _unnamed(self, timestep: float) -> str:
         if timestep == self.first:
