@@ -529,6 +529,7 @@ def test_a_map_can_be_given(tmp_path: Path) -> None:
         ({"r": 0}, "r=0 cannot be used; use an integer of at least 1"),
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"oversampling": -1}, "oversampling=-1"),
+        ({"keep_init": "nf8"}, "keep_init='nf8' cannot be used; use True or False"),
         ({"niter": 2.0}, "niter=2.0"),
         ({"table_iterations": 1.5}, "table_iterations=1.5"),
         ({"tol": 1.0}, r"tol=1.0 cannot be used; use a share in \[0, 1\)"),

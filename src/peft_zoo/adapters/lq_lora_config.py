@@ -120,6 +120,7 @@ class LqLoraConfig(LoraConfig):
         self._require(not only_columns, "heuristic", "activations weigh columns only: use 'col'")
         for name in NEEDS_DENSE:
             self._require(not getattr(self, name), name, "it needs the weight in floating-point; leave it out")
+        self._require(isinstance(self.keep_init, bool), "keep_init", "use True or False")
         valid = isinstance(self.init_lora_weights, bool)
         self._require(valid, "init_lora_weights", "use True, or False for random factors on a base left as it is")
         self._read_ways()
