@@ -18,7 +18,7 @@ from benchmarks import common
 PICTURE = common.ROOT / "docs" / "methods" / "lq_lora_bits.svg"
 BEFORE = ", before tuning"
 UNQUANTIZED = 16.0  # bits of a base that is left in bfloat16
-COLOURS = {"LQ-LoRA": "tab:blue", "LQ-LoRA (Fisher)": "tab:purple", "LQ-LoRA (fitted)": "tab:red"}
+COLOURS = {"LQ-LoRA": "tab:blue", "LQ-LoRA (fitted)": "tab:red"}
 COLOURS |= {"QLoRA": "tab:orange", "LoftQ": "tab:green", "LoRA": "tab:gray"}
 
 

@@ -10,8 +10,8 @@ held-out problems, before the first step and after the last. Every recipe has ra
     LoftQ 4.5          peft's, one iteration, NF4 with scales in float32; the base is computed with dequantized
     LQ-LoRA 4.13       every matrix as in QLoRA (`qconfig="nf4"`), and A and B from the decomposition
     LQ-LoRA 4 to 2.5   a budget of so many bits
-    LQ-LoRA (Fisher)   losses weighted by the Fisher information of 128 sequences of the training split
-    LQ-LoRA (fitted)   that, and levels fitted to every matrix
+    LQ-LoRA (fitted)   losses weighted by the Fisher information of 128 sequences of the training split, and levels
+                       fitted to every matrix
 
 Bits are those of a number in the base. LQ-LoRA's decomposition depends on neither rate nor seed. So a recipe's first
 run makes it and saves it, and the others load it, as users do; only the first run has its time.
@@ -118,8 +118,7 @@ RATES, MIDDLE, LOW = (0.0001, 0.0003, 0.001, 0.003, 0.01), (0.0003, 0.001, 0.003
 low ones where losses are weighted."""
 
 BUDGETS = "4", "3", "2.75", "2.5"
-FISHER = {"weighting": "fisher"}
-FITTED = {**FISHER, "codebook": "lloyd"}
+FITTED = {"weighting": "fisher", "codebook": "lloyd"}
 
 RECIPES = {
     "LoRA": Recipe("lora", LORA),
@@ -127,11 +126,10 @@ RECIPES = {
     "LoftQ 4.5": Recipe("lora", {**LORA, **LOFTQ}, adapt=loftq),
     "LQ-LoRA 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4"}, RATES, adapt=ONCE),
     **{f"LQ-LoRA {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits}, MIDDLE, adapt=ONCE) for bits in BUDGETS},
-    "LQ-LoRA (Fisher) 2.75": Recipe("lq_lora", {**LORA, "budget_bits": "2.75", **FISHER}, LOW, adapt=WEIGHED),
     "LQ-LoRA (fitted) 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4", **FITTED}, LOW, adapt=WEIGHED),
     **{
         f"LQ-LoRA (fitted) {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits, **FITTED}, LOW, adapt=WEIGHED)
-        for bits in BUDGETS
+        for bits in BUDGETS[1:]
     },
 }
 DEFAULTS = {"steps": 48, "eval_size": 16}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -233,3 +234,15 @@ def generate(
             noise = without + guidance * (given - without)
         sample = scheduler.step(noise, t, sample).prev_sample
     return sample
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each of them in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(kind: str) -> Any:
+    """One of that kind, with LoRAs."""
+    return denoiser(kind)

@@ -25,8 +25,12 @@ from tests.adapters.cached_lora_samples import (
     flux_condition,
     generate,
     inputs,
+    kind,
+    model,
     only,
 )
+
+__all__ = ["kind", "model"]
 
 # numpy about the tensors that diffusers' schedulers give it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -35,16 +39,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 # Without and with guidance; both make batches of four rows, whose work is counted once.
 GUIDED: tuple[dict[str, Any], ...] = ({"guidance": 0.0, "rows": 4}, {"guidance": 3.0, "rows": 2})
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(kind: str) -> Any:
-    return denoiser(kind)
 
 
 @pytest.fixture(scope="module")

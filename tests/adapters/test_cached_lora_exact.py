@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from peft_zoo import CachedLoraConfig, compose
-from tests.adapters.cached_lora_samples import KINDS, NAMES, SCHEDULERS, call, denoiser, generate, inputs, only
+from tests.adapters.cached_lora_samples import NAMES, SCHEDULERS, call, generate, inputs, kind, model, only
+
+__all__ = ["kind", "model"]
 
 # numpy about the tensors that diffusers' schedulers give it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -17,16 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 TWO = ["one", "two"]
 COMPOSITE: dict[str, Any] = {"adapters": TWO, "method": "composite"}
 ALWAYS_FULL: dict[str, Any] = {"adapters": TWO, "method": "cmlora", "max_age": 0, "dominance_init": 1.0}
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(kind: str) -> Any:
-    return denoiser(kind)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])

@@ -8,11 +8,10 @@ Definition, Q being the matrix `(out, in)` that `normal_float.dequantize` restor
 Nothing of the size of the weight is kept for the backward pass, and `x` only for the gradient of A. The weight is
 restored, into memory of its size in the dtype of `x`, and the library multiplies.
 
-For up to `SMALL` tokens, as in generation, kernels decode the weight where it is multiplied and add what the LoRA says
-before they write: one with a sum for each of up to `FEW` tokens, one for tensor cores beyond. They move the packed
-weight and little else; `benchmarks.lq_lora` measures them. Every token more takes them longer, and restoring and
-multiplying not, so they run by themselves up to `FASTER` tokens, and to `SMALL` where `PEFT_ZOO_KERNELS=triton` asks
-for it: then nothing of the size of the weight is allocated.
+For up to `SMALL` tokens, as in generation, a kernel decodes the weight where it is multiplied and adds what the LoRA
+says before it writes: with a sum for each of up to `FEW` tokens, by tensor cores beyond. It moves the packed weight and
+little else; `benchmarks.lq_lora` measures it. By itself it runs up to `FASTER` tokens, and to `SMALL` where
+`PEFT_ZOO_KERNELS=triton` asks for it: then nothing of the size of the weight is allocated.
 
 Source: LQ-LoRA (arXiv 2311.12023), section 3.2, whose code restores the weight always.
 """
@@ -32,7 +31,7 @@ from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize_operato
 __all__ = ["nf_linear", "nf_merge"]
 
 SMALL, FEW, FASTER = 32, 4, 2
-"""The most tokens that kernels take, those of the first, and those for which it is faster than restoring the weight."""
+"""The most tokens that the kernel takes, those without tensor cores, and those for which restoring was found slower."""
 
 
 def nf_linear(

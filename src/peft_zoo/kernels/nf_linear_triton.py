@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -52,8 +51,8 @@ def nf_linear(
     low_rows = y if low is None else low.reshape(tokens, rank).contiguous()
     dense = low_rows, y if B is None else B.contiguous(), y if bias is None else bias.contiguous()
     x = x.reshape(tokens, columns).contiguous()
-    kernel, tile = _tile(tokens, columns, x.dtype)
-    kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+    tile = _tile(tokens, columns, x.dtype)
+    _product[(triton.cdiv(rows, tile["ROWS"]),)](
         *(x, *packed, *dense, y, tokens, rows, columns, rank),
         BITS=bits,
         SCALE_BITS=scale_bits,
@@ -66,20 +65,15 @@ def nf_linear(
     return y
 
 
-def _tile(tokens: int, columns: int, dtype: torch.dtype) -> tuple[Any, dict[str, int]]:
-    """The kernel for so many tokens, and its sizes."""
+def _tile(tokens: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes for so many tokens, and whether tensor cores multiply."""
     if tokens <= FEW:
         width = min(WIDEST, triton.next_power_of_2(columns))
         sizes = {"TOKENS": triton.next_power_of_2(tokens), "ROWS": VALUES // width, "WIDTH": width}
-        return _few_tokens, {**sizes, "CHUNK": CHUNK, "num_warps": FEW_WARPS}
+        return {**sizes, "CHUNK": CHUNK, "DOTS": False, "num_warps": FEW_WARPS}
     # Of float32 twice as many columns would take too many registers.
-    sizes = {"TOKENS": LEAST if tokens <= LEAST else SMALL, "ROWS": ROWS}
-    return _more_tokens, {
-        **sizes,
-        "WIDTH": WIDTH // 2 if dtype == torch.float32 else WIDTH,
-        "CHUNK": CHUNK,
-        "num_warps": NUM_WARPS,
-    }
+    sizes = {"ROWS": ROWS, "WIDTH": WIDTH // 2 if dtype == torch.float32 else WIDTH, "CHUNK": CHUNK}
+    return {**sizes, "TOKENS": LEAST if tokens <= LEAST else SMALL, "DOTS": True, "num_warps": NUM_WARPS}
 
 
 def nf_merge(
@@ -117,7 +111,7 @@ def nf_merge(
 
 
 @triton.jit
-def _few_tokens(
+def _product(
     x_ptr,  # (tokens, columns)
     codes_ptr,
     scales_ptr,
@@ -137,11 +131,13 @@ def _few_tokens(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DOTS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     EACH: tl.constexpr = 32 if BITS == 3 else 32 // BITS
     UNITS: tl.constexpr = WIDTH // EACH
     first_row = tl.program_id(0).to(tl.int64) * ROWS
@@ -165,77 +161,25 @@ def _few_tokens(
             ROWS,
             WIDTH,
         )
-        weight = widen(narrow(weight, x_ptr.dtype.element_ty))
-        column = first + (tl.arange(0, ROWS * UNITS) % UNITS * EACH)[:, None] + tl.arange(0, EACH)[None, :]
-        for t in tl.static_range(TOKENS):
-            there = column < tl.where(t < tokens, columns, 0)
-            x = widen(tl.load(x_ptr + t * columns + column, mask=there, other=0.0))
-            found = tl.sum(tl.reshape(tl.sum(weight * x, 1), (ROWS, UNITS)), 1)
-            total += tl.where(token[:, None] == t, found[None, :], 0.0)
+        if DOTS:
+            x = load_tile(x_ptr, token, first + tl.arange(0, WIDTH), tokens, columns)
+            total += dot_like(x, tl.trans(tl.reshape(weight, (ROWS, WIDTH))), dtype)
+        else:
+            weight = widen(narrow(weight, dtype))
+            column = first + (tl.arange(0, ROWS * UNITS) % UNITS * EACH)[:, None] + tl.arange(0, EACH)[None, :]
+            for t in tl.static_range(TOKENS):
+                there = column < tl.where(t < tokens, columns, 0)
+                x = widen(tl.load(x_ptr + t * columns + column, mask=there, other=0.0))
+                found = tl.sum(tl.reshape(tl.sum(weight * x, 1), (ROWS, UNITS)), 1)
+                total += tl.where(token[:, None] == t, found[None, :], 0.0)
     for first in range(0, rank, CHUNK):
         k = first + tl.arange(0, CHUNK)
+        low = load_tile(low_ptr, token, k, tokens, rank)
         B = widen(load_tile(B_ptr, row, k, rows, rank))
-        low = widen(load_tile(low_ptr, token, k, tokens, rank))
-        total += tl.sum(low[:, None, :] * B[None, :, :], 2)
-    if HAS_BIAS:
-        total += widen(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[None, :]
-    store_tile(out_ptr, token, row, tokens, rows, total)
-
-
-@triton.jit
-def _more_tokens(
-    x_ptr,  # (tokens, columns)
-    codes_ptr,
-    scales_ptr,
-    group_scales_ptr,
-    offset_ptr,
-    levels_ptr,
-    low_ptr,  # (tokens, rank)
-    B_ptr,  # (rows, rank)
-    bias_ptr,  # (rows,)
-    out_ptr,  # (tokens, rows)
-    tokens,
-    rows,
-    columns,
-    rank,
-    BITS: tl.constexpr,
-    SCALE_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    first_row = tl.program_id(0).to(tl.int64) * ROWS
-    token, row = tl.arange(0, TOKENS), first_row + tl.arange(0, ROWS)
-    total = tl.zeros((TOKENS, ROWS), tl.float32)
-    for first in range(0, columns, WIDTH):
-        weight = decode(
-            codes_ptr,
-            scales_ptr,
-            group_scales_ptr,
-            offset_ptr,
-            levels_ptr,
-            first_row * columns + first,
-            rows - first_row,
-            columns - first,
-            columns,
-            BITS,
-            SCALE_BITS,
-            BLOCK,
-            GROUP,
-            ROWS,
-            WIDTH,
-        )
-        x = load_tile(x_ptr, token, first + tl.arange(0, WIDTH), tokens, columns)
-        total += dot_like(x, tl.trans(tl.reshape(weight, (ROWS, WIDTH))), dtype)
-    for first in range(0, rank, CHUNK):
-        low = load_tile(low_ptr, token, first + tl.arange(0, CHUNK), tokens, rank)
-        B = load_tile(B_ptr, row, first + tl.arange(0, CHUNK), rows, rank)
-        total += dot_like(low, tl.trans(widen(B)), dtype)
+        if DOTS:
+            total += dot_like(low, tl.trans(B), dtype)
+        else:
+            total += tl.sum(widen(low)[:, None, :] * B[None, :, :], 2)
     if HAS_BIAS:
         total += widen(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[None, :]
     store_tile(out_ptr, token, row, tokens, rows, total)
@@ -303,15 +247,15 @@ def shipped() -> Iterator[Shipped]:
         way = {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256, "CHUNK": CHUNK}
         for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, FEW), *_DOTS, (torch.float32, 1)):
             dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
-            kernel, tile = _tile(tokens, WIDEST, dtype)
+            tile = _tile(tokens, WIDEST, dtype)
             yield Shipped(
                 f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
-                kernel,
+                _product,
                 packed | dense | numbers | {"tokens": "i32"},
                 way | {"HAS_BIAS": True} | {name: size for name, size in tile.items() if name != "num_warps"},
                 num_warps=tile["num_warps"],
-                has_dot=kernel is _more_tokens,
-                loads_matrix=kernel is _more_tokens,
+                has_dot=bool(tile["DOTS"]),
+                loads_matrix=bool(tile["DOTS"]),
             )
         for factors in (torch.bfloat16, torch.float32):
             dense = dict.fromkeys(("A_ptr", "B_ptr"), POINTERS[factors]) | {"out_ptr": "*bf16", "scaling": "fp32"}
