@@ -5,7 +5,8 @@
     python -m benchmarks.watermark --docs      the tables of the saved results into the page of the method
 
 Marks of 16, 32 and 48 bits, each with three keys, are trained into TAEF2 with the default controller; at the most bits
-also with the paper's own (dlws), and into all weights of the decoder in place of a LoRA ("full"), with the same losses.
+also with the paper's own (dlws), with images changed on their way while training (augmented), and into all weights of
+the decoder in place of a LoRA ("full"), with the same losses. Clean images go through the same attacks as a control.
 All is measured on pictures that no training has seen, the clean decoder's images being the reference. Finished
 trainings are kept; started again with the same arguments, a run that was killed goes on.
 
@@ -53,6 +54,11 @@ COUNTED_RATES = (1e-3, 1e-2)  # false-positive rates that can be counted
 GROUPS = (1, 8, 32)  # images of one test, where false alarms are counted
 MESSAGES = 20_000
 FULL_RATE = 5e-4  # Stable Signature's, which trains all of a decoder
+LORAS: dict[str, dict[str, Any]] = {
+    "two_sided": {},
+    "dlws": {"controller": "dlws"},
+    "augmented": {"augmentations": ["crop", "resize", "jpeg", "noise"]},
+}
 QUICK = {"bits": [24], "seeds": [0], "steps": 4, "size": 32, "pictures": 80, "held_out": 36, "num_filters": 32}
 SETTINGS = (
     *("device", "quick", "size", "pictures", "held_out", "steps", "batch_size", "num_filters", "psnr_target"),
@@ -177,11 +183,14 @@ def check(result: dict[str, Any]) -> None:
 def attack(subject: Subject, mark: Mark, bits: int, seed: int) -> dict[str, dict[str, Any]]:
     """What is left of a mark."""
     marked, options = images_of(mark.vae, subject.latents), subject.options
-    with torch.no_grad():
-        images = {name: scores(mark, change(marked)) for name, change in watermark_attacks.IMAGES.items()}
-    with frozen(subject.vae):
-        again = reconstruct(subject.vae, marked, CHUNK)[1]
-    images["encoded again"] = scores(mark, again)
+
+    def sent(made: Tensor) -> dict[str, dict[str, Any]]:
+        with torch.no_grad():
+            found = {name: scores(mark, change(made)) for name, change in watermark_attacks.IMAGES.items()}
+        with frozen(subject.vae):
+            return {**found, "encoded again": scores(mark, reconstruct(subject.vae, made, CHUNK)[1])}
+
+    images, controls = sent(marked), sent(subject.clean)
 
     def judged(vae: Any) -> dict[str, Any]:
         made = images_of(vae, subject.latents)
@@ -195,7 +204,7 @@ def attack(subject: Subject, mark: Mark, bits: int, seed: int) -> dict[str, dict
     weights[f"a second mark, {steps} steps"] = judged(marked_twice)
     for step, vae in watermark_attacks.fine_tuned(mark.vae, subject.attacker, options.batch_size):
         weights[f"fine-tuning, {step} steps"] = judged(vae)
-    return {"images": images, "weights": weights}
+    return {"images": images, "controls": controls, "weights": weights}
 
 
 # ---- all of it ----
@@ -229,7 +238,7 @@ class Benchmark:
         """Method, bits and seed of each training."""
         for seed in self.options.seeds:
             yield from (("two_sided", bits, seed) for bits in self.options.bits)
-            yield from ((method, max(self.options.bits), seed) for method in ("dlws", "full"))
+            yield from ((method, max(self.options.bits), seed) for method in ("dlws", "augmented", "full"))
 
     def run(self, method: str, bits: int, seed: int) -> dict[str, Any]:
         """One training with its figures."""
@@ -238,7 +247,8 @@ class Benchmark:
             config = config_of(self.options, bits, seed, learning_rate=self.options.full_rate)
             mark = train_full(subject, subject.vae, key, config)
         else:
-            mark = train_lora(subject, subject.vae, key, config_of(self.options, bits, seed, controller=method))
+            config = config_of(self.options, bits, seed, **LORAS[method])
+            mark = train_lora(subject, subject.vae, key, config)
         result = measure(subject, mark, bits, seed)
         return result if method == "full" else {**result, "attacks": attack(subject, mark, bits, seed)}
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import common
 
 PAGE = common.ROOT / "docs" / "methods" / "watermark_lora.md"
-NAMES = {"two_sided": "LoRA", "dlws": "LoRA, dlws", "full": "all of the decoder"}
+NAMES = {"two_sided": "LoRA", "dlws": "LoRA, dlws", "augmented": "LoRA, augmented", "full": "all of the decoder"}
 
 Run = Mapping[str, Any]
 UNTIMED = {"seconds": None, "seconds_to_99": None}
@@ -141,12 +141,20 @@ def _weights(cells: Cells) -> str:
 
 
 def _attacks(cells: Cells, kind: str, title: str) -> str:
-    """For each attack the share of right bits, and in brackets of groups of images that are found; PSNR if it has."""
-    attacked = [(key, [run["attacks"][kind] for run in runs]) for key, runs in _ordered(cells) if "attacks" in runs[0]]
-    header = [title, *(f"{bits} bits, {NAMES[method]}" for (method, bits), _ in attacked)]
-    names = union(one for _, runs in attacked for one in runs)
-    rows = [[name, *(_left([one.get(name) for one in runs]) for _, runs in attacked)] for name in names]
-    return common.markdown(header, rows)
+    """For each attack the share of right bits, and in brackets of groups of images that are found; PSNR if it has.
+
+    Images also have a column of controls: clean ones after the same attack, read with the keys of the most bits.
+    """
+    attacked = {key: [run["attacks"] for run in runs] for key, runs in _ordered(cells) if "attacks" in runs[0]}
+    columns = [
+        (f"{bits} bits, {NAMES[method]}", [one[kind] for one in runs]) for (method, bits), runs in attacked.items()
+    ]
+    if kind == "images":
+        most = max(bits for _, bits in attacked)
+        columns.append((f"clean images, {most} bits", [one.get("controls", {}) for one in attacked["two_sided", most]]))
+    names = union(one for _, runs in columns for one in runs)
+    rows = [[name, *(_left([one.get(name) for one in runs]) for _, runs in columns)] for name in names]
+    return common.markdown([title, *(header for header, _ in columns)], rows)
 
 
 def _left(found: Sequence[Run | None]) -> str:

@@ -18,7 +18,7 @@ from peft_zoo.adapters.watermark_lora_vae import decode
 from peft_zoo.kernels.message_test import binomial_p_value, message_p_value
 
 ARGUMENTS = ["--quick", "--device", "cpu"]
-NAMES = ["two_sided/24/0", "dlws/24/0", "full/24/0"]
+NAMES = ["two_sided/24/0", "dlws/24/0", "augmented/24/0", "full/24/0"]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,16 @@ def test_every_training_has_its_figures(finished: tuple[list[str], dict[str, Any
             assert list(rates) == ["1", "8", "32"]
             assert rates["1"]["exact"] == rates["1"]["binomial"]  # of one image, both are the same test
             assert rates["1"]["exact, 0.01"] == rates["1"]["binomial, 0.01"] > rates["1"]["exact"]
-    lora, full = runs[NAMES[0]], runs[NAMES[2]]
+    lora, full = runs[NAMES[0]], runs[NAMES[-1]]
     assert (
         lora["parameters"] < full["parameters"] == sum(p.numel() for p in watermark_marks.tiny().decoder.parameters())
     )
     attacks = lora["attacks"]
     assert list(attacks["images"]) == [*watermark_attacks.IMAGES, "encoded again"]
     assert attacks["images"]["none"]["bit_accuracy"] == lora["bit_accuracy"]
+    assert list(attacks["controls"]) == list(attacks["images"])
+    assert attacks["controls"]["none"]["bit_accuracy"] == lora["clean_bit_accuracy"]
+    assert runs["augmented/24/0"]["psnr"] != lora["psnr"]
     assert len(attacks["weights"]) == len(watermark_attacks.WEIGHTS) + 1 + len(watermark_attacks.FINE_TUNING_STEPS)
 
 
@@ -299,11 +302,12 @@ def test_results_that_know_less_join_with_a_dash(finished: tuple[list[str], dict
     for groups in old["false_alarms"].values():
         for rates in groups.values():
             del rates["exact, 0.01"], rates["binomial, 0.01"]
-    del old["attacks"]["images"]["JPEG 30"], old["attacks"]["weights"]["mark of rank 1"]
+    del old["attacks"]["controls"], old["attacks"]["images"]["JPEG 30"], old["attacks"]["weights"]["mark of rank 1"]
     for runs in ({"two_sided/24/0": old, "two_sided/24/1": new}, {"two_sided/24/0": new, "two_sided/24/1": old}):
         lines = watermark_report.tables({"runs": runs}).splitlines()
-        assert "| JPEG 30 | - |" in lines and "| mark of rank 1 | - |" in lines
-        assert not any(line.startswith("| JPEG 50 | -") for line in lines)
+        assert "| JPEG 30 | - | - |" in lines and "| mark of rank 1 | - |" in lines
+        cells = next(line for line in lines if line.startswith("| JPEG 50 |")).split(" | ")
+        assert "%" in cells[1] and cells[2] == "- |"  # the first did without controls
         one = next(line.rstrip(" |") for line in lines if line.startswith("| 8 (24 bits) |"))
         assert [cell == "-" for cell in one.split(" | ")[1:]] == [False, False, True, True] * 2
     lines = watermark_report.tables({"runs": {"two_sided/24/0": old}}).splitlines()
