@@ -108,7 +108,7 @@ def weighed(task: Task, base: Any) -> Any:
     config: Any = build_config(str(settings.method), settings.options, defaults, settings.require("steps", ""))
     texts: Any = task.load_data().train
     count = min(SEQUENCES, len(texts))
-    preprocess_lq_lora(base, config, [{"input_ids": texts[place][None]} for place in range(count)])
+    preprocess_lq_lora(base, config, [{"input_ids": texts[place][None].to(base.device)} for place in range(count)])
     return adapt(task, base)
 
 

@@ -56,6 +56,11 @@ class Recipe:
     adapt: Callable[[Task, Any], Any] = adapt
 
 
+def _device() -> torch.device:
+    """Where `transformers.Trainer` trains."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def perplexity(recipe: str, task: Task, model: Any, held_out: Dataset[Any]) -> dict[str, float]:
     """The score of a trained model, by the row of the table that it belongs to."""
     return {recipe: evaluate(task, model, held_out).value}
@@ -121,7 +126,7 @@ class Study:
         )
         data = task.load_data()
         held_out = data.test if split == "test" else data.validation
-        model = recipe.adapt(task, task.load_model().to(getattr(torch, self.dtype)))
+        model = recipe.adapt(task, task.load_model().to(_device(), getattr(torch, self.dtype)))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         before = perplexity(f"{name}, before tuning", task, model, held_out) if self.before else {}
         losses = fit(task, model, data.train)
@@ -224,7 +229,10 @@ def main(
     parser.add_argument("--jobs", type=int, default=1, help="processes that train at once")
     parser.add_argument("--only", default=",".join(recipes), help="recipes, for a part of the study")
     parser.add_argument("--output", default=f"runs/{name}_study")
-    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{name}_study.json")
+    suffix = torch.cuda.get_device_name().lower().replace(" ", "_") if torch.cuda.is_available() else ""
+    target = RESULTS / f"{'_'.join(filter(None, (name, 'study', suffix)))}.json"
+    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{target.name}")
+    parser.add_argument("--json", type=Path, help="write another file")
     parser.set_defaults(**(defaults or {}))
     words = parser.parse_args(arguments)
     settings = {"task": "language", **{field: getattr(words, field) for field in SHARED}}
@@ -233,7 +241,6 @@ def main(
     study = Study(chosen, settings, words.dtype, Path(words.output), score, before)
     report = study.report(rates, seeds, words.jobs)
     print(table(report))
-    if words.save:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        write_json(RESULTS / f"{name}_study.json", {"machine": machine(device), **report})
+    if words.save or words.json:
+        write_json(words.json or target, {"machine": machine(_device()), **report})
     return 0
