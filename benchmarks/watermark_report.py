@@ -63,7 +63,7 @@ def _joined(result: dict[str, Any], other: Mapping[str, Any]) -> str:
         raise ValueError(f"--docs: results differ in {', '.join(sorted(unlike))}; give those of the same settings.")
     more = {name: {**run, **UNTIMED} for name, run in other["runs"].items() if name not in result["runs"]}
     result["runs"] |= more
-    return f"Trained elsewhere, and without its times: {', '.join(more)} ({common.describe(other['machine'])})."
+    return f"Trained apart, and without its times: {', '.join(more)} ({common.describe(other['machine'])})."
 
 
 def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> set[str]:
@@ -143,7 +143,7 @@ def _weights(cells: Cells) -> str:
 def _attacks(cells: Cells, kind: str, title: str) -> str:
     """For each attack the share of right bits, and in brackets of groups of images that are found; PSNR if it has.
 
-    Images also have a column of controls: clean ones after the same attack, read with the keys of the most bits.
+    Images also have a column of controls: clean ones after the same attack, read with a key of the most bits.
     """
     attacked = {key: [run["attacks"] for run in runs] for key, runs in _ordered(cells) if "attacks" in runs[0]}
     columns = [
@@ -151,7 +151,8 @@ def _attacks(cells: Cells, kind: str, title: str) -> str:
     ]
     if kind == "images":
         most = max(bits for _, bits in attacked)
-        columns.append((f"clean images, {most} bits", [one.get("controls", {}) for one in attacked["two_sided", most]]))
+        known = [one["controls"] for one in attacked["two_sided", most] if "controls" in one]
+        columns += [(f"clean images, {most} bits", known)] if known else []
     names = union(one for _, runs in columns for one in runs)
     rows = [[name, *(_left([one.get(name) for one in runs]) for _, runs in columns)] for name in names]
     return common.markdown([title, *(header for header, _ in columns)], rows)
