@@ -91,7 +91,7 @@ def test_refuses_and_writes_nothing(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "damaged" / WEIGHTS)
     key = next(key for key in tensors if key.endswith("initial_B"))
     save_file({**tensors, key: tensors[key][:, 1:].contiguous()}, tmp_path / "damaged" / WEIGHTS)
-    with pytest.raises(ValueError, match="do not fit its LoRA"):
+    with pytest.raises(ValueError, match=r"initial_B \(64, 7\) does not fit its LoRA"):
         to_lora(tmp_path / "damaged", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
@@ -100,3 +100,48 @@ def test_refuses_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="out_dir"):
         to_lora(tmp_path / "good", tmp_path / "full")
     assert json.loads((tmp_path / "good" / "adapter_config.json").read_text())["lq_state"] == "decomposed"
+
+
+def test_factors_that_are_kept_in_8_bits(tmp_path: Path) -> None:
+    model = trained(tmp_path / "lq", keep_init="nf8", r=5)
+    loaded = PeftModel.from_pretrained(base(), to_lora(tmp_path / "lq", tmp_path / "lora"))
+    torch.testing.assert_close(logits(loaded), logits(expected(model)), rtol=1e-4, atol=1e-4)
+    assert not any("initial" in key for key in load_file(tmp_path / "lora" / WEIGHTS))
+
+
+@pytest.mark.parametrize("keep_init", [True, "nf8"])
+def test_without_training_nothing_was_learned(keep_init: bool | str, tmp_path: Path) -> None:
+    adapted(keep_init=keep_init, r=5, lora_alpha=5).save_pretrained(tmp_path / "lq")
+    tensors = load_file(to_lora(tmp_path / "lq", tmp_path / "lora") / WEIGHTS)
+    downs = {key: A for key, A in tensors.items() if "lora_A" in key}
+    assert len(downs) == 6
+    for key, A in downs.items():
+        B = tensors[key.replace("lora_A", "lora_B")]
+        assert torch.equal(A[:5], A[5:]) and torch.equal(B[:, :5], -B[:, 5:])
+        assert A.any() and B.any()
+
+
+def test_damaged_factors_in_8_bits(tmp_path: Path) -> None:
+    trained(tmp_path / "lq", keep_init="nf8")
+    tensors = load_file(tmp_path / "lq" / WEIGHTS)
+    key = next(key for key in tensors if key.endswith("initial_codes"))
+    save_file({**tensors, key: tensors[key][:-1].contiguous()}, tmp_path / "lq" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"initial_codes .* does not fit its LoRA"):
+        to_lora(tmp_path / "lq", tmp_path / "out")
+    del tensors[key]
+    save_file(tensors, tmp_path / "lq" / WEIGHTS)
+    with pytest.raises(ValueError, match="was not kept"):
+        to_lora(tmp_path / "lq", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_the_base_has_to_be_saved_with_it(tmp_path: Path) -> None:
+    model = trained(tmp_path / "none", save_base="none")
+    with pytest.raises(ValueError, match=r"save_base='none' left out .* set save_base='quantized' .* save it again"):
+        to_lora(tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    again = PeftModel.from_pretrained(base(), tmp_path / "none")
+    again.peft_config["default"].save_base = "quantized"
+    again.save_pretrained(tmp_path / "quantized")
+    loaded = PeftModel.from_pretrained(base(), to_lora(tmp_path / "quantized", tmp_path / "lora"))
+    torch.testing.assert_close(logits(loaded), logits(expected(model)), rtol=1e-4, atol=1e-4)

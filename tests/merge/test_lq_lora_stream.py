@@ -177,6 +177,7 @@ def edit(folder: Path, name: str, **new: Any) -> None:
     [
         (lambda folder: None, {"budget_bits": 1.0}, r"budget_bits=1.0 is below 2\.\d+, the least"),
         (lambda folder: None, {"target_modules": ["embed_tokens"]}, "names no layer"),
+        (lambda folder: None, {"save_base": "none"}, "save_base='none': a model without its base needs Q"),
         (lambda folder: edit(folder, CONFIG, quantization_config={}), {}, "is quantized already"),
         (lambda folder: edit(folder, CONFIG, architectures=["os"]), {}, "is no model that transformers has"),
         (lambda folder: edit(folder, CONFIG, architectures=None), {}, "is no model that transformers has"),
@@ -192,7 +193,7 @@ def test_refuses(change: Any, fields: dict[str, Any], words: str, folder: Path, 
     change(folder)
     with pytest.raises(ValueError, match=words):
         quantize_checkpoint(folder, tmp_path / "out", config(**fields))
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_what_is_there_is_left_alone(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ Cost: the weights take `budget_bits` a number instead of 16; training keeps what
 twice a step, which a LoRA on 16-bit weights need not. Use it where memory is short.
 
 What is left without the adapter is Q, which is not the base model: its largest directions are in B and A. With
-`keep_init=True` they are kept and stand in for a disabled adapter.
+`keep_init=True` or "nf8" they are kept and stand in for a disabled adapter.
 
 A model of the standalone form (`standalone`) is quantized already: nothing is computed there, and the adapter takes
 over the part of low rank that stands beside Q.
@@ -18,12 +18,10 @@ Source: LQ-LoRA (Guo, Greengard, Xing, Kim, arXiv 2311.12023).
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
@@ -33,13 +31,12 @@ from torch import Tensor, nn
 from peft_zoo import registration
 from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
+from peft_zoo.adapters.lq_lora_files import PREFIX, base_hash, check_saved, rebuild
 from peft_zoo.adapters.lq_lora_layer import LqLinear
 from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, beside, empty_nf_linear
 from peft_zoo.adapters.lq_lora_plan import plan, rank_of, split
 from peft_zoo.adapters.lq_lora_targets import outside_adapters, refuse_packed
 from peft_zoo.kernels.normal_float import NFConfig
-
-PREFIX = "base_model.model."
 
 
 @registration.register(
@@ -53,6 +50,8 @@ PREFIX = "base_model.model."
 class LqLoraModel(SavedInsideFsdp, LoraModel):
     """peft's LoRA on linear layers that it quantizes first."""
 
+    _rebuilt: dict[str, NFLinear]  # from `_prepare_model` until they take their places
+
     # ---- making layers ----
 
     def _check_new_adapter_config(self, config: Any) -> None:
@@ -62,10 +61,10 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         others = [other for other in self.peft_config.values() if other is not config]
         digests = dict.fromkeys(name for name, way in (config.qconfig_map or {}).items() if way)
         digests |= config.base_sha256 or {}
-        if others:
-            present = {name: _hash(layer.quantized) for name, layer in _layers(self.model)}
-        else:
-            present = {name: _hash(layer) for name, layer in _alone(self.model) if name in digests}
+        found = [(name, layer.quantized) for name, layer in _layers(self.model)]
+        if not others:
+            found = [(name, layer) for name, layer in (*found, *_alone(self.model)) if name in digests]
+        present = {name: base_hash(layer) for name, layer in found}
         for name in digests if others else present:
             if present.get(name) != digests[name]:
                 raise ValueError(
@@ -76,12 +75,16 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
             self._warn_of_holes(present.keys() - digests.keys())
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Decide how each matrix is quantized, before anything is changed."""
+        """Decide how each matrix is quantized, or do that again, before anything is changed."""
         super()._prepare_model(peft_config, model)
         modules = dict(model.named_modules())
         for name in (name for name, way in (peft_config.qconfig_map or {}).items() if way and name in modules):
             refuse_packed(name, modules[name])
-        if peft_config.lq_state == "decomposed" or not peft_config.init_lora_weights:
+        layers = dict(_layers(model))
+        if peft_config.lq_state == "decomposed":
+            self._prepare_loaded(peft_config, model, layers)
+            return
+        if not peft_config.init_lora_weights:
             return
         if len(self.peft_config) == 1:
             ways = self._ways_alone(peft_config, model)
@@ -91,11 +94,19 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
             return
         # Other adapters count on the matrices as they are: a further one quantizes nothing.
         expanded = _maybe_include_all_linear_layers(peft_config, model)
-        layers = dict(_layers(model))
         own = {name: layer for name, layer in layers.items() if self._check_target_module_exists(expanded, name)}
         self._warn_of_holes(layers.keys() - own.keys())
         peft_config.qconfig_map = {name: list(layer.quantized.config) for name, layer in own.items()}
-        peft_config.keep_init = any(layer.quantized.initial is not None for layer in own.values())
+        peft_config.keep_init = _keeps(own.values())
+
+    def _prepare_loaded(self, config: LqLoraConfig, model: nn.Module, layers: dict[str, LqLinear]) -> None:
+        """What no file has is made again; of what others keep, the configuration says how."""
+        if config.save_base == "none":
+            there = [*layers, *dict(_alone(model))]
+            self._rebuilt = rebuild(config, model, self._check_target_module_exists, there)
+        shared = [layers[name] for name in config.base_sha256 or () if name in layers]
+        if shared:
+            config.keep_init = _keeps(shared)
 
     def _ways_alone(self, config: LqLoraConfig, model: nn.Module) -> dict[str, list[Any]]:
         """How the targeted matrices are quantized that are so already, in a model of the standalone form."""
@@ -114,7 +125,7 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
 
     def _warn_of_holes(self, missed: Collection[str]) -> None:
         layers = dict(_layers(self.model))
-        names = sorted(name for name in missed if layers[name].quantized.initial is None)
+        names = sorted(name for name in missed if not layers[name].quantized.keeps)
         if names:
             warnings.warn(
                 f"{names[0]} (and {len(names) - 1} more) is quantized and the new adapter does not target it; it lacks "
@@ -144,9 +155,8 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         if factors is not None:
             getattr(parent, target_name).start(adapter_name, factors)
 
-    @staticmethod
     def _quantized(
-        config: LqLoraConfig, way: NFConfig, layer: nn.Module, name: str, fresh: bool
+        self, config: LqLoraConfig, way: NFConfig, layer: nn.Module, name: str, fresh: bool
     ) -> tuple[nn.Module, Factors | None]:
         """What an adapter goes around in the place of a layer, and where it starts unless its values are in a file."""
         loaded = config.lq_state == "decomposed"
@@ -155,12 +165,15 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
             return base, factors if fresh else None
         if fresh:
             return split(config, way, layer, rank_of(config, name, layer), name)
-        return (empty_nf_linear(layer, way, 0 if config.keep_init else None) if loaded else layer), None
+        if loaded and config.save_base != "none":
+            return empty_nf_linear(layer, way, config.keep_init), None
+        return self._rebuilt.pop(name, layer), None
 
     def _factors_of_another(self, layer: LqLinear) -> Factors | None:
         """Where a further adapter starts: as the first one did, or where that is not kept, from where it is now."""
-        if layer.quantized.initial is not None or not layer.lora_A:
-            return layer.quantized.initial
+        initial = layer.quantized.initial
+        if initial is not None or not layer.lora_A:
+            return initial
         first = next(iter(layer.lora_A))
         warnings.warn(
             f"Without keep_init=True nothing is kept of what was split off the base; adapter {first!r}, as it is now, "
@@ -177,11 +190,15 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As peft; afterwards the configuration knows the base it belongs to."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._rebuilt = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._rebuilt = {}
         config: Any = self.peft_config[adapter_name]
         if config.lq_state == "new" and config.init_lora_weights:
             own = ((name, layer) for name, layer in _layers(model) if adapter_name in layer.lora_A)
-            config.base_sha256 = {name: _hash(layer.quantized) for name, layer in own}
+            config.base_sha256 = {name: base_hash(layer.quantized) for name, layer in own}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As peft; without autocast, adapters take the dtype that the weight had, which packed codes do not show."""
@@ -197,7 +214,7 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
 
     def disable_adapter_layers(self) -> None:
         """As peft; warns where what is left is not the base model."""
-        if any(layer.quantized.initial is None for _, layer in _layers(self.model)):
+        if any(not layer.quantized.keeps for _, layer in _layers(self.model)):
             warnings.warn(
                 "The adapter of LQ-LoRA holds a part of the base model, which is missing while it is disabled; make it "
                 "with keep_init=True to have that part stand in for it.",
@@ -216,8 +233,11 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """As a LoRA, and the quantized matrices, merged or not."""
+        """As a LoRA, and the quantized matrices, merged or not, unless `save_base="none"`."""
+        config.check_save_base()
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.save_base == "none":
+            return found
         prefix = PREFIX if isinstance(model, PeftModel) else ""
         for name, layer in _layers(model):
             if adapter_name in layer.lora_A:
@@ -233,9 +253,10 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         Raises:
             ValueError: If they are not, or one is missing.
         """
+        state_dict = dict(state_dict)
         for name, layer in _layers(model):
             if adapter_name in layer.lora_A:
-                _check_saved(name, layer.quantized, config, state_dict)
+                check_saved(name, layer.quantized, config, state_dict, shared=len(layer.lora_A) > 1)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -252,37 +273,9 @@ def _alone(model: nn.Module) -> Iterator[tuple[str, NFLinear]]:
     return ((name, module) for name, module in outside_adapters(model) if isinstance(module, NFLinear))
 
 
-def _check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuse what a file has for a layer if it is not the whole or not of this base; make room for the factors kept."""
-    found = {}
-    for part, _ in layer.saved():
-        keys = [f"{prefix}{name}.base_layer.{part}" for prefix in (PREFIX, "")]
-        tensor = next((state_dict[key] for key in keys if key in state_dict), None)
-        if tensor is None:
-            raise ValueError(f"{keys[0]} is missing: the file of the adapter is not complete; save it again.")
-        found[part] = tensor
-    expected = (config.base_sha256 or {}).get(name)
-    if _digest(found[part] for part in layer.PARTS) != expected:
-        raise ValueError(
-            f"{name}: the quantized matrix is not that of base_sha256={expected!r}; file and configuration do not "
-            "belong together, or the file is damaged."
-        )
-    for part in layer.INITIAL:
-        if part in found and getattr(layer, part).shape != found[part].shape:
-            setattr(layer, part, torch.empty_like(found[part], device=layer.weight.device))
-
-
-def _hash(layer: NFLinear) -> str:
-    return _digest(layer.packed)
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of tensors in their order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _keeps(layers: Iterable[LqLinear]) -> bool | str:
+    """How what was split off is kept there, which one adapter has decided for all."""
+    return next((how for layer in layers if (how := layer.quantized.keeps)), False)
 
 
 __all__ = ["LqLoraModel"]

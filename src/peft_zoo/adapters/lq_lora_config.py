@@ -28,6 +28,7 @@ CHOICES = {
     "weighting": ("none", "fisher", "activation"),
     "solver": ("greedy", "exact"),
     "heuristic": ("two-sided", "row", "col", "auto"),
+    "save_base": ("quantized", "none"),
     "lq_state": ("new", "decomposed"),
 }
 
@@ -56,7 +57,8 @@ class LqLoraConfig(LoraConfig):
     """Configuration of a LoRA on a base that is quantized with it: every field of peft's `LoraConfig`, and how.
 
     `get_peft_model` quantizes the targeted linear layers of the model, which therefore has to be loaded as it is
-    published. An adapter's folder holds the quantized matrices too, and loading one computes nothing.
+    published. An adapter's folder holds the quantized matrices too, and loading one computes nothing, unless
+    `save_base="none"`.
 
     Raises:
         ValueError: For every field with a value that cannot work, naming the field, the value and the fix.
@@ -102,8 +104,13 @@ class LqLoraConfig(LoraConfig):
     )
     heuristic: str = option("two-sided", "What the SVD weighs: 'two-sided', 'row', 'col', or 'auto', the best of them.")
     weighting_eps: float = option(1e-6, "No weight of a row or column is below this share of the largest.")
-    keep_init: bool = option(
-        False, "Save what was split off too, so that disabling the adapter gives back (nearly) the base model."
+    keep_init: bool | str = option(
+        False,
+        "Keep what was split off, so that disabling the adapter gives back (nearly) the base model: True, or 'nf8' in "
+        "8 bits.",
+    )
+    save_base: str = option(
+        "quantized", "What of the base is in the adapter's folder: 'quantized', or 'none': loading decomposes again."
     )
     lq_state: str = option("new", "Whether the base is still to be quantized; written where an adapter is saved.")
     base_sha256: dict[str, str] | None = option(
@@ -120,10 +127,21 @@ class LqLoraConfig(LoraConfig):
         self._require(not only_columns, "heuristic", "activations weigh columns only: use 'col'")
         for name in NEEDS_DENSE:
             self._require(not getattr(self, name), name, "it needs the weight in floating-point; leave it out")
-        self._require(isinstance(self.keep_init, bool), "keep_init", "use True or False")
+        known = isinstance(self.keep_init, bool) or self.keep_init == "nf8"
+        self._require(known, "keep_init", "use True, False or 'nf8'")
+        self.check_save_base()
         valid = isinstance(self.init_lora_weights, bool)
         self._require(valid, "init_lora_weights", "use True, or False for random factors on a base left as it is")
         self._read_ways()
+
+    def check_save_base(self) -> None:
+        """Refuse to leave out of a folder what cannot be made again; also for a field that was set afterwards.
+
+        Raises:
+            ValueError: If `save_base="none"` and the decomposition was weighted.
+        """
+        again = self.save_base != "none" or self.weighting == "none"
+        self._require(again, "save_base", "the weights come from data that the folder does not have: use 'quantized'")
 
     def _check_numbers(self) -> None:
         for name in ("r", "num_iterations", "table_iterations"):

@@ -167,9 +167,8 @@ class LqLinear(LoraLinear):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return self.base_layer
         quantized = self.quantized
-        if quantized.initial is None:
-            return quantized
-        return quantized.floating(quantized.plus(*quantized.initial))
+        initial = quantized.initial
+        return quantized if initial is None else quantized.floating(quantized.plus(*initial))
 
     def __repr__(self) -> str:
         return f"lq_{super().__repr__()}"

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.kernels.nf_linear import nf_linear, nf_merge
-from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, empty_nf
+from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, empty_nf, quantize
 
 __all__ = ["NFLinear"]
 
 Factors = tuple[Tensor, Tensor]
 """B `(out, r)` and A `(r, in)` in float32, whose product is the part of low rank, scaling included."""
+
+NF8 = "nf8"
+"""`keep_init` for factors in 8 bits."""
+
+NF8_CONFIG = NFConfig(8, 8, "fp32", 64, 256)
 
 
 class NFLinear(nn.Linear):
@@ -31,7 +36,8 @@ class NFLinear(nn.Linear):
         bias: `(out,)`, taken over as it is.
         dtype: Of the weight before, and of what is merged.
         transposed: Whether the layer before was transformers' `Conv1D`, which has `(in, out)`.
-        initial: B and A that were split off, where they are kept; also as an empty pair to be filled.
+        initial: B and A that were split off, where they are kept, perhaps packed by `kept`; also of rank 0, to
+            be filled.
         standing: Whether `initial` counts where no factors are given: so in a model that is loaded without an adapter.
 
     Attributes:
@@ -40,10 +46,13 @@ class NFLinear(nn.Linear):
 
     PARTS = NFTensor._fields
     INITIAL = ("initial_B", "initial_A")
+    INITIAL_NF8 = tuple(f"initial_{part}" for part in NFTensor._fields)
+    ALL = (*PARTS, *INITIAL, *INITIAL_NF8)
 
     codes: Tensor
     initial_B: Tensor | None
     initial_A: Tensor | None
+    initial_codes: Tensor | None
 
     def __init__(
         self,
@@ -53,7 +62,7 @@ class NFLinear(nn.Linear):
         bias: nn.Parameter | None = None,
         dtype: torch.dtype = torch.float32,
         transposed: bool = False,
-        initial: Factors | None = None,
+        initial: Factors | NFTensor | None = None,
         standing: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear would make a weight
@@ -61,8 +70,10 @@ class NFLinear(nn.Linear):
         self.config, self.dtype, self.transposed, self.standing = config, dtype, transposed, standing
         for name, part in zip(self.PARTS, weight, strict=True):
             self.register_buffer(name, part)
-        for name, factor in zip(self.INITIAL, initial or (None, None), strict=True):
-            self.register_buffer(name, None if factor is None else factor.contiguous())
+        names = self.INITIAL_NF8 if isinstance(initial, NFTensor) else self.INITIAL
+        tensors = dict(zip(names, initial, strict=True)) if initial else {}
+        for name in (*self.INITIAL, *self.INITIAL_NF8):
+            self.register_buffer(name, tensors[name].contiguous() if name in tensors else None)
         self._parameters["bias"] = bias  # not by assignment: where peft makes new parameters empty, this is none
 
     @property
@@ -83,13 +94,20 @@ class NFLinear(nn.Linear):
         return self.out_features, self.in_features
 
     @property
+    def keeps(self) -> bool | str:
+        """How B and A that were split off are kept, as `keep_init` says it; False where they are not."""
+        return NF8 if self.initial_codes is not None else self.initial_B is not None
+
+    @property
     def initial(self) -> Factors | None:
-        """B and A that were split off, if they are kept."""
+        """B and A that were split off, if they are kept; decoded anew each time where they are in 8 bits."""
+        if self.keeps == NF8:
+            return unpack_factors(NFTensor(*(getattr(self, name) for name in self.INITIAL_NF8)), self.shape)
         return None if self.initial_B is None or self.initial_A is None else (self.initial_B, self.initial_A)
 
     def saved(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of everything that an adapter's file has to hold."""
-        for name in (*self.PARTS, *self.INITIAL):
+        for name in self.ALL:
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
@@ -117,7 +135,7 @@ class NFLinear(nn.Linear):
             B, A = self.initial or (None, None)
         return nf_linear(x, self.packed, self.config, self.shape, self.bias, A, B, scaling)
 
-    def with_initial(self, initial: Factors | None, standing: bool = False) -> NFLinear:
+    def with_initial(self, initial: Factors | NFTensor | None, standing: bool = False) -> NFLinear:
         """The same matrix and bias with other factors; the tensors are shared."""
         parts = self.packed, self.config, self.shape, self.bias, self.dtype, self.transposed
         return NFLinear(*parts, initial, standing).train(self.training)
@@ -153,36 +171,64 @@ class NFLinear(nn.Linear):
         return self
 
 
-def empty_nf_linear(layer: Any, config: NFConfig, rank: int | None, standing: bool = False) -> NFLinear:
+def empty_nf_linear(
+    layer: Any, config: NFConfig, keep_init: bool | str, rank: int = 0, standing: bool = False
+) -> NFLinear:
     """An `NFLinear` in the place of a layer, to be filled from a state dict.
 
     Args:
         layer: `nn.Linear` or `Conv1D`; its weight's device and dtype are taken.
         config: How the matrix is quantized.
-        rank: Of the initial factors, 0 where only the state dict knows it; None: there are none.
+        keep_init: Whether it has initial factors, and how.
+        rank: Of those, 0 where only the state dict knows it.
         standing: As for `NFLinear`.
     """
     matrix = oriented(layer)
     (rows, columns), device = matrix.shape, matrix.device
-    initial = None if rank is None else _zeros(rows, columns, rank, device)
+    initial = kept(_zeros(rows, columns, rank, device), keep_init)
     packed = empty_nf(config, rows * columns, device)
     transposed = isinstance(layer, Conv1D)
     return NFLinear(packed, config, (rows, columns), layer.bias, matrix.dtype, transposed, initial, standing)
 
 
-def beside(layer: NFLinear, keep_init: bool) -> tuple[NFLinear, Factors]:
+def beside(layer: NFLinear, keep_init: bool | str) -> tuple[NFLinear, Factors]:
     """A layer that stood alone as what an adapter goes around, and the factors that the adapter takes over.
 
     Args:
         layer: Is left as it is.
-        keep_init: Whether the factors, perhaps of rank 0, stay as the initial ones.
+        keep_init: Whether the factors, perhaps of rank 0, stay as the initial ones, and how.
 
     Returns:
-        The same matrix, whose factors stand no more, and B and A.
+        The same matrix, whose factors stand no more, and B and A as far as they are kept.
     """
-    standing = layer.initial if layer.standing else None
-    factors = standing or _zeros(*layer.shape, 0, layer.weight.device)
-    return layer.with_initial(factors if keep_init else None), factors
+    factors = (layer.initial if layer.standing else None) or _zeros(*layer.shape, 0, layer.weight.device)
+    base = layer.with_initial(kept(factors, keep_init))
+    return base, base.initial or factors
+
+
+def kept(factors: Factors, keep_init: bool | str) -> Factors | NFTensor | None:
+    """What a layer is given of the factors that were split off.
+
+    In 8 bits they are one matrix `[B^T, A]` of shape `(r, out + in)`, flattened: the values of a block belong to one
+    direction, so they are of one size, and any rank and shape is possible. The last block is filled up.
+    """
+    if keep_init != NF8:
+        return factors if keep_init else None
+    B, A = factors
+    both = torch.cat([B.mT, A], 1)
+    return quantize(both, NF8_CONFIG) if len(A) else empty_nf(NF8_CONFIG, 0, A.device)
+
+
+def unpack_factors(packed: NFTensor, shape: tuple[int, int]) -> Factors:
+    """B and A that `kept` has packed, for a matrix of a shape."""
+    rows, rank = shape[0], nf8_rank(packed.codes.numel(), shape)
+    both = dequantize(packed, NF8_CONFIG, (rank, sum(shape)), torch.float32)
+    return both[:, :rows].mT.contiguous(), both[:, rows:].contiguous()
+
+
+def nf8_rank(words: int, shape: tuple[int, int]) -> int:
+    """The rank of factors whose codes take so many words, of which the last is filled up with three codes at most."""
+    return 4 * words // sum(shape)
 
 
 def _zeros(rows: int, columns: int, rank: int, device: torch.device) -> Factors:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.patterns import exactly
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
-from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, oriented
+from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, kept, oriented
 from peft_zoo.adapters.lq_lora_targets import Targeted, targets
 from peft_zoo.adapters.lq_lora_weights import uses
 from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors, check_budget, fitting, matrix_errors, plan_bits
@@ -115,14 +115,14 @@ def _least(config: LqLoraConfig, name: str, module: Any) -> int:
 
 
 def split(config: LqLoraConfig, way: NFConfig, module: Any, rank: int, name: str) -> tuple[NFLinear, Factors]:
-    """The quantized layer of a matrix, and the product of low rank that it leaves to the adapter."""
+    """The quantized layer of a matrix, and the product of low rank that it leaves to the adapter, as it is kept."""
     weight = oriented(module)
     found = decompose(config, way, weight, rank, *uses(config, name, module))
     _log.info("%s: relative error %.4g after %d iterations", name, found.error, found.iterations)
-    factors = found.B, found.A
-    kept = factors if config.keep_init else None
-    shape = weight.shape[0], weight.shape[1]
-    return NFLinear(found.Q, way, shape, module.bias, weight.dtype, isinstance(module, Conv1D), kept), factors
+    factors, shape = (found.B, found.A), (weight.shape[0], weight.shape[1])
+    initial, transposed = kept(factors, config.keep_init), isinstance(module, Conv1D)
+    layer = NFLinear(found.Q, way, shape, module.bias, weight.dtype, transposed, initial)
+    return layer, layer.initial or factors
 
 
 def decompose(

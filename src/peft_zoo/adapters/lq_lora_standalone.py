@@ -113,8 +113,8 @@ class NFkHfQuantizer(HfQuantizer):
                     f"modules[{name!r}] of the quantization_config: a {type(model).__name__} needs a linear layer of "
                     f"that name, which is {found}; load the folder as the class that it was saved from."
                 )
-            rank = self.quantization_config.ranks.get(name) or None
-            layers[own] = empty_nf_linear(modules[own], nf_config(way), rank, standing=True)
+            rank = self.quantization_config.ranks.get(name, 0)
+            layers[own] = empty_nf_linear(modules[own], nf_config(way), rank > 0, rank, standing=True)
         for name, layer in layers.items():
             layer._is_hf_initialized = True  # type: ignore[assignment]  # no random values where a file is incomplete
             model.set_submodule(name, layer)

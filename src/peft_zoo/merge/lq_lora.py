@@ -12,7 +12,6 @@ Source: the same difference of factors is how PiSSA (arXiv 2404.02948), section 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from peft_zoo.adapters.base.patterns import RankAndScale
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig
-from peft_zoo.adapters.lq_lora_linear import NFLinear
+from peft_zoo.adapters.lq_lora_linear import NF8_CONFIG, Factors, NFLinear, nf8_rank, unpack_factors
+from peft_zoo.kernels.normal_float import NFTensor, empty_nf
 from peft_zoo.merge.base import LoraAdapter, Role, TensorFile, TensorInfo, new_folder, read_json, write_tensors
 from peft_zoo.merge.base.adapter import CONFIG_NAME, WEIGHTS_NAME
 from peft_zoo.merge.base.lora_config import write_config
@@ -52,15 +52,12 @@ class QuantizedMatrix:
     error: float
 
 
-PARTS = (*NFLinear.PARTS, *NFLinear.INITIAL)
-
-
 def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
     """Write what an LQ-LoRA learned as a LoRA of twice its rank for the base model in floating-point.
 
     Args:
         folder: Has `adapter_config.json` and `adapter_model.safetensors`, as `save_pretrained` writes them; the
-            adapter was made with `keep_init=True`. The base model is not needed.
+            adapter was made with `keep_init=True` or "nf8". The base model is not needed.
         out_dir: A folder that does not exist or is empty; it appears whole or not at all.
 
     Returns:
@@ -75,6 +72,11 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
     kind = peft_type_of(LqLoraConfig).value
     if config.get("peft_type") != kind:
         raise ValueError(f"{source}: peft_type={config.get('peft_type')!r} is not {kind!r}; give an LQ-LoRA.")
+    if config.get("save_base") == "none":
+        raise ValueError(
+            f"{source}: save_base='none' left out what was split off; load the adapter onto its base, set "
+            "save_base='quantized' in its configuration, and save it again."
+        )
     with TensorFile(source / WEIGHTS_NAME) as file:
         content = _Content(LoraAdapter(file, {**config, "peft_type": "LORA"}))
         with new_folder(out_dir) as new:
@@ -93,7 +95,7 @@ class _Content:
         self.owner: dict[str, str] = {}  # the quantized module of a factor, by the factor's key
         self.ready: dict[str, Tensor] = {}  # the other factor of the module that was made last
         tensors = adapter.file.tensors
-        dropped = {_key(name, part) for name in adapter.modules for part in PARTS}
+        dropped = {_key(name, part) for name in adapter.modules for part in NFLinear.ALL}
         for name, module in adapter.modules.items():
             self.infos |= {key: tensors[key] for key in module.keys.values()}
             self.modules[name] = RankAndScale(module.rank, module.scale)
@@ -120,9 +122,18 @@ class _Content:
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         B, A = self.adapter.factors(name)
-        first_B, first_A = (self.adapter.read(_key(name, part)).float() for part in NFLinear.INITIAL)
-        scale = self.adapter.modules[name].scale
+        module = self.adapter.modules[name]
+        first_B, first_A = self._first_factors(name, (module.out_features, module.in_features))
+        scale = module.scale
         return torch.cat([scale * B.float(), -first_B], 1), torch.cat([A.float(), first_A])
+
+    def _first_factors(self, name: str, shape: tuple[int, int]) -> Factors:
+        """What was split off a module."""
+        if _key(name, NFLinear.INITIAL[0]) in self.adapter.file.tensors:
+            first_B, first_A = (self.adapter.read(_key(name, part)).float() for part in NFLinear.INITIAL)
+            return first_B, first_A
+        packed = NFTensor(*(self.adapter.read(_key(name, part)) for part in NFLinear.INITIAL_NF8))
+        return unpack_factors(packed, shape)
 
 
 def _key(name: str, part: str) -> str:
@@ -132,17 +143,26 @@ def _key(name: str, part: str) -> str:
 
 def _first_rank(adapter: LoraAdapter, name: str) -> int:
     """The rank of what was split off a module."""
-    tensors: Mapping[str, Any] = adapter.file.tensors
-    first_B, first_A = (tensors.get(_key(name, part)) for part in NFLinear.INITIAL)
-    if first_B is None or first_A is None:
+    module, infos = adapter.modules[name], dict[str, TensorInfo]()
+    for part in (*NFLinear.INITIAL, *NFLinear.INITIAL_NF8):
+        if (info := adapter.file.tensors.get(_key(name, part))) is not None:
+            infos[part] = info
+    rows, columns = module.out_features, module.in_features
+    if infos.keys() == set(NFLinear.INITIAL):
+        rank = infos["initial_A"].shape[0]
+        wanted: dict[str, tuple[int, ...]] = {"initial_B": (rows, rank), "initial_A": (rank, columns)}
+    elif infos.keys() == set(NFLinear.INITIAL_NF8):
+        rank = nf8_rank(infos["initial_codes"].numel, (rows, columns))
+        empty = empty_nf(NF8_CONFIG, rank * (rows + columns), "meta")
+        wanted = {part: tuple(tensor.shape) for part, tensor in zip(NFLinear.INITIAL_NF8, empty, strict=True)}
+    else:
         raise ValueError(
             f"{adapter.file.path}: what was split off {name} was not kept; quantize with keep_init=True to have a LoRA "
             "for the base model, or merge."
         )
-    module, rank = adapter.modules[name], first_A.shape[0]
-    if first_B.shape != (module.out_features, rank) or first_A.shape != (rank, module.in_features):
-        raise ValueError(
-            f"module {name}: initial_B {first_B.shape} and initial_A {first_A.shape} do not fit its LoRA; get the file "
-            "again."
-        )
+    for part, shape in wanted.items():
+        if infos[part].shape != shape:
+            raise ValueError(
+                f"module {name}: {part} {infos[part].shape} does not fit its LoRA, {shape} does; get the file again."
+            )
     return rank

@@ -78,6 +78,8 @@ def quantize_checkpoint(
     target = Path(os.path.abspath(out_dir))
     check_new_folder(target)
     _check_device(device)
+    if config.save_base != "quantized":
+        raise ValueError(f"save_base={config.save_base!r}: a model without its base needs Q; use 'quantized'.")
     partial = target.with_name(f"{target.name}.partial")
     with Checkpoint(folder) as source:
         job = _Job(source, copy.deepcopy(config), weights, torch.device(device), progress or silent)

@@ -1,0 +1,109 @@
+"""The quantized base of an adapter and its file: whether the two belong together, and the base where no file has it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
+from peft_zoo.adapters.lq_lora_linear import NFLinear
+from peft_zoo.adapters.lq_lora_plan import rank_of, split
+from peft_zoo.adapters.lq_lora_targets import Targeted, check_values, targets
+
+__all__: list[str] = []
+
+PREFIX = "base_model.model."
+
+
+def check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: dict[str, Tensor], shared: bool) -> None:
+    """Refuse what a file has for a layer if it is not the whole or not of this base; make room for the factors kept.
+
+    Args:
+        name: Of the layer, in the base model.
+        layer: Is to be filled.
+        config: Of the adapter.
+        state_dict: From the file; of a shared layer the factors that are kept are taken out.
+        shared: Whether other adapters count on the factors that are kept.
+
+    Raises:
+        ValueError: If it is refused.
+    """
+    keys = {key: part for part in layer.ALL for key in (f"{base}{name}.base_layer.{part}" for base in (PREFIX, ""))}
+    found = {part: state_dict[key] for key, part in keys.items() if key in state_dict}
+    if not found and config.save_base == "none":
+        return
+    for part in layer.PARTS if shared else dict(layer.saved()):
+        if part not in found:
+            raise ValueError(
+                f"{PREFIX}{name}.base_layer.{part} is missing: the file of the adapter is not complete; save it again."
+            )
+    expected = (config.base_sha256 or {}).get(name)
+    if _digest(found[part] for part in layer.PARTS) != expected:
+        raise ValueError(
+            f"{name}: the quantized matrix is not that of base_sha256={expected!r}; file and configuration do not "
+            "belong together, or the file is damaged."
+        )
+    for key, part in keys.items():
+        if key not in state_dict or part in layer.PARTS:
+            continue
+        if shared:
+            del state_dict[key]
+        elif (old := getattr(layer, part)) is not None and old.shape != found[part].shape:
+            setattr(layer, part, torch.empty_like(found[part], device=layer.weight.device))
+
+
+def rebuild(config: LqLoraConfig, model: nn.Module, targeted: Targeted, there: Collection[str]) -> dict[str, NFLinear]:
+    """Decompose again what an adapter of `save_base="none"` was trained beside.
+
+    Args:
+        config: As it was saved.
+        model: With the matrices in floating-point; it is left as it is.
+        targeted: peft's rule, whether a module of that name is one.
+        there: Names of matrices that are quantized already.
+
+    Returns:
+        The quantized layers by the names of those whose places they take.
+
+    Raises:
+        ValueError: If one has other bits than the adapter was trained beside, or the model has no such matrix.
+    """
+    ways, expected = config.qconfig_map or {}, config.base_sha256 or {}
+    made: dict[str, NFLinear] = {}
+    layer: Any
+    for name, layer in targets(config, model, targeted, loaded=False):
+        if ways.get(name) is None:
+            continue
+        check_values(name, layer.weight)
+        made[name], _ = split(config, nf_config(ways[name]), layer, rank_of(config, name, layer), name)
+        if base_hash(made[name]) != expected.get(name):
+            raise ValueError(
+                f"{name}: decomposed again, it is not the matrix of base_sha256={expected.get(name)!r}; the "
+                "decomposition cannot be reproduced with another base model or dtype, nor always on another machine or "
+                "device or with other libraries. Load the adapter where it was trained, set save_base='quantized' in "
+                "its configuration, and save it again."
+            )
+    missing = sorted(expected.keys() - made.keys() - set(there))
+    if missing:
+        raise ValueError(
+            f"base_sha256 names {missing[0]!r} (and {len(missing) - 1} more), which is no targeted linear layer here; "
+            "load the adapter onto the base model that it was trained on."
+        )
+    return made
+
+
+def base_hash(layer: NFLinear) -> str:
+    """SHA-256 of a quantized matrix, as it stands in `base_sha256`."""
+    return _digest(layer.packed)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors in their order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
