@@ -236,9 +236,9 @@ class Benchmark:
 
     def plan(self) -> Iterator[tuple[str, int, int]]:
         """Method, bits and seed of each training."""
-        for seed in self.options.seeds:
-            yield from (("two_sided", bits, seed) for bits in self.options.bits)
-            yield from ((method, max(self.options.bits), seed) for method in ("dlws", "augmented", "full"))
+        for seed, method in product(self.options.seeds, self.options.methods):
+            lengths = self.options.bits if method == "two_sided" else [max(self.options.bits)]
+            yield from ((method, bits, seed) for bits in lengths)
 
     def run(self, method: str, bits: int, seed: int) -> dict[str, Any]:
         """One training with its figures."""
@@ -317,6 +317,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=Path, default=CIFAR, help="pictures, in folders or a .zip file: train/CLASS/*.jpg, test/...")
     add("--taef2", type=Path, help="the folder with the weights of TAEF2 (default: where PEFT_ZOO_TAEF2 points)")
     add("--bits", type=int, nargs="+", default=[48, 32, 16], help="lengths of messages (default 48 32 16)")
+    known = (*LORAS, "full")
+    add("--methods", nargs="+", choices=known, default=list(known), help="of training (default all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of keys and trainings (default 0 1 2)")
     add("--size", type=int, default=64, help="pixels of a side (default 64)")
     add("--pictures", type=int, default=2048, help="to train on and to calibrate with (default 2048)")

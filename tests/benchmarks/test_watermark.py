@@ -81,6 +81,11 @@ def test_goes_on_where_it_was_killed(
     assert json.loads(path.read_text(encoding="utf-8")) == result
 
 
+def test_some_methods_alone() -> None:
+    plan = Benchmark(watermark._parse([*ARGUMENTS, "--bits", "8", "16", "--methods", "full", "two_sided"])).plan()
+    assert [*plan] == [("full", 16, 0), ("two_sided", 16, 0), ("two_sided", 8, 0)]
+
+
 def test_runs_of_other_settings_are_refused(
     finished: tuple[list[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
