@@ -225,7 +225,8 @@ def test_other_factors_beside_the_same_matrices_do_not_replace_those_that_are_ke
 
 def test_an_adapter_where_nothing_stands(tmp_path: Path) -> None:
     """What is kept has the rank 0."""
-    bare = adapted().unload()
+    with pytest.warns(UserWarning, match="missing without it"):
+        bare = adapted().unload()
     before = logits(bare)
     model = get_peft_model(bare, LqLoraConfig(r=8, target_modules=TARGETS, keep_init="nf8")).eval()
     assert torch.equal(logits(model), before)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -87,7 +87,11 @@ def test_what_is_loaded_is_what_was_saved(
     model = bare(**fields)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / WEIGHTS)
-    assert saved and all(".lora_A." in key or ".lora_B." in key for key in saved)
+    assert saved and {key.rsplit(".", 2)[-2 if key.endswith("weight") else -1] for key in saved} == {
+        "lora_A",
+        "lora_B",
+        "sha256",  # of each matrix, 32 bytes
+    }
     out, start = logits(model), without(model)
     monkeypatch.setattr("peft_zoo.adapters.lq_lora.split", None)
     monkeypatch.setattr("peft_zoo.adapters.lq_lora.plan", None)  # the choice is in the configuration
@@ -190,9 +194,22 @@ def test_a_model_without_one_of_the_matrices(tmp_path: Path) -> None:
     onto = base()
     onto.model.layers[1].mlp.down_proj = nn.Identity()
     before = state(onto)
-    with pytest.raises(ValueError, match=rf"base_sha256 names '{LAST}' \(and 0 more\), which is no targeted linear"):
+    with pytest.raises(ValueError, match=rf"base_sha256 names '{LAST}' \(and 0 more\), which is no quantized linear"):
         PeftModel.from_pretrained(onto, tmp_path)
     assert unchanged(onto, before)
+
+
+def test_weights_that_come_later_know_their_base(tmp_path: Path) -> None:
+    """As where a training is resumed: no configuration is read."""
+    model = bare()
+    train(model)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    same, other = bare(), bare(seed=1)
+    set_peft_model_state_dict(same, weights)
+    assert torch.equal(logits(same), logits(model))
+    with pytest.raises(ValueError, match="trained beside another quantized matrix"):
+        set_peft_model_state_dict(other, weights)
 
 
 def test_weights_that_are_not_there_or_not_finite(tmp_path: Path) -> None:

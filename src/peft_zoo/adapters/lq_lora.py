@@ -19,7 +19,7 @@ Source: LQ-LoRA (Guo, Greengard, Xing, Kim, arXiv 2311.12023).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft import PeftModel
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from peft_zoo import registration
 from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
-from peft_zoo.adapters.lq_lora_files import PREFIX, base_hash, check_saved, rebuild
+from peft_zoo.adapters.lq_lora_files import DIGEST, PREFIX, base_hash, check_names, check_saved, digest_of, rebuild
+from peft_zoo.adapters.lq_lora_holes import warn_of_missed, warn_of_sums, warn_of_weights, warn_of_what_is_left
 from peft_zoo.adapters.lq_lora_layer import LqLinear
 from peft_zoo.adapters.lq_lora_linear import Factors, NFLinear, beside, empty_nf_linear
 from peft_zoo.adapters.lq_lora_plan import plan, rank_of, split
@@ -72,7 +73,7 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
                     "load it onto a base model of its own."
                 )
         if others:
-            self._warn_of_holes(present.keys() - digests.keys())
+            warn_of_missed(dict(_layers(self.model)), present.keys() - digests.keys())
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Decide how each matrix is quantized, or do that again, before anything is changed."""
@@ -95,7 +96,7 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         # Other adapters count on the matrices as they are: a further one quantizes nothing.
         expanded = _maybe_include_all_linear_layers(peft_config, model)
         own = {name: layer for name, layer in layers.items() if self._check_target_module_exists(expanded, name)}
-        self._warn_of_holes(layers.keys() - own.keys())
+        warn_of_missed(layers, layers.keys() - own.keys())
         peft_config.qconfig_map = {name: list(layer.quantized.config) for name, layer in own.items()}
         peft_config.keep_init = _keeps(own.values())
 
@@ -122,17 +123,6 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
                 )
             ways[name] = list(layer.config)
         return ways
-
-    def _warn_of_holes(self, missed: Collection[str]) -> None:
-        layers = dict(_layers(self.model))
-        names = sorted(name for name in missed if not layers[name].quantized.keeps)
-        if names:
-            warnings.warn(
-                f"{names[0]} (and {len(names) - 1} more) is quantized and the new adapter does not target it; it lacks "
-                "what was split off while only that adapter is active. Target it too, or make the first with "
-                "keep_init=True.",
-                stacklevel=2,
-            )
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -166,7 +156,9 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         if fresh:
             return split(config, way, layer, rank_of(config, name, layer), name)
         if loaded and config.save_base != "none":
-            return empty_nf_linear(layer, way, config.keep_init), None
+            awaited = empty_nf_linear(layer, way, config.keep_init, rank_of(config, name, layer))
+            awaited.awaited = (config.base_sha256 or {}).get(name, "")
+            return awaited, None
         return self._rebuilt.pop(name, layer), None
 
     def _factors_of_another(self, layer: LqLinear) -> Factors | None:
@@ -214,13 +206,25 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
 
     def disable_adapter_layers(self) -> None:
         """As peft; warns where what is left is not the base model."""
-        if any(not layer.quantized.keeps for _, layer in _layers(self.model)):
-            warnings.warn(
-                "The adapter of LQ-LoRA holds a part of the base model, which is missing while it is disabled; make it "
-                "with keep_init=True to have that part stand in for it.",
-                stacklevel=2,
-            )
+        warn_of_what_is_left(dict(_layers(self.model)))
         super().disable_adapter_layers()
+
+    def unload(self) -> nn.Module:
+        """As peft; warns where what is left is not the base model."""
+        warn_of_what_is_left(dict(_layers(self.model)))
+        return super().unload()
+
+    # ---- several adapters ----
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As peft; warns where several adapters would have what was split off several times."""
+        super().set_adapter(adapter_name, inference_mode)
+        warn_of_sums(dict(_layers(self.model)))
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], *args: Any, **kwargs: Any) -> None:
+        """As peft; warns of weights with which the sum has what was split off more or less than once."""
+        super().add_weighted_adapter(adapters, weights, *args, **kwargs)
+        warn_of_weights(dict(_layers(self.model)), weights)
 
     # ---- files ----
 
@@ -233,15 +237,15 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """As a LoRA, and the quantized matrices, merged or not, unless `save_base="none"`."""
+        """As a LoRA, and the quantized matrices, merged or not, or with `save_base="none"` their hashes."""
         config.check_save_base()
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if config.save_base == "none":
-            return found
         prefix = PREFIX if isinstance(model, PeftModel) else ""
         for name, layer in _layers(model):
             if adapter_name in layer.lora_A:
-                found.update((f"{prefix}{name}.base_layer.{part}", tensor) for part, tensor in layer.quantized.saved())
+                base = layer.quantized
+                parts = base.saved() if config.save_base == "quantized" else [(DIGEST, digest_of(base))]
+                found.update((f"{prefix}{name}.base_layer.{part}", tensor) for part, tensor in parts)
         return found
 
     @classmethod
@@ -254,9 +258,10 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
             ValueError: If they are not, or one is missing.
         """
         state_dict = dict(state_dict)
-        for name, layer in _layers(model):
-            if adapter_name in layer.lora_A:
-                check_saved(name, layer.quantized, config, state_dict, shared=len(layer.lora_A) > 1)
+        layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.lora_A}
+        check_names(config, layers)
+        for name, layer in layers.items():
+            check_saved(name, layer.quantized, config, state_dict, shared=len(layer.lora_A) > 1)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,6 +64,20 @@ class LqLinear(LoraLinear):
         A, B = self.adapter_weights(adapter_name)
         return B.detach().float() * self.scaling[adapter_name], A.detach().float()
 
+    def lacking(self, names: Iterable[str]) -> float:
+        """How often the factors that were split off are missing from the sum of the adapters of these names.
+
+        Each of them has these factors, as often as it counts: once, or as `set_scale` and the like have it. The base
+        model has them once. 0 where they are not kept.
+        """
+        if not self.quantized.keeps:
+            return 0.0
+        return 1 - sum(self.scaling[name] / self._own_scaling(name) for name in names)
+
+    def _own_scaling(self, name: str) -> float:
+        rank = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(rank) if self.use_rslora.get(name, False) else rank)
+
     # ---- forward ----
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -78,6 +93,8 @@ class LqLinear(LoraLinear):
         if only is not None:
             return self.quantized(x, *self.adapter_weights(only), self.scaling[only])
         result = super().forward(x, *args, **kwargs)
+        if names is None and not self.merged:
+            result = self._balanced(result, x)
         if names is not None and "__base__" in names:
             here = [index for index, name in enumerate(names) if name == "__base__"]
             result[here] = self._disabled(x[here])
@@ -88,6 +105,15 @@ class LqLinear(LoraLinear):
         B, A = self.quantized.initial or (None, None)
         return self.quantized(x, A, B)
 
+    def _balanced(self, result: Tensor, x: Tensor) -> Tensor:
+        """The sum of several adapters, or of a scaled one, with what was split off counted once."""
+        lacking = self.lacking(name for name in self.active_adapters if name in self.lora_A)
+        initial = self.quantized.initial if lacking else None
+        if initial is None:
+            return result
+        B, A = initial
+        return result + (lacking * (x.to(A.dtype) @ A.mT @ B.mT)).to(result.dtype)
+
     def _only_adapter(self, x: Tensor) -> str | None:
         """The one active adapter, if nothing is trained and few tokens are to go through one operator."""
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -96,7 +122,8 @@ class LqLinear(LoraLinear):
         (name,) = active
         # A subclass shards its weight (FSDP), a hook wants to see the product.
         plain = all(type(m) is nn.Linear and not m._forward_hooks for m in (self.lora_A[name], self.lora_B[name]))
-        return name if plain and name not in self.lora_variant and not self.lora_bias[name] else None
+        plain = plain and name not in self.lora_variant and not self.lora_bias[name]
+        return name if plain and not self.lacking(active) else None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: a LoRA of the same values belongs to Q, and the base model of a LoRA is the one before quantizing."""
@@ -137,11 +164,14 @@ class LqLinear(LoraLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         merged: Any = self.base_layer
-        self.base_layer = self._set_aside.pop().to(merged.weight.device)
+        self.base_layer = self._set_aside.pop().to(merged.weight.device, merged.weight.dtype)
         self.merged_adapters.clear()
 
     def _merged_weight(self, names: list[str]) -> Tensor:
-        B, A = zip(*map(self.factors, names), strict=True)
+        pairs, lacking, initial = [self.factors(name) for name in names], self.lacking(names), self.quantized.initial
+        if lacking and initial:
+            pairs.append((lacking * initial[0], initial[1]))
+        B, A = zip(*pairs, strict=True)
         return self.quantized.plus(torch.cat(B, 1), torch.cat(A))
 
     def _merged_bias(self, names: list[str]) -> Tensor | None:

@@ -5,7 +5,8 @@ The quantized matrix Q is in buffers, which no optimizer sees and a state dict d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ NF8 = "nf8"
 NF8_CONFIG = NFConfig(8, 8, "fp32", 64, 256)
 
 
+def sha256(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors in their order, with their dtypes and shapes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class NFLinear(nn.Linear):
     """A frozen linear layer `x Q^T + b` with Q in NormalFloat.
 
@@ -42,6 +52,7 @@ class NFLinear(nn.Linear):
 
     Attributes:
         weight: The packed codes: what peft asks for device and dtype. An integer dtype keeps adapters in float32.
+        awaited: `sha256` of the Q that a file is to bring; None where there is nothing to wait for.
     """
 
     PARTS = NFTensor._fields
@@ -68,6 +79,7 @@ class NFLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear would make a weight
         self.out_features, self.in_features = shape
         self.config, self.dtype, self.transposed, self.standing = config, dtype, transposed, standing
+        self.awaited: str | None = None
         for name, part in zip(self.PARTS, weight, strict=True):
             self.register_buffer(name, part)
         names = self.INITIAL_NF8 if isinstance(initial, NFTensor) else self.INITIAL
@@ -111,12 +123,30 @@ class NFLinear(nn.Linear):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
+    def receive(self) -> None:
+        """Look at a Q that was awaited before it is used: whoever loads a state dict need not know of hashes.
+
+        Raises:
+            ValueError: If no file has brought it, or another one.
+        """
+        if self.awaited is None or torch.compiler.is_compiling():
+            return
+        if sha256(self.packed) != self.awaited:
+            raise ValueError(
+                f"the quantized matrix of base_sha256={self.awaited!r} is not here: no file has brought it, or a "
+                "damaged one. A configuration with lq_state='decomposed' is for loading; to quantize anew, set "
+                "lq_state='new' and base_sha256=None."
+            )
+        self.awaited = None
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Q restored."""
+        self.receive()
         return dequantize(self.packed, self.config, self.shape, dtype)
 
     def plus(self, B: Tensor, A: Tensor) -> Tensor:
         """`Q + B A` in the dtype of the weight before, rounded once."""
+        self.receive()
         return nf_merge(self.packed, self.config, A, B, dtype=self.dtype)
 
     def forward(self, x: Tensor, A: Tensor | None = None, B: Tensor | None = None, scaling: float = 1.0) -> Tensor:
@@ -131,6 +161,7 @@ class NFLinear(nn.Linear):
         Returns:
             `(..., out)` in the dtype of `x`.
         """
+        self.receive()
         if A is None and B is None and self.standing:
             B, A = self.initial or (None, None)
         return nf_linear(x, self.packed, self.config, self.shape, self.bias, A, B, scaling)
@@ -138,7 +169,9 @@ class NFLinear(nn.Linear):
     def with_initial(self, initial: Factors | NFTensor | None, standing: bool = False) -> NFLinear:
         """The same matrix and bias with other factors; the tensors are shared."""
         parts = self.packed, self.config, self.shape, self.bias, self.dtype, self.transposed
-        return NFLinear(*parts, initial, standing).train(self.training)
+        layer = NFLinear(*parts, initial, standing).train(self.training)
+        layer.awaited = self.awaited
+        return layer
 
     def floating(self, weight: Tensor) -> nn.Module:
         """An ordinary layer of the kind that was quantized, with a weight `(out, in)` and this bias."""
@@ -180,7 +213,7 @@ def empty_nf_linear(
         layer: `nn.Linear` or `Conv1D`; its weight's device and dtype are taken.
         config: How the matrix is quantized.
         keep_init: Whether it has initial factors, and how.
-        rank: Of those, 0 where only the state dict knows it.
+        rank: Of those.
         standing: As for `NFLinear`.
     """
     matrix = oriented(layer)
