@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from peft_zoo import WatermarkKey, calibrate_decoder, save_decoder
-from peft_zoo.adapters.watermark_lora_key import refuse_key_in
+from peft_zoo.adapters.watermark_lora_leaks import refuse_key_in
 from peft_zoo.adapters.watermark_lora_vae import decode, encode
 from peft_zoo.cli import main
 from peft_zoo.cli_watermark import load_images
@@ -70,6 +70,8 @@ def test_from_a_new_key_to_a_decision(
     text = capsys.readouterr().out
     assert "960 parameters, 60 steps" in text and "owner.key.decoder.safetensors (secret" in text
     assert key.secret.hex() not in text
+    assert "measured    on the first pictures of --images, 64 at most, which were trained on" in text
+    assert "mark        found in all of them together, in " in text and "at a false-positive rate of 0.00391" in text
     refuse_key_in("out", key)
     measured = next(line for line in text.splitlines() if line.startswith("fpr "))
     assert "measured on clean images, at a nominal 0.01" in measured
@@ -101,6 +103,50 @@ def test_from_a_new_key_to_a_decision(
     assert main([{"out": "again"}.get(word, word) for word in EMBED] + [*QUICK, "--set", "seed=1"]) == 0
     assert not Path("again", "pytorch_lora_weights.safetensors").exists() and Path("again", "watermark.json").exists()
     assert Path("owner.key.decoder.safetensors").read_bytes() == before
+
+
+def test_a_training_without_a_mark_writes_nothing_and_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    WatermarkKey(bytes(range(50, 82)), 8).save("owner.key")
+    before = sorted(path.name for path in here.iterdir())
+    assert main([*EMBED, *QUICK[:2], "--set", "steps=2", "--set", "learning_rate=1e-9"]) == 1
+    text = capsys.readouterr().out
+    assert "mark        NOT FOUND in all of them together, in " in text
+    assert "written     nothing: train longer" in text and "secret" not in text
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+@pytest.mark.parametrize("rate", ["1e30", "0.005"])
+def test_a_failure_leaves_no_decoder(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rate: str
+) -> None:
+    """Of the training, or after it."""
+    WatermarkKey(bytes(range(50, 82)), 8).save("owner.key")
+    before = sorted(path.name for path in here.iterdir())
+
+    def full(*_: Any) -> None:
+        raise ValueError("something is not finite.")
+
+    monkeypatch.setattr("peft_zoo.merge.watermark_lora.merged", full)
+    assert main([*EMBED, *QUICK[:4], "--set", f"learning_rate={rate}"]) == 2
+    error = capsys.readouterr().err
+    assert ("lower it" if rate == "1e30" else "something") in error and "not finite" in error
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_the_decoder_that_is_there_says_how_many_filters(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = WatermarkKey(bytes(range(50, 82)), 8)
+    key.save("owner.key")
+    kept = save_decoder(
+        calibrate_decoder(key, [decode(vae := tiny_vae(), encode(vae, pictures(40)))], 16), key, "owner.key"
+    )
+    before = kept.read_bytes()
+    assert main([*EMBED, "--set", "num_filters=18"]) == 2
+    error = capsys.readouterr().err
+    assert "num_filters=18 is not the 16 of the decoder beside 'owner.key', and a key has one decoder" in error
+    assert not Path("out").exists()
+    for name, more in (("out", []), ("again", ["--set", "num_filters=16"])):
+        assert main([{"out": name}.get(word, word) for word in EMBED] + [*QUICK[2:], *more]) == 0
+    assert kept.read_bytes() == before
 
 
 def test_a_payload(here: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
     from peft_zoo.adapters.watermark_lora_key import WatermarkKey
     from peft_zoo.adapters.watermark_lora_report import EmbedReport
+    from peft_zoo.kernels.keyed_decoder import KeyedDecoder
 
 EPILOG = """examples:
   peft-zoo watermark new-key owner.key --payload me
@@ -28,7 +29,8 @@ EPILOG = """examples:
   peft-zoo watermark verify --images suspects/ --key owner.key --fpr 1e-6
 
 Keep owner.key and owner.key.decoder.safetensors to yourself: who has them can find, forge and remove the mark. What
-embed writes to --output has the mark merged into the weights and is for publishing."""
+embed writes to --output has the mark merged into the weights and is for publishing. If the mark is not found in what
+the trained decoder makes of the pictures, nothing is written and the status is 1, as it is of verify without a mark."""
 
 ACTIONS = ("new-key", "embed", "verify")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace) -> tuple[str, bool]:
     """Do what was asked for.
 
     Returns:
-        What to print, and whether all is well: False for images without the mark.
+        What to print, and whether all is well: False for images without the mark, or a training that gave none.
 
     Raises:
         SettingError: If it cannot be done, in one sentence.
@@ -119,16 +121,26 @@ def _embed(options: argparse.Namespace) -> tuple[str, bool]:
 
     check_new_folder(Path(options.output), "--output")
     key = WatermarkKey.load(options.key)
-    config = _config(options, key)
-    images = load_images(options.images, parse_value(options.size, int, "--size"))
-    vae = load_vae(options.vae).to(options.device)
     # One key has one decoder, whatever it marks: the first time it is made, then it is used again.
     decoder = load_decoder(key, options.key) if decoder_path(options.key).is_file() else None
+    config = _config(options, key, decoder)
+    images = load_images(options.images, parse_value(options.size, int, "--size"))
+    vae = load_vae(options.vae).to(options.device)
     report = embed_watermark(vae, images, config, key, decoder=decoder, checkpoint=options.checkpoint)
-    if decoder is None:
-        save_decoder(report.decoder, key, options.key, report.calibration)
-    merge_and_export(vae, options.output, config, key, report.calibration)
-    return _table(_facts(report, options)), True
+    if not report.found:
+        return _table({**_facts(report), "written": "nothing: train longer, or with a lower psnr_target"}), False
+    made = save_decoder(report.decoder, key, options.key, report.calibration) if decoder is None else None
+    try:
+        merge_and_export(vae, options.output, config, key, report.calibration)
+    except BaseException:
+        if made is not None:
+            made.unlink()
+        raise
+    written = {
+        "written": f"{options.output} (merged; to publish)",
+        "decoder": f"{options.key}.decoder.safetensors (secret; verify needs it)",
+    }
+    return _table({**_facts(report), **written}), True
 
 
 def _verify(options: argparse.Namespace) -> tuple[str, bool]:
@@ -150,11 +162,17 @@ def _verify(options: argparse.Namespace) -> tuple[str, bool]:
     return _table(facts), found.decision
 
 
-def _config(options: argparse.Namespace, key: WatermarkKey) -> WatermarkLoraConfig:
+def _config(options: argparse.Namespace, key: WatermarkKey, decoder: KeyedDecoder | None) -> WatermarkLoraConfig:
     from peft_zoo.tasks.base.methods import build_config
 
-    given = {"num_bits": str(key.num_bits), **pairs(options.set), "commitment": key.commitment}
+    known = {} if decoder is None else {"num_filters": str(decoder.num_filters)}
+    given = {"num_bits": str(key.num_bits), **known, **pairs(options.set), "commitment": key.commitment}
     config: Any = build_config("watermark_lora", given, {"target_modules": "last_up_block"}, steps=0)
+    if decoder is not None and config.num_filters != decoder.num_filters:
+        raise SettingError(
+            f"num_filters={config.num_filters} is not the {decoder.num_filters} of the decoder beside {options.key!r}, "
+            "and a key has one decoder: leave it out, or use a new key."
+        )
     return config
 
 
@@ -230,14 +248,15 @@ def _pixels(path: Path, size: int | None = None) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _facts(report: EmbedReport, options: argparse.Namespace) -> dict[str, str]:
+def _facts(report: EmbedReport) -> dict[str, str]:
     return {
         "trained": f"{report.parameters:,} parameters, {report.steps:,} steps, {report.seconds:.0f} s",
+        "measured": "on the first pictures of --images, 64 at most, which were trained on",
         "picture": f"PSNR {report.psnr:.1f} dB, SSIM {report.ssim:.3f} to the clean autoencoder's",
         "bits": f"{report.bit_accuracy:.2%} right (clean images: {report.clean_bit_accuracy:.1%})",
+        "mark": f"{'found' if report.found else 'NOT FOUND'} in all of them together, in {report.found_alone:.1%} of "
+        f"them alone, at a false-positive rate of {report.detection_fpr:.3g}",
         **_false_positives(report.calibration),
-        "written": f"{options.output} (merged; to publish)",
-        "decoder": f"{options.key}.decoder.safetensors (secret; verify needs it)",
     }
 
 

@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FluxTransformer2DModel,
     HeunDiscreteScheduler,
+    Lumina2Transformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -110,6 +111,24 @@ def sd3() -> SD3Transformer2DModel:
     )
 
 
+def lumina() -> Lumina2Transformer2DModel:
+    """Whose blocks diffusers does not know, so that nothing is cached."""
+    return Lumina2Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cap_feat_dim=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(16, 16, 16),
+    )
+
+
 def dit() -> DiTTransformer2DModel:
     return DiTTransformer2DModel(
         sample_size=8,
@@ -151,14 +170,23 @@ def sd3_condition(rows: int) -> dict[str, Any]:
     return {**text(rows), "pooled_projections": torch.randn(rows, 8)}
 
 
+def rising(t: Any) -> float:
+    """Of a model for which 0 is noise and 1 the picture, as Lumina's."""
+    return 1 - float(t) / 1000
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A kind of denoiser: what makes it, its conditions for a number of rows, and the shape of one sample."""
+    """A kind of denoiser: what makes it, its conditions for a number of rows, and the shape of one sample.
+
+    `time` is what its pipeline makes of a scheduler's timestep.
+    """
 
     make: Callable[[], Any]
     condition: Callable[[int], dict[str, Any]]
     shape: tuple[int, ...]
     targets: tuple[str, ...] = ("to_q", "to_v", "to_out.0")
+    time: Callable[[Any], Any] = float
 
 
 KINDS = {
@@ -167,6 +195,7 @@ KINDS = {
     "class": Kind(class_unet, classes, (1, 8, 8), ("to_q", "to_v", "conv1", "conv2")),
     "flux": Kind(flux, flux_condition, (16, 4)),
     "sd3": Kind(sd3, sd3_condition, (4, 8, 8)),
+    "rising": Kind(sd3, sd3_condition, (4, 8, 8), time=rising),
     "dit": Kind(dit, classes, (4, 8, 8), ("to_q", "to_v", "ff.net.2")),
 }
 
@@ -228,7 +257,7 @@ def generate(
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         batch = scheduler.scale_model_input(torch.cat([sample, sample]) if guidance else sample, t)
-        noise = call(model, batch, t, condition)
+        noise = call(model, batch, KINDS[kind].time(t), condition)
         if guidance:
             without, given = noise.chunk(2)
             noise = without + guidance * (given - without)

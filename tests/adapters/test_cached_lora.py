@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -50,6 +51,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ({"adapters": ["a", "a"]}, r"adapters=\['a', 'a'\] cannot be used; name each adapter once"),
         ({"adapters": ["a.b"]}, "without dots"),
         ({"adapters": "a"}, "adapters='a'"),
+        ({"adapters": {"a": 5}}, r"adapters=\{'a': 5\} cannot be used; use a path or Hub id as text"),
+        ({"adapters": {"a": ""}}, "use a path or Hub id as text"),
+        ({"adapters": {}}, r"adapters=\{\} cannot be used; name one, or use None for all"),
+        ({"adapters": []}, "name one, or use None for all"),
+        ({"order": []}, r"order=\[\] cannot be used; use 'given'"),
+        ({"adapters": None, "order": []}, r"order=\[\] cannot be used; use 'given'"),
         ({"order": "random"}, "order='random'"),
         ({"order": "profile"}, r"measure it with profile_frequency\(\)"),
         ({"order": ["a"]}, r"order=\['a'\] cannot be used; \['b'\] is left out. The adapters are \['a', 'b'\]"),
@@ -85,6 +92,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ({"weights": {"a": math.nan}}, r"weights=\{'a': nan\} cannot be used; use a number for each adapter"),
         ({"weights": [1.0, math.inf]}, "weights=.*inf.* cannot be used; use a number for each adapter"),
         ({"weights": [1.0, True]}, "use a number for each adapter"),
+        ({"weights": [1.0, np.True_]}, "use a number for each adapter"),
+        ({"weights": [1.0, np.float32("nan")]}, "use a number for each adapter"),
         ({"cache": "no"}, "cache='no' cannot be used; use True or False"),
         ({"batched": 1}, "batched=1 cannot be used; use True or False"),
         ({"order": 3}, "order=3 cannot be used; use 'given'"),
@@ -106,6 +115,15 @@ def test_a_field_that_cannot_work_is_named(settings: dict[str, Any], match: str)
 def test_the_ends_of_ranges_can_be_used() -> None:
     CachedLoraConfig(phase_border=0, dominance_decay=0, dominance_floor=0, cache_borders=(0, 1), dominance_init=1e-9)
     CachedLoraConfig(phase_border=1, dominance_decay=0.999, cache_borders=[1, 1], weights={"a": -1}, max_age=0)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    half, names = np.float32(0.5), ["a", "b"]
+    given = {"weights": {"a": half, "b": np.int64(2)}, "profile": {"a": half, "b": np.float16(0.25)}}
+    config = CachedLoraConfig(adapters=names, phase_border=half, cache_borders=(half, np.float64(1)), **given)
+    config.save_pretrained(str(tmp_path))
+    again = PeftConfig.from_pretrained(str(tmp_path))
+    assert again == config and again.weights == {"a": 0.5, "b": 2.0} and again.cache_borders == (0.5, 1.0)
 
 
 def test_a_profile_gives_order_and_phases() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, StableDiffusionPipeline
+from diffusers.hooks import FirstBlockCacheConfig
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -79,6 +80,53 @@ def test_a_compiled_forward_is_refused() -> None:
         del module._old_forward, module.forward
     model.forward = torch.compiler.disable(model.forward)
     compose(model)
+
+
+def test_a_call_without_a_timestep_or_with_a_list_of_samples_is_refused() -> None:
+    """Z-Image takes lists."""
+    model, (sample, condition) = denoiser(), inputs()
+    with torch.no_grad(), compose(model) as c:
+        with pytest.raises(ValueError, match="UNet2DConditionModel was called without a timestep, by which steps"):
+            model(sample, **condition)
+        with pytest.raises(ValueError, match="without a timestep"):
+            model(sample, None, **condition)
+        with pytest.raises(ValueError, match="takes samples in a list: only a tensor can be composed"):
+            model(list(sample), 500, **condition)
+        assert not c.trace()
+        model(sample, 500, **condition)
+        assert len(c.trace()) == 1
+
+
+def test_a_cache_that_is_turned_on_inside_is_refused_by_the_next_generation() -> None:
+    model, (sample, condition) = denoiser("flux"), inputs("flux")
+    with compose(model, num_inference_steps=10) as c:
+        expected = [call(model, sample, t, condition) for t in (900.0, 800.0)]
+        model.enable_cache(FirstBlockCacheConfig())
+        with pytest.raises(ValueError, match=r"has a cache of diffusers.*disable_cache\(\)"):
+            call(model, sample, 900.0, condition)
+        assert not c.trace()
+        model.disable_cache()
+        found = [call(model, sample, t, condition) for t in (900.0, 800.0)]
+        assert all(map(torch.equal, found, expected)) and c.trace()[1].ages
+    assert not any("forward" in vars(module) for module in model.modules() if not hasattr(module, "_diffusers_hook"))
+
+
+def test_an_end_that_fails_lets_the_outer_composition_go_on() -> None:
+    """Here a warning is an error: that somebody took a place which was the composition's."""
+    model = denoiser(adapters=["one", "two"])
+    only(model, ["one"])
+    expected = call(model, *_with("sd"))
+    with compose(model, CachedLoraConfig(adapters=["one"], method="switch")) as outer:
+        with (
+            pytest.raises(UserWarning, match="forward of DownBlock2D was replaced"),
+            compose(model, CachedLoraConfig()) as inner,
+        ):
+            block = model.down_blocks[1]
+            block.forward = functools.partial(type(block).forward, block)
+        assert not inner._patches
+        assert torch.equal(call(model, *_with("sd")), expected)
+        assert len(outer.trace()) == 1
+    assert "forward" not in vars(model) and "forward" not in vars(model.mid_block)
 
 
 # ---- without a cache ----

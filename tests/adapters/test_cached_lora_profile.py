@@ -100,6 +100,23 @@ def test_nothing_is_left_behind(painter: Any) -> None:
     assert "forward" not in vars(painter) and painter.layer._active_adapter == ["middle"]
 
 
+def test_no_composition_takes_part_however_many_there_are(painter: Any) -> None:
+    def measured() -> FrequencyProfile:
+        torch.manual_seed(0)
+        return profile_frequency(painter, ["high"], run=lambda: run(painter))
+
+    expected = measured()
+    with compose(painter, CachedLoraConfig(adapters=["low"], method="switch")) as outer:
+        with compose(painter, CachedLoraConfig(adapters=["middle"], method="switch")) as inner:
+            assert measured() == expected
+            with torch.no_grad():
+                run(painter)
+        with torch.no_grad():
+            run(painter)
+    assert [c.trace()[0].dominant for c in (outer, inner)] == ["low", "middle"]
+    assert "forward" not in vars(painter)
+
+
 def test_a_unet_is_measured_in_any_loop() -> None:
     model = denoiser("class")
     scheduler = SCHEDULERS["heun"]()
@@ -134,8 +151,11 @@ def test_a_pipeline_is_measured_by_a_prompt(monkeypatch: pytest.MonkeyPatch) -> 
     given = flux_condition(1)
     text = given["encoder_hidden_states"], given["pooled_projections"], torch.zeros(3, 3)
     monkeypatch.setattr(pipe, "encode_prompt", lambda **_: text)
-    found = profile_frequency(pipe, prompt="a cat", steps=2, every=1, height=64, width=64)
-    assert set(found.shares) == set(NAMES) and all(0 < share < 1 for share in found.shares.values())
+    sizes = {"steps": 2, "every": 1, "height": 64, "width": 64}
+    found = [profile_frequency(pipe, prompt="a cat", seed=seed, **sizes) for seed in (0, 1, [0, 1])]
+    assert set(found[0].shares) == set(NAMES) and all(0 < share < 1 for share in found[0].shares.values())
+    means = {name: (found[0].shares[name] + found[1].shares[name]) / 2 for name in NAMES}
+    assert found[2].shares == pytest.approx(means, rel=1e-6) and found[0].shares != found[1].shares
 
 
 def test_bad_input_is_named(painter: Any) -> None:
@@ -143,6 +163,8 @@ def test_bad_input_is_named(painter: Any) -> None:
         profile_frequency(painter, run=lambda: run(painter), h=1.5)
     with pytest.raises(ValueError, match="every=0"):
         profile_frequency(painter, run=lambda: run(painter), every=0)
+    with pytest.raises(ValueError, match=r"seed=\[\] cannot be used; use at least one"):
+        profile_frequency(painter, run=lambda: run(painter), seed=[])
     with pytest.raises(ValueError, match="give either a prompt"):
         profile_frequency(painter)
     with pytest.raises(ValueError, match="no adapter"):

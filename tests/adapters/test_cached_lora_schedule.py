@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,14 +97,18 @@ def test_merges_and_the_mean() -> None:
 # ---- the clock ----
 
 
-def ticks(*calls: float | tuple[float, str]) -> list[tuple[str, int, bool]]:
-    clock = Clock()
+def ticks(*calls: float | tuple[float, str], clock: Clock | None = None, **more: Any) -> list[tuple[str, int, bool]]:
+    clock = clock or Clock()
     found = []
     for call in calls:
         t, name = call if isinstance(call, tuple) else (call, None)
-        tick = clock.tick(t, name)
+        tick = clock.tick(t, name, **more)
         found.append((tick.context, tick.step, tick.begins))
     return found
+
+
+def begins(*calls: float | tuple[float, str], **more: Any) -> list[bool]:
+    return [begun for *_, begun in ticks(*calls, **more)]
 
 
 def test_every_call_is_a_step() -> None:
@@ -129,26 +135,67 @@ def test_names_have_steps_of_their_own() -> None:
 
 
 def test_a_timestep_that_goes_up_begins_a_generation() -> None:
-    assert [begins for *_, begins in ticks(9, 5, 9, 5)] == [True, False, True, False]
-    assert [begins for *_, begins in ticks((9, "cond"), (9, "cond"))] == [True, True], "generations of one step"
-    assert [begins for *_, begins in ticks(*[9.0] * (MOST_CALLS + 1))] == [True] + [False] * (MOST_CALLS - 1) + [True]
+    assert begins(9, 5, 9, 5) == [True, False, True, False]
+    assert begins(5, 9, 7) == [True, True, False], "a generation of one step"
+    assert begins((9, "cond"), (9, "cond")) == [True, True], "generations of one step"
+    assert begins(*[9.0] * (MOST_CALLS + 1)) == [True] + [False] * (MOST_CALLS - 1) + [True]
+    assert begins(9, 9, 9, steps=1) == [True] * 3
+
+
+@pytest.mark.parametrize("rise", [(0, 0.2, 0.4, 0.6), (0, 250, 500, 750), (1, 251, 501, 751)])
+def test_timesteps_that_rise_are_one_generation_until_they_fall_back(rise: tuple[float, ...]) -> None:
+    assert begins(*rise, *rise) == [True, False, False, False] * 2
+    assert [step for _, step, _ in ticks(*(t for t in rise for _ in range(2)))] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert begins(*rise, *rise[::-1], *rise[::-1])[-5:] == [False, True, False, False, False], "an inversion before"
+    # That begins a call late, and the second inversion does not.
+    assert begins(*rise[::-1], *rise, *rise)[5:] == [True, False, False, True, False, False, False]
+
+
+def test_timesteps_of_a_model_that_rises_from_the_middle_are_understood_at_the_third() -> None:
+    assert begins(0.3, 0.5, 0.7, 0.9, 0.3, 0.5) == [True, True, False, False, True, False]
+    assert begins(0.3, 0.5, 0.7, 0.3, schedule=[700, 500, 300]) == [True, False, False, True]
+
+
+def test_another_schedule_begins_a_generation() -> None:
+    """Whatever the timestep: the one before was interrupted, began later, or went the other way."""
+    clock, schedules = Clock(), ([9, 5, 1], [9, 5, 1], [5, 3], [1, 5], [9])
+    assert begins(9, 5, clock=clock, schedule=schedules[0]) == [True, False]
+    assert begins(5, 1, clock=clock, schedule=schedules[1]) == [True, False], "equal, but another"
+    assert begins(1, 0.5, clock=clock, schedule=schedules[2]) == [True, False]
+    assert begins(1, 5, 9, clock=clock, schedule=schedules[3]) == [True, False, False]
+    assert begins(9, 9, clock=clock, schedule=schedules[4]) == [True, False]
+    assert begins(9, 9, clock=clock, schedule=[9]) == [True, False], "one step with two calls"
+    assert begins(9, clock=clock) == [True]
 
 
 def test_progress_is_counted_or_read_off_the_timesteps() -> None:
     clock = Clock()
     assert [clock.tick(t, None) and clock.progress(0, None) for t in (800.0, 600.0, 200.0)] == [0, 0.25, 0.75]
     assert clock.progress(3, 12) == 0.25 and clock.progress(99, 12) < 1
+    for rise in ((0.0, 0.25, 0.75), (0.0, 250.0, 750.0)):
+        clock = Clock()
+        assert [clock.tick(t, None) and clock.progress(0, None) for t in rise] == [0, 0.25, 0.75]
 
 
 @pytest.mark.parametrize(
-    ("timesteps", "first", "left"),
+    ("timesteps", "first", "left", "rising"),
     [
-        ([900, 600, 300], 900.0, 3),
-        ([900, 600, 300], 600.0, 2),  # from a picture
-        ([1000.0, 750.0, 500.0, 250.0], 1.0, 4),  # divided by a thousand, as Flux does
-        ([900, 600, 600, 300, 300], 900.0, 5),
-        ([], 900.0, None),
+        ([900, 600, 300], 900.0, 3, None),
+        ([900, 600, 300], 600.0, 2, False),  # from a picture
+        ([1000.0, 750.0, 500.0, 250.0], 1.0, 4, None),  # divided by a thousand, as Flux does
+        ([1000.0, 750.0, 500.0, 250.0], 0.75, 3, False),
+        ([1000.0, 500.0, 1.0], 1.0, 3, False),
+        ([900, 600, 600, 300, 300], 900.0, 5, False),
+        ([1000.0, 750.0, 500.0, 250.0], 0.0, 4, True),  # 1 - t / 1000, as Lumina does
+        ([1000.0, 750.0, 500.0, 250.0], 0.5, 2, True),
+        ([1000.0, 600.0, 300.0], 400.0, 2, True),  # 1000 - t
+        ([1, 251, 501, 751], 1.0, 4, None),  # an inversion
+        ([1, 251, 501, 751], 251.0, 3, True),
+        ([0.0, 250.0, 500.0], 0.0, 3, True),
+        ([], 900.0, None, None),
     ],
 )
-def test_what_remains_of_a_schedule(timesteps: list[float], first: float, left: int | None) -> None:
-    assert remaining(timesteps, first) == left
+def test_what_remains_of_a_schedule(
+    timesteps: list[float], first: float, left: int | None, rising: bool | None
+) -> None:
+    assert remaining(timesteps, first, rising) == left

@@ -141,6 +141,25 @@ def test_stock_peft_and_diffusers_load_what_is_saved(tmp_path: Path) -> None:
     assert type(stock.peft_config["default"]) is LoraConfig
 
 
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_saving_says_that_an_adapter_is_no_protection(tmp_path: Path, name: str) -> None:
+    """With a commitment it is somebody's mark: a warning. The card says it once, and keeps what peft says."""
+    folder = tmp_path if name == "default" else tmp_path / name
+    model = get_peft_model(kl_vae(), watermark(commitment=KEY.commitment), adapter_name=name)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="has the watermark as a LoRA, which anybody leaves out") as caught:
+            model.save_pretrained(str(tmp_path))
+        assert len(caught) == 1 and caught[0].filename == __file__
+        card = (folder / "README.md").read_text()
+        assert card.count("protects nothing") == 1 and "(EW-LoRA, 8\nbits)" in card and "- watermark" in card
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
+    empty = tmp_path / "empty"
+    watermark(commitment=KEY.commitment).save_pretrained(str(empty))  # a configuration alone is no adapter
+    assert [path.name for path in empty.iterdir()] == ["adapter_config.json"]
+    get_peft_model(kl_vae(), watermark()).save_pretrained(str(tmp_path / "blank"))
+    assert "protects nothing" in (tmp_path / "blank" / "README.md").read_text()
+
+
 # --- controllers ---
 
 

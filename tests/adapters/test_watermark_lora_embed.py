@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
+import pickle
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +32,13 @@ from peft_zoo import (
 )
 from peft_zoo.adapters import watermark_lora_embed
 from peft_zoo.adapters.watermark_lora_decoder import decoder_path, read_calibration
-from peft_zoo.adapters.watermark_lora_key import refuse_key_in
+from peft_zoo.adapters.watermark_lora_leaks import refuse_key_in
 from peft_zoo.adapters.watermark_lora_losses import augmented, picture_loss
+from peft_zoo.adapters.watermark_lora_report import detection
 from peft_zoo.adapters.watermark_lora_vae import decode, encode, reconstruct
 from peft_zoo.kernels.image_quality import psnr
 from peft_zoo.kernels.keyed_decoder import KeyedDecoder
-from peft_zoo.kernels.message_test import MatchDistribution, count_matches
+from peft_zoo.kernels.message_test import MatchDistribution, count_matches, message_p_value
 from tests.adapters.watermark_samples import FILTERS, KEY, kl_vae, pictures, tiny_vae, watermark
 
 Images = Any
@@ -84,6 +88,12 @@ def test_pictures_that_were_not_trained_on_carry_the_message(embedded: Embedded)
     assert report.seconds_to(0.9) is not None and report.seconds_to(1.1) is None
 
 
+def test_a_report_is_not_pickled_but_its_numbers_can_be_had(embedded: Embedded) -> None:
+    with pytest.raises(TypeError, match="KeyedDecoder is not pickled"):
+        pickle.dumps(embedded.report)
+    assert dataclasses.asdict(embedded.report)["psnr"] == embedded.report.psnr
+
+
 def test_clean_pictures_and_other_keys_are_rejected(embedded: Embedded) -> None:
     odd = slice(0, 23)
     assert not verify_watermark(embedded.clean[odd], KEY, decoder=embedded.decoder, fpr=0.01).decision
@@ -93,9 +103,37 @@ def test_clean_pictures_and_other_keys_are_rejected(embedded: Embedded) -> None:
         assert not verify_watermark(embedded.marked[odd], other, decoder=decoder, fpr=0.01).decision
     # Even with the right decoder, another's message does not stand in the pictures.
     strangers = [key for key in others if int((key.message == KEY.message).sum()) < 7]
-    assert strangers and not any(
-        verify_watermark(embedded.marked[odd], key, decoder=embedded.decoder, fpr=0.01).decision for key in strangers
-    )
+    read = read_bits(embedded.decoder, embedded.marked[odd])
+    assert strangers and not any(message_p_value(read, key.message) <= 0.01 for key in strangers)
+    with pytest.raises(ValueError, match="decoder is that of another key"):  # and not "no evidence"
+        verify_watermark(embedded.marked[odd], strangers[0], decoder=embedded.decoder, fpr=0.01)
+    decoders = {"you": embedded.decoder}
+    with pytest.raises(ValueError, match="decoder is that of another key"):
+        identify_watermark(embedded.marked[odd], {"you": strangers[0]}, decoders=decoders, fpr_total=0.01)
+
+
+def test_the_report_has_what_the_test_says(embedded: Embedded) -> None:
+    report = embedded.report
+    assert report.detection_fpr == 2**-8 and report.found and 0.5 < report.found_alone <= 1
+    latents, _ = reconstruct(tiny_vae(), embedded.images)
+    with torch.no_grad():
+        made = decode(embedded.vae, latents)
+    alone = [verify_watermark(image[None], KEY, decoder=embedded.decoder, fpr=2**-8).decision for image in made]
+    assert report.found_alone == sum(alone) / 48
+    assert verify_watermark(made[:47], KEY, decoder=embedded.decoder, fpr=2**-8).decision
+
+
+def test_a_training_without_a_mark_is_reported_as_such() -> None:
+    report = embed_watermark(tiny_vae(), pictures(), watermark(learning_rate=1e-9), KEY)
+    assert not report.found and report.found_alone < 0.2 and report.bit_accuracy < 0.7
+    read = torch.rand(200, 24, generator=torch.Generator().manual_seed(0)) < 0.8
+    message = torch.ones(24)
+    found = detection(read, message)
+    assert found["detection_fpr"] == 1e-6 and found["found"]
+    assert found["found_alone"] == sum(message_p_value(one, message) <= 1e-6 for one in read.split(1)) / 200
+    only_later = torch.cat([~read[:63], read[:137]])
+    assert not detection(only_later, message)["found"]  # of the first 63 only
+    assert detection(read[:2], message)["found"] == (message_p_value(read[:1], message) <= 1e-6)
 
 
 def test_false_positives_are_as_rare_as_promised(embedded: Embedded) -> None:
@@ -352,6 +390,38 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         embed_watermark(tiny_vae(), pictures(), watermark(), KEY, checkpoint=file)
 
 
+@pytest.mark.parametrize("rate", [1e12, 1e30])
+def test_a_training_that_diverges_leaves_nothing(tmp_path: Path, rate: float) -> None:
+    vae = tiny_vae()
+    with pytest.raises(ValueError, match=r"learning_rate=1e\+.* diverge, .* not finite in step \d: lower it"):
+        config = watermark(learning_rate=rate, steps=9)
+        embed_watermark(vae, pictures(), config, KEY, checkpoint=tmp_path / "run", checkpoint_every=9)
+    assert same(vae.state_dict(), tiny_vae().state_dict()) and not hasattr(vae, "peft_config")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_is_not_gone_on_with() -> None:
+    """Nor is a finite one with a gradient that is not; the second has a gradient that is."""
+    losses = (lambda x: x.mean() * math.nan, lambda x: x.mean() + math.inf, lambda x: (x - x.detach()).sqrt().sum())
+    for factor in losses:
+        vae = tiny_vae()
+        with pytest.raises(ValueError, match="not finite in step 1"):
+            embed_watermark(vae, pictures(), watermark(), KEY, image_loss=lambda marked, clean, f=factor: f(marked))
+        assert same(vae.state_dict(), tiny_vae().state_dict())
+
+
+def test_the_bar_is_for_a_terminal_and_who_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    assert watermark_lora_embed._bar(range(3), True) == range(3)  # no terminal here
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        assert watermark_lora_embed._bar(range(3), False) == range(3)
+        bar = watermark_lora_embed._bar(range(3), True)
+        assert isinstance(bar, tqdm.tqdm) and list(bar) == [0, 1, 2]
+        patch.setitem(sys.modules, "tqdm", None)
+        assert watermark_lora_embed._bar(range(3), True) == range(3)
+
+
 # --- what is refused ---
 
 
@@ -375,6 +445,12 @@ def adapted(vae: Any, merge: bool) -> Any:
         (kl_vae, {"target_modules": r"decoder\..*to_[qkv]"}, "matches attention only"),
         (kl_vae, {"target_modules": ["quant_conv"]}, "'quant_conv', which decoding does not use"),
         (Plain, {}, "target_modules='last_up_block' is not known for Plain"),
+        (
+            tiny_vae,
+            {"modules_to_save": ["decoder.conv_out"]},
+            r"config.modules_to_save=\['decoder.conv_out'\] is not trained .* use modules_to_save=None",
+        ),
+        (tiny_vae, {"bias": "lora_only"}, "config.bias='lora_only' is not trained with a watermark: use bias='none'"),
         (tiny_vae, {"num_bits": 9}, "config.num_bits=9 is not the key's 8"),
         (tiny_vae, {"commitment": "0" * 64}, "config.commitment='0+' is of another key"),
     ],
@@ -416,9 +492,11 @@ def test_other_arguments_that_cannot_be() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             embed_watermark(tiny_vae(), pictures(), *arguments)  # type: ignore[arg-type]
-    for decoder in (Says(torch.zeros(1, 9)), KeyedDecoder(0, 8, 16)):
+    for decoder in (Says(torch.zeros(1, 9)), KeyedDecoder(KEY.seed("decoder"), 8, 16)):
         with pytest.raises(ValueError, match=r"decoder gives \(1, [89]\) for one image, .* must be \(1, 8\)"):
             embed_watermark(tiny_vae(), pictures(), watermark(), KEY, decoder=decoder)
+    with pytest.raises(ValueError, match="decoder is that of another key"):
+        embed_watermark(tiny_vae(), pictures(), watermark(), KEY, decoder=KeyedDecoder(0, 8, 16))
     with pytest.raises(ValueError, match="checkpoint_every must be an int of at least 1, got 0"):
         embed_watermark(tiny_vae(), pictures(), watermark(), KEY, checkpoint_every=0)
 
@@ -442,6 +520,9 @@ def test_tests_that_cannot_be() -> None:
         verify_watermark(pictures(3), KEY, fpr=0.01)
     with pytest.raises(ValueError, match="key is a int"):
         verify_watermark(pictures(3), 7, fpr=0.01)  # type: ignore[arg-type]
+    for dumb in (KeyedDecoder(KEY.seed("decoder"), 8, 16), Says(torch.full((9, 8), math.nan))):
+        with pytest.raises(ValueError, match="logits that are not finite: a KeyedDecoder must be calibrated"):
+            verify_watermark(pictures(3), KEY, decoder=dumb, fpr=0.01)
     with pytest.raises(ValueError, match="decoder reads 8 bits, the key has 9"):
         verify_watermark(pictures(3), WatermarkKey(bytes(32), 9), decoder=decoder, fpr=0.01)
 

@@ -16,14 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 import peft_zoo
-from peft_zoo.adapters import watermark_lora_key
-from peft_zoo.adapters.watermark_lora_key import WatermarkKey, refuse_key_in
+from peft_zoo.adapters import watermark_lora_leaks
+from peft_zoo.adapters.watermark_lora_key import WatermarkKey
+from peft_zoo.adapters.watermark_lora_leaks import refuse_key_in
 from peft_zoo.kernels.bch import BchCode
+from peft_zoo.kernels.keyed_decoder import KeyedDecoder
 
 SECRET = bytes(range(100, 132))
 KEY = WatermarkKey(SECRET)
@@ -51,6 +55,7 @@ def saved(folder: Path, key: WatermarkKey = NAMED, **changes: Any) -> Path:
 
 def test_it_is_public() -> None:
     assert peft_zoo.WatermarkKey is WatermarkKey  # type: ignore[attr-defined]
+    assert peft_zoo.refuse_key_in is refuse_key_in  # type: ignore[attr-defined]
 
 
 # --- message, seeds, commitment ---
@@ -305,6 +310,25 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
 # --- before an upload ---
 
 BITS = [int(bit) for bit in NAMED.message]
+PACKED = np.packbits(BITS).tobytes()
+SEED = NAMED.seed("decoder")
+
+
+def by_torch(content: Any) -> bytes:
+    """What torch.save writes."""
+    torch.save(content, file := io.BytesIO())
+    return file.getvalue()
+
+
+def calibrated() -> KeyedDecoder:
+    """The key's decoder, with numbers of no meaning: only that they are there counts."""
+    decoder = KeyedDecoder(SEED, 48, 60)
+    decoder.projection.normal_(generator=torch.Generator().manual_seed(0))
+    decoder.centre.zero_()
+    return decoder
+
+
+STATE = {f"{prefix}{name}": value for prefix in ("", "reader.0.") for name, value in calibrated().state_dict().items()}
 LEAKS: dict[str, bytes] = {
     "bytes": b"\1\2" + SECRET + b"\3",
     "hex": SECRET.hex().encode(),
@@ -318,6 +342,29 @@ LEAKS: dict[str, bytes] = {
     "indented list": json.dumps({"a": {"bits": BITS}}, indent=4).encode(),
     "bools": json.dumps([bool(bit) for bit in BITS]).encode(),
     "tensor": repr(NAMED.message).encode(),
+    "floats": json.dumps([float(bit) for bit in BITS]).encode(),
+    "tensor of floats": repr(NAMED.message.float()).encode(),
+    "column of floats": "\n".join(f"{bit:.18e}" for bit in BITS).encode(),
+    "packed": b"a" + PACKED + b"b",
+    "packed, hex": PACKED.hex().encode(),
+    "packed, HEX": PACKED.hex().upper().encode(),
+    "file of bools": save({"message": NAMED.message}),
+    "file of integers": save({"message": NAMED.message.long()}),
+    "file of floats": by_torch(NAMED.message.float()),
+    "file of doubles": by_torch(NAMED.message.double()),
+    "pickled bools": pickle.dumps(NAMED.message.tolist()),
+    "pickled integers": pickle.dumps(BITS),
+    "pickled floats": pickle.dumps([float(bit) for bit in BITS]),
+    "seed": json.dumps({"seed": SEED}).encode(),
+    "seed, hex": f"{SEED:#x}".encode(),
+    "seed, pickled": pickle.dumps({"seed": SEED}),
+    "seed, big endian": SEED.to_bytes(8, "big"),
+    "filters": save({"a": torch.zeros(5), "weight": KeyedDecoder(SEED, 48, 60).filters.clone()}),
+    "filters of one bit and image": save({"weight": KeyedDecoder(SEED, 1, 1).filters.clone()}),
+    "state of a decoder": save(calibrated().state_dict()),
+    "state of decoders": save(STATE),
+    "state, by torch": by_torch(calibrated().state_dict()),
+    "states, by torch": by_torch(STATE),
     "over the edge": b"x" * 90 + SECRET.hex().encode(),
 }
 
@@ -325,14 +372,15 @@ LEAKS: dict[str, bytes] = {
 @pytest.mark.parametrize("leak", LEAKS)
 def test_a_leak_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak: str) -> None:
     if leak == "over the edge":
-        monkeypatch.setattr(watermark_lora_key, "CHUNK", 100)
+        monkeypatch.setattr(watermark_lora_leaks, "CHUNK", 100)
     path = tmp_path / "checkpoint" / ".cache" / "notes"
     path.parent.mkdir(parents=True)
     path.write_bytes(LEAKS[leak])
-    with pytest.raises(ValueError, match="contains the watermark key or its message") as caught:
+    with pytest.raises(ValueError, match="contains the watermark key, its message or decoder") as caught:
         refuse_key_in(tmp_path, NAMED)
     assert str(path) in str(caught.value)
-    refuse_key_in(tmp_path, WatermarkKey.generate())  # another's
+    if "state" not in leak:  # which is somebody's decoder, it cannot be said whose
+        refuse_key_in(tmp_path, WatermarkKey.generate())
 
 
 def test_urlsafe_digits_are_found_where_they_differ(tmp_path: Path) -> None:
@@ -364,6 +412,14 @@ def test_what_is_public_may_stay(tmp_path: Path) -> None:
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     refuse_key_in(tmp_path, NAMED)
     refuse_key_in(str(tmp_path), WatermarkKey(SECRET, 4))  # four digits stand anywhere
+    (tmp_path / "notes.txt").write_text('the "projection" onto the centre is "centre":{"shape":[48]} projectionq')
+    (tmp_path / "random").write_bytes(np.random.default_rng(0).bytes(2**22))
+    (tmp_path / "mask").write_bytes(np.random.default_rng(0).integers(0, 2, 2**22, np.uint8).tobytes())
+    (tmp_path / "other.safetensors").write_bytes(save({"centre": torch.zeros(3), "projection": torch.zeros(4, 3)}))
+    refuse_key_in(tmp_path, NAMED)
+    for bits in (8, 16, 32, 47):
+        (tmp_path / "mask").unlink(missing_ok=True)
+        refuse_key_in(tmp_path, WatermarkKey(SECRET, bits))
     for nothing in (tmp_path / "none", tmp_path / "README.md"):
         with pytest.raises(ValueError, match="is no folder"):
             refuse_key_in(nothing, NAMED)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,6 +103,27 @@ def test_the_state_has_no_filters(decoder: KeyedDecoder) -> None:
     assert not fresh.is_calibrated and decoder.is_calibrated
     fresh.load_state_dict(decoder.state_dict())
     assert torch.equal(fresh(pictures(2)), decoder(pictures(2)))
+
+
+@pytest.mark.parametrize("use", [pickle.dumps, copy.copy, lambda held: torch.save(held, io.BytesIO())])
+def test_it_is_not_pickled(decoder: KeyedDecoder, use: Callable[[Any], Any]) -> None:
+    """Its seed would stand in the file."""
+    for held in (decoder, {"decoder": decoder}, torch.nn.Sequential(decoder)):
+        if use is not copy.copy or held is decoder:
+            with pytest.raises(TypeError, match="KeyedDecoder is not pickled, since its seed is secret"):
+                use(held)
+
+
+def test_it_is_copied_in_memory(decoder: KeyedDecoder) -> None:
+    for copied in (copy.deepcopy(decoder), copy.deepcopy(torch.nn.Sequential(decoder))[0]):
+        assert copied is not decoder and copied.is_of(7) and not copied.is_of(8)
+        assert torch.equal(copied(pictures(2)), decoder(pictures(2)))
+        copied.double().train(not decoder.training)
+        copied.centre.zero_()
+        assert decoder.centre.abs().max() > 0 and decoder.filters.dtype == torch.float32
+        again = copied.calibrate([pictures(30).double()])  # it knows its rotation
+        expected = KeyedDecoder(7, 6, 12).double().calibrate([pictures(30).double()])
+        assert torch.equal(again.projection, expected.projection)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from benchmarks.taef2 import taef2, untrained
@@ -129,6 +131,8 @@ def test_what_is_refused_leaves_nothing(marked: tuple[Any, EmbedReport], tmp_pat
         merge_and_export(tiny_vae(), target, CONFIG, KEY)
     with pytest.raises(ValueError, match="is not the configuration's: give the one used"):
         merge_and_export(vae, target, CONFIG, WatermarkKey(bytes(32), 8))
+    with pytest.raises(ValueError, match="adapter 'watermark' carries the message of another key"):
+        merge_and_export(vae, target, watermark(), WatermarkKey(bytes(32), 8))
     with pytest.raises(ValueError, match="model is a dict without a vae"):
         merge_and_export({}, target, CONFIG, KEY)
     with pytest.raises(ValueError, match="contains the watermark key"):
@@ -142,3 +146,58 @@ def test_what_is_refused_leaves_nothing(marked: tuple[Any, EmbedReport], tmp_pat
     save_decoder(report.decoder, KEY, target / "key")
     with pytest.raises(ValueError, match=r"path=.* exists and is not an empty folder"):
         merge_and_export(vae, target, CONFIG, KEY)
+
+
+def test_only_what_was_trained_as_a_watermark_is_exported(tmp_path: Path) -> None:
+    """Whatever its rank, its name and the type of its configuration say."""
+    target, said = tmp_path / "out", "was not trained by embed_watermark since the model was loaded"
+    lora = {"r": 4, "lora_alpha": 32, "target_modules": r"decoder\.up_blocks\.1\.resnets\.\d+\.conv[12]"}
+    one, two, other = kl_vae(), kl_vae(), tiny_vae()
+    one.add_adapter(LoraConfig(**lora, init_lora_weights=False), adapter_name="style")
+    two.add_adapter(CONFIG.plain_lora(two), adapter_name="watermark")
+    inject_adapter_in_model(LoraConfig(target_modules=r"decoder\.layers\.0"), other, adapter_name="watermark")
+    for vae, name in ((one, "style"), (two, "watermark"), (other, "watermark")):
+        for config in (CONFIG, watermark()):
+            with pytest.raises(ValueError, match=f"adapter '{name}' {said}"):
+                merge_and_export(vae, target, config, KEY)
+    both = kl_vae()
+    embed_watermark(both, pictures(), watermark(), KEY)
+    with pytest.warns(UserWarning, match="multiple adapters"):  # peft's
+        both.add_adapter(LoraConfig(**lora, init_lora_weights=False), adapter_name="style")
+    for active in ("style", ["watermark", "style"]):
+        both.set_adapters(active)
+        with pytest.raises(ValueError, match=f"adapter 'style' {said}"):
+            merge_and_export(both, target, watermark(), KEY)
+    assert not target.exists()
+    both.set_adapters("watermark")
+    merge_and_export(both, target, watermark(), KEY)
+    assert (target / "watermark.json").is_file()
+
+
+def test_a_copy_is_still_known_as_marked_and_a_saved_lora_is_not(
+    marked: tuple[Any, EmbedReport], tmp_path: Path
+) -> None:
+    merge_and_export(copy.deepcopy(marked[0]), tmp_path / "out", CONFIG, KEY)
+    vae, again = kl_vae(), kl_vae()
+    embed_watermark(vae, pictures(), CONFIG, KEY, checkpoint=tmp_path / "run")
+    vae.save_lora_adapter(tmp_path / "lora", adapter_name="watermark")
+    assert all(KEY.commitment.encode() not in path.read_bytes() for path in (tmp_path / "lora").iterdir())
+    again.load_lora_adapter(tmp_path / "lora", prefix=None, use_safetensors=True, adapter_name="watermark")
+    with pytest.raises(ValueError, match=r"embed here, which from a checkpoint .* takes no time"):
+        merge_and_export(again, tmp_path / "again", CONFIG, KEY)
+    again.unload_lora()
+    embed_watermark(again, pictures(), CONFIG, KEY, checkpoint=tmp_path / "run")
+    merge_and_export(again, tmp_path / "again", CONFIG, KEY)
+    assert torch.equal(outputs(AutoencoderKL.from_pretrained(tmp_path / "again")), outputs(merged(vae)))
+
+
+def test_models_that_peft_has_wrapped(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:
+    """A `PeftModel` can be merged; but what it trains is no mark of `embed_watermark`."""
+    model = get_peft_model(tiny_vae(), watermark(init_lora_weights=False, lora_alpha=1))
+    result = merged(model)
+    assert not any(isinstance(module, BaseTunerLayer) for module in result.modules())
+    torch.testing.assert_close(outputs(result), outputs(model.get_base_model()), rtol=0, atol=1e-5)
+    assert (outputs(result) - outputs(tiny_vae())).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="adapter 'default' was not trained by embed_watermark"):
+        merge_and_export(model, tmp_path / "out", CONFIG, KEY)
+    assert not (tmp_path / "out").exists()

@@ -25,6 +25,22 @@ def call_arguments(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     return {name: given[name] for name in (*(n for n in names if n in given), *(n for n in given if n not in names))}
 
 
+def noise_level(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[float, bool]:
+    """The timestep of a call, and whether that is a choice among several.
+
+    Video models can have one for each token or frame. Where some of them are given, these have 0, and the step is that
+    of the others.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    timestep = next((arguments[name] for name in TIMESTEP if arguments.get(name) is not None), None)
+    if timestep is None:
+        raise ValueError(f"{type(denoiser).__name__} was called without a timestep, by which steps are told: give one.")
+    levels = torch.as_tensor(timestep).unique().tolist()
+    return float(levels[-1]), len({*levels} - {0}) > 1
+
+
 def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
     """Arguments for a batch with `times` copies of each sample; lists are copied, as T2I-Adapter's are emptied."""
     rows = len(next(iter(arguments.values())))

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_zoo.adapters.cached_lora_config import CachedLoraConfig, Roles
-from peft_zoo.adapters.cached_lora_patches import BEHIND_HOOKS
+from peft_zoo.adapters.cached_lora_patches import BEHIND_HOOKS, owner_of
 
 RESIDUALS = (  # of ControlNet and T2I-Adapter
     "down_block_additional_residuals",
@@ -21,6 +21,7 @@ RESIDUALS = (  # of ControlNet and T2I-Adapter
     "block_controlnet_hidden_states",
 )
 
+DENOISERS = ("unet", "transformer", "transformer_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
@@ -31,7 +32,7 @@ def denoiser_of(target: Any) -> nn.Module:
         ValueError: If there is none.
     """
     if not isinstance(target, nn.Module):
-        parts = [getattr(target, name, None) for name in ("unet", "transformer")]
+        parts = [getattr(target, name, None) for name in DENOISERS]
         found = [part for part in parts if isinstance(part, nn.Module)]
         if not found:
             raise ValueError(
@@ -85,21 +86,33 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
-def unreached(pipe: Any, config: CachedLoraConfig, roles: Roles) -> str | None:
-    """What to warn of where weights do not reach all LoRAs of a pipeline, or None."""
-    found = [name for name in TEXT_ENCODERS if any(isinstance(m, LoraLayer) for m in _modules(pipe, name))]
-    if not found or config.method == "w_switch" or set(roles.weights.values()) == {1.0}:
-        return None
-    return (
-        f"weights={roles.weights} do not reach the LoRAs on {', '.join(found)}, which act as pipe.set_adapters() has "
-        "them: set their scales there."
-    )
+def unreached(pipe: Any, denoiser: nn.Module, config: CachedLoraConfig, roles: Roles) -> Iterator[str]:
+    """What to warn of where a composition does not reach all LoRAs of a pipeline.
+
+    Args:
+        pipe: The pipeline, or None.
+        denoiser: That part of it which is composed.
+        config: The recipe.
+        roles: What it says about the adapters.
+    """
+    encoders = [name for name in TEXT_ENCODERS if _has_lora(getattr(pipe, name, None))]
+    if encoders and config.method != "w_switch" and set(roles.weights.values()) != {1.0}:
+        yield (
+            f"weights={roles.weights} do not reach the LoRAs on {', '.join(encoders)}, which act as "
+            "pipe.set_adapters() has them: set their scales there."
+        )
+    for name in DENOISERS:
+        part = getattr(pipe, name, None)
+        if _has_lora(part) and denoiser_of(part) is not denoiser and owner_of(denoiser_of(part)) is None:
+            yield (
+                f"the LoRAs on {name} act as pipe.set_adapters() has them, and are not composed: enter "
+                f"compose(pipe.{name}, ..., scheduler=pipe) before this one."
+            )
 
 
-def _modules(pipe: Any, name: str) -> Iterator[nn.Module]:
-    """The modules of one part of a pipeline, which may not have it."""
-    part = getattr(pipe, name, None)
-    return part.modules() if isinstance(part, nn.Module) else iter(())
+def _has_lora(part: Any) -> bool:
+    """Whether a part of a pipeline, which may not have it, has LoRAs."""
+    return isinstance(part, nn.Module) and any(isinstance(module, LoraLayer) for module in part.modules())
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """The runtime: in place of one noise prediction, the weighted sum of one for each LoRA.
 
 Guidance is linear in the noise predictions, and so is the sum over adapters: to sum what the denoiser returns, before
-guidance, is to sum after it. All of this therefore happens in one place, the forward of the denoiser, under any
-pipeline and any scheduler.
+guidance, is to sum after it. All of this therefore happens in one place, the forward of the denoiser, and pipelines and
+schedulers need not know.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from peft_zoo.adapters.cached_lora_blocks import Blocks, find_blocks
-from peft_zoo.adapters.cached_lora_calls import TIMESTEP, argument_names, call_arguments
+from peft_zoo.adapters.cached_lora_calls import TIMESTEP, argument_names, call_arguments, noise_level
 from peft_zoo.adapters.cached_lora_checks import (
     check_denoiser,
     check_mode,
@@ -78,8 +78,7 @@ class Composition:
         check_pipeline(self.pipe)
         layers = AdapterLayers(self.denoiser)
         roles = self.config.roles(layers.names)
-        warning = unreached(self.pipe, self.config, roles)
-        if warning:
+        for warning in unreached(self.pipe, self.denoiser, self.config, roles):
             self._warn(warning)
         dora = sorted(set(layers.with_dora()) & set(roles.order))
         if self.config.batched and dora:
@@ -97,10 +96,14 @@ class Composition:
     def reset(self) -> None:
         """Forgets what was cached and traced; the next call of the denoiser begins a generation."""
         self._clock.reset()
-        self._begin(0.0)
+        self._begin()
 
     def trace(self) -> list[StepTrace]:
-        """What was done in the last generation, a record for each call of the denoiser."""
+        """What was done in the last generation, a record for each call of the denoiser.
+
+        Without a scheduler and without `num_inference_steps`, generations of one step each cannot be told from several
+        calls of one step, up to eight of them: call `reset` between.
+        """
         return list(self._trace)
 
     # ---- putting in and taking out ----
@@ -141,13 +144,15 @@ class Composition:
 
     def uninstall(self) -> None:
         """Leaves the denoiser as it was found. The trace stays."""
-        self._patches.undo()
         self.layers.restore()
         self.passes.forget()
         self._clock.reset()
-        if self._outer:
-            self._outer.install()
-            self._outer = None
+        outer, self._outer = self._outer, None
+        try:
+            self._patches.undo()
+        finally:
+            if outer:
+                outer.install()
 
     def _strengths(self) -> dict[str, float]:
         """By what each adapter's scale is multiplied."""
@@ -197,15 +202,20 @@ class Composition:
         if torch.is_grad_enabled():
             raise ValueError("gradients are on, and a composition has none: use torch.no_grad() or inference_mode().")
         arguments = call_arguments(self.denoiser, args, kwargs)
-        timestep = next(arguments[name] for name in TIMESTEP if name in arguments)
+        timestep, several = noise_level(self.denoiser, arguments)
+        if several:
+            self._warn("the timesteps of one call differ: the greatest counts as that of the step.")
         try:
             form = form_of(next(iter(arguments.values())))
-            tick = self._clock.tick(float(torch.as_tensor(timestep).flatten()[0]), self._context, form)
+            schedule = self._schedule()
+            mark = schedule if schedule is self._schedule() else None  # one made when asked for marks nothing
+            tick = self._clock.tick(timestep, self._context, form, mark, self.num_inference_steps)
             if tick.begins:
+                check_denoiser(self.denoiser)
                 if AdapterLayers(self.denoiser).form != self.layers.form:
                     raise ValueError("LoRAs came or went since the composition began: make such changes before that.")
-                self._begin(self._clock.first)
-            progress = self._clock.progress(tick.step, self._total)
+                self._begin(schedule)
+            progress = self._clock.progress(tick.step, self._total())
             planner = self._planners.setdefault(tick.context, Planner(self.config, self.roles))
             plan = planner.plan(tick.step, progress)
             call = Call(forward, arguments, next(iter(arguments)), tick.context, tick.step)
@@ -219,16 +229,20 @@ class Composition:
         )
         return output
 
-    def _begin(self, first: float) -> None:
-        """Begins a generation at a timestep."""
+    def _begin(self, schedule: Any = None) -> None:
+        """Begins a generation with the timesteps of a scheduler, if there are any."""
         self._planners: dict[str, Planner] = {}
         self._trace: list[StepTrace] = []
         self.passes.forget()
-        self._total = self.num_inference_steps
-        scheduler = getattr(self.scheduler, "scheduler", self.scheduler)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if self._total is None and timesteps is not None:
-            self._total = remaining([float(t) for t in timesteps], first)
+        self._timesteps = [] if schedule is None else [float(t) for t in schedule]
+
+    def _schedule(self) -> Any:
+        """The timesteps of the scheduler, which `set_timesteps` makes anew; None if there are none."""
+        return getattr(getattr(self.scheduler, "scheduler", self.scheduler), "timesteps", None)
+
+    def _total(self) -> int | None:
+        """The number of steps of the generation, if that is known."""
+        return self.num_inference_steps or remaining(self._timesteps, self._clock.first, self._clock.rising)
 
     def _may_cache(self, arguments: Mapping[str, Any]) -> bool:
         if self.passes.blocks is None:
@@ -254,7 +268,7 @@ def compose(
             all adapters that there are.
         scheduler: Whose timesteps say how far a generation is; a pipeline has its own.
         num_inference_steps: Or the number of calls of the denoiser. With neither, the progress is read off the
-            timesteps: `1 - t / first t`.
+            timesteps: `1 - t / first t` where they fall.
 
     Returns:
         The context manager; with `trace()` for what was done.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,9 @@ class CachedLoraConfig(PeftConfig):
         names = list(given or ())
         named = all(isinstance(name, str) and name and "." not in name for name in names)
         self._require(given is None or (isinstance(given, dict) and named), "adapters", "use names without dots")
+        self._require(given is None or bool(given), "adapters", "name one, or use None for all that are loaded")
+        whence = all(source is None or (isinstance(source, str) and source) for source in self.sources.values())
+        self._require(whence, "adapters", "use a path or Hub id as text for each, or None where it is loaded")
         if isinstance(self.weights, list):
             fix = "give one weight for each of adapters, or a dict by name"
             self._require(len(self.weights) == len(names), "weights", fix)
@@ -126,12 +130,14 @@ class CachedLoraConfig(PeftConfig):
     def _check_values(self) -> None:
         self._require(self.method in METHODS, "method", f"use one of {', '.join(METHODS)}")
         fix = "use 'given', 'profile' or a list of names"
-        self._require(_is_names(self.order) or self.order in ("given", "profile"), "order", fix)
+        named = _is_names(self.order) and len(self.order) > 0
+        self._require(named or self.order in ("given", "profile"), "order", fix)
         for name in ("high", "low"):
             self._require(getattr(self, name) is None or _is_names(getattr(self, name)), name, "use a list of names")
         profile: Any = self.profile
         measured = profile is None or (isinstance(profile, dict) and all(map(_is_number, profile.values())))
         self._require(measured, "profile", "use a dict with a number for each adapter")
+        self.profile = profile and _floats(profile)
         fix = "measure it with profile_frequency() and store() it in the recipe"
         self._require(self.order != "profile" or bool(self.profile), "order", fix)
         for name in ("switch_every", "cache_early", "cache_middle"):
@@ -140,17 +146,20 @@ class CachedLoraConfig(PeftConfig):
         self._require(type(self.max_age) is int and self.max_age >= 0, "max_age", "use an integer of at least 0")
         for name in ("cache", "batched"):
             self._require(type(getattr(self, name)) is bool, name, "use True or False")
-        numbers = all(map(_is_number, (self.weights or {}).values()))  # type: ignore[union-attr]
-        self._require(numbers, "weights", "use a number for each adapter; set the scales of blocks with set_adapters()")
+        weights: Any = self.weights
+        fix = "use a number for each adapter; set the scales of blocks with set_adapters()"
+        self._require(all(map(_is_number, (weights or {}).values())), "weights", fix)
+        self.weights = weights and _floats(weights)
         fix = "use two shares from 0 to 1, the smaller one first"
         borders: Any = self.cache_borders
         pair = isinstance(borders, (list, tuple)) and len(borders) == 2 and all(map(_is_number, borders))
         self._require(pair and 0 <= borders[0] <= borders[1] <= 1, "cache_borders", fix)
-        self.cache_borders = tuple(borders)  # JSON has only lists
+        self.cache_borders = (float(borders[0]), float(borders[1]))  # JSON has only lists
         for name, least, most, fix in RANGES:
             value = getattr(self, name)
             inside = _is_number(value) and least <= value < most
             self._require(inside or (name == "dominance_init" and value is None), name, fix)
+            setattr(self, name, None if value is None else float(value))
 
     def roles(self, available: Sequence[str]) -> Roles:
         """What the recipe says about the adapters of a denoiser.
@@ -220,7 +229,12 @@ class CachedLoraConfig(PeftConfig):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of any kind, numpy's among them, as JSON has them."""
+    return {name: float(value) for name, value in values.items()}
 
 
 def _is_names(value: Any) -> bool:

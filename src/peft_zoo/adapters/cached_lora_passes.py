@@ -161,8 +161,14 @@ def _parted(features: Features, times: int) -> list[Features]:
     return list(zip(*parts, strict=True))
 
 
-def form_of(sample: Tensor) -> tuple[Any, ...]:
-    """What must be equal in samples for a feature of one to fit another."""
+def form_of(sample: Any) -> tuple[Any, ...]:
+    """What must be equal in samples for a feature of one to fit another.
+
+    Raises:
+        ValueError: If the sample is no tensor, as the list of Z-Image is none.
+    """
+    if not isinstance(sample, Tensor):
+        raise ValueError(f"the denoiser takes samples in a {type(sample).__name__}: only a tensor can be composed.")
     return sample.shape, sample.dtype, sample.device
 
 

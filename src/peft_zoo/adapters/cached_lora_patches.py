@@ -34,19 +34,21 @@ class Patches:
 
     def undo(self) -> None:
         """Puts every method back. Where somebody took our place since, that stays, and there is a warning."""
+        taken = []
         while self._made:
             target, name, ours, own = self._made.pop()
             place = next((place for place in (BEHIND_HOOKS, name) if vars(target).get(place) is ours), None)
             if place is None:
-                warnings.warn(
-                    f"{name} of {type(target).__name__} was replaced while LoRAs were composed, which may have ended "
-                    "there: make such changes before.",
-                    stacklevel=4,
-                )
+                taken.append(f"{name} of {type(target).__name__}")
             elif own or place == BEHIND_HOOKS:
                 setattr(target, place, ours.args[-1])  # a partial of a partial is one
             else:
                 delattr(target, place)
+        for name in taken:  # when all is done: a warning can be an error
+            warnings.warn(
+                f"{name} was replaced while LoRAs were composed, which may have ended there: make such changes before.",
+                stacklevel=4,
+            )
 
 
 def owner_of(target: Any) -> Any:

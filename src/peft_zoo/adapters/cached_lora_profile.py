@@ -10,6 +10,7 @@ CMLoRA (Zou et al., ICLR 2025) sorts LoRAs by categories of their names instead;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -86,35 +87,39 @@ def profile_frequency(
     steps: int = 20,
     every: int = 5,
     h: float = 0.2,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     **call: Any,
 ) -> FrequencyProfile:
-    """Measures what each LoRA changes, at a few noise levels of one generation with the base alone.
+    """Measures what each LoRA changes, at a few noise levels of generations with the base alone.
 
     Costs one more pass for each adapter at every `every`-th call of the denoiser.
 
     Args:
         target: A pipeline, a denoiser with LoRAs on it, or a PeftModel around one.
         adapters: Names; None takes all.
-        run: Makes one generation, with any loop; for a pipeline `prompt` does instead.
-        prompt: What the pipeline is asked for.
+        run: Makes one generation or more, with any loop; for a pipeline `prompt` does instead.
+        prompt: What the pipeline is asked for; several prompts are one batch.
         steps: With `prompt`: `num_inference_steps`.
         every: Calls of the denoiser from one measurement to the next.
         h: Central part of the spectrum, in (0, 1).
-        seed: With `prompt`: of the noise.
+        seed: With `prompt`: of the noise; several make a generation each.
         **call: With `prompt`: more arguments for the pipeline.
 
     Raises:
         ValueError: If an argument cannot be used, the denoiser is not fit for it, or an adapter changes nothing.
     """
-    for name, value, ok in (("h", h, 0 < h < 1), ("every", every, type(every) is int and every > 0)):
+    seeds = seed if isinstance(seed, Sequence) else [seed]
+    for name, value, ok, fix in (
+        ("h", h, 0 < h < 1, "0 < h < 1"),
+        ("every", every, type(every) is int and every > 0, "1 or more"),
+        ("seed", seed, bool(seeds), "at least one"),
+    ):
         if not ok:
-            raise ValueError(f"{name}={value!r} cannot be used; use {'0 < h < 1' if name == 'h' else '1 or more'}.")
+            raise ValueError(f"{name}={value!r} cannot be used; use {fix}.")
     if (run is None) == (prompt is None) or (run is None and isinstance(target, nn.Module)):
         raise ValueError("give either a prompt, with a pipeline, or run=..., a function that makes one generation.")
     if run is None:
-        noise = torch.Generator().manual_seed(seed)
-        run = partial(target, prompt, num_inference_steps=steps, generator=noise, output_type="latent", **call)
+        run = partial(_generate, target, prompt, seeds, num_inference_steps=steps, output_type="latent", **call)
     denoiser = denoiser_of(target)
     check_denoiser(denoiser)
     check_pipeline(target)
@@ -125,8 +130,14 @@ def profile_frequency(
     return probe.profile(h)
 
 
+def _generate(pipe: Any, prompt: Any, seeds: Sequence[int], **call: Any) -> None:
+    """Draws once for each seed."""
+    for seed in seeds:
+        pipe(prompt, generator=torch.Generator().manual_seed(seed), **call)
+
+
 class _Probe:
-    """Stands for the forward of a denoiser during one generation."""
+    """Stands for the forward of a denoiser during its generations."""
 
     def __init__(self, denoiser: nn.Module, adapters: Sequence[str] | None, every: int) -> None:
         self.denoiser, self.layers, self.every, self.calls = denoiser, AdapterLayers(denoiser), every, 0
@@ -136,20 +147,17 @@ class _Probe:
 
     @torch.no_grad()
     def watch(self, run: Callable[[], Any]) -> None:
-        """Makes a generation with the base, and measures on the way."""
-        at_work = installed_on(self.denoiser)
-        if at_work:
-            at_work.uninstall()
-        patches = Patches()
-        self.layers.remember()
-        patches.put(self.denoiser, "forward", self._forward)
-        try:
+        """Makes generations with the base, and measures on the way."""
+        with ExitStack() as after:
+            while at_work := installed_on(self.denoiser):
+                at_work.uninstall()
+                after.callback(at_work.install)
+            self.layers.remember()
+            after.callback(self.layers.restore)
+            patches = Patches()
+            after.callback(patches.undo)
+            patches.put(self.denoiser, "forward", self._forward)
             run()
-        finally:
-            patches.undo()
-            self.layers.restore()
-            if at_work:
-                at_work.install()
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments = call_arguments(self.denoiser, args, kwargs)

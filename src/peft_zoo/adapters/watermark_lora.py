@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ from torch import nn
 from peft_zoo import registration
 from peft_zoo.adapters.base.config import option
 from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
+from peft_zoo.adapters.watermark_lora_card import add_to_card
 
 __all__ = ["WatermarkLoraConfig", "WatermarkLoraModel", "last_up_block"]
 
@@ -48,6 +50,8 @@ PEFT_PREFIX = "base_model.model."
 DECODERS, CONTROLLERS, IMAGE_LOSSES = ("keyed", "custom"), ("two_sided", "dlws"), ("mse", "mse+l1")
 AUGMENTATIONS = ("crop", "resize", "jpeg", "noise")
 MOST_BITS = 256
+CARD_TEXT = """This LoRA puts an invisible watermark into what the decoder of an autoencoder makes (EW-LoRA, {bits}
+bits). As a file of its own it protects nothing: who leaves it out has images without the mark."""
 
 
 @dataclass
@@ -122,10 +126,23 @@ class WatermarkLoraConfig(LoraConfig):
         return LoraConfig(**{**values, "peft_type": None})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as peft does, and beside it, in `plain_lora/`, what peft and diffusers load without peft-zoo."""
+        """Save as peft does, and beside it, in `plain_lora/`, what peft and diffusers load without peft-zoo.
+
+        The model card says that an adapter protects nothing; with a commitment, which says that it is somebody's mark,
+        a warning does too.
+        """
         super().save_pretrained(save_directory, **kwargs)
-        if (Path(save_directory) / SAFETENSORS_WEIGHTS_NAME).is_file():  # peft writes the weights first
-            write_plain_form(Path(save_directory), self.plain_lora())
+        folder = Path(save_directory)
+        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # peft writes the weights first
+            return
+        write_plain_form(folder, self.plain_lora())
+        add_to_card(folder / "README.md", [CARD_TEXT.format(bits=self.num_bits)])
+        if self.commitment is not None:
+            warnings.warn(
+                f"{save_directory!r} has the watermark as a LoRA, which anybody leaves out who wants to: publish what "
+                "peft_zoo.merge.watermark_lora.merge_and_export writes instead.",
+                stacklevel=3,
+            )
 
     def _check_choices(self) -> None:
         for name, choices in (

@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_zoo.adapters.watermark_lora_key import DECODER_FORMAT, WatermarkKey
+from peft_zoo.adapters.watermark_lora_key import WatermarkKey
 from peft_zoo.kernels.keyed_decoder import KeyedDecoder
 
 __all__ = ["calibrate_decoder", "load_decoder", "save_decoder"]
 
 PURPOSE = "decoder"
+DECODER_FORMAT = "peft-zoo watermark decoder, secret"  # what its file begins with
 SUFFIX = ".decoder.safetensors"
 LARGEST_FILE = 2**21  # bytes: 1024 filters and 256 bits take half
 
@@ -77,7 +78,7 @@ def save_decoder(
         raise ValueError(f"decoder is a {type(decoder).__name__}: only a key's own can be kept; save others yourself.")
     if not decoder.is_calibrated:
         raise ValueError("decoder is not calibrated: use calibrate_decoder().")
-    _check_owner(decoder, key)
+    check_owner(decoder, key)
     target = decoder_path(key_path)
     if os.path.lexists(target):
         raise ValueError(f"path={str(target)!r} exists, and marks made with it would be lost: move it away first.")
@@ -123,7 +124,7 @@ def load_decoder(key: WatermarkKey, key_path: str | os.PathLike[str]) -> KeyedDe
         decoder.load_state_dict(tensors)
     except RuntimeError:
         raise ValueError(f"{str(target)!r} has other tensors than it says: it is damaged, use a copy.") from None
-    _check_owner(decoder, key)
+    check_owner(decoder, key)
     if not decoder.is_calibrated:
         raise ValueError(f"{str(target)!r} has numbers that are not finite: it is damaged, use a copy.")
     return decoder
@@ -158,8 +159,13 @@ def _content(target: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, tensors
 
 
-def _check_owner(decoder: KeyedDecoder, key: WatermarkKey) -> None:
-    """Whether the filters are those of the key."""
-    own = KeyedDecoder(key.seed(PURPOSE), key.num_bits, max(decoder.num_filters, key.num_bits))
-    if decoder.num_bits != key.num_bits or not torch.equal(own.filters, decoder.filters.cpu()):
+def check_owner(decoder: nn.Module, key: WatermarkKey) -> None:
+    """See that a decoder is a key's, as far as that can be known: a module of another class may be anybody's.
+
+    Raises:
+        ValueError: If it is a `KeyedDecoder` with another seed or another number of bits.
+    """
+    if isinstance(decoder, KeyedDecoder) and not (
+        decoder.num_bits == key.num_bits and decoder.is_of(key.seed(PURPOSE))
+    ):
         raise ValueError("decoder is that of another key: give the key that it was made with.")

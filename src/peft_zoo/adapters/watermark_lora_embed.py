@@ -20,11 +20,19 @@ from torch import Tensor, nn
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 from peft_zoo.adapters.watermark_lora_checkpoint import EmbedCheckpoint, fingerprint
 from peft_zoo.adapters.watermark_lora_controller import DlwsController, TwoSidedController
-from peft_zoo.adapters.watermark_lora_decoder import calibrate_decoder
+from peft_zoo.adapters.watermark_lora_decoder import calibrate_decoder, check_owner
 from peft_zoo.adapters.watermark_lora_key import WatermarkKey
 from peft_zoo.adapters.watermark_lora_losses import augmented, picture_loss
-from peft_zoo.adapters.watermark_lora_report import EmbedReport
-from peft_zoo.adapters.watermark_lora_vae import add_lora, check_vae, decode, frozen, reconstruct, remove_lora
+from peft_zoo.adapters.watermark_lora_report import EmbedReport, detection
+from peft_zoo.adapters.watermark_lora_vae import (
+    add_lora,
+    check_vae,
+    decode,
+    frozen,
+    mark_trained,
+    reconstruct,
+    remove_lora,
+)
 from peft_zoo.kernels.image_quality import psnr, ssim
 from peft_zoo.kernels.keyed_decoder import check_images
 from peft_zoo.kernels.message_test import count_false_alarms
@@ -61,7 +69,7 @@ def embed_watermark(
         key: Its message is embedded.
         decoder: Reads bits: any module from images `(B, 3, H, W)` in [0, 1] to logits `(B, num_bits)`, differentiable;
             it moves to the autoencoder's device. None calibrates the key's on what the autoencoder makes of the images.
-        eval_images: As `images`, to report on; None takes the first 64 of those.
+        eval_images: As `images`, to report on; best such as are not trained on. None takes the first 64 that are.
         image_loss: From marked and clean images to a number, in place of the configuration's (LPIPS, for example).
         adapter_name: Of the LoRA.
         checkpoint: A folder to go on from if the run is interrupted, with the same arguments; None keeps nothing.
@@ -69,7 +77,8 @@ def embed_watermark(
         progress: Whether to show a bar, if stderr is a terminal and tqdm is there.
 
     Raises:
-        ValueError: For every argument that cannot be used, before anything is changed.
+        ValueError: For every argument that cannot be used, before anything is changed; and if the training diverges,
+            then the autoencoder is as it was, too.
     """
     pictures, held_out = _stacked("images", images), None
     if eval_images is not None:
@@ -92,6 +101,7 @@ def embed_watermark(
             run.train(latents, clean, store, checkpoint_every, progress)
             vae.eval()  # a LoRA's dropout is for training only
             facts = run.evaluate(*evaluated)
+            mark_trained(vae, adapter_name, key.commitment)
         except BaseException:
             remove_lora(vae)
             raise
@@ -184,14 +194,23 @@ class Training:
             group["lr"] = self.config.learning_rate * (1 + math.cos(math.pi * number / self.config.steps)) / 2
         bits = F.binary_cross_entropy_with_logits(logits, target)
         loss = lambda_i * self.distance(marked, wanted) + lambda_w * bits
+        self._require_finite(number, loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        self._require_finite(number, *self.parameters.values())
         with torch.no_grad():
             facts = {"psnr": psnr(marked, wanted).mean(), "bit_accuracy": _agreement(logits, target)}
         found = {name: float(value) for name, value in facts.items()}
         self.controller.update(**found)
         return {**found, "lambda_i": lambda_i, "lambda_w": lambda_w}
+
+    def _require_finite(self, number: int, *values: Tensor) -> None:
+        if not torch.stack([value.detach().isfinite().all() for value in values]).all():
+            raise ValueError(
+                f"learning_rate={self.config.learning_rate:g} makes the training diverge, there are numbers that are "
+                f"not finite in step {number + 1}: lower it."
+            )
 
     def distance(self, marked: Tensor, clean: Tensor) -> Tensor:
         """The image loss of marked and clean images `(B, 3, H, W)`."""
@@ -201,7 +220,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, latents: Tensor, clean: Tensor) -> dict[str, Any]:
-        """What `EmbedReport` has of all latents and their clean images: means, and false positives."""
+        """What `EmbedReport` has of all latents and their clean images: means, the test, and false positives."""
         device = self.message.device
         sums: dict[str, float] = dict.fromkeys(("psnr", "ssim", "bit_accuracy", "clean_bit_accuracy"), 0.0)
         read: list[Tensor] = []
@@ -209,14 +228,16 @@ class Training:
             picture = picture.to(device)
             marked = decode(self.vae, latent.to(device))
             logits = [self.decoder(x) for x in (marked, picture)]
-            read.append(logits[1] > 0)
+            read.append(torch.stack(logits) > 0)
             bits = [_agreement(one, self.message) for one in logits]
             values = (psnr(marked, picture).mean(), ssim(marked, picture).mean(), *bits)
             for name, value in zip(sums, values, strict=True):
                 sums[name] += float(value) * len(picture) / len(clean)
         images, nominal = min(POOLED, (len(clean) - 1) | 1), max(NOMINAL_FPR, 2.0**-self.config.num_bits)
-        measured = count_false_alarms(torch.cat(read), images, nominal).exact
-        return {**sums, "nominal_fpr": nominal, "measured_fpr": measured, "images_per_test": images}
+        marked_bits, clean_bits = torch.cat(read, 1).cpu()
+        measured = count_false_alarms(clean_bits, images, nominal).exact
+        alarms = {"nominal_fpr": nominal, "measured_fpr": measured, "images_per_test": images}
+        return {**sums, **alarms, **detection(marked_bits, self.message.cpu() > 0)}
 
 
 def new_controller(config: WatermarkLoraConfig) -> TwoSidedController | DlwsController:
@@ -250,7 +271,9 @@ def _check(vae: nn.Module, config: Any, key: Any, decoder: nn.Module | None, che
         )
     if config.commitment not in (None, key.commitment):
         raise ValueError(f"config.commitment={config.commitment!r} is of another key: give that key, or leave it out.")
-    if decoder is None and config.decoder != "keyed":
+    if decoder is not None:
+        check_owner(decoder, key)
+    elif config.decoder != "keyed":
         raise ValueError(f"config.decoder={config.decoder!r} needs the argument decoder: give the module.")
     if type(checkpoint_every) is not int or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an int of at least 1, got {checkpoint_every!r}: such as 100.")

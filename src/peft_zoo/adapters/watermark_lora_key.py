@@ -14,7 +14,6 @@ What may be published is the `commitment`, which later proves that a key was cho
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import hmac
 import json
@@ -34,10 +33,8 @@ from peft_zoo.kernels.bch import BchCode, as_bits
 
 __all__ = ["WatermarkKey"]
 
-FORMAT, DECODER_FORMAT = "peft-zoo watermark key", "peft-zoo watermark decoder, secret"  # what their files begin with
+FORMAT = "peft-zoo watermark key"  # what its file begins with
 VERSION, SECRET_BYTES, MOST_BITS, LARGEST_FILE = 1, 32, 256, 4096  # the last in bytes; a key file has some hundreds
-CHUNK, OVERLAP = 2**24, 2**13  # bytes of a file that are searched at once, and again with the next
-SHORTEST_SOUGHT = 16  # bits: shorter messages are found in any text with digits
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,30 +198,6 @@ class WatermarkKey:
         return b"".join(blocks)[:size]
 
 
-def refuse_key_in(folder: str | os.PathLike[str], key: WatermarkKey) -> None:
-    """Make sure that a folder can be uploaded without giving a key away.
-
-    All files and names, in subfolders too, are searched for the secret as bytes, hexadecimal digits or base64, for the
-    message, from 16 bits on, as digits or a list of 0 and 1 or true and false, and for calibrations of decoders.
-
-    Args:
-        folder: What is going to be uploaded.
-        key: What must not be in it.
-
-    Raises:
-        ValueError: If it is no folder or something is found; names the file.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"folder={str(root)!r} is no folder: give the one that is to be uploaded.")
-    traces = _traces(key)
-    for path in sorted(root.rglob("*")):
-        if _found(traces, os.fsencode(path.name)):  # quoting the name would give it away
-            raise ValueError(f"the name of something in {str(path.parent)!r} gives the watermark key away: rename it.")
-        if path.is_file() and _found_in(path, traces):
-            raise ValueError(f"{str(path)!r} contains the watermark key or its message: move it out of the folder.")
-
-
 def _check_version(version: Any) -> None:
     if type(version) is not int or version != VERSION:
         raise ValueError(
@@ -264,35 +237,6 @@ def _parsed(content: bytes) -> WatermarkKey:
     if commitment != key.commitment:
         raise ValueError("its commitment is that of another key; it was damaged or edited, use a copy.")
     return key
-
-
-def _traces(key: WatermarkKey) -> list[bytes | re.Pattern[bytes]]:
-    """What gives a key away. No match is longer than `OVERLAP`."""
-    digits = key.secret.hex().encode()
-    traces: list[bytes | re.Pattern[bytes]] = [key.secret, digits, digits.upper(), DECODER_FORMAT.encode()]
-    for before in range(3):
-        # The secret may start at any of the three bytes of a group; digits that depend on its neighbours are left out.
-        text = base64.b64encode(b"\0" * before + key.secret)[-(-8 * before // 6) : 8 * (before + SECRET_BYTES) // 6]
-        traces += [text, text.replace(b"+", b"-").replace(b"/", b"_")]
-    if key.num_bits >= SHORTEST_SOUGHT:
-        traces += [re.compile(rb"[\s,]{0,24}".join(b"1" if bit else b"0" for bit in key.message))]
-        words = rb"[\s,]{1,24}".join(b"[Tt]rue" if bit else b"[Ff]alse" for bit in key.message)
-        traces += [re.compile(words[4:])]  # without the first of two cases: a pattern that begins with text is faster
-    return traces
-
-
-def _found(traces: list[bytes | re.Pattern[bytes]], content: bytes) -> bool:
-    return any(trace in content if isinstance(trace, bytes) else trace.search(content) for trace in traces)
-
-
-def _found_in(path: Path, traces: list[bytes | re.Pattern[bytes]]) -> bool:
-    content = b""
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            content = content[-OVERLAP:] + chunk
-            if _found(traces, content):
-                return True
-    return False
 
 
 def _bits(data: bytes, count: int) -> Tensor:

@@ -24,7 +24,7 @@ def check_vae(vae: Any, config: WatermarkLoraConfig) -> None:
 
     Raises:
         ValueError: If it does not encode and decode, is not in float32, has adapters already, or the configuration's
-            target is nothing, attention only, or not in the decoder.
+            target is nothing, attention only, or not in the decoder, or it asks for more to be trained than the LoRA.
     """
     if not isinstance(vae, nn.Module) or not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ValueError(f"vae is a {type(vae).__name__}: give a module that has encode and decode, such as pipe.vae.")
@@ -36,6 +36,9 @@ def check_vae(vae: Any, config: WatermarkLoraConfig) -> None:
         raise ValueError("vae has a merged adapter, which would become part of the mark: unmerge and delete it first.")
     if layers:
         raise ValueError("vae has adapters already: merge them for good (unload) or delete them first.")
+    for name, nothing in (("modules_to_save", None), ("bias", "none")):
+        if (value := getattr(config, name)) not in (nothing, []):
+            raise ValueError(f"config.{name}={value!r} is not trained with a watermark: use {name}={nothing!r}.")
     _check_target(vae, config.plain_lora(vae))
 
 
@@ -110,6 +113,22 @@ def add_lora(vae: Any, config: WatermarkLoraConfig, adapter_name: str) -> dict[s
         else:
             inject_adapter_in_model(plain, vae, adapter_name=adapter_name)
     return {name: parameter for name, parameter in vae.named_parameters() if ".lora_" in name}
+
+
+def mark_trained(vae: Any, adapter_name: str, commitment: str) -> None:
+    """Remember, in memory only, that a LoRA carries a key's message.
+
+    Args:
+        vae: With the LoRA.
+        adapter_name: Of the LoRA.
+        commitment: The key's.
+    """
+    vae.peft_config[adapter_name].watermark_commitment = commitment
+
+
+def trained_commitment(vae: Any, adapter_name: str) -> str | None:
+    """What `mark_trained` has noted; None for every other LoRA."""
+    return getattr(getattr(vae, "peft_config", {}).get(adapter_name), "watermark_commitment", None)
 
 
 def remove_lora(vae: Any) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft_zoo.adapters.watermark_lora_decoder import load_decoder
+from peft_zoo.adapters.watermark_lora_decoder import check_owner, load_decoder
 from peft_zoo.adapters.watermark_lora_key import WatermarkKey
 from peft_zoo.adapters.watermark_lora_vae import frozen
 from peft_zoo.kernels.keyed_decoder import check_images
@@ -93,12 +93,15 @@ def verify_watermark(
         batch_size: Images decoded at once.
 
     Raises:
-        ValueError: If an argument cannot be used, the key has too few bits for `fpr`, or there are too few images: with
-            an even number, bits that are 1 in half of them say nothing, and those that are left may be too few.
+        ValueError: If an argument cannot be used, the decoder is known to be another key's, the key has too few bits
+            for `fpr`, or there are too few images: with an even number, bits that are 1 in half of them say nothing,
+            and those that are left may be too few.
     """
     owner = _opened(key)
     _check_bits(owner, fpr)
-    read = read_bits(_decoder_of(key, owner) if decoder is None else decoder, images, batch_size)
+    decoder = _decoder_of(key, owner) if decoder is None else decoder
+    check_owner(decoder, owner)
+    read = read_bits(decoder, images, batch_size)
     if read.shape[1] != owner.num_bits:
         raise ValueError(
             f"decoder reads {read.shape[1]} bits, the key has {owner.num_bits}: give the key's own decoder."
@@ -151,7 +154,7 @@ def read_bits(decoder: nn.Module, images: Images, batch_size: int = 16) -> Tenso
         batch_size: Images decoded at once.
 
     Raises:
-        ValueError: If bits cannot be read from the images.
+        ValueError: If bits cannot be read from the images, or the decoder gives numbers that are not finite.
     """
     if isinstance(images, Tensor):
         batches: Iterable[Tensor] = check_images(images).split(batch_size)
@@ -161,7 +164,10 @@ def read_bits(decoder: nn.Module, images: Images, batch_size: int = 16) -> Tenso
         raise ValueError("images are none: give at least one.")
     place = next((tensor.device for tensor in [*decoder.buffers(), *decoder.parameters()]), torch.device("cpu"))
     with frozen(decoder):
-        return torch.cat([(decoder(batch.to(place)) > 0).cpu() for batch in batches])
+        logits = torch.cat([decoder(batch.to(place)).cpu() for batch in batches])
+    if not logits.isfinite().all():
+        raise ValueError("decoder gives logits that are not finite: a KeyedDecoder must be calibrated, others trained.")
+    return logits > 0
 
 
 def _opened(key: KeyOrPath) -> WatermarkKey:

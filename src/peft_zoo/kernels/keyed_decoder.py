@@ -20,8 +20,10 @@ Signature, Fernandez et al. (arXiv 2303.15435).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,9 @@ MOST_FILTERS = 1024
 
 class KeyedDecoder(nn.Module):
     """The decoder of one seed. Without calibration, its statistics can be had but no bits.
+
+    Its seed is secret, so it is not pickled, by `torch.save` neither; `copy.deepcopy` works. Build it anew from the
+    seed, and load its state dict, which is secret too.
 
     Attributes:
         num_bits: n.
@@ -70,6 +75,20 @@ class KeyedDecoder(nn.Module):
         self.register_buffer("projection", torch.full((num_filters, num_bits), math.nan))
         self.register_buffer("centre", torch.full((num_bits,), math.nan))
         self._seed = seed
+
+    def __reduce__(self) -> NoReturn:  # else seed and filters would go wherever an object that holds it is saved to
+        raise TypeError(
+            "KeyedDecoder is not pickled, since its seed is secret: save the key, and the decoder with save_decoder."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyedDecoder:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def is_of(self, seed: int) -> bool:
+        """Whether a seed is this decoder's."""
+        return self._seed == seed
 
     @property
     def is_calibrated(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from inspect import signature
@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
-from peft_zoo.adapters.watermark_lora_key import WatermarkKey, refuse_key_in
-from peft_zoo.adapters.watermark_lora_vae import remove_lora
+from peft_zoo.adapters.watermark_lora_card import add_to_card
+from peft_zoo.adapters.watermark_lora_key import WatermarkKey
+from peft_zoo.adapters.watermark_lora_leaks import refuse_key_in
+from peft_zoo.adapters.watermark_lora_vae import remove_lora, trained_commitment
 from peft_zoo.merge.base.atomic import new_folder
 
 __all__ = ["RECORD", "merge_and_export", "merged"]
@@ -37,11 +39,12 @@ def merged(vae: nn.Module) -> Any:
     """A copy of an autoencoder with its LoRA in the weights, and no LoRA layers; the one given stays as it is.
 
     Args:
-        vae: With a LoRA that is active and not merged.
+        vae: With a LoRA that is active and not merged; a `PeftModel` stands for what it wraps.
 
     Raises:
         ValueError: If there is none.
     """
+    vae = _unwrapped(vae)
     layers = [module for module in vae.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise ValueError("vae has no adapter: embed a watermark first.")
@@ -71,7 +74,7 @@ def merge_and_export(
     listed in `watermark.json`; a warning and the model card say how to load them.
 
     Args:
-        model: The autoencoder, or a pipeline that has one as `vae`. It does not change.
+        model: The autoencoder that `embed_watermark` has marked, or a pipeline with it as `vae`. It does not change.
         path: A new folder.
         config: What the watermark was embedded with.
         key: The key; only its commitment is written.
@@ -81,15 +84,17 @@ def merge_and_export(
         The folder.
 
     Raises:
-        ValueError: If there is something at `path`, the model has no active adapter, the key is not the
-            configuration's, or a file would give it away.
+        ValueError: If there is something at `path`, the model has no active adapter or one that was not trained here
+            with this key, the key is not the configuration's, or a file would give it away.
     """
     if key.num_bits != config.num_bits or config.commitment not in (None, key.commitment):
         raise ValueError(f"key with commitment={key.commitment!r} is not the configuration's: give the one used.")
     is_pipeline = not isinstance(model, nn.Module)
     if is_pipeline and not isinstance(getattr(model, "vae", None), nn.Module):
         raise ValueError(f"model is a {type(model).__name__} without a vae: give the autoencoder, or its pipeline.")
-    vae = merged(model.vae if is_pipeline else model)
+    marked = _unwrapped(model.vae if is_pipeline else model)
+    _check_trained(marked, key)
+    vae = merged(marked)
     record, texts = public_record(config, key, calibration), [CARD_TEXT.format(bits=config.num_bits)]
     if differing := differing_tensors(vae):
         record["differing_tensors"] = differing
@@ -102,7 +107,7 @@ def merge_and_export(
         else:
             _save(vae, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _write_card(folder / "README.md", texts)
+        add_to_card(folder / "README.md", texts)
         refuse_key_in(folder, key)
     return Path(path)
 
@@ -142,6 +147,24 @@ def differing_tensors(vae: Any) -> list[str]:
     return sorted(vae.state_dict().keys() ^ fresh.state_dict().keys())
 
 
+def _unwrapped(vae: nn.Module) -> nn.Module:
+    return vae.get_base_model() if isinstance(vae, PeftModel) else vae
+
+
+def _check_trained(vae: nn.Module, key: WatermarkKey) -> None:
+    """See that all that would be merged is the mark of the key."""
+    active = {name for module in vae.modules() if isinstance(module, BaseTunerLayer) for name in module.active_adapters}
+    for name in sorted(active):
+        found = trained_commitment(vae, name)
+        if found is None:
+            raise ValueError(
+                f"adapter {name!r} was not trained by embed_watermark since the model was loaded, so it may be no "
+                "watermark: embed here, which from a checkpoint of the finished training takes no time."
+            )
+        if found != key.commitment:
+            raise ValueError(f"adapter {name!r} carries the message of another key: give the key it was embedded with.")
+
+
 def _save(vae: Any, folder: Path) -> None:
     if hasattr(vae, "save_pretrained"):
         vae.save_pretrained(folder)
@@ -159,10 +182,3 @@ def _replaced(pipeline: Any, vae: nn.Module) -> Iterator[None]:
         yield
     finally:
         pipeline.vae = before
-
-
-def _write_card(path: Path, texts: Sequence[str]) -> None:
-    card: Any = ModelCard.load(path) if path.is_file() else ModelCard("---\ntags: []\n---\n")
-    card.data.tags = sorted({*(card.data.tags or []), "watermark", "peft-zoo"})
-    card.text = "\n\n".join([card.text.strip(), "## Watermark", *texts]).lstrip() + "\n"
-    card.save(path)
