@@ -3,7 +3,7 @@ one of them, `peft-zoo squeeze` compresses a saved LoRA, `peft-zoo quantize` a m
 the images of an autoencoder and tests for the mark, `peft-zoo compose` draws pictures with several LoRAs.
 
 A mistake of the user ends in one sentence on stderr and exit status 2. A run whose reload or merge check fails ends
-in status 1, as does a test of images that finds no watermark.
+in status 1, as does a test of images that finds no watermark, or a training after which there is none.
 """
 
 from __future__ import annotations
