@@ -1,15 +1,17 @@
-"""`PEFT_ZOO_AUTOLOAD=1` registers our types in a program that imports only peft; without it nothing is hooked."""
+"""`PEFT_ZOO_AUTOLOAD=1` registers our types in a program that imports only peft or transformers; else nothing is."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import peft_zoo
+from tests.adapters.lq_samples import adapted
 
 # Optional packages that cost time, may be broken here, and are not what is tested.
 HIDE = "import sys\nfor name in 'torchvision', 'torchao', 'bitsandbytes': sys.modules[name] = None\n"
@@ -21,6 +23,26 @@ ORDERS = [
     pytest.param("from diffusers import UNet2DModel; import peft", id="diffusers first", marks=pytest.mark.slow),
     pytest.param("import peft_zoo, peft", id="peft_zoo first", marks=pytest.mark.slow),
 ]
+
+
+QUANTIZED = [
+    pytest.param("", id="a lazy import"),
+    pytest.param("import torch", id="torch first"),
+    pytest.param("import transformers.quantizers.auto", id="quantizers first", marks=pytest.mark.slow),
+    pytest.param("import peft", id="peft first", marks=pytest.mark.slow),
+    pytest.param("from transformers import Trainer", id="trainer first", marks=pytest.mark.slow),
+    pytest.param("import peft_zoo", id="peft_zoo first", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of the standalone form."""
+    path = tmp_path_factory.mktemp("quantized")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers about peft
+        peft_zoo.standalone(adapted()).save_pretrained(path)
+    return path
 
 
 @pytest.fixture
@@ -43,6 +65,16 @@ def run(code: str, cwd: Path, **environment: str) -> tuple[list[str], str]:
 def test_a_saved_zoo_config_loads_and_peft_is_left_as_it_was(imports: str, adapter: Path) -> None:
     words, _ = run(f"{imports}\n{LOAD}", adapter, PEFT_ZOO_AUTOLOAD="1")
     assert words == ["SnellConfig", "ModuleSpec"]
+
+
+@pytest.mark.parametrize("imports", QUANTIZED)
+def test_a_program_that_imports_only_transformers_loads_a_quantized_model(imports: str, quantized: Path) -> None:
+    code = f"""{imports}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained('.')
+print(type(model.model.layers[0].self_attn.q_proj).__name__, type(sys.modules['transformers'].__spec__).__name__)
+"""
+    assert run(code, quantized, PEFT_ZOO_AUTOLOAD="1")[0] == ["NFLinear", "ModuleSpec"]
 
 
 @pytest.mark.parametrize("environment", [{}, {"PEFT_ZOO_AUTOLOAD": "0"}, {"PEFT_ZOO_AUTOLOAD": ""}])
@@ -80,5 +112,6 @@ except ImportError:
 del sys.modules['peft.helpers']
 import peft
 """
-    words, _ = run(code + LOAD, adapter, PEFT_ZOO_AUTOLOAD="1")
+    words, log = run(code + LOAD, adapter, PEFT_ZOO_AUTOLOAD="1")
     assert words == ["failed", "False", "SnellConfig", "ModuleSpec"]
+    assert "peft_zoo cannot be imported" not in log

@@ -9,7 +9,7 @@ import pytest
 
 from peft_zoo import LqLoraConfig, preprocess_lq_lora, save_weights
 from peft_zoo.cli import main
-from peft_zoo.merge.lq_lora_stream import quantize_checkpoint
+from peft_zoo.merge.lq_lora_stream import left_as_it_was, quantize_checkpoint
 from tests.adapters.lq_samples import TOKENS, base
 from tests.tasks.conftest import RENAMED
 from tests.test_cli import untouched_process
@@ -40,6 +40,10 @@ def test_it_writes_what_the_library_writes(here: Path, capsys: pytest.CaptureFix
     worst = max(rows, key=lambda row: row.error)
     assert f"{worst.error:.4f}  {worst.bits:.2f} bits  {worst.name}" in text
     bits = sum(row.bits * row.numbers for row in rows) / sum(row.numbers for row in rows)
+    left = left_as_it_was("out")
+    total = sum(p.numel() for p in base().parameters())
+    assert left.numbers == total - sum(row.numbers for row in rows) and left.nbytes == 4 * left.numbers
+    assert f"as it was   {left.numbers:,} numbers in 7 tensors, 0.0 MB; the largest is " in text
     assert "matrices    14 with" in text and f"{bits:.3f} a number, and a part of rank 4" in text
 
 
@@ -77,7 +81,10 @@ def test_weights_from_a_file(here: Path) -> None:
         (["model", "model"], "is not an empty folder"),
         (["nothing", "out"], "not a file"),
         (["model", "out", "--weights", "model/config.json"], "was not written by save_weights"),
-        (["model", "out", "--device", "abacus"], "abacus"),
+        (["model", "out", "--device", "abacus"], "peft-zoo: device='abacus' is none that torch knows; use 'cpu' or"),
+        (["model", "out", "--set", "lq_state=decomposed"], "lq_state='decomposed': it is for loading"),
+        (["model", "out", "--set", 'base_sha256={"a": "b"}'], "it names matrices that are quantized already"),
+        (["model", "out", "--set", "init_lora_weights=false"], "it would quantize nothing"),
     ],
     ids=lambda value: None if isinstance(value, list) else value,
 )

@@ -10,9 +10,9 @@ from peft_zoo.adapters.cached_lora_steps import StepTrace as StepTrace
 from peft_zoo.adapters.lq_lora import LqLoraModel as LqLoraModel
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig as LqLoraConfig
 from peft_zoo.adapters.lq_lora_linear import NFLinear as NFLinear
-from peft_zoo.adapters.lq_lora_standalone import NFkConfig as NFkConfig
 from peft_zoo.adapters.lq_lora_standalone import NFkHfQuantizer as NFkHfQuantizer
 from peft_zoo.adapters.lq_lora_standalone import standalone as standalone
+from peft_zoo.adapters.lq_lora_standalone_config import NFkConfig as NFkConfig
 from peft_zoo.adapters.lq_lora_weights import Weights as Weights
 from peft_zoo.adapters.lq_lora_weights import load_weights as load_weights
 from peft_zoo.adapters.lq_lora_weights import preprocess_lq_lora as preprocess_lq_lora
@@ -42,6 +42,7 @@ from peft_zoo.adapters.watermark_lora_decoder import load_decoder as load_decode
 from peft_zoo.adapters.watermark_lora_decoder import save_decoder as save_decoder
 from peft_zoo.adapters.watermark_lora_embed import embed_watermark as embed_watermark
 from peft_zoo.adapters.watermark_lora_key import WatermarkKey as WatermarkKey
+from peft_zoo.adapters.watermark_lora_leaks import refuse_key_in as refuse_key_in
 from peft_zoo.adapters.watermark_lora_report import EmbedReport as EmbedReport
 from peft_zoo.adapters.watermark_lora_verify import Identification as Identification
 from peft_zoo.adapters.watermark_lora_verify import Verification as Verification

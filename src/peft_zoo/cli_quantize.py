@@ -12,6 +12,7 @@ from peft_zoo.tasks.base.values import SettingError
 
 if TYPE_CHECKING:
     from peft_zoo.merge.lq_lora import QuantizedMatrix
+    from peft_zoo.merge.lq_lora_stream import Left
 
 EPILOG = """examples:
   peft-zoo quantize Llama-3-8B Llama-3-8B-2.75bit --budget-bits 2.75
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> str:
         SettingError: If it cannot be done, in one sentence.
     """
     from peft_zoo.adapters.lq_lora_weights import load_weights
-    from peft_zoo.merge.lq_lora_stream import quantize_checkpoint
+    from peft_zoo.merge.lq_lora_stream import left_as_it_was, quantize_checkpoint
     from peft_zoo.tasks.base.methods import build_config
 
     budget = {} if options.budget_bits is None else {"budget_bits": options.budget_bits}
@@ -73,10 +74,10 @@ def run(options: argparse.Namespace) -> str:
             rows = quantize_checkpoint(options.source, options.target, config, **more)
         except (ValueError, OSError, RuntimeError) as error:
             raise SettingError(sentence(error)) from error
-    return _summary(rows, options.source, options.target)
+    return _summary(rows, left_as_it_was(options.target), options.source, options.target)
 
 
-def _summary(rows: Sequence[QuantizedMatrix], source: str, target: str) -> str:
+def _summary(rows: Sequence[QuantizedMatrix], unquantized: Left, source: str, target: str) -> str:
     """The budget as it was spent, and where most was lost."""
     numbers = sum(row.numbers for row in rows)
     bits = sum(row.bits * row.numbers for row in rows) / numbers
@@ -84,10 +85,11 @@ def _summary(rows: Sequence[QuantizedMatrix], source: str, target: str) -> str:
     facts = [
         ("matrices", f"{len(rows):,} with {numbers:,} numbers" + (f", {left} as they were" if left else "")),
         ("bits", f"{bits:.3f} a number, and a part of rank {max(row.rank for row in rows)} beside it"),
+        ("as it was", str(unquantized)),
         ("weights", f"{_megabytes(source)} → {_megabytes(target)}"),
     ]
-    for row in sorted(rows, key=lambda row: -row.error)[:WORST]:
-        facts.append(("loses most" if len(facts) == 3 else "", f"{row.error:.4f}  {row.bits:.2f} bits  {row.name}"))
+    for place, row in enumerate(sorted(rows, key=lambda row: -row.error)[:WORST]):
+        facts.append(("" if place else "loses most", f"{row.error:.4f}  {row.bits:.2f} bits  {row.name}"))
     facts.append(("written", target))
     return "\n".join(f"{key:<12}{value}" for key, value in facts)
 

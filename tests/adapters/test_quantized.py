@@ -1,4 +1,4 @@
-"""Adapters on quantized base models: 8 and 4 bit of bitsandbytes, and torchao."""
+"""Adapters on quantized base models: 8 and 4 bit of bitsandbytes, torchao, and NormalFloat."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_zoo import Method
+from peft_zoo import LqLoraConfig, Method, NFLinear, standalone
 from tests.adapters.models import adapted, bits, config, first, inputs, layers, output, wrap
 
 NAMES = ["other", "__base__", "default"]
@@ -55,11 +55,22 @@ def _quantize_torchao(weight: Tensor) -> Any:
     return layer.weight
 
 
-# How a model is loaded, and what a weight becomes.
-KINDS: dict[str, tuple[Callable[[], Any], Callable[[Tensor], Any]]] = {
+def _standalone(folder: Path) -> Path:
+    """A folder with the same model in the standalone form, with something of low rank beside each matrix."""
+    target = folder.with_name(f"{folder.name}-nfk")
+    if not target.exists():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        fields = {"r": 2, "num_iterations": 1, "target_modules": "all-linear", "qconfig": [3, 4, "bf16", 32, 64]}
+        standalone(get_peft_model(model, LqLoraConfig(**fields))).save_pretrained(target)
+    return target
+
+
+# How a model is loaded, and what a weight becomes; None for what comes from a folder of its own.
+KINDS: dict[str, tuple[Callable[[], Any] | None, Callable[[Tensor], Any]]] = {
     "8bit": (_eight_bits, _quantize_8),
     "4bit": (_four_bits, _quantize_4),
     "torchao": (_torchao, _quantize_torchao),
+    "nfk": (None, lambda weight: weight),  # a merged layer is in floating-point
 }
 
 
@@ -82,13 +93,18 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def base(kind: str, folder: Path) -> Any:
     """A quantized Llama."""
-    quantization = KINDS[kind][0]()
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    return load(folder, quantization_config=quantization, device_map="cpu", dtype=torch.float32).eval()
+    make, load = KINDS[kind][0], transformers.AutoModelForCausalLM.from_pretrained
+    if make is None:
+        return load(_standalone(folder), dtype=torch.float32).eval()
+    return load(folder, quantization_config=make(), device_map="cpu", dtype=torch.float32).eval()
 
 
 def packed(weight: Any, layer: Any = None) -> list[Tensor]:
     """The bits of a quantized weight: its codes and scales."""
+    if isinstance(layer, NFLinear):
+        return [bits(tensor) for _, tensor in layer.saved()]
+    if type(weight) in (Tensor, nn.Parameter):
+        return [bits(weight)]
     if hasattr(weight, "tensor_data_names"):  # torchao
         return [bits(getattr(weight, name)) for name in weight.tensor_data_names]
     if getattr(weight, "quant_state", None) is not None:  # 4 bits

@@ -208,3 +208,17 @@ def test_the_table_finds_what_bucketize_does(kind: str) -> None:
     some = torch.cat([middles, levels, edges, torch.tensor([-9.0, 9.0, 0.0]), torch.randn(4096, generator=generator)])
     values = torch.cat([some, some.nextafter(torch.tensor(9.0)), some.nextafter(torch.tensor(-9.0))])
     assert torch.equal(_places(middles)(values), torch.bucketize(values, middles).to(torch.uint8))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 9, 17, 50])
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(value: float, place: int) -> None:
+    weight = torch.randn(51)
+    weight[place] = value
+    with pytest.raises(ValueError, match="not finite"):
+        quantize(weight, NFConfig(4, 4, "bf16", 16, 2))
+
+
+def test_a_block_of_negative_zeros_has_a_positive_scale() -> None:
+    found = quantize(-torch.zeros(32), NFConfig(4, 4, "bf16", 16, 2))
+    assert not torch.signbit(found.offset) and not torch.signbit(found.group_scales).any()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common import peak_bytes
+from peft_zoo.kernels.bit_plan import matrix_errors
 from peft_zoo.kernels.lloyd_levels import lloyd_levels
 from peft_zoo.kernels.low_rank_random import RandomizedSvd, randomized_svd
 from peft_zoo.kernels.normal_float import NFConfig, dequantize, quantize
@@ -221,3 +223,37 @@ def test_a_block_that_spans_the_directions_gives_them() -> None:
     exact = RandomizedSvd(*torch.linalg.svd(W, full_matrices=False))
     found = randomized_svd(W, 5, power_iterations=0, block=exact.Vh[:5].mT)
     torch.testing.assert_close(found.S, exact.S[:5])
+
+
+# ---- memory ----
+
+WAYS = [NFConfig(4, 4, "bf16", 32, 256), NFConfig(2, 2, "bf16", 16, 256), NFConfig(3, 4, "bf16", 64, 256)]
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted, levels fitted"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.bits} bits")
+def test_few_copies_of_the_matrix_are_in_memory(way: NFConfig, weighted: bool) -> None:
+    """With the matrix itself, in bfloat16, fewer than six in float32, whether it is split or its ways are compared."""
+    W = matrix(shape=(512, 1024)).bfloat16()
+    row, column = torch.rand(512) + 0.1, torch.rand(1024) + 0.1
+    how: dict[str, Any] = (
+        {"row": row, "column": column, "metric": (row, column), "codebook": "lloyd"} if weighted else {}
+    )
+
+    def split() -> None:
+        quantized_low_rank(W, 64, way, iterations=2, tolerance=0.0, **how)
+
+    def compare() -> None:
+        matrix_errors(W, [way, WAYS[0]], [16, 0], **how)
+
+    for step in (split, compare):
+        step()
+        assert (peak_bytes(step, W.device) + 2 * W.numel()) / (4 * W.numel()) < 6
+
+
+def test_the_pieces_that_are_counted_at_a_time_change_no_bit_of_the_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, row, column = matrix(shape=(100, 130)), torch.rand(100), torch.rand(130)
+    config = NFConfig(3, 4, "bf16", 48, 16)
+    expected = lloyd_levels(W, config, row, column)
+    monkeypatch.setattr("peft_zoo.kernels.normal_float._PIECE", 500)
+    assert torch.equal(lloyd_levels(W, config, row, column), expected)

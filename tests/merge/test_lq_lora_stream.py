@@ -13,11 +13,26 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from peft_zoo import LqLoraConfig, preprocess_lq_lora, standalone
 from peft_zoo.merge import lq_lora_stream
-from peft_zoo.merge.lq_lora_stream import quantize_checkpoint
+from peft_zoo.merge.lq_lora_stream import left_as_it_was, quantize_checkpoint
 from tests.adapters.lq_samples import GRID, TOKENS, base, layers, logits, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -127,6 +142,8 @@ def test_weights_count(folder: Path, tmp_path: Path) -> None:
         quantize_checkpoint(folder, tmp_path / "out", config(), weights=found)
     with pytest.raises(ValueError, match=r"device='cuda:9' cannot be used .*; use 'cpu'"):
         quantize_checkpoint(folder, tmp_path / "out", config(), device="cuda:9")
+    with pytest.raises(ValueError, match=r"^device='foo' is none that torch knows; use 'cpu' or 'cuda'\.$"):
+        quantize_checkpoint(folder, tmp_path / "out", config(), device="foo")
     with pytest.raises(ValueError, match=r"weights of .* are missing"):
         quantize_checkpoint(folder, tmp_path / "out", config(**fields))
     quantize_checkpoint(folder, tmp_path / "out", config(**fields), weights=found)
@@ -149,6 +166,83 @@ def test_layers_of_gpt2_and_rows_that_no_block_fits(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert (logits(loaded) - logits(model)).abs().max() < 0.05
     assert not torch.equal(logits(loaded), logits(model))
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+PICTURES = {**SIZES, "image_size": 16, "patch_size": 8}
+
+
+def vit() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**PICTURES, initializer_range=0.2)), {
+        "pixel_values": torch.randn(2, 3, 16, 16)
+    }
+
+
+def llava() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    text = LlamaConfig(vocab_size=64, initializer_range=0.2, **SIZES)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(**PICTURES)))
+    return model, {"input_ids": TOKENS}
+
+
+@pytest.mark.parametrize(("make", "renamed"), [(vit, "attention.query"), (llava, "language_model.model.")])
+def test_names_that_transformers_changes_as_it_loads(make: Any, renamed: str, tmp_path: Path) -> None:
+    """The files have the names of another day; what is written has them too, and loads as the model in memory does."""
+    model, inputs = make()
+    model.eval().save_pretrained(tmp_path / "model")
+    fields = {"budget_bits": None, "r": 4, "qconfig": [4, 4, "bf16", 32, 64]}
+    rows = quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**fields))
+    assert all(model.get_submodule(row.name).weight.numel() == row.numbers for row in rows)
+    keys = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert any(renamed in key and key.endswith(".codes") for key in keys)
+    loaded = type(model).from_pretrained(tmp_path / "out").eval()
+    alone = standalone(get_peft_model(model, config(**fields))).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, alone(**inputs).logits, rtol=1e-3, atol=1e-3)
+    for name, tensor in alone.state_dict().items():
+        if not name.endswith(("initial_A", "initial_B")):
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == keys
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "up_proj"])
+def test_a_tensor_that_transformers_splits_as_it_loads_is_refused(target: str, tmp_path: Path) -> None:
+    Dinov2Model(Dinov2Config(**PICTURES, use_swiglu_ffn=True)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"weights_in\.weight becomes \S+\.{target}\.weight of .* in memory"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(budget_bits=None, target_modules=[target]))
+    rows = quantize_checkpoint(
+        tmp_path / "model", tmp_path / "out", config(budget_bits=None, target_modules=["q_proj"], r=4)
+    )
+    assert len(rows) == 1 and Dinov2Model.from_pretrained(tmp_path / "out")
+
+
+def test_files_without_a_weight(folder: Path, tmp_path: Path) -> None:
+    edit(folder, CONFIG, num_hidden_layers=3)
+    with pytest.raises(
+        ValueError, match=r"has no model\.layers\.2\.\S+\.weight; its files and config.json do not belong"
+    ):
+        quantize_checkpoint(folder, tmp_path / "out", config())
+
+
+def test_experts_in_one_tensor_stay_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    few = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, initializer_range=0.2, **SIZES)
+    model = MixtralForCausalLM(few).eval()
+    model.save_pretrained(tmp_path / "model")
+    caplog.set_level("INFO", "peft_zoo")
+    rows = quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(budget_bits=None, r=4))
+    assert {row.name.rpartition(".")[2] for row in rows} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    left = left_as_it_was(tmp_path / "out")
+    numbers = sum(p.numel() for p in model.parameters()) - sum(row.numbers for row in rows)
+    assert (left.numbers, left.nbytes) == (numbers, 4 * numbers)
+    assert left.tensors == 4 * 3 + 2 + 3 + 1, "matrices of experts, embeddings and head, norms, and the router"
+    assert f"as they were: {numbers:,} numbers in 18 tensors" in caplog.text
+    experts, its = (
+        it.model.layers[0].mlp.experts for it in (model, MixtralForCausalLM.from_pretrained(tmp_path / "out"))
+    )
+    assert torch.equal(its.gate_up_proj, experts.gate_up_proj) and torch.equal(its.down_proj, experts.down_proj)
 
 
 def poison(folder: Path) -> str:
@@ -178,6 +272,9 @@ def edit(folder: Path, name: str, **new: Any) -> None:
         (lambda folder: None, {"budget_bits": 1.0}, r"budget_bits=1.0 is below 2\.\d+, the least"),
         (lambda folder: None, {"target_modules": ["embed_tokens"]}, "names no layer"),
         (lambda folder: None, {"save_base": "none"}, "save_base='none': a model without its base needs Q"),
+        (lambda folder: None, {"lq_state": "decomposed"}, "lq_state='decomposed': it is for loading"),
+        (lambda folder: None, {"base_sha256": {"a": "b"}}, r"base_sha256=\{'a': 'b'\}: it names matrices"),
+        (lambda folder: None, {"init_lora_weights": False}, "init_lora_weights=False: it would quantize nothing"),
         (lambda folder: edit(folder, CONFIG, quantization_config={}), {}, "is quantized already"),
         (lambda folder: edit(folder, CONFIG, architectures=["os"]), {}, "is no model that transformers has"),
         (lambda folder: edit(folder, CONFIG, architectures=None), {}, "is no model that transformers has"),

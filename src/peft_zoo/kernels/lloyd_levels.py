@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.normal_float import NFConfig, codebook
+from peft_zoo.kernels.normal_float import NFConfig, codebook, piece_length
 
 __all__ = ["lloyd_levels"]
 
 _BINS = 2**14
-_PIECE = 2**20  # values that are counted at a time
+_PIECE = 2**20  # values whose sums are added to those of the others at once
 _TINY = 1e-200  # shares of all that are less count for nothing: their quotients would not be exact
 
 
@@ -66,19 +66,28 @@ def lloyd_levels(
 
 def _histogram(weight: Tensor, block: int, row: Tensor | None, column: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sums of w s^2 in bins of [-1, 1] and the bins' centers, float64."""
-    counts = torch.zeros(_BINS, dtype=torch.float64, device=weight.device)
-    x, columns = weight.flatten(), weight.shape[-1]
-    step = block * max(1, _PIECE // block)
-    for start in range(0, len(x), step):
-        piece = x[start : start + step].float()
-        blocks = torch.nn.functional.pad(piece, (0, -len(piece) % block)).view(-1, block)
-        s = blocks.abs().amax(1, keepdim=True)
-        bins = ((blocks / s.clamp(min=torch.finfo(torch.float32).tiny) + 1) * (_BINS / 2)).long().clamp(0, _BINS - 1)
-        weights = s.double().square().expand(blocks.shape).flatten()[: len(piece)]
-        place = torch.arange(start, start + len(piece), device=weight.device)
-        for diagonal, index in ((row, place // columns), (column, place % columns)):
-            if diagonal is not None:
-                weights = weights * diagonal.double().square()[index]
-        counts += torch.bincount(bins.flatten()[: len(piece)], weights, minlength=_BINS)
+    zeros = torch.zeros(_BINS, dtype=torch.float64, device=weight.device)
+    counts, x, columns = zeros.clone(), weight.flatten(), weight.shape[-1]
+    whole, step = block * max(1, _PIECE // block), piece_length(weight.numel(), block)
+    for first in range(0, len(x), whole):
+        mass, last = zeros.clone(), min(first + whole, len(x))
+        for start in range(first, last, step):
+            bins, s = _bins(x[start : min(start + step, last)].float(), block)
+            weights = s.double().square().repeat_interleave(block)[: len(bins)]
+            place = torch.arange(start, start + len(bins), device=weight.device)
+            if row is not None:
+                weights *= row.double().square()[place // columns]
+            if column is not None:
+                weights *= column.double().square()[place % columns]
+            mass.index_add_(0, bins, weights)
+        counts += mass
     centers = (torch.arange(_BINS, dtype=torch.float64, device=weight.device) + 0.5) * (2 / _BINS) - 1
     return counts / counts.sum().clamp(min=_TINY), centers
+
+
+def _bins(piece: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The bin of each value, and the largest magnitude of each block."""
+    blocks = torch.nn.functional.pad(piece, (0, -len(piece) % block)).view(-1, block)
+    s = blocks.abs().amax(1, keepdim=True)
+    bins = (blocks / s.clamp(min=torch.finfo(torch.float32).tiny)).add_(1).mul_(_BINS / 2)
+    return bins.flatten()[: len(piece)].to(torch.int32).clamp_(0, _BINS - 1), s.flatten()

@@ -37,7 +37,8 @@ __all__ = ["NFConfig", "NFTensor", "codebook", "dequantize", "empty_nf", "packed
 BITS = (2, 3, 4, 8)
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DELTA = 0.9677083
-_PIECE = 2**20  # values that are quantized at a time
+_PIECE = 2**20  # values that are quantized at a time, at most
+_LEAST = 2**15  # and at least, unless there are fewer
 _BINS = 2**11  # in which levels are looked up; those of 8 bits are five of them apart and more
 
 
@@ -156,14 +157,15 @@ def quantize(weight: Tensor, config: NFConfig, levels: Tensor | None = None) -> 
     config.check()
     levels = _levels(config, levels).to(weight.device)
     x = weight.detach().flatten().float()
-    if x.numel() == 0 or not torch.isfinite(x).all():
+    largest = _largest(x, config.block) if x.numel() else x
+    if x.numel() == 0 or not torch.isfinite(largest).all():
         raise ValueError("weight is empty or has values that are not finite; a quantized matrix needs finite values.")
-    codes, group_scales, offset = _quantize_scales(x, config)
+    codes, group_scales, offset = _quantize_scales(largest, config)
     scales = _scales(codes, group_scales, offset, config.scale_bits, config.group)
     places = _places((levels[1:] + levels[:-1]) / 2)
     zero = places(torch.zeros(1, device=x.device))
     indices = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
-    step = config.block * max(1, _PIECE // config.block)
+    step = piece_length(x.numel(), config.block)
     for start in range(0, x.numel(), step):
         piece = x[start : start + step]
         s = _spread(scales, config.block, start, len(piece))
@@ -204,10 +206,25 @@ def _levels(config: NFConfig, levels: Tensor | None) -> Tensor:
     return levels
 
 
-def _quantize_scales(x: Tensor, config: NFConfig) -> tuple[Tensor, Tensor, Tensor]:
+def piece_length(count: int, block: int) -> int:
+    """How many values to work on at a time: whole blocks, and a small part of the matrix however small it is.
+
+    Args:
+        count: Values of the matrix.
+        block: Of which a piece is a multiple.
+    """
+    return block * max(1, min(_PIECE, max(_LEAST, count // 16)) // block)
+
+
+def _largest(x: Tensor, block: int) -> Tensor:
+    """The largest magnitude in each block, not finite where a value is not; without a copy of the matrix."""
+    whole = x if len(x) % block == 0 else torch.nn.functional.pad(x, (0, -len(x) % block))
+    low, high = torch.aminmax(whole.view(-1, block), dim=1)
+    return torch.maximum(high, -low).abs()  # of zeros that have a sign
+
+
+def _quantize_scales(s: Tensor, config: NFConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of the blocks' scales, the groups' scales, and the offset."""
-    padded = torch.nn.functional.pad(x, (0, -len(x) % config.block))
-    s = padded.view(-1, config.block).abs().amax(1)
     offset = s.min()
     above = torch.nn.functional.pad(s - offset, (0, -len(s) % config.group)).view(-1, config.group)
     group_scales = above.amax(1).to(SCALE_DTYPES[config.scale_dtype])
@@ -344,7 +361,7 @@ def dequantize_operator(
     s = _scales(j, group_scales, offset, scale_bits, group)
     out = torch.empty(count, dtype=dtype, device=codes.device)
     table = _table(levels, bits)
-    step = math.lcm(32, block) * max(1, _PIECE // math.lcm(32, block))
+    step = piece_length(count, math.lcm(32, block))
     for start in range(0, count, step):
         size = min(step, count - start)
         words = codes[packed_length(start, bits) : packed_length(start + size, bits)]

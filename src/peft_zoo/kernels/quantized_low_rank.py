@@ -109,18 +109,22 @@ def quantized_low_rank(
     norm = weights if metric is None else _diagonals(metric, wide)
     total = _weighted(wide, norm).norm().item()
     fitted = codebook == "lloyd"
-    restored, found = torch.zeros_like(wide), start
-    best: QuantizedLowRank | None = None
+    restored: Tensor | None = None
+    found, best = start, None
     for done in range(1, iterations + 1):
         if rank and not (done == 1 and start is not None):
-            found = _svd(_weighted(wide - restored, weights), rank, svd, found, sketch)
+            left = wide if restored is None else _minus(wide, restored)
+            found = _svd(_weighted(left, weights), rank, svd, found, sketch)
+            del left
+        restored = None  # the matrix is large: nothing of its size stays longer than it is needed
         B, A = _factors(found, rank, wide, weights)
-        rest = wide - B @ A
+        rest = _minus(wide, B @ A)
         if fitted and (levels is None or done > 1):
             levels = lloyd_levels(rest, config, *norm)
         Q = quantize(rest, config, levels if fitted else None)
         restored = dequantize(Q, config, wide.shape, torch.float32)
-        error = _weighted(rest - restored, norm).norm().item() / (total or 1.0)
+        error = _weighted(rest.sub_(restored), norm).norm().item() / (total or 1.0)
+        del rest
         if best is not None and error > best.error:
             return QuantizedLowRank(Q, B, A, error, done) if keep == "last" else best._replace(iterations=done)
         settled = best is not None and best.error - error < tolerance * best.error
@@ -204,11 +208,18 @@ def _factors(found: RandomizedSvd | None, rank: int, wide: Tensor, weights: Diag
     return B if row is None else B / row[:, None], A if column is None else A / column
 
 
+def _minus(wide: Tensor, product: Tensor) -> Tensor:
+    """Their difference, in the place of the second."""
+    return torch.sub(wide, product, out=product)
+
+
 def _weighted(matrix: Tensor, weights: Diagonals) -> Tensor:
     """D_row M D_col."""
     row, column = weights
-    matrix = matrix if row is None else row[:, None] * matrix
-    return matrix if column is None else matrix * column
+    if row is None:
+        return matrix if column is None else matrix * column
+    matrix = row[:, None] * matrix
+    return matrix if column is None else matrix.mul_(column)
 
 
 def _diagonals(given: Diagonals, matrix: Tensor) -> Diagonals:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import peft_zoo
 from peft_zoo.adapters.lq_lora_config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora_linear import NFLinear, oriented
 from peft_zoo.adapters.lq_lora_plan import decompose, rank_of, refuse_budget, spend, table, without_tables
-from peft_zoo.adapters.lq_lora_standalone import NFkConfig
+from peft_zoo.adapters.lq_lora_standalone_config import NFkConfig
 from peft_zoo.adapters.lq_lora_targets import check_values, named, targets
 from peft_zoo.adapters.lq_lora_weights import ATTRIBUTE, Weights, uses
 from peft_zoo.kernels.bit_plan import BitChoice, MatrixErrors
@@ -40,10 +42,12 @@ from peft_zoo.merge.base.atomic import check_new_folder
 from peft_zoo.merge.base.checkpoint import CONFIG, Checkpoint, write_shards
 from peft_zoo.merge.base.progress import Progress, silent
 from peft_zoo.merge.lq_lora import QuantizedMatrix
+from peft_zoo.merge.lq_lora_names import Names
 
-__all__ = ["quantize_checkpoint"]
+__all__ = ["Left", "left_as_it_was", "quantize_checkpoint"]
 
 STATE = "state.json"
+_log = logging.getLogger(__name__)
 
 
 def quantize_checkpoint(
@@ -78,8 +82,7 @@ def quantize_checkpoint(
     target = Path(os.path.abspath(out_dir))
     check_new_folder(target)
     _check_device(device)
-    if config.save_base != "quantized":
-        raise ValueError(f"save_base={config.save_base!r}: a model without its base needs Q; use 'quantized'.")
+    _check_config(config)
     partial = target.with_name(f"{target.name}.partial")
     with Checkpoint(folder) as source:
         job = _Job(source, copy.deepcopy(config), weights, torch.device(device), progress or silent)
@@ -89,10 +92,64 @@ def quantize_checkpoint(
         with new_folder(target) as work:
             job.write(work, max_shard_bytes)
     shutil.rmtree(partial)
+    _log.info("as they were: %s", left_as_it_was(target))
     return rows
 
 
+@dataclass(frozen=True)
+class Left:
+    """What `quantize_checkpoint` copied as it was.
+
+    Attributes:
+        tensors: How many: embeddings, norms, biases, what is not targeted, and experts that are one tensor for all.
+        numbers: In them.
+        nbytes: Of them.
+        largest: Name of the largest in the files; empty if there is none.
+    """
+
+    tensors: int
+    numbers: int
+    nbytes: int
+    largest: str
+
+    def __str__(self) -> str:
+        size = f"{self.numbers:,} numbers in {self.tensors:,} tensors, {self.nbytes / 1e6:,.1f} MB"
+        return f"{size}; the largest is {self.largest}" if self.largest else size
+
+
+def left_as_it_was(folder: str | Path) -> Left:
+    """Count what is not quantized in a model of the standalone form.
+
+    Args:
+        folder: That `quantize_checkpoint` or `save_pretrained` wrote; only the headers of its files are read.
+
+    Raises:
+        ValueError: If it is no folder with a model in safetensors.
+    """
+    with Checkpoint(folder) as source:
+        tensors = {key: info for key, info in source.tensors.items() if key.rpartition(".")[2] not in NFLinear.ALL}
+    numbers = {key: math.prod(info.shape) for key, info in tensors.items()}
+    largest = max(numbers, key=numbers.__getitem__, default="")
+    return Left(len(tensors), sum(numbers.values()), sum(info.nbytes for info in tensors.values()), largest)
+
+
+def _check_config(config: LqLoraConfig) -> None:
+    """Refuse what is of a matrix that is quantized already, or would leave it as it is."""
+    for field, value, fix in (
+        ("save_base", "quantized", "a model without its base needs Q; use 'quantized'"),
+        ("lq_state", "new", "it is for loading what is quantized; use 'new'"),
+        ("base_sha256", None, "it names matrices that are quantized already; leave it out"),
+        ("init_lora_weights", True, "it would quantize nothing; use True"),
+    ):
+        if getattr(config, field) != value:
+            raise ValueError(f"{field}={getattr(config, field)!r}: {fix}.")
+
+
 def _check_device(device: torch.device | str) -> None:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:  # it lists every device that there ever was
+        raise ValueError(f"device={device!r} is none that torch knows; use 'cpu' or 'cuda'.") from error
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
@@ -116,7 +173,8 @@ class _Job:
         self.layers = dict(targets(self.config, skeleton, check_target_module_exists, loaded=False))
         if not self.layers:
             raise ValueError(f"target_modules={config.target_modules!r} names no layer of the model that is quantized.")
-        self.keys = {name: self._key(name, layer, skeleton.base_model_prefix) for name, layer in self.layers.items()}
+        self.names = Names(source.folder, skeleton, source.tensors)
+        self.keys = {name: self._key(name, layer) for name, layer in self.layers.items()}
         if self.config.budget_bits is not None and self.config.qconfig_map is None:
             refuse_budget(self.config, self.layers)
         if weights and config.weighting == "none":
@@ -131,12 +189,9 @@ class _Job:
         self.numbers = {name: number for number, name in enumerate(self.layers)}
         self.partial = Path()
 
-    def _key(self, name: str, layer: Any, prefix: str) -> str:
-        """Where the weight of a layer is: a model with a head has one part more in its names than one without."""
-        names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        key = next((f"{one}.weight" for one in names if f"{one}.weight" in self.source.tensors), None)
-        if key is None:
-            raise ValueError(f"{self.source.folder}: has no weight of {name}; its files and config.json do not match.")
+    def _key(self, name: str, layer: Any) -> str:
+        """Where the weight of a layer is."""
+        key = self.names.key(f"{name}.weight")
         info = self.source.tensors[key]
         if info.shape != tuple(layer.weight.shape) or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
             raise ValueError(
@@ -248,7 +303,7 @@ class _Job:
             path = self._path(owner[key])
             with TensorFile(path) as file:
                 for part, its in file.tensors.items():
-                    new = f"{key.removesuffix('weight')}{part}"
+                    new = self.names.beside(f"{owner[key]}.weight", part)
                     infos[new], origin[new] = its, (path, part)
                 ranks[owner[key]] = file.tensors["initial_A"].shape[0]
 

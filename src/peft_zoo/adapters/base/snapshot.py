@@ -32,7 +32,8 @@ class Snapshot:
         else:
             self._module = layer.base_layer
             base = layer.get_base_layer()
-            self._packed: Any = base.weight if hasattr(base, "weight") else None
+            made_anew = isinstance(getattr(type(base), "weight", None), property)  # by a layer that holds its own bits
+            self._packed: Any = None if made_anew else getattr(base, "weight", None)
             _refuse_repacked(self._packed)
             self._attributes = dict(getattr(self._packed, "__dict__", {}))
             self._state = copy.copy(getattr(base, "state", None))
@@ -60,7 +61,7 @@ class Snapshot:
         if layer.quantization_backend is None:
             layer.get_base_weight().copy_(self._original)
             return
-        layer.base_layer = self._module  # HQQ puts a new layer in its place
+        layer.base_layer = self._module  # HQQ and NormalFloat put a new layer in its place
         base = layer.get_base_layer()
         if self._packed is not None:
             if "weight" in vars(base):
