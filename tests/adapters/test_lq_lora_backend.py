@@ -162,6 +162,36 @@ def test_several_adapters(fields: dict[str, Any], alone: Any) -> None:
     assert layer.merged_adapters == [] and isinstance(layer.base_layer, NFLinear) and same(held(model), bits)
 
 
+def test_a_bias_comes_back_to_the_bit_and_is_whole_where_merging_fails() -> None:
+    config = {"r": 4, "target_modules": ["attn.c_proj"], "lora_bias": True, "init_lora_weights": False}
+    model = get_peft_model(gpt2().to(torch.bfloat16), peft.LoraConfig(**config, fan_in_fan_out=True))
+    model.add_adapter("broken", peft.LoraConfig(**config, fan_in_fan_out=True))
+    layer = model.base_model.model.transformer.h[0].attn.c_proj
+    bias = layer.base_layer.bias
+    before = bias.clone()
+    for _ in range(5):
+        layer.merge()
+        layer.unmerge()
+    assert layer.base_layer.bias is bias and torch.equal(bias, before)
+    layer.lora_B["broken"].weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True, adapter_names=["default", "broken"])
+    assert layer.base_layer.bias is bias and torch.equal(bias, before)
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_a_second_merge_that_fails_leaves_the_first(alone: Any) -> None:
+    model = get_peft_model(alone, peft.LoraConfig(init_lora_weights=False, **WIDE))
+    model.add_adapter("b", peft.LoraConfig(init_lora_weights=False, **WIDE))
+    model.add_adapter("broken", peft.LoraConfig(init_lora_weights=False, lora_bias=True, **WIDE))
+    model.merge_adapter(["default"])
+    before = logits(model)
+    with pytest.raises(RuntimeError, match="no bias"):
+        model.merge_adapter(["b", "broken"])
+    assert torch.equal(logits(model), before)
+
+
 def test_adapters_of_two_methods_in_one_another(alone: Any) -> None:
     """The OFT turns nothing yet: peft merges the outer one first, which is another product than its forward pass."""
     model = get_peft_model(alone, peft.LoraConfig(init_lora_weights=False, **ON), mixed=True)
@@ -200,6 +230,15 @@ def test_what_needs_the_weight_is_refused_before_anything_is_changed(method: str
     with pytest.raises(ValueError, match=r"needs the weight of model\.layers\.0\.\S+ in floating-point.*dequantize"):
         get_peft_model(alone, REFUSED[method])
     assert alone.state_dict().keys() == keys and torch.equal(logits(alone), before)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_further_adapter_is_refused_before_anything_is_changed(start: str, alone: Any) -> None:
+    model = get_peft_model(alone, peft.LoraConfig(**ON))
+    keys = model.state_dict().keys()
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{start}' needs the weight of model\.layers\.0"):
+        model.add_adapter("other", peft.LoraConfig(init_lora_weights=start, **ON))
+    assert model.state_dict().keys() == keys and list(model.peft_config) == ["default"]
 
 
 def test_what_is_not_quantized_is_not_concerned(alone: Any) -> None:

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peft_zoo import LqLoraConfig
+from peft_zoo import LqLoraConfig, standalone
 from tests.adapters.lq_samples import TARGETS, adapted, base, logits, train
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -75,8 +75,9 @@ def test_a_saved_configuration_makes_no_new_adapter(tmp_path: Path) -> None:
     hollow = get_peft_model(base(), config).eval()
     with pytest.raises(ValueError, match=rf"{NOT_HERE}.* set lq_state='new' and base_sha256=None"):
         logits(hollow)
-    with pytest.raises(ValueError, match=NOT_HERE):
-        hollow.merge_adapter()
+    for use in (hollow.merge_adapter, lambda: hollow.save_pretrained(tmp_path / "hollow"), lambda: standalone(hollow)):
+        with pytest.raises(ValueError, match=NOT_HERE):
+            use()
     config.lq_state, config.base_sha256 = "new", None
     assert torch.equal(logits(get_peft_model(base(), config).eval()), logits(model))
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
 
 from peft_zoo import LqLoraConfig, standalone
-from tests.adapters.lq_samples import TARGETS, adapted, base, layers, logits, train
+from tests.adapters.lq_samples import TARGETS, TOKENS, adapted, base, layers, logits, train
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -85,6 +87,21 @@ def test_a_scale_is_that_of_what_was_learned(scale: float, use_rslora: bool) -> 
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, **CLOSE)
 
 
+def test_rows_of_a_mixed_batch() -> None:
+    """Also of an adapter that does not target every layer, or is scaled."""
+    model = two()
+    model.add_adapter("few", LqLoraConfig(r=8, target_modules=["q_proj"]))
+    for scale in (1.0, 0.5):
+        with rescale_adapter_scale(model, scale):
+            names, alone = ["default", "few"], []
+            for name in names:
+                model.set_adapter(name)
+                alone.append(logits(model)[len(alone)])
+            model.set_adapter("default")
+            mixed = model(input_ids=TOKENS, adapter_names=names).logits
+            torch.testing.assert_close(mixed, torch.stack(alone), **CLOSE)
+
+
 def test_gradients_of_a_sum_reach_both() -> None:
     model = two()
     model.base_model.set_adapter(["default", "other"])
@@ -111,6 +128,9 @@ def test_a_sum_without_what_was_split_off_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="is where the new one starts"):
         model.add_adapter("other", LqLoraConfig(r=8, target_modules=TARGETS))
     model.set_adapter("other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing of where it starts
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="cat")
     with pytest.warns(UserWarning, match=r"q_proj: each of the active adapters .* several times"):
         model.base_model.set_adapter(["default", "other"])
 
@@ -137,3 +157,20 @@ def test_a_model_that_was_cast_while_it_was_merged(dtype: torch.dtype) -> None:
     model.merge_adapter()
     assert {layer.base_layer.weight.dtype for layer in layers(model).values()} == {dtype}
     assert logits(model).dtype == logits(expected).dtype == dtype
+
+
+def test_a_second_adapter_is_merged_after_a_cast() -> None:
+    model = two()
+    model.merge_adapter(["default"])
+    model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        model.merge_adapter(["other"])
+    assert {layer.base_layer.weight.dtype for layer in layers(model).values()} == {torch.bfloat16}
+    assert logits(model).isfinite().all()
+
+
+def test_few_tokens_with_weights_that_are_elsewhere() -> None:
+    """accelerate brings them where a module is called, and only there."""
+    model = adapted()
+    expected = logits(model)
+    assert torch.equal(logits(cpu_offload(model, "cpu")), expected)

@@ -329,6 +329,8 @@ def calibrated() -> KeyedDecoder:
 
 
 STATE = {f"{prefix}{name}": value for prefix in ("", "reader.0.") for name, value in calibrated().state_dict().items()}
+NARROW = (torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16)
+WIDE = (torch.int64, torch.float32, torch.float64)
 LEAKS: dict[str, bytes] = {
     "bytes": b"\1\2" + SECRET + b"\3",
     "hex": SECRET.hex().encode(),
@@ -352,6 +354,10 @@ LEAKS: dict[str, bytes] = {
     "file of integers": save({"message": NAMED.message.long()}),
     "file of floats": by_torch(NAMED.message.float()),
     "file of doubles": by_torch(NAMED.message.double()),
+    **{f"file of {dtype}": save({"message": NAMED.message.to(dtype)}) for dtype in NARROW},
+    **{f"signs of {dtype}": save({"message": 2 * NAMED.message.to(dtype) - 1}) for dtype in (*NARROW, *WIDE)},
+    "signs": json.dumps([2 * bit - 1 for bit in BITS]).encode(),
+    "signs of floats": repr(2 * NAMED.message.float() - 1).encode(),
     "pickled bools": pickle.dumps(NAMED.message.tolist()),
     "pickled integers": pickle.dumps(BITS),
     "pickled floats": pickle.dumps([float(bit) for bit in BITS]),

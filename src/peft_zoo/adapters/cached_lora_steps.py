@@ -166,7 +166,8 @@ def remaining(timesteps: list[float], first: float, rising: bool | None = None) 
     scaled = first * TRAINED if first <= 1 < max(timesteps) else first
     if rising is not None and rising != (timesteps[0] < timesteps[-1]):
         scaled = TRAINED - scaled
-    start = min(range(len(timesteps)), key=lambda place: abs(timesteps[place] - scaled))
+    # Where schedulers of second order have one twice, a generation from a picture begins with the later.
+    start = min(reversed(range(len(timesteps))), key=lambda place: abs(timesteps[place] - scaled))
     return len(timesteps) - start
 
 

@@ -223,7 +223,9 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], *args: Any, **kwargs: Any) -> None:
         """As peft; warns of weights with which the sum has what was split off more or less than once."""
-        super().add_weighted_adapter(adapters, weights, *args, **kwargs)
+        with warnings.catch_warnings():  # where it starts does not matter: it is overwritten at once
+            warnings.filterwarnings("ignore", message="Without keep_init=True nothing is kept")
+            super().add_weighted_adapter(adapters, weights, *args, **kwargs)
         warn_of_weights(dict(_layers(self.model)), weights)
 
     # ---- files ----
@@ -244,6 +246,7 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         for name, layer in _layers(model):
             if adapter_name in layer.lora_A:
                 base = layer.quantized
+                base.receive()
                 parts = base.saved() if config.save_base == "quantized" else [(DIGEST, digest_of(base))]
                 found.update((f"{prefix}{name}.base_layer.{part}", tensor) for part, tensor in parts)
         return found

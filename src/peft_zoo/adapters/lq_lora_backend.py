@@ -34,7 +34,7 @@ __all__: list[str] = []
 
 Model = TypeVar("Model", bound=nn.Module)
 
-NEEDS_FLOATS = ("LOHA", "LOKR", "HRA", "DELORA")
+NEEDS_FLOATS = ("LOHA", "LOKR", "HRA", "DELORA", "HIRA", "PSOFT", "TINYLORA", "SUPERTUNING", "DEFT", "PEANUT", "FROD")
 """peft's methods that read the weight itself, and do not ask how."""
 
 INITS = ("gaussian", "eva")
@@ -127,8 +127,10 @@ class NFLoraLinear(LoraLinear):
         owner, before, backend = innermost(self), [*self.merged_adapters], NFBackend()
         base = owner.base_layer
         plain = nn.Linear(1, 1, device="meta")
-        plain.weight = nn.Parameter(backend.get_base_weight(base), requires_grad=False)
-        plain._parameters["bias"] = base._parameters["bias"]
+        weight, bias = backend.get_base_weight(base), base._parameters["bias"]
+        # Copies, for peft adds in place, and what fails must leave nothing behind.
+        plain.weight = nn.Parameter(weight if isinstance(base, NFLinear) else weight.clone(), requires_grad=False)
+        plain._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
         owner.base_layer, self._open = plain, True
         try:
             yield
@@ -139,6 +141,8 @@ class NFLoraLinear(LoraLinear):
             owner.base_layer, self._open = base, False
         if self.merged_adapters != before:
             backend.set_base_weight(self, plain.weight)
+            if not isinstance(owner.base_layer, NFLinear):  # which has its own bias
+                owner.base_layer._parameters["bias"] = plain._parameters["bias"]
 
 
 def dense(layer: NFLinear, dtype: torch.dtype | None = None) -> Tensor:
@@ -211,7 +215,7 @@ def _check_new(tuner: BaseTuner, config: Any) -> None:
         what = f"init_lora_weights={init!r}"
     else:
         return
-    found = (name for name, module in tuner.model.named_modules() if isinstance(module, NFLinear))
+    found = (_outside(name) for name, module in tuner.model.named_modules() if isinstance(module, NFLinear))
     anywhere = config.target_modules in (None, "all-linear")
     name = next((name for name in found if anywhere or check_target_module_exists(config, name)), None)
     if name is not None:
@@ -219,6 +223,13 @@ def _check_new(tuner: BaseTuner, config: Any) -> None:
             f"{what} needs the weight of {name} in floating-point, and it is quantized; call the model's "
             "`.dequantize()` first, or use another method or start."
         )
+
+
+def _outside(name: str) -> str:
+    """The name that a layer had before there were adapters around it."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
 
 
 def _ask_first(ours: Callable[..., Any], home: Any, name: str) -> None:

@@ -93,21 +93,28 @@ class LqLinear(LoraLinear):
         if only is not None:
             return self.quantized(x, *self.adapter_weights(only), self.scaling[only])
         result = super().forward(x, *args, **kwargs)
-        if names is None and not self.merged:
-            result = self._balanced(result, x)
-        if names is not None and "__base__" in names:
-            here = [index for index, name in enumerate(names) if name == "__base__"]
-            result[here] = self._disabled(x[here])
-        return result
+        if names is not None:
+            return self._rows_balanced(result, x, names)
+        return result if self.merged else self._balanced(result, x, self.active_adapters)
 
     def _disabled(self, x: Tensor) -> Tensor:
         """The layer without adapters: Q and, where they are kept, the factors that were split off."""
         B, A = self.quantized.initial or (None, None)
         return self.quantized(x, A, B)
 
-    def _balanced(self, result: Tensor, x: Tensor) -> Tensor:
+    def _rows_balanced(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """A mixed batch, where each row has an adapter: one without an adapter here is as if all were disabled."""
+        for name in dict.fromkeys(names):
+            here = [index for index, other in enumerate(names) if other == name]
+            if name in self.lora_A:
+                result[here] = self._balanced(result[here], x[here], [name])
+            else:
+                result[here] = self._disabled(x[here])
+        return result
+
+    def _balanced(self, result: Tensor, x: Tensor, names: Iterable[str]) -> Tensor:
         """The sum of several adapters, or of a scaled one, with what was split off counted once."""
-        lacking = self.lacking(name for name in self.active_adapters if name in self.lora_A)
+        lacking = self.lacking(name for name in names if name in self.lora_A)
         initial = self.quantized.initial if lacking else None
         if initial is None:
             return result
@@ -120,8 +127,9 @@ class LqLinear(LoraLinear):
         if torch.is_grad_enabled() or self.training or len(active) != 1 or x.shape[:-1].numel() > SMALL:
             return None
         (name,) = active
-        # A subclass shards its weight (FSDP), a hook wants to see the product.
-        plain = all(type(m) is nn.Linear and not m._forward_hooks for m in (self.lora_A[name], self.lora_B[name]))
+        # A subclass shards its weight (FSDP), a hook wants to see the product, accelerate's brings the weight.
+        modules = self.lora_A[name], self.lora_B[name]
+        plain = all(type(m) is nn.Linear and not m._forward_hooks and not hasattr(m, "_hf_hook") for m in modules)
         plain = plain and name not in self.lora_variant and not self.lora_bias[name]
         return name if plain and not self.lacking(active) else None
 
@@ -144,6 +152,9 @@ class LqLinear(LoraLinear):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
+        if self._set_aside:  # the model may have been moved or cast since, which did not reach it
+            live: Any = self.base_layer
+            self._set_aside[0].to(live.weight.device, live.weight.dtype)
         together = [*self.merged_adapters, *names]
         weight = self._merged_weight(together)
         bias = self._merged_bias(together)

@@ -213,6 +213,8 @@ def check_standalone(model: PeftModel, adapter_name: str | None) -> tuple[Any, s
     if not any(isinstance(module, LqLinear) for module in base.modules()):
         raise ValueError("the adapter is on no quantized matrix, and the standalone form is for such; save it merged.")
     for key, module in base.named_modules():
+        if isinstance(module, LqLinear):
+            module.quantized.receive()
         if (fault := _fault(key, module, name, {*tied, *tied.values()})) is not None:
             raise ValueError(f"{key}: {fault}")
     return base, name

@@ -24,15 +24,16 @@ __all__ = ["refuse_key_in"]
 CHUNK, OVERLAP = 2**24, 2**14  # bytes of a file that are searched at once, and again with the next
 SHORTEST_TEXT = 16  # bits: shorter messages are found in any text with digits
 SHORTEST_RAW = 48  # bits: six bytes are found in 16 GB of random ones once in 16,000 times, fewer too often
-ELEMENTS = {  # of tensors, arrays and pickled lists: what stands there for 0 and for 1
-    "bool": (b"\0", b"\1"),
-    "float32": (struct.pack("<f", 0), struct.pack("<f", 1)),
-    "float64": (struct.pack("<d", 0), struct.pack("<d", 1)),
-    "int64": (struct.pack("<q", 0), struct.pack("<q", 1)),
-    "pickled bool": (b"\x89", b"\x88"),
-    "pickled int": (b"K\0", b"K\1"),
-    "pickled float": (b"G" + struct.pack(">d", 0), b"G" + struct.pack(">d", 1)),
-}
+BFLOAT16 = {0: b"\0\0", 1: b"\x80\x3f", -1: b"\x80\xbf"}
+ELEMENTS = [  # of tensors, arrays and pickled lists: what stands there for a 0 bit, as 0 or -1, and for a 1 bit
+    (b"\0", b"\1"),
+    *((struct.pack(f"<{kind}", low), struct.pack(f"<{kind}", 1)) for kind in "hiqefd" for low in (0, -1)),
+    *((BFLOAT16[low], BFLOAT16[1]) for low in (0, -1)),
+    (b"\xff", b"\1"),
+    (b"\x89", b"\x88"),  # pickled: bool, int, float
+    (b"K\0", b"K\1"),
+    (b"G" + struct.pack(">d", 0), b"G" + struct.pack(">d", 1)),
+]
 FILTER_BYTES = 8  # two numbers; several such, as another machine may round one of them differently
 FILTER_PIECES = 4
 
@@ -45,7 +46,8 @@ def refuse_key_in(folder: str | os.PathLike[str], key: WatermarkKey) -> None:
     All files and names, in subfolders too, are searched for the secret as bytes, hexadecimal digits or base64; for the
     decoder's seed as digits or eight bytes, its filters, and state dicts of keyed decoders, as safetensors and torch
     write them, whoever's they are; for the message, from 16 bits on, as digits or a list of integers, floats or truth
-    values, from 48 bits on also packed into bytes or hexadecimal digits, and as a tensor or pickled list.
+    values, also of -1 and 1; from 48 bits on also packed into bytes or hexadecimal digits, and as a tensor or pickled
+    list.
 
     Args:
         folder: What is going to be uploaded.
@@ -98,12 +100,13 @@ def _of_message(key: WatermarkKey) -> Iterator[Trace]:
         yield re.compile(rb"[\s,]{0,24}".join(b"1" if bit else b"0" for bit in bits))
         zeros = rb"\.0{0,18}(?:e\+00)?"
         yield re.compile(rb"[\s,]{1,24}".join((b"1" if bit else b"0") + zeros for bit in bits))
+        yield re.compile(rb"[\s,]{1,24}".join((b"1" if bit else b"-1") + rb"(?:%s)?" % zeros for bit in bits))
         words = rb"[\s,]{1,24}".join(b"[Tt]rue" if bit else b"[Ff]alse" for bit in bits)
         yield re.compile(words[4:])  # without the first of two cases: a pattern that begins with text is faster
     if len(bits) >= SHORTEST_RAW:
         packed = np.packbits(bits).tobytes()
         yield from (packed, *_hexadecimal(packed))
-        yield from (b"".join(element[bit] for bit in bits) for element in ELEMENTS.values())
+        yield from (b"".join(element[bit] for bit in bits) for element in ELEMENTS)
 
 
 def _hexadecimal(data: bytes) -> set[bytes]:
