@@ -241,6 +241,17 @@ def test_a_further_adapter_is_refused_before_anything_is_changed(start: str, alo
     assert model.state_dict().keys() == keys and list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("kind", [peft.LoraConfig, LqLoraConfig])
+def test_a_quantized_layer_is_not_trained_as_a_whole(kind: Any, alone: Any) -> None:
+    keys = alone.state_dict().keys()
+    with pytest.raises(
+        ValueError, match=r"modules_to_save=\['down_proj'\]: model\.layers\.0\.mlp\.down_proj is quantized"
+    ):
+        get_peft_model(alone, kind(target_modules=["q_proj"], modules_to_save=["down_proj"]))
+    assert alone.state_dict().keys() == keys
+    get_peft_model(alone, kind(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
 def test_what_is_not_quantized_is_not_concerned(alone: Any) -> None:
     model = get_peft_model(alone, peft.LoHaConfig(r=4, target_modules=["o_proj"]))
     train(model)

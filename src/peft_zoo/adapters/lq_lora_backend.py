@@ -207,7 +207,8 @@ def _check_merge(tuner: BaseTuner) -> None:
 
 
 def _check_new(tuner: BaseTuner, config: Any) -> None:
-    """Refuse what reads a weight in floating-point to begin with, before anything is changed."""
+    """Refuse what reads a weight in floating-point to begin with, or trains it, before anything is changed."""
+    _check_saved_modules(tuner.model, config)
     init = getattr(config, "init_lora_weights", True)
     if config.peft_type in NEEDS_FLOATS:
         what = f"a {type(tuner).__name__}"
@@ -222,6 +223,17 @@ def _check_new(tuner: BaseTuner, config: Any) -> None:
         raise ValueError(
             f"{what} needs the weight of {name} in floating-point, and it is quantized; call the model's "
             "`.dequantize()` first, or use another method or start."
+        )
+
+
+def _check_saved_modules(model: nn.Module, config: Any) -> None:
+    """A copy of packed codes has nothing that could be trained."""
+    saved = tuple(getattr(config, "modules_to_save", None) or ())
+    name = next((n for n, module in model.named_modules() if n.endswith(saved) and isinstance(module, NFLinear)), None)
+    if name is not None:
+        raise ValueError(
+            f"modules_to_save={[*saved]}: {name} is quantized and cannot be trained as a whole; leave it out, or call "
+            "the model's `.dequantize()` first."
         )
 
 
