@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -246,6 +247,11 @@ def write_json(path: Path, result: Row) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+def result_path(name: str, device: str) -> Path:
+    """Where a result of a benchmark on a device is saved; `device` as `machine` has it."""
+    return RESULTS / f"{name}_{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"
 
 
 def replace_block(text: str, name: str, content: str) -> str:

@@ -334,8 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [(case["denoiser"], row) for case in result["cases"] for row in case["rows"]]
     mistakes = [f"{title}, {row['policy']}: {row['wrong']}" for title, row in rows if "wrong" in row]
     print("\n".join(mistakes))
-    name = result["machine"]["device"].lower().replace(" ", "_")
-    path = options.json or (None if options.quick or options.only else common.RESULTS / f"composition_{name}.json")
+    usual = common.result_path("composition", result["machine"]["device"])
+    path = options.json or (None if options.quick or options.only else usual)
     if path and not mistakes:
         common.write_json(path, result)
     return bool(mistakes)

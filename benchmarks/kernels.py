@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -351,13 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     path = options.json
     if path is None and not (options.quick or options.only):
-        path = result_path(torch.cuda.get_device_name())
+        path = common.result_path("kernels", torch.cuda.get_device_name())
     return run(chosen, Clock(do_bench, in_graph), not options.no_compile, path)
-
-
-def result_path(name: str) -> Path:
-    """Where the results of a GPU lie."""
-    return common.RESULTS / f"kernels_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
 
 
 def partial_path(path: Path) -> Path:

@@ -16,7 +16,6 @@ import argparse
 import functools
 import importlib.util
 import math
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -309,15 +308,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [*result["plans"], *result["splits"], result["table"], *result["decode"]]
     wrong = [f"{row['method']}: {row['wrong']}" for row in rows if "wrong" in row]
     print("\n".join(wrong))
-    path = options.output or (None if options.quick else result_path(result["machine"]["device"]))
+    path = options.output or (None if options.quick else common.result_path("lq_lora", result["machine"]["device"]))
     if path and not wrong:
         common.write_json(path, result)
     return bool(wrong)
-
-
-def result_path(device: str) -> Path:
-    """Where the results of a device lie."""
-    return common.RESULTS / f"lq_lora_{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from benchmarks.common import RESULTS, machine, write_json
+from benchmarks.common import RESULTS, machine, result_path, write_json
 from peft_zoo.tasks.base.catalog import load_task
 from peft_zoo.tasks.base.settings import resolve_settings
 from peft_zoo.tasks.base.task import Task
@@ -229,8 +229,9 @@ def main(
     parser.add_argument("--jobs", type=int, default=1, help="processes that train at once")
     parser.add_argument("--only", default=",".join(recipes), help="recipes, for a part of the study")
     parser.add_argument("--output", default=f"runs/{name}_study")
-    suffix = torch.cuda.get_device_name().lower().replace(" ", "_") if torch.cuda.is_available() else ""
-    target = RESULTS / f"{'_'.join(filter(None, (name, 'study', suffix)))}.json"
+    target = RESULTS / f"{name}_study.json"
+    if torch.cuda.is_available():
+        target = result_path(f"{name}_study", torch.cuda.get_device_name())
     parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{target.name}")
     parser.add_argument("--json", type=Path, help="write another file")
     parser.set_defaults(**(defaults or {}))

@@ -301,8 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {name: benchmark.record["runs"][name] for name in names}
     result = {"benchmark": "watermark", **benchmark.record, "runs": runs}
     print(watermark_report.tables(result))
-    device = result["machine"]["device"].lower().replace(" ", "_")
-    path = options.json or (None if options.quick else common.RESULTS / f"watermark_{device}.json")
+    usual = common.result_path("watermark", result["machine"]["device"])
+    path = options.json or (None if options.quick else usual)
     if path:
         common.write_json(path, result)
     return 0

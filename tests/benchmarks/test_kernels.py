@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_cases, kernels
+from benchmarks import common, kernel_cases, kernels
 from benchmarks.kernel_cases import FULL, H100, QUICK, Case, Rates, Sizes, Step, Work, cases
 from benchmarks.kernels import Clock
 from peft_zoo.kernels.base import all_operators
@@ -279,4 +279,4 @@ def test_the_switch_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_of_results() -> None:
-    assert kernels.result_path("NVIDIA H100 80GB HBM3").name == "kernels_nvidia_h100_80gb_hbm3.json"
+    assert common.result_path("kernels", "NVIDIA H100 80GB HBM3").name == "kernels_nvidia_h100_80gb_hbm3.json"

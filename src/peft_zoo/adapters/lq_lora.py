@@ -156,9 +156,9 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
         if fresh:
             return split(config, way, layer, rank_of(config, name, layer), name)
         if loaded and config.save_base != "none":
-            awaited = empty_nf_linear(layer, way, config.keep_init, rank_of(config, name, layer))
-            awaited.awaited = (config.base_sha256 or {}).get(name, "")
-            return awaited, None
+            base = empty_nf_linear(layer, way, config.keep_init, rank_of(config, name, layer))
+            base.awaited = (config.base_sha256 or {}).get(name, "")
+            return base, None
         return self._rebuilt.pop(name, layer), None
 
     def _factors_of_another(self, layer: LqLinear) -> Factors | None:
