@@ -37,10 +37,10 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
 from peft_zoo import kernels
-from peft_zoo.kernels.base import all_operators
+from peft_zoo.kernels.base.operator import all_operators
 
 if TYPE_CHECKING:
-    from peft_zoo.kernels.base_triton import Shipped
+    from peft_zoo.kernels.base.triton_helpers import Shipped
 
 TABLE = common.RESULTS / "compile.json"
 CAPABILITIES = (80, 90, 100)

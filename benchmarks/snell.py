@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from benchmarks.training import Case, Report, distance, training_step
 from peft_zoo import SnellConfig
-from peft_zoo.adapters.snell import SnellLayer
+from peft_zoo.adapters.snell.layer import SnellLayer
 
 RANK = 8  # trainable parameters of an adapted layer: 8 (in + out) for LoRA and SNELL alike, 3 more for mix_k
 BASELINE, DENSE = "LoRA (peft)", "SNELL, dense autograd"

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from benchmarks.common import RESULTS, machine, result_path, write_json
-from peft_zoo.tasks.base.catalog import load_task
+from peft_zoo.tasks.base.registry import load_task
 from peft_zoo.tasks.base.settings import resolve_settings
 from peft_zoo.tasks.base.task import Task
 from peft_zoo.tasks.base.training import adapt, evaluate, fit

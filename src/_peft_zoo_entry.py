@@ -1,4 +1,4 @@
-"""The program `peft-zoo`: prepares the process, then hands over to `peft_zoo.cli`."""
+"""The program `peft-zoo`: prepares the process, then hands over to `peft_zoo.cli.main`."""
 
 # A top-level module of its own: what it does must be done before `peft_zoo/__init__.py` imports torch and peft.
 
@@ -17,6 +17,6 @@ def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    from peft_zoo.cli import main as run
+    from peft_zoo.cli.main import main as run
 
     return run()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import peft_zoo
-from tests.adapters.lq_samples import adapted
+from tests.adapters.lq_lora.samples import adapted
 
 # Optional packages that cost time, may be broken here, and are not what is tested.
 HIDE = "import sys\nfor name in 'torchvision', 'torchao', 'bitsandbytes': sys.modules[name] = None\n"

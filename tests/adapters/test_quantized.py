@@ -12,7 +12,8 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_zoo import LqLoraConfig, Method, NFLinear, standalone
+from peft_zoo import LqLoraConfig, Method
+from peft_zoo.lq_lora import NFLinear, standalone
 from tests.adapters.models import adapted, bits, config, first, inputs, layers, output, wrap
 
 NAMES = ["other", "__base__", "default"]

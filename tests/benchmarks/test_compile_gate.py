@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from benchmarks import compile_gate as gate
-from peft_zoo.kernels.base_triton import Shipped
+from peft_zoo.kernels.base.triton_helpers import Shipped
 
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_merge' for 'sm_80'

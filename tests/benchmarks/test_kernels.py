@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import common, kernel_cases, kernels
-from benchmarks.kernel_cases import FULL, H100, QUICK, Case, Rates, Sizes, Step, Work, cases
-from benchmarks.kernels import Clock
-from peft_zoo.kernels.base import all_operators
+from benchmarks import common
+from benchmarks.kernels import cases as kernel_cases
+from benchmarks.kernels import suite as kernels
+from benchmarks.kernels.cases import FULL, H100, QUICK, Case, Rates, Sizes, Step, Work, cases
+from benchmarks.kernels.suite import Clock
+from peft_zoo.kernels.base.operator import all_operators
 
 CPU = torch.device("cpu")
 SMALL = Sizes(width=96, rank=4, tokens=24, adapters=(1, 3))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import randlora
+from benchmarks.randlora import suite as randlora
 
 QUICK = ["--quick", "--repeats", "1"]
 

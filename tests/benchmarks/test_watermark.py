@@ -12,10 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import common, watermark, watermark_attacks, watermark_marks, watermark_report
-from benchmarks.watermark import POOLED, Benchmark
-from peft_zoo.adapters.watermark_lora_vae import decode
-from peft_zoo.kernels.message_test import binomial_p_value, message_p_value
+from benchmarks import common
+from benchmarks.watermark import attacks as watermark_attacks
+from benchmarks.watermark import marks as watermark_marks
+from benchmarks.watermark import report as watermark_report
+from benchmarks.watermark import suite as watermark
+from benchmarks.watermark.suite import POOLED, Benchmark
+from peft_zoo.tasks.watermark.significance import binomial_p_value, message_p_value
+from peft_zoo.tasks.watermark.vae import decode
 
 ARGUMENTS = ["--quick", "--device", "cpu"]
 NAMES = ["two_sided/24/0", "dlws/24/0", "augmented/24/0", "full/24/0"]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.normal_float import NFConfig, quantize
-from peft_zoo.kernels.random_basis import UNIFORM, fill_basis
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.normal_float.quantize import NFConfig, quantize
+from peft_zoo.kernels.random_matrix.basis import UNIFORM, fill_basis
 
 Arguments = tuple[Any, ...]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels import base
-from peft_zoo.kernels.base import OPERATORS, all_operators
+from peft_zoo.kernels.base import operator as base
+from peft_zoo.kernels.base.operator import OPERATORS, all_operators
 from tests.kernels.samples import SAMPLES
 
 NAMES = sorted(all_operators())

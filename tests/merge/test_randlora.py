@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_zoo import RandLoraConfig
-from peft_zoo.adapters.randlora_peft import draw
+from peft_zoo.adapters.randlora.peft_basis import draw
 from peft_zoo.merge.randlora import from_peft, to_peft
 
 pytestmark = [

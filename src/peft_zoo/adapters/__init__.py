@@ -1,13 +1,39 @@
-"""The adapter methods: one module each, found by looking into this folder, so that adding one edits no list."""
+"""Floor 3 of peft-zoo: the adapter methods, one module or package each, found by looking into this folder."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
-from types import ModuleType
+from importlib.util import find_spec
+from pathlib import Path
 
 
-def method_modules() -> list[ModuleType]:
-    """Import and return every module of this package that holds a method, in alphabetical order."""
-    names = [info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg]
-    return [importlib.import_module(f"{__name__}.{name}") for name in sorted(names)]
+def method_names() -> list[str]:
+    """Names of the modules and packages of this folder that hold a method, in alphabetical order."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+
+
+def public_names() -> dict[str, str]:
+    """Maps every name that a method lists in `__all__` to the module that has it, without importing the method."""
+    found: dict[str, str] = {}
+    for method in method_names():
+        module = f"{__name__}.{method}"
+        spec = find_spec(module)
+        assert spec is not None and spec.origin is not None
+        found |= dict.fromkeys(_listed(Path(spec.origin)), module)
+    return found
+
+
+def register_methods() -> None:
+    """Imports every method; importing one registers it in peft."""
+    for method in method_names():
+        importlib.import_module(f"{__name__}.{method}")
+
+
+def _listed(path: Path) -> list[str]:
+    """The literal `__all__` of a source file."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []

@@ -10,7 +10,7 @@ Diffusion; nothing once merged. It is no proof against fine-tuning of the decode
 
 Here is what is public: the configuration, and the plain form of a saved adapter. `watermark_lora_key` has the secret,
 `watermark_lora_decoder` D, `watermark_lora_embed` the training, `watermark_lora_verify` the test, and
-`peft_zoo.merge.watermark_lora` makes the files that protect.
+`peft_zoo.tasks.watermark.export` makes the files that protect.
 
 Source: EW-LoRA (Lin et al., arXiv 2410.20202). Its "up.0.block.conv" is the finest level, diffusers' last up block:
 only there has a LoRA of rank 4 the paper's 0.0353 M parameters.
@@ -34,11 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_zoo import registration
+from peft_zoo.adapters.base.card import add_to_card
 from peft_zoo.adapters.base.config import option
 from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
-from peft_zoo.adapters.watermark_lora_card import add_to_card
 
-__all__ = ["WatermarkLoraConfig", "WatermarkLoraModel", "last_up_block"]
+__all__ = ["WatermarkLoraConfig"]
 
 LAST_UP_BLOCK = "last_up_block"
 PLAIN_FOLDER, DIFFUSERS_FILE, DIFFUSERS_HEADER = (
@@ -140,7 +140,7 @@ class WatermarkLoraConfig(LoraConfig):
         if self.commitment is not None:
             warnings.warn(
                 f"{save_directory!r} has the watermark as a LoRA, which anybody leaves out who wants to: publish what "
-                "peft_zoo.merge.watermark_lora.merge_and_export writes instead.",
+                "peft_zoo.tasks.watermark.export.merge_and_export writes instead.",
                 stacklevel=3,
             )
 

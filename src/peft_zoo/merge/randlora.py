@@ -27,13 +27,13 @@ import peft
 import torch
 from torch import Tensor
 
-from peft_zoo.adapters.randlora_config import RandLoraConfig
-from peft_zoo.adapters.randlora_peft import draw
-from peft_zoo.kernels.random_basis import unit
-from peft_zoo.kernels.shared_basis import BasisKey, shared_basis
-from peft_zoo.merge.base import TensorFile, TensorInfo, new_folder, read_json, write_tensors
-from peft_zoo.merge.base.adapter import CONFIG_NAME, WEIGHTS_NAME
-from peft_zoo.merge.base.settings import read_settings
+from peft_zoo.adapters.randlora.config import RandLoraConfig
+from peft_zoo.adapters.randlora.peft_basis import draw
+from peft_zoo.io import TensorFile, TensorInfo, new_folder, read_json, write_tensors
+from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME
+from peft_zoo.io.lora_settings import read_settings
+from peft_zoo.kernels.random_matrix.basis import unit
+from peft_zoo.kernels.random_matrix.shared import BasisKey, shared_basis
 
 __all__ = ["from_peft", "to_peft"]
 

@@ -26,12 +26,12 @@ from typing import Any
 from peft import PeftModel
 from torch.utils.data import Dataset
 
-from peft_zoo.tasks.base.catalog import load_task
+from peft_zoo.common.values import SettingError, parse_value
 from peft_zoo.tasks.base.methods import check_options
+from peft_zoo.tasks.base.registry import load_task
 from peft_zoo.tasks.base.settings import TrainSettings, flag, flag_fields, resolve_settings
 from peft_zoo.tasks.base.task import Splits, Task
 from peft_zoo.tasks.base.training import adapt, evaluate, fit, output_folder
-from peft_zoo.tasks.base.values import SettingError, parse_value
 
 _log = logging.getLogger(__name__)
 

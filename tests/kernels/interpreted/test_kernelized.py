@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.kernel_matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix
-from peft_zoo.kernels.kernelized_linear import kernelized_linear
-from peft_zoo.kernels.kernelized_merge import factor_grad, fields, kernelized_merge, kernelized_weight, threshold
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.snell.linear import kernelized_linear
+from peft_zoo.kernels.snell.matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix
+from peft_zoo.kernels.snell.weight import factor_grad, fields, kernelized_merge, kernelized_weight, threshold
 from tests.kernels.cases import SPECS
 
 TOLERANCE = 5e-6

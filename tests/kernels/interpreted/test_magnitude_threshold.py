@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels import magnitude_threshold_triton as module
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.kernel_matrix import KernelSpec
-from peft_zoo.kernels.kernelized_merge import kernelized_weight, threshold
-from peft_zoo.kernels.magnitude_threshold import WARM_BITS, magnitude_threshold, magnitude_threshold_reference
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.snell.matrix import KernelSpec
+from peft_zoo.kernels.snell.weight import kernelized_weight, threshold
+from peft_zoo.kernels.sparse import threshold_triton as module
+from peft_zoo.kernels.sparse.threshold import WARM_BITS, magnitude_threshold, magnitude_threshold_reference
 from tests.kernels.cases import each_shape_with
 
 SHAPES = [(1, 1), (63, 64), (63, 1000), (1000, 3), (3, 4097)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.masked_linear import masked_linear, masked_linear_reference
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.sparse.linear import masked_linear, masked_linear_reference
 from tests.kernels.cases import each_shape_with
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

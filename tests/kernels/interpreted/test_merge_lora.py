@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.merge_lora import merge_lora, merge_lora_reference
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.lora.merge import merge_lora, merge_lora_reference
 from tests.kernels.cases import each_shape_with
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.nf_linear import nf_linear, nf_merge
-from peft_zoo.kernels.normal_float import NFConfig, NFTensor, quantize
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.normal_float.linear import nf_linear, nf_merge
+from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, quantize
 
 CONFIGS = [
     NFConfig(2, 2, "bf16", 16, 16),

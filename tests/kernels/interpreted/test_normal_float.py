@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.normal_float import NFConfig, NFTensor, dequantize, quantize
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, dequantize, quantize
 from tests.kernels.cases import each_shape_with
 
 CONFIGS = [

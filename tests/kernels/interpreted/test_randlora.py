@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.basis_product import basis_product
-from peft_zoo.kernels.random_basis import UNIFORM, fill_basis, fill_basis_reference, read_basis
-from peft_zoo.kernels.scaled_basis import scaled_basis_grad, scaled_basis_product
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.random_matrix.basis import UNIFORM, fill_basis, fill_basis_reference, read_basis
+from peft_zoo.kernels.random_matrix.product import basis_product
+from peft_zoo.kernels.random_matrix.scaled import scaled_basis_grad, scaled_basis_product
 from tests.kernels.cases import each_shape_with
 
 KINDS = (UNIFORM, 43, 2)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import peak_bytes
 from peft_zoo import SnellConfig
-from peft_zoo.adapters.snell import SnellLayer
-from peft_zoo.kernels import kernelized_linear_triton, magnitude_threshold_triton
+from peft_zoo.adapters.snell.layer import SnellLayer
+from peft_zoo.kernels.snell import linear_triton as kernelized_linear_triton
+from peft_zoo.kernels.sparse import threshold_triton as magnitude_threshold_triton
 
 WIDTH = 128
 

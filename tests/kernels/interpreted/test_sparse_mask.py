@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base import OPERATORS
-from peft_zoo.kernels.sparse_mask import GROUPS, density_mask, density_mask_reference
+from peft_zoo.kernels.base.operator import OPERATORS
+from peft_zoo.kernels.sparse.mask import GROUPS, density_mask, density_mask_reference
 from tests.kernels.cases import each_shape_with
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

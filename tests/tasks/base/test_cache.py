@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.cache import cached, package_file
-from peft_zoo.tasks.base.values import SettingError
 
 
 @pytest.fixture(autouse=True)

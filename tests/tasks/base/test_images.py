@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.images import Images, Source, draw_splits, open_source
-from peft_zoo.tasks.base.values import SettingError
 
 
 def arrays(count: int = 30) -> dict[str, np.ndarray]:

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from peft import LoraConfig
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.registration import methods
-from peft_zoo.tasks.base.catalog import load_task
 from peft_zoo.tasks.base.methods import (
     BASELINE,
     TABLE_WIDTH,
@@ -16,8 +16,8 @@ from peft_zoo.tasks.base.methods import (
     config_class,
     method_table,
 )
+from peft_zoo.tasks.base.registry import load_task
 from peft_zoo.tasks.base.settings import TrainSettings
-from peft_zoo.tasks.base.values import SettingError
 
 TRAINABLE = [name for name, method in methods().items() if method.trainable]
 SCHEDULED = [name for name, method in methods().items() if hasattr(method.config_cls, "target_sparsity")]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.settings import (
     TrainSettings,
     flag_fields,
@@ -12,7 +13,6 @@ from peft_zoo.tasks.base.settings import (
     read_settings_file,
     resolve_settings,
 )
-from peft_zoo.tasks.base.values import SettingError
 
 
 def write(path: Path, text: str) -> Path:

@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_zoo.adapters.cached_lora_config import CachedLoraConfig
+from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
+from peft_zoo.common.values import SettingError
 from peft_zoo.registration import methods
-from peft_zoo.tasks.base.catalog import load_task
 from peft_zoo.tasks.base.methods import BASELINE
+from peft_zoo.tasks.base.registry import load_task
 from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.training import train
-from peft_zoo.tasks.base.values import SettingError
 from peft_zoo.tasks.diffusion import ADAPTED_LAYERS, NAME, model_folder
 from peft_zoo.tasks.diffusion import denoiser as denoiser_module
 from peft_zoo.tasks.diffusion.composition import COLUMNS, PIXELS, draw, grid, load_adapters, measure

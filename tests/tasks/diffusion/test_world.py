@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_zoo.tasks.base.values import SettingError
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.diffusion import factors
 from peft_zoo.tasks.diffusion.concepts import CONCEPTS, PAINTED, check_concept, classes_of, paint
 from peft_zoo.tasks.diffusion.denoiser import SHAPE as BASE_SHAPE

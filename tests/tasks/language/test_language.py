@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.registration import methods
-from peft_zoo.tasks.base.catalog import load_task
 from peft_zoo.tasks.base.methods import BASELINE
+from peft_zoo.tasks.base.registry import load_task
 from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.training import EVALUATION_BATCH, evaluate, train
-from peft_zoo.tasks.base.values import SettingError
 
 STEPS = 6
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.training import evaluate
-from peft_zoo.tasks.base.values import SettingError
 from peft_zoo.tasks.language import LanguageTask
 from peft_zoo.tasks.language.smollm2 import INSTALL, smollm2_folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from peft_zoo.tasks.base.values import SettingError
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.language.text import SHIPPED, SPLITS, load_texts, windows
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, Dinov2Config
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.cache import package_file
-from peft_zoo.tasks.base.values import SettingError
 from peft_zoo.tasks.vision.dinov2 import (
     DEPTH,
     INSTALL,

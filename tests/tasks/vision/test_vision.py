@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import EvalPrediction
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.registration import methods
 from peft_zoo.tasks.base.methods import BASELINE
 from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.training import evaluate, train
-from peft_zoo.tasks.base.values import SettingError
 from peft_zoo.tasks.vision import VisionTask, accuracy
 from peft_zoo.tasks.vision.dinov2 import INSTALL
 from tests.tasks.fixtures import tiny_vit

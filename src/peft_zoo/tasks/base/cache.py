@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from peft_zoo.tasks.base.values import SettingError
+from peft_zoo.common.values import SettingError
 
 
 def cache_folder() -> Path:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from peft_zoo.tasks.base.values import SettingError, unknown
+from peft_zoo.common.values import SettingError, unknown
 
 BUILT_IN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}  # Debian package dataset-fashion-mnist
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}

@@ -11,8 +11,8 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import TrainerCallback
 
+from peft_zoo.common.values import SettingError, parse_value, unknown
 from peft_zoo.registration import Method, methods
-from peft_zoo.tasks.base.values import SettingError, parse_value, unknown
 
 BASELINE = "lora"  # peft's own LoRA, to compare with
 TABLE_WIDTH = 100  # columns of the table of methods

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from peft_zoo.tasks.base.values import SettingError, as_text, parse_value, unknown
+from peft_zoo.common.values import SettingError, as_text, parse_value, unknown
 
 Layer = Mapping[str, Any]
 

@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.methods import build_config, callbacks, check_options
 from peft_zoo.tasks.base.outcome import Outcome, Score
 from peft_zoo.tasks.base.report import report_html
 from peft_zoo.tasks.base.task import Splits, Task
-from peft_zoo.tasks.base.values import SettingError
 
 _log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor
 
-from peft_zoo.adapters.cached_lora_compose import compose
-from peft_zoo.adapters.cached_lora_config import CachedLoraConfig
-from peft_zoo.adapters.cached_lora_profile import FrequencyProfile, profile_frequency
-from peft_zoo.adapters.cached_lora_steps import StepTrace
-from peft_zoo.tasks.base.values import SettingError
+from peft_zoo.adapters.cached_lora.composition import compose
+from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
+from peft_zoo.adapters.cached_lora.profile import FrequencyProfile, profile_frequency
+from peft_zoo.adapters.cached_lora.steps import StepTrace
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.diffusion.pipeline import ClassConditionalPipeline
 
 COLUMNS, PIXELS = 8, 96  # of the grid of images: how many in a row, and the width of each

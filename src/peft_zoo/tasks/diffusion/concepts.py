@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from peft_zoo.tasks.base.values import unknown
+from peft_zoo.common.values import unknown
 
 BASE_CLASSES = tuple(range(8))  # of Fashion-MNIST, T-shirt to sneaker: what the base knows
 BAG = "bag"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.images import Images, Source, draw_splits, open_source
-from peft_zoo.tasks.base.values import SettingError
 
 MARGIN = 16  # an image has 1/16 of its width as a black margin on each side: 28 pixels become 32
 Garments = tuple[Tensor, Tensor]

@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from peft_zoo.tasks.base.values import SettingError
+from peft_zoo.common.values import SettingError
 
 TRAINING_STEPS = 1000  # noise levels of a folder that carries no schedule of its own
 

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.task import Batch, Splits, Task
-from peft_zoo.tasks.base.values import SettingError
 from peft_zoo.tasks.language.smollm2 import NAME, smollm2_folder
 from peft_zoo.tasks.language.text import SHIPPED, SPLITS, load_texts, windows
 

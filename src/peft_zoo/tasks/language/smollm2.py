@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.cache import cached, package_file
-from peft_zoo.tasks.base.values import SettingError
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from peft_zoo.tasks.base.values import SettingError, unknown
+from peft_zoo.common.values import SettingError, unknown
 
 SHIPPED = {"shakespeare": ".txt", "gsm8k": ".jsonl"}  # name -> kind of file; provenance in tasks/data/README.md
 SPLITS = ("train", "validation", "test")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
+from peft_zoo.common.values import SettingError, unknown
 from peft_zoo.tasks.base.images import BUILT_IN, LAYOUTS, Source, draw_splits, open_source
 from peft_zoo.tasks.base.task import Batch, Splits, Task
-from peft_zoo.tasks.base.values import SettingError, unknown
 from peft_zoo.tasks.vision.dinov2 import NAME, TIMM_NAME, load_backbone
 
 # The linear layers of attention and MLP, by timm's names; the `attn` and `mlp` keep the patch embedding's `proj` out.

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.cache import cached, package_file
-from peft_zoo.tasks.base.values import SettingError
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What composing LoRAs costs, beside one adapter alone."""

@@ -1,0 +1,1 @@
+"""Times or estimates every operator, compiled or on torch's path."""

@@ -1,0 +1,1 @@
+"""LQ-LoRA's operators and decompositions beside their peers."""

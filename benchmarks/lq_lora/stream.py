@@ -1,0 +1,158 @@
+"""A checkpoint larger than what is allowed in memory, quantized from its files, killed on the way and begun again.
+
+    python -m benchmarks.lq_lora.stream                 3.2 GB of weights in bfloat16; minutes to an hour
+    python -m benchmarks.lq_lora.stream --quick         20 MB, in seconds; writes nothing
+
+The checkpoint is a Llama of random weights in shards, of the sizes of one with 1B but for untied embeddings. A process
+quantizes it and is killed when a third is done; a second one does the rest. The peak of its resident memory, above what
+it had when everything was imported, may be eight copies of the largest quantized matrix in float32; what is packed is
+on disk. The result is loaded and has to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from benchmarks import common
+from peft_zoo.io import TensorInfo
+from peft_zoo.io.checkpoint import write_shards
+
+SIZES = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+QUICK = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+COPIES = 8  # of the largest matrix in float32: the goal
+SHARD = 5 * 10**8  # bytes
+
+CHILD = """
+import json, re, sys
+from peft_zoo import LqLoraConfig
+from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint
+import transformers.models.llama.modeling_llama
+
+def memory(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+def progress(names, doing):
+    for name in names:
+        print(doing, name, flush=True)
+        yield name
+
+folder, out, fields = sys.argv[1:]
+before = memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+rows = quantize_checkpoint(folder, out, LqLoraConfig(**json.loads(fields)), progress=progress)
+print(json.dumps({"above": memory("VmHWM") - before, "matrices": len(rows)}))
+"""
+
+
+def make_checkpoint(folder: Path, sizes: dict[str, int]) -> tuple[int, int]:
+    """Write a Llama of random weights; bytes of it, and numbers of its largest linear layer."""
+    config = LlamaConfig(**sizes, num_attention_heads=16, dtype="bfloat16", tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    infos = {key: TensorInfo(torch.bfloat16, tuple(tensor.shape)) for key, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def produce(key: str) -> Tensor:
+        shape = infos[key].shape
+        values = torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if len(shape) == 2 else torch.ones(shape)
+        return values.to(torch.bfloat16)
+
+    folder.mkdir()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    write_shards(folder, infos, produce, SHARD)
+    largest = max(module.weight.numel() for name, module in model.named_modules() if name.endswith("_proj"))
+    return sum(info.nbytes for info in infos.values()), largest
+
+
+def start(folder: Path, out: Path, fields: dict[str, Any]) -> subprocess.Popen[str]:
+    """Quantize in a process of its own."""
+    words = [sys.executable, "-c", CHILD, str(folder), str(out), json.dumps(fields)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+def lines(process: subprocess.Popen[str]) -> list[str]:
+    """What a process says until it ends.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    said = process.communicate()[0].splitlines()
+    if process.returncode:
+        raise RuntimeError(f"the process ended with {process.returncode}")
+    return said
+
+
+def measure(sizes: dict[str, int], fields: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Quantize, be killed, go on, load."""
+    total, largest = make_checkpoint(work / "model", sizes)
+    matrices = 7 * sizes["num_hidden_layers"]
+    began = time.perf_counter()
+    killed = start(work / "model", work / "out", fields)
+    assert killed.stdout is not None  # a pipe
+    for line in killed.stdout:
+        done = len(list((work / "out.partial").glob("*.safetensors")))
+        if line.startswith("quantizing") and done >= matrices // 3:
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (work / "out").exists()
+    *_, last = lines(start(work / "model", work / "out", fields))
+    seconds = time.perf_counter() - began
+    found = json.loads(last)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(work / "out", dtype=torch.bfloat16)
+        finite = bool(torch.isfinite(model(torch.arange(4)[None]).logits).all())
+    written = sum(path.stat().st_size for path in (work / "out").glob("*.safetensors"))
+    return {
+        "checkpoint_bytes": total,
+        "result_bytes": written,
+        "matrices": found["matrices"],
+        "done_when_killed": done,
+        "seconds": seconds,
+        "peak_bytes": found["above"],
+        "allowed_bytes": COPIES * 4 * largest,
+        "copies": found["above"] / (4 * largest),
+        "runs": finite and found["matrices"] == matrices,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="toy sizes; writes nothing")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=2, help="of the decomposition, at most")
+    options = parser.parse_args(arguments)
+    fields = {"r": options.rank, "num_iterations": options.iterations, "target_modules": "all-linear"}
+    with tempfile.TemporaryDirectory() as work:
+        row = measure(QUICK if options.quick else SIZES, fields, Path(work))
+    facts = [
+        ("checkpoint", f"{row['checkpoint_bytes'] / 1e9:.2f} GB -> {row['result_bytes'] / 1e9:.2f} GB"),
+        ("matrices", f"{row['matrices']}, killed after {row['done_when_killed']}"),
+        ("seconds", f"{row['seconds']:.0f} with both starts"),
+        ("peak", f"{row['peak_bytes'] / 1e6:.0f} MB = {row['copies']:.1f} copies of the largest (goal {COPIES})"),
+        ("runs", str(row["runs"])),
+    ]
+    print("\n".join(f"{name:<12}{value}" for name, value in facts))
+    if not options.quick:
+        result = {"machine": common.machine(torch.device("cpu")), "fields": fields, **row}
+        common.write_json(common.RESULTS / "lq_lora_stream.json", result)
+    return 0 if row["runs"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

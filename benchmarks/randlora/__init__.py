@@ -1,0 +1,1 @@
+"""RandLoRA beside peft's RandLoRA and LoRA."""

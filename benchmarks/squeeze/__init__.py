@@ -1,0 +1,1 @@
+"""LoRA-Squeeze beside other ways to lower a rank."""

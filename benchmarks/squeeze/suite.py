@@ -1,0 +1,373 @@
+"""LoRA-Squeeze beside what else lowers the rank of a LoRA: one layer in memory, and a whole adapter from file to file.
+
+    python -m benchmarks.squeeze               measure, print, write benchmarks/results/squeeze_cpu.json; minutes
+    python -m benchmarks.squeeze --quick       the same at toy sizes, in seconds; writes nothing
+
+A method is only timed after the error of its factors has been compared with the optimum, which is known because the
+layer is made from its singular values, and a file is only reported after factors read back from it have been. If one
+fails, its row has no number, nothing is saved and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.conversion import convert_to_lora
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import common
+from benchmarks.squeeze import files as squeeze_files
+from benchmarks.squeeze.files import QUICK, SCALE, Factors, Sizes, relative_error
+from peft_zoo.kernels.low_rank.factored import Method as Triangles
+from peft_zoo.kernels.low_rank.factored import truncate_factors
+from peft_zoo.kernels.low_rank.randomized import LinearMap, randomized_svd
+
+CPU = torch.device("cpu")
+GRAM, QR, RANDOM = "truncate_factors gram", "truncate_factors qr", "randomized_svd of the factors"
+KOHYA, CONVERT, WEIGHTED = "svd_lowrank of B A (kohya)", "convert_to_lora (peft)", "add_weighted_adapter (peft)"
+
+
+# ---- one layer ----
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An update whose singular values are known, and the smallest relative error that factors of `rank` can have."""
+
+    factors: Factors
+    rank: int
+    optimum: float
+
+
+SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
+    "power": lambda k: 1 / (k + 1),  # the one that is timed: time hardly depends on it
+    "exp": lambda k: torch.exp(-k / 8),
+    "flat": lambda k: 1 - k / (2 * len(k)),
+}
+
+
+def make_layer(spectrum: str, sizes: Sizes) -> Layer:
+    """A layer with singular values in proportion to a spectrum and random directions, in float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def basis(rows: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(rows, sizes.rank, generator=generator, dtype=torch.float64)).Q
+
+    S = SPECTRA[spectrum](torch.arange(sizes.rank, dtype=torch.float64))
+    U, V, mixed = basis(sizes.size), basis(sizes.size), basis(sizes.rank)
+    B, A = (U * S.sqrt()) @ mixed, mixed.mT @ (V * S.sqrt()).mT
+    factors = Factors(B.float().contiguous(), A.float().contiguous(), SCALE)
+    optimum = S[sizes.new_rank :].norm() / S.norm()
+    return Layer(factors, sizes.new_rank, optimum.item())
+
+
+Squeeze = Callable[[], Factors]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to lower the rank.
+
+    Attributes:
+        prepare: Everything that is not timed; gives what is.
+        excess: The largest excess over the smallest possible error, as a share of it, that is not a mistake.
+        slow: Whether it is run once, without a run before to warm up.
+    """
+
+    prepare: Callable[[Layer], Squeeze]
+    excess: float
+    slow: bool = False
+
+
+def _ours(method: Triangles) -> Callable[[Layer], Squeeze]:
+    def prepare(layer: Layer) -> Squeeze:
+        B, A, scale = layer.factors
+        return lambda: Factors(
+            *truncate_factors(B, A, layer.rank, scale=scale, new_scale=scale, method=method)[:2], scale
+        )
+
+    return prepare
+
+
+def _random(layer: Layer) -> Squeeze:
+    B, A, scale = layer.factors
+
+    def step() -> Factors:
+        U, S, Vh = randomized_svd(LinearMap.of_factors(B, A, scale), layer.rank)
+        return Factors(U * S, Vh, 1.0)
+
+    return step
+
+
+def _kohya(layer: Layer) -> Squeeze:
+    B, A, scale = layer.factors
+
+    def step() -> Factors:
+        U, S, V = torch.svd_lowrank(scale * (B @ A), q=2 * layer.rank, niter=2)
+        return Factors(U[:, : layer.rank] * S[: layer.rank], V[:, : layer.rank].mT, 1.0)
+
+    return step
+
+
+def _peft_model(layer: Layer) -> Any:
+    """A model of one linear layer, with the update as its LoRA."""
+    B, A, scale = layer.factors
+    base = nn.Sequential(nn.Linear(A.shape[1], len(B), bias=False))
+    model = get_peft_model(base, LoraConfig(r=len(A), lora_alpha=int(scale * len(A)), target_modules=["0"]))
+    model.load_state_dict({_weight("A"): A, _weight("B"): B}, strict=False)
+    return model
+
+
+def _weight(factor: str, adapter: str = ".default") -> str:
+    return f"base_model.model.0.lora_{factor}{adapter}.weight"
+
+
+def _convert(layer: Layer) -> Squeeze:
+    model = _peft_model(layer)
+
+    def step() -> Factors:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Converting a PEFT adapter to LoRA that is already a LoRA")
+            _, state = convert_to_lora(model, rank=layer.rank)
+        return Factors(state[_weight("B", "")], state[_weight("A", "")], 1.0)
+
+    return step
+
+
+@torch.no_grad()
+def _weighted(layer: Layer) -> Squeeze:
+    """Of one adapter it would ignore `svd_rank`, so there is a second one, of rank 1, whose B is zero."""
+    model = _peft_model(layer)
+    model.add_adapter("zero", LoraConfig(r=1, target_modules=["0"]))
+
+    @torch.no_grad()
+    def step() -> Factors:
+        model.add_weighted_adapter(["default", "zero"], [1.0, 1.0], "new", "svd", svd_rank=layer.rank)
+        B, A = (model.get_parameter(_weight(factor, ".new")) for factor in "BA")
+        return Factors(B.detach(), A.detach(), 1.0)
+
+    return step
+
+
+# The error of exact methods is off by some roundings of float32, which are a larger share of it where a dense matrix of
+# 4096 x 4096 is decomposed in float32. That of randomized methods is their nature: 1.5 % is usual for a flat spectrum.
+METHODS = {
+    GRAM: Method(_ours("gram"), 1e-5),
+    QR: Method(_ours("qr"), 1e-5),
+    RANDOM: Method(_random, 0.1),
+    KOHYA: Method(_kohya, 0.1),
+    CONVERT: Method(_convert, 1e-3, slow=True),
+    WEIGHTED: Method(_weighted, 1e-3, slow=True),
+}
+FACTORED = (GRAM, QR, RANDOM)  # take turns; what forms the matrix would leave them cold caches
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees the bytes of the largest tensor that is made while it is entered; what an operator uses inside is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        made = (t.untyped_storage() for t in _tensors(result))
+        self.bytes = max([self.bytes, *(storage.nbytes() for storage in made if storage.data_ptr() not in known)])
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def measure_layer(sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
+    """A row for each method, ours first; each is repeated for about so many seconds."""
+    layers = {spectrum: make_layer(spectrum, sizes) for spectrum in SPECTRA}
+    slow = [name for name, method in METHODS.items() if method.slow]
+    others = [[name] for name in METHODS if name not in (*FACTORED, *slow)]
+    rows = [row for group in (FACTORED, *others) for row in _fast_rows(group, layers, seconds)]
+    rows += [_slow_row(name, layers["power"]) for name in slow]
+    ours = rows[0]
+    for row in rows:
+        if "wrong" not in row and "wrong" not in ours:
+            row["times_ours"] = row["seconds"] / ours["seconds"]
+    return rows
+
+
+def _fast_rows(names: Sequence[str], layers: dict[str, Layer], seconds: float) -> list[dict[str, Any]]:
+    """Methods that take turns on the first layer, and their errors on all."""
+    excess = {name: {key: _excess(name, layer) for key, layer in layers.items()} for name in names}
+    wrong = {name: _wrong(name, found) for name, found in excess.items()}
+    steps: dict[str, common.Step] = {name: METHODS[name].prepare(layers["power"]) for name in names if not wrong[name]}
+    once = sum(map(sum, common.interleaved(steps, 1, CPU).values()))
+    repeats = max(3, min(1000, int(len(steps) * seconds / once))) if steps else 0
+    timed = common.interleaved(steps, repeats, CPU)
+    largest = {}
+    for name, step in steps.items():
+        with LargestTensor() as seen:
+            step()
+        largest[name] = seen.bytes
+    return [_row(name, excess[name], timed.get(name), largest.get(name)) for name in names]
+
+
+def _slow_row(name: str, layer: Layer) -> dict[str, Any]:
+    """A method that is run once, on one layer."""
+    step = METHODS[name].prepare(layer)
+    with LargestTensor() as seen:  # costs microseconds an operator
+        start = time.perf_counter()
+        new = step()
+        seconds = time.perf_counter() - start
+    excess = {"power": relative_error(layer.factors, new) / layer.optimum - 1}
+    return _row(name, excess, [seconds], seen.bytes)
+
+
+def _row(name: str, excess: dict[str, float], seconds: list[float] | None, largest: int | None) -> dict[str, Any]:
+    wrong = _wrong(name, excess)
+    if wrong or not seconds:
+        return {"method": name, "wrong": wrong}
+    median = statistics.median(seconds)
+    return {"method": name, "seconds": median, "seconds_all": seconds, "excess": excess, "largest_bytes": largest}
+
+
+def _excess(name: str, layer: Layer) -> float:
+    """By how much the error is above the smallest possible one, as a share of it."""
+    return relative_error(layer.factors, METHODS[name].prepare(layer)()) / layer.optimum - 1
+
+
+def _wrong(name: str, excess: dict[str, float]) -> str | None:
+    """What is wrong, or None. An error far below the optimum is as impossible as one above it is bad."""
+    for spectrum, share in excess.items():
+        if not -1e-5 < share < METHODS[name].excess:
+            return f"its error on the spectrum {spectrum} is {share:+.1e} off the optimum"
+    return None
+
+
+# ---- goals ----
+
+
+def goals(layer: Sequence[dict[str, Any]], files: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the sizes by default should reach on two cores, and whether they do."""
+    rows = {row["method"]: row for row in (*layer, *files["rows"])}
+    found = [
+        ("one layer, milliseconds", rows[GRAM]["seconds"] * 1e3, "at most", 6.0),
+        ("one layer, times faster than convert_to_lora", rows[CONVERT]["times_ours"], "at least", 1000.0),
+    ]
+    for name, row in rows.items():
+        if name.startswith("squeeze_adapter"):
+            found.append((f"{name}, seconds", row["seconds"], "at most", 10.0))
+            found.append((f"{name}, peak memory / file", row["peak_bytes"] / files["bytes"], "at most", 2.0))
+    return [
+        {"goal": text, "value": value, "limit": f"{bound} {limit:g}", "met": _holds(value, bound, limit)}
+        for text, value, bound, limit in found
+    ]
+
+
+def _holds(value: float, bound: str, limit: float) -> bool:
+    return value <= limit if bound == "at most" else value >= limit
+
+
+# ---- showing ----
+
+LAYER_HEADER = ("", "runs", "ms", "x ours", *(f"excess {name}" for name in SPECTRA), "largest tensor MiB")
+FILES_HEADER = ("", "read, decompose s", "plan, write s", "all s", "out MiB", "peak MiB", "of it new", "peak / file")
+
+
+def layer_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row as text; one that is wrong has no numbers."""
+    if "wrong" in row:
+        return row["method"], "wrong", *["-"] * (len(LAYER_HEADER) - 2)
+    excess = (f"{max(row['excess'][name], 0):.1e}" if name in row["excess"] else "-" for name in SPECTRA)
+    factor = f"{row['times_ours']:,.1f}" if "times_ours" in row else "-"
+    time_and_factor = f"{row['seconds'] * 1e3:,.2f}", factor
+    return row["method"], str(len(row["seconds_all"])), *time_and_factor, *excess, _mib(row["largest_bytes"])
+
+
+def files_cells(row: dict[str, Any], size: int) -> tuple[str, ...]:
+    """Likewise, for a file of so many bytes."""
+    if "wrong" in row:
+        return row["method"], "wrong", *["-"] * (len(FILES_HEADER) - 2)
+    times = (f"{row[key]:.2f}" for key in ("read_seconds", "write_seconds", "seconds"))
+    memory = (_mib(row["out_bytes"]), _mib(row["peak_bytes"]), _mib(row["peak_bytes"] - row["before_bytes"]))
+    return row["method"], *times, *memory, f"{row['peak_bytes'] / size:.2f}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / common.MIB:.1f}"
+
+
+def shown(result: dict[str, Any]) -> str:
+    """Everything as text."""
+    sizes, files = result["sizes"], result["files"]
+    layer = common.aligned(LAYER_HEADER, map(layer_cells, result["layer"]))
+    table = common.aligned(FILES_HEADER, (files_cells(row, files["bytes"]) for row in files["rows"]))
+    processes = "each in a new process" if files["fresh_processes"] else "all in this process, which is not small"
+    lines = [
+        f"One layer {sizes['size']} x {sizes['size']}, rank {sizes['rank']} to {sizes['new_rank']}, float32. What has "
+        "one run had no other before it.",
+        layer,
+        "",
+        f"File to file: {files['modules']} modules, rank {sizes['rank']}, {sizes['dtype']}, {_mib(files['bytes'])} "
+        f"MiB, {processes}. Reading is from the page cache; writing ends when all is on disk.",
+        table,
+        "",
+    ]
+    for goal in result.get("goals", ()):
+        state = "met" if goal["met"] else "not met"
+        lines.append(f"goal: {goal['goal']}: {goal['value']:,.1f}, {goal['limit']}: {state}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    given = {item.name: getattr(options, item.name) for item in fields(Sizes)}
+    sizes = replace(QUICK if options.quick else Sizes(), **{name: v for name, v in given.items() if v is not None})
+    result: dict[str, Any] = {"benchmark": "squeeze", "machine": common.machine(CPU), "sizes": asdict(sizes)}
+    print(common.describe(result["machine"]), flush=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        result["files"] = squeeze_files.measure(sizes, Path(folder), fresh=not options.quick)
+    result["layer"] = measure_layer(sizes, options.seconds)
+    rows = [*result["layer"], *result["files"]["rows"]]
+    wrong = [f"{row['method']}: {row['wrong']}" for row in rows if "wrong" in row]
+    if not wrong and sizes == Sizes(dtype=sizes.dtype):
+        result["goals"] = goals(result["layer"], result["files"])
+    print("\n" + shown(result))
+    print("\n".join(wrong))
+    path = options.json or (None if options.quick else common.RESULTS / "squeeze_cpu.json")
+    if path and not wrong:
+        common.write_json(path, result)
+    return bool(wrong)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.squeeze.suite", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="toy sizes; writes no file unless --json is given")
+    for item in fields(Sizes):
+        choices = ("float32", "bfloat16", "float16") if item.name == "dtype" else None
+        kind = str if item.name == "dtype" else int
+        name = "--" + item.name.replace("_", "-")
+        parser.add_argument(name, type=kind, choices=choices, help=f"default {item.default}")
+    parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's choice)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="to repeat each method for (default 1)")
+    parser.add_argument("--folder", type=Path, help="where the adapters are written (default: the system's)")
+    parser.add_argument("--json", type=Path, help="where to save (default benchmarks/results/squeeze_cpu.json)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

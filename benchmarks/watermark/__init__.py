@@ -1,0 +1,1 @@
+"""Watermarks: bits, false positives, image quality, attacks."""

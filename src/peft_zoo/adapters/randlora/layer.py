@@ -1,0 +1,278 @@
+r"""RandLoRA: an update of full rank, made of random matrices that nobody stores and of few trained scales.
+
+For a weight (out, in) with D the larger size and d the smaller one, and n = ⌈d/r⌉ bases:
+
+    ΔW = α/r · Σ_j B_j Λ_j A Γ_j        B_j (D, r), A (r, d) random and frozen, Λ_j = diag(r), Γ_j = diag(d) trained
+
+(its transpose where in > out). A and B are functions of `projection_prng_key`, the same bits on every device and in
+every dtype; layers of all shapes, ranks and adapters read the same two, kept once a device at a byte a value
+(`uniform8`) or two bits (`ternary`). A file holds the scales alone.
+
+Paper: RandLoRA, arXiv:2502.00987, eq. 4. Column (k, j) of B belongs to pair (k, j) at position k·n + j, as in peft's
+`RandLoraConfig` layers, so that adapters go both ways (`basis="peft"`, `peft_zoo.merge.randlora`).
+
+Cost of an adapted matrix: n·(r + d) ≈ d²/r trained parameters (a *smaller* r trains more), nothing kept for backward
+but the input, and as multiply-adds of a step the least of T·(3d² + 2dD) through the tokens, T·dD + 3d²D with the merged
+weight, and 3·T·dD + 3d²D with the weight beside it; LoRA's are 3·T·r·(d + D).
+
+Use it where LoRA stops improving with its rank: much data, large changes. Prefer LoRA for small budgets, for a few
+hundred examples, and where step time counts most.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_zoo.adapters.base import FactorDict, LinearLayout, ZooLayer, ZooModel
+from peft_zoo.adapters.base.layout import layout_of
+from peft_zoo.adapters.randlora.config import RandLoraConfig
+from peft_zoo.adapters.randlora.peft_basis import PeftProjection, draw, usual_dtype
+from peft_zoo.kernels.random_matrix.basis import UNIFORM, unit
+from peft_zoo.kernels.random_matrix.randlora_linear import (
+    Factors,
+    RandLoraSpec,
+    randlora_linear,
+    randlora_weight,
+    weight_is_cheaper,
+)
+from peft_zoo.kernels.random_matrix.shared import BasisKey, SharedBasis, shared_basis
+from peft_zoo.registration import register
+
+__all__ = ["RandLoraModel"]
+
+logger = logging.getLogger("peft_zoo")
+
+MATRICES = ("zoo_randlora_A", "zoo_randlora_B")  # of the model, for peft's bases
+
+
+class RandLoraLayer(ZooLayer):
+    """A frozen layer with updates of full rank."""
+
+    adapter_layer_names = ("zoo_randlora_lambda", "zoo_randlora_gamma")
+    other_param_names: tuple[str, ...] = ()
+    zoo_randlora_lambda: FactorDict
+    zoo_randlora_gamma: FactorDict
+    configs: dict[str, RandLoraConfig]  # type: ignore[assignment]
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__(base_layer, **quantization)
+        self.small, self.large = sorted((self.in_features, self.out_features))
+        # Neither modules nor buffers: not saved, not moved, and the same objects in every layer.
+        self.bases: dict[str, dict[torch.device, SharedBasis]] = {}
+        self.projections: dict[str, PeftProjection] = {}
+        self.other_param_names = (*self.other_param_names, "bases", "projections")
+
+    def init_adapter(self, name: str, config: RandLoraConfig) -> None:  # type: ignore[override]
+        """λ (r, n) of zeros, γ (n, d) of 1/max(n, d), as peft; without `init_weights`, λ normal and γ 1/(4 α/r d)."""
+        full = math.ceil(self.small / config.r)
+        bases = config.num_bases or full
+        config.require(
+            bases <= full,
+            "num_bases",
+            f"num_bases * r = {bases * config.r} is more than min(in, out) = {self.small}; use at most {full}",
+        )
+        if config.r > self.small:
+            _note_single_base(config.r, self.small)
+        lambda_, gamma = torch.zeros(config.r, bases), torch.full((bases, self.small), 1 / max(bases, self.small))
+        if config.init_weights is False:
+            nn.init.normal_(lambda_)
+            nn.init.constant_(gamma, 1 / (4 * config.scaling * self.small))  # ΔW maps inputs to a quarter of their size
+        self.zoo_randlora_lambda[name], self.zoo_randlora_gamma[name] = nn.Parameter(lambda_), nn.Parameter(gamma)
+        self.bases[name] = {}
+
+    def add_adapter(self, name: str, config: RandLoraConfig, inference_mode: bool = False) -> None:  # type: ignore[override]
+        """Create adapter `name`, and what its device lacks of the random matrices."""
+        super().add_adapter(name, config, inference_mode)
+        self._prepare(name)
+        if config.scaling > 20 and self._get_base_layer_device_and_dtype(self.get_base_layer())[1] == torch.float16:
+            _note_large_scale(config.scaling)
+
+    def initial_scaling(self, config: RandLoraConfig) -> float:  # type: ignore[override]
+        """α/r."""
+        return config.scaling
+
+    def delta_weight(self, name: str) -> Tensor:
+        """ΔW (out, in) in fp32."""
+        return randlora_weight(self._factors(name), self._spec(name))
+
+    def delta_output(self, name: str, x: Tensor) -> Tensor:
+        """`x` (..., in) to (..., out), keeping only x; other layers than linear ones form ΔW, twice if they train."""
+        if not isinstance(self.layout, LinearLayout):
+            if torch.is_grad_enabled():
+                return checkpoint(super().delta_output, name, x, use_reentrant=False, preserve_rng_state=False)
+            return super().delta_output(name, x)
+        compute = self.configs[name].compute
+        by_weight = self._weight_is_cheaper(name, x, frozen=False) if compute == "auto" else compute != "token"
+        return randlora_linear(x, self._factors(name), self._spec(name), by_weight=by_weight)
+
+    def fused_output(self, name: str, x: Tensor) -> Tensor | None:
+        """`x` (..., in) to (..., out) by products with pieces of W₀ + ΔW."""
+        base: Any = self.base_layer
+        config = self.configs[name]
+        if base.weight.dtype.itemsize < 4 and not config.allow_merged_low_precision:
+            return None
+        if config.compute not in ("auto", "merged"):
+            return None
+        if config.compute == "auto" and not self._weight_is_cheaper(name, x, frozen=True):
+            return None
+        frozen = {"weight": self.layout.to_base(base.weight), "bias": base.bias}
+        spec = self._spec(name, self.scaling[name])
+        return randlora_linear(x, self._factors(name), spec, by_weight=True, **frozen)
+
+    def _weight_is_cheaper(self, name: str, x: Tensor, frozen: bool) -> bool:
+        pairs, tokens = self.zoo_randlora_lambda[name].numel(), x.shape[:-1].numel()
+        training = torch.is_grad_enabled()
+        return weight_is_cheaper(tokens, pairs, self.in_features, self.out_features, frozen=frozen, training=training)
+
+    def _spec(self, name: str, scale: float = 1.0) -> RandLoraSpec:
+        config = self.configs[name]
+        k = config.kind(self.small)
+        scale *= 1.0 if config.is_peft_basis else unit(k) ** 2
+        return RandLoraSpec(self.large, self.in_features > self.out_features, scale, k, config.chunk_mb * 2**20)
+
+    def _factors(self, name: str) -> Factors:
+        factors = self.factor("zoo_randlora_lambda", name), self.factor("zoo_randlora_gamma", name)
+        lambda_, gamma = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in factors)
+        if name in self.projections:
+            return Factors(lambda_, gamma, *self.projections[name].matrices(lambda_.device))
+        basis = self._basis(name, lambda_)
+        return Factors(lambda_, gamma, basis.A, basis.B)
+
+    def _basis(self, name: str, lambda_: Tensor) -> SharedBasis:
+        basis = self.bases[name].get(lambda_.device)
+        if basis is None:
+            config = self.configs[name]
+            kind = config.kind(self.small)
+            smallest = "int8" if kind == UNIFORM else "packed2"
+            storage = smallest if config.basis_storage == "auto" else config.basis_storage
+            basis = shared_basis(BasisKey(config.projection_prng_key, kind, storage, lambda_.device))
+            basis.require(A=(config.r, self.small), B=(self.large, lambda_.numel()))
+            self.bases[name][lambda_.device] = basis
+        return basis
+
+    def _prepare(self, name: str) -> None:
+        """Make the random matrices now: nothing of it can be traced into a graph."""
+        lambda_ = self.zoo_randlora_lambda[name]
+        if not self.configs[name].is_peft_basis and lambda_.device.type != "meta":
+            self._basis(name, lambda_)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the layer; matrices on the device it leaves are let go."""
+        for held in self.bases.values():
+            held.clear()
+        result = super()._apply(*args, **kwargs)
+        for name in self.bases:
+            self._prepare(name)
+        return result
+
+
+@register(
+    RandLoraConfig,
+    summary="Update of full rank from shared random matrices and trained scales.",
+    parameters="⌈d/r⌉·(r + d), d the smaller size",
+    memory="4·T·in (the input alone)",
+    flops="6·T·d·D + 6·d²·D merged, 4·T·d·D + T·(6·d² + 4·d·D) through the tokens",
+    paper="arXiv:2502.00987",
+)
+class RandLoraModel(ZooModel):
+    """Tuner of RandLoRA; use `get_peft_model(model, RandLoraConfig(...))`."""
+
+    prefix = "zoo_randlora_"
+    tuner_layer_cls = RandLoraLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject as peft does; the configuration then says for which sizes it was."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config, layers = self.peft_config[adapter_name], self._zoo_layers()
+        if not config.is_peft_basis:
+            config.basis_shape = _largest(
+                (layer.out_features, layer.in_features) for layer in layers if adapter_name in layer.scaling
+            )
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: RandLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if config.is_peft_basis:
+            self._draw(config, adapter_name)
+        super()._create_and_replace(config, adapter_name, target, target_name, parent, *args, **kwargs)
+        if config.is_peft_basis:
+            layer: Any = getattr(parent, target_name)
+            layer.projections[adapter_name] = PeftProjection(self.zoo_randlora_A, self.zoo_randlora_B, adapter_name)
+
+    def _draw(self, config: RandLoraConfig, adapter_name: str) -> None:
+        """Give the model peft's matrices for an adapter, and let the configuration say how they were drawn.
+
+        Raises:
+            ValueError: If they would be too small for the modules.
+        """
+        if all(adapter_name in getattr(self, name, {}) for name in MATRICES):  # for a module before this one
+            return
+        needed = _largest(self._sizes(config))
+        config.peft_basis_dtype = config.peft_basis_dtype or usual_dtype()
+        largest, smallest = config.basis_shape = config.basis_shape or needed
+        fits = largest >= needed[0] and smallest >= needed[1]
+        config.require(fits, "basis_shape", f"the adapted modules need at least {needed}; use None for a new adapter")
+        drawn = draw(config.basis, config.r, largest, smallest, config.projection_prng_key, config.peft_basis_dtype)
+        for container, matrix in zip(MATRICES, drawn, strict=True):
+            if not hasattr(self, container):
+                self.add_module(container, BufferDict())
+            getattr(self, container).register_buffer(adapter_name, matrix, persistent=config.saves_projection)
+
+    def _sizes(self, config: RandLoraConfig) -> Iterator[tuple[int, int]]:
+        """`(out, in)` of the modules that will be adapted."""
+        for name, module in self.model.named_modules():
+            if self._check_target_module_exists(config, name):
+                with suppress(ValueError):  # replacing the module will say it again, with its name
+                    layout = module.layout if isinstance(module, ZooLayer) else layout_of(module, None)
+                    if layout is not None:
+                        yield layout.out_features, layout.in_features
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and the matrices that were drawn for it."""
+        super().delete_adapter(adapter_name)
+        for matrices in (getattr(self, name, {}) for name in MATRICES):
+            if adapter_name in matrices:
+                del matrices[adapter_name]
+
+
+def _largest(sizes: Iterable[tuple[int, int]]) -> list[int]:
+    """Largest size, and smaller one of the largest `out` and the largest `in`."""
+    return sorted(map(max, zip((1, 1), *sizes, strict=True)), reverse=True)
+
+
+@functools.cache
+def _note_single_base(r: int, d: int) -> None:
+    """Say once that a rank is larger than a layer."""
+    logger.warning(
+        "RandLoraConfig: r=%d is larger than min(in, out) = %d of a layer, which then has one base; a smaller r trains "
+        "more parameters.",
+        r,
+        d,
+    )
+
+
+@functools.cache
+def _note_large_scale(scaling: float) -> None:
+    """Say once that updates may leave the range of float16."""
+    logger.warning(
+        "RandLoraConfig: randlora_alpha / r = %g is more than 20, and the base model is float16: outputs and gradients "
+        "may overflow. Use a smaller randlora_alpha, or a bfloat16 or float32 model.",
+        scaling,
+    )

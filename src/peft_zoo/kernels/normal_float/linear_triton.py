@@ -1,0 +1,269 @@
+"""Triton kernels of `nf_linear` for few tokens and of `nf_merge`: the weight is decoded where it is used."""
+
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, dot_like, load_tile, narrow, store_tile, widen
+from peft_zoo.kernels.normal_float.linear import FEW, SMALL
+from peft_zoo.kernels.normal_float.quantize_triton import decode
+
+ROWS, WIDTH, CHUNK, NUM_WARPS = 16, 64, 16, 4
+"""For merging and more tokens: rows and columns of the weight in a tile, ranks at a time (everywhere), and warps."""
+VALUES, WIDEST, FEW_WARPS = 4096, 2048, 2
+"""For few tokens: values of the weight in a tile, of those at most in one row, and warps."""
+LEAST = 16
+"""Tokens in the smallest tile of a tensor core."""
+
+
+def nf_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    group_scales: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    low: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    scale_bits: int,
+    block: int,
+    group: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+) -> Tensor:
+    """`nf_linear.nf_linear`, for at most `SMALL` tokens."""
+    tokens = x.shape[:-1].numel()
+    y = x.new_empty(*x.shape[:-1], rows)
+    rank = 0 if B is None else B.shape[1]
+    packed = codes, scales, group_scales, offset, levels
+    # An unused pointer is never read.
+    low_rows = y if low is None else low.reshape(tokens, rank).contiguous()
+    dense = low_rows, y if B is None else B.contiguous(), y if bias is None else bias.contiguous()
+    x = x.reshape(tokens, columns).contiguous()
+    tile = _tile(tokens, columns, x.dtype)
+    _product[(triton.cdiv(rows, tile["ROWS"]),)](
+        *(x, *packed, *dense, y, tokens, rows, columns, rank),
+        BITS=bits,
+        SCALE_BITS=scale_bits,
+        BLOCK=block,
+        GROUP=group,
+        HAS_BIAS=bias is not None,
+        **tile,
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+def _tile(tokens: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes for so many tokens, and whether tensor cores multiply."""
+    if tokens <= FEW:
+        width = min(WIDEST, triton.next_power_of_2(columns))
+        sizes = {"TOKENS": triton.next_power_of_2(tokens), "ROWS": VALUES // width, "WIDTH": width}
+        return {**sizes, "CHUNK": CHUNK, "DOTS": False, "num_warps": FEW_WARPS}
+    # Of float32 twice as many columns would take too many registers.
+    sizes = {"ROWS": ROWS, "WIDTH": WIDTH // 2 if dtype == torch.float32 else WIDTH, "CHUNK": CHUNK}
+    return {**sizes, "TOKENS": LEAST if tokens <= LEAST else SMALL, "DOTS": True, "num_warps": NUM_WARPS}
+
+
+def nf_merge(
+    codes: Tensor,
+    scales: Tensor,
+    group_scales: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    bits: int,
+    scale_bits: int,
+    block: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`nf_linear.nf_merge`."""
+    rows, columns = len(B), A.shape[1]
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    _merge[(triton.cdiv(rows, ROWS), triton.cdiv(columns, WIDTH))](
+        *(codes, scales, group_scales, offset, levels, A.contiguous(), B.contiguous(), out),
+        *(scaling, rows, columns, len(A)),
+        BITS=bits,
+        SCALE_BITS=scale_bits,
+        BLOCK=block,
+        GROUP=group,
+        ROWS=ROWS,
+        WIDTH=WIDTH,
+        CHUNK=CHUNK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+@triton.jit
+def _product(
+    x_ptr,  # (tokens, columns)
+    codes_ptr,
+    scales_ptr,
+    group_scales_ptr,
+    offset_ptr,
+    levels_ptr,
+    low_ptr,  # (tokens, rank)
+    B_ptr,  # (rows, rank)
+    bias_ptr,  # (rows,)
+    out_ptr,  # (tokens, rows)
+    tokens,
+    rows,
+    columns,
+    rank,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DOTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    EACH: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    UNITS: tl.constexpr = WIDTH // EACH
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    token, row = tl.arange(0, TOKENS), first_row + tl.arange(0, ROWS)
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for first in range(0, columns, WIDTH):
+        weight = decode(
+            codes_ptr,
+            scales_ptr,
+            group_scales_ptr,
+            offset_ptr,
+            levels_ptr,
+            first_row * columns + first,
+            rows - first_row,
+            columns - first,
+            columns,
+            BITS,
+            SCALE_BITS,
+            BLOCK,
+            GROUP,
+            ROWS,
+            WIDTH,
+        )
+        if DOTS:
+            x = load_tile(x_ptr, token, first + tl.arange(0, WIDTH), tokens, columns)
+            total += dot_like(x, tl.trans(tl.reshape(weight, (ROWS, WIDTH))), dtype)
+        else:
+            weight = widen(narrow(weight, dtype))
+            column = first + (tl.arange(0, ROWS * UNITS) % UNITS * EACH)[:, None] + tl.arange(0, EACH)[None, :]
+            for t in tl.static_range(TOKENS):
+                there = column < tl.where(t < tokens, columns, 0)
+                x = widen(tl.load(x_ptr + t * columns + column, mask=there, other=0.0))
+                found = tl.sum(tl.reshape(tl.sum(weight * x, 1), (ROWS, UNITS)), 1)
+                total += tl.where(token[:, None] == t, found[None, :], 0.0)
+    for first in range(0, rank, CHUNK):
+        k = first + tl.arange(0, CHUNK)
+        low = load_tile(low_ptr, token, k, tokens, rank)
+        B = widen(load_tile(B_ptr, row, k, rows, rank))
+        if DOTS:
+            total += dot_like(low, tl.trans(B), dtype)
+        else:
+            total += tl.sum(widen(low)[:, None, :] * B[None, :, :], 2)
+    if HAS_BIAS:
+        total += widen(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[None, :]
+    store_tile(out_ptr, token, row, tokens, rows, total)
+
+
+@triton.jit
+def _merge(
+    codes_ptr,
+    scales_ptr,
+    group_scales_ptr,
+    offset_ptr,
+    levels_ptr,
+    A_ptr,  # (rank, columns)
+    B_ptr,  # (rows, rank)
+    out_ptr,  # (rows, columns)
+    scaling,
+    rows,
+    columns,
+    rank,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    first_row, first = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1) * WIDTH
+    row = first_row + tl.arange(0, ROWS)
+    column = first + tl.arange(0, WIDTH)
+    update = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(0, rank, CHUNK):
+        B = load_tile(B_ptr, row, start + tl.arange(0, CHUNK), rows, rank)
+        A = load_tile(A_ptr, start + tl.arange(0, CHUNK), column, rank, columns)
+        update += dot_like(B, widen(A), A_ptr.dtype.element_ty)
+    weight = decode(
+        codes_ptr,
+        scales_ptr,
+        group_scales_ptr,
+        offset_ptr,
+        levels_ptr,
+        first_row * columns + first,
+        rows - first_row,
+        columns - first,
+        columns,
+        BITS,
+        SCALE_BITS,
+        BLOCK,
+        GROUP,
+        ROWS,
+        WIDTH,
+    )
+    store_tile(out_ptr, row, column, rows, columns, tl.reshape(weight, (ROWS, WIDTH)) + scaling * update)
+
+
+_DOTS = (torch.bfloat16, LEAST), (torch.bfloat16, SMALL), (torch.float16, SMALL), (torch.float32, SMALL)
+
+
+def shipped() -> Iterator[Shipped]:
+    """What the compile gate compiles: every width of value; one token and the most; factors of both sizes."""
+    packed = {"codes_ptr": "*i32", "scales_ptr": "*i32", "group_scales_ptr": "*bf16"}
+    packed |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32"}
+    numbers = dict.fromkeys(("rows", "columns", "rank"), "i32")
+    for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
+        way = {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256, "CHUNK": CHUNK}
+        for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, FEW), *_DOTS, (torch.float32, 1)):
+            dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
+            tile = _tile(tokens, WIDEST, dtype)
+            yield Shipped(
+                f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
+                _product,
+                packed | dense | numbers | {"tokens": "i32"},
+                way | {"HAS_BIAS": True} | {name: size for name, size in tile.items() if name != "num_warps"},
+                num_warps=tile["num_warps"],
+                has_dot=bool(tile["DOTS"]),
+                loads_matrix=bool(tile["DOTS"]),
+            )
+        for factors in (torch.bfloat16, torch.float32):
+            dense = dict.fromkeys(("A_ptr", "B_ptr"), POINTERS[factors]) | {"out_ptr": "*bf16", "scaling": "fp32"}
+            yield Shipped(
+                f"nf_merge[{bits} bits, {POINTERS[factors][1:]} factors]",
+                _merge,
+                packed | dense | numbers,
+                way | {"ROWS": ROWS, "WIDTH": WIDTH},
+                num_warps=NUM_WARPS,
+                has_dot=True,
+            )

@@ -1,0 +1,177 @@
+"""Triton kernel of `nf_dequantize`: every program decodes the scales of some blocks, then their values."""
+
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, narrow, widen
+
+VALUES, NUM_WARPS = 4096, 2
+"""Values of a program."""
+
+
+def nf_dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    group_scales: Tensor,
+    offset: Tensor,
+    levels: Tensor,
+    bits: int,
+    scale_bits: int,
+    block: int,
+    group: int,
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`normal_float.dequantize`, on one axis."""
+    out = torch.empty(count, dtype=dtype, device=codes.device)
+    _dequantize[(triton.cdiv(count, VALUES),)](
+        *(codes, scales, group_scales, offset, levels, out, count),
+        BITS=bits,
+        SCALE_BITS=scale_bits,
+        BLOCK=block,
+        GROUP=group,
+        VALUES=VALUES,
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+@triton.jit
+def _dequantize(
+    codes_ptr,
+    scales_ptr,
+    group_scales_ptr,
+    offset_ptr,
+    levels_ptr,
+    out_ptr,
+    count,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    EACH: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    first = tl.program_id(0).to(tl.int64) * VALUES
+    value = decode(
+        codes_ptr,
+        scales_ptr,
+        group_scales_ptr,
+        offset_ptr,
+        levels_ptr,
+        first,
+        1,
+        count - first,
+        0,
+        BITS,
+        SCALE_BITS,
+        BLOCK,
+        GROUP,
+        1,
+        VALUES,
+    )
+    place = (tl.arange(0, VALUES // EACH) * EACH)[:, None] + tl.arange(0, EACH)[None, :]
+    tl.store(out_ptr + first + place, narrow(value, out_ptr.dtype.element_ty), mask=place < count - first)
+
+
+@triton.jit
+def decode(
+    codes_ptr,
+    scales_ptr,
+    group_scales_ptr,
+    offset_ptr,
+    levels_ptr,
+    start,
+    rows,
+    columns,
+    stride,
+    BITS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A tile of values from `start` on, float32 of shape `(ROWS x units of a row, values of a unit)`.
+
+    It has `rows` rows of `columns` values, `stride` apart; where there are fewer than `ROWS` and `WIDTH` the rest is of
+    no meaning. Rows begin with a unit and a block. A thread decodes a whole word, and every scale is decoded once.
+    """
+    EACH: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    UNITS: tl.constexpr = WIDTH // EACH
+    BLOCKS: tl.constexpr = WIDTH // BLOCK if WIDTH > BLOCK else 1
+    i, j = tl.arange(0, ROWS * UNITS), tl.arange(0, ROWS * BLOCKS)
+    unit = i // UNITS * (stride // EACH) + i % UNITS
+    inside = (i // UNITS < rows) & (i % UNITS * EACH < columns)
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    level = tl.load(levels_ptr + _read_units(codes_ptr + start // EACH * WORDS, unit, inside, BITS))
+    block = start // BLOCK + (j // BLOCKS * (stride // BLOCK) + j % BLOCKS)
+    there = (j // BLOCKS < rows) & (j % BLOCKS * BLOCK < columns)
+    s = _read_scale(scales_ptr, group_scales_ptr, offset_ptr, block, there, SCALE_BITS, GROUP)
+    if BLOCKS > UNITS:
+        s = tl.broadcast_to(tl.reshape(s, (ROWS * UNITS, BLOCKS // UNITS, 1)), (ROWS * UNITS, BLOCKS // UNITS, BLOCK))
+        return level * tl.reshape(s, (ROWS * UNITS, EACH))
+    else:
+        s = tl.reshape(tl.broadcast_to(s[:, None], (ROWS * BLOCKS, UNITS // BLOCKS)), (ROWS * UNITS,))
+        return level * s[:, None]
+
+
+@triton.jit
+def _read_scale(scales_ptr, group_scales_ptr, offset_ptr, block, there, SCALE_BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Scales of some blocks, float32; `normal_float._scales`."""
+    j = _read_code(scales_ptr, block, there, SCALE_BITS).to(tl.float32)
+    g = widen(tl.load(group_scales_ptr + block // GROUP, mask=there, other=1))
+    g = tl.where(g == 0, 1, g)  # the codes of such a group are 0
+    # Division as IEEE rounds it: the scales have the bits that the codes of the values were chosen for.
+    return tl.div_rn(j, tl.div_rn(tl.zeros_like(g) + (2**SCALE_BITS - 1), g)) + tl.load(offset_ptr)
+
+
+@triton.jit
+def _read_code(words_ptr, place, inside, BITS: tl.constexpr):
+    """Packed codes at some places, int32; `bit_packing.unpack`."""
+    if BITS == 3:
+        first, bit = words_ptr + place // 32 * 3, (place % 32).to(tl.int32)
+        low = (tl.load(first, mask=inside, other=0) >> bit) & 1
+        middle = (tl.load(first + 1, mask=inside, other=0) >> bit) & 1
+        high = (tl.load(first + 2, mask=inside, other=0) >> bit) & 1
+        return low | (middle << 1) | (high << 2)
+    word = tl.load(words_ptr + place // (32 // BITS), mask=inside, other=0)
+    return (word >> ((place % (32 // BITS)) * BITS).to(tl.int32)) & (2**BITS - 1)
+
+
+@triton.jit
+def _read_units(words_ptr, unit, inside, BITS: tl.constexpr):
+    """All packed codes of some units, int32; each word is loaded once."""
+    if BITS == 3:
+        bit = tl.arange(0, 32)[None, :]
+        low = tl.load(words_ptr + unit * 3, mask=inside, other=0)[:, None] >> bit & 1
+        middle = tl.load(words_ptr + unit * 3 + 1, mask=inside, other=0)[:, None] >> bit & 1
+        high = tl.load(words_ptr + unit * 3 + 2, mask=inside, other=0)[:, None] >> bit & 1
+        return low | (middle << 1) | (high << 2)
+    else:
+        word = tl.load(words_ptr + unit, mask=inside, other=0)
+        return word[:, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, :] & (2**BITS - 1)
+
+
+def shipped() -> Iterator[Shipped]:
+    """What the compile gate compiles: every width of value and scale, in blocks of usual sizes."""
+    pointers = {"codes_ptr": "*i32", "scales_ptr": "*i32", "offset_ptr": "*fp32", "levels_ptr": "*fp32"}
+    for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Shipped(
+                f"nf_dequantize[{bits} bits, scales of {scale_bits}, {str(dtype).removeprefix('torch.')}]",
+                _dequantize,
+                {**pointers, "group_scales_ptr": "*bf16", "out_ptr": POINTERS[dtype], "count": "i32"},
+                {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256, "VALUES": VALUES},
+                num_warps=NUM_WARPS,
+                loads_matrix=False,
+            )

@@ -1,0 +1,153 @@
+r"""Random matrices that are a function of a seed: never saved, generated once a device, shared by all who use them.
+
+Entry `(i, p)` of matrix number c of a seed is a function of one byte::
+
+    byte(i, p) = byte p mod 16 of philox(seed, counter = (p // 16, i, c, 0)), the four words little-endian
+
+    uniform      value = (2 byte - 255) / 128                           256 equidistant levels in (-2, 2)
+    ternary(k)   value = -1 if byte < k, +1 if byte >= 256 - k, else 0    a share of 1 - k/128 is zero
+
+times a constant of the kind that makes the variance 1 (`unit`). The values are exact in float16 and bfloat16, so every
+dtype, device and version computes with the same matrix; and since an entry depends on nothing but its place, the upper
+left corner of a larger matrix *is* the smaller one: layers of all shapes read one matrix.
+
+Stored, a value takes a byte (the byte itself) or two bits (its code -1, 0, 1 plus one, four to a byte, the first in the
+lowest bits). A matrix of another dtype than uint8 counts as the values themselves.
+
+Source: RandLoRA (arXiv 2502.00987), section 4.3, for the distributions, which are uniform and sparse ternary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_zoo.kernels.base.operator import Choice, operator
+from peft_zoo.kernels.random_matrix.philox import philox
+
+__all__ = ["fill_basis", "pieces", "read_basis", "unit"]
+
+UNIFORM = 0
+"""The number of levels of a sign that stands for the uniform kind; every other number is the k of ternary."""
+
+_CHUNK = 2**20  # entries drawn at a time: int64 scratch of about 100 bytes each
+
+
+def unit(k: int) -> float:
+    """What the values of a kind are to be multiplied by for a variance of 1.
+
+    Args:
+        k: `UNIFORM`, or the k of ternary, 1 to 127.
+    """
+    return 128 * math.sqrt(3 / (256**2 - 1)) if k == UNIFORM else math.sqrt(128 / k)
+
+
+def fill_basis(store: Tensor, seed: int, matrix: int, k: int, first_row: int = 0) -> None:
+    """Write the stored form of a random matrix.
+
+    Args:
+        store: What to fill from column 0 on, uint8 of shape `(rows, columns)` for the uniform kind and
+            `(rows, ceil(columns / 4))` for ternary; contiguous.
+        seed: 64 bits; a negative number counts as its two's complement.
+        matrix: Number of the matrix, the third counter word.
+        k: `UNIFORM`, or the k of ternary, 1 to 127.
+        first_row: Row of the matrix that is the first of `store`.
+
+    Raises:
+        ValueError: If `store` is no contiguous uint8 matrix, or a number is out of range.
+    """
+    if store.dtype != torch.uint8 or store.dim() != 2 or not store.is_contiguous():
+        raise ValueError(f"store is {store.dtype} of shape {tuple(store.shape)}; it must be a contiguous uint8 matrix.")
+    for name, value, low, high in (
+        ("seed", seed, -(2**63), 2**63),
+        ("matrix", matrix, 0, 2**31),
+        ("k", k, 0, 128),
+        ("first_row", first_row, 0, 2**31),
+    ):
+        if not low <= value < high:
+            raise ValueError(f"{name}={value} must be an integer of at least {low} and below {high}.")
+    _fill(store, seed, matrix, k, first_row)
+
+
+def fill_basis_reference(store: Tensor, seed: int, matrix: int, k: int, first_row: int) -> Tensor:
+    """The definition: what `store` becomes. Arguments as `fill_basis`."""
+    rows, columns = store.shape
+    columns *= 1 if k == UNIFORM else 4
+    i, p = (torch.arange(n, device=store.device) for n in (rows, columns))
+    words = torch.stack(philox(seed, p // 16, (first_row + i)[:, None], matrix), dim=-1)
+    word = words.gather(-1, (p % 16 // 4).expand(rows, -1)[..., None])[..., 0]
+    byte = (word >> 8 * (p % 4)) & 255
+    if k == UNIFORM:
+        return byte.to(torch.uint8)
+    codes = 1 + (byte >= 256 - k).long() - (byte < k).long()
+    return (codes.view(rows, -1, 4) << torch.tensor([0, 2, 4, 6], device=store.device)).sum(-1).to(torch.uint8)
+
+
+def read_basis(store: Tensor, k: int, rows: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """The values of the first rows of a stored matrix, from column `start` to column `stop`.
+
+    Args:
+        store: As `fill_basis` writes it; or of another dtype, which holds the values themselves.
+        k: `UNIFORM`, or the k of ternary.
+        rows: How many rows.
+        start: First column.
+        stop: Column after the last.
+        dtype: Floating-point dtype of the result; the values are exact in every one.
+
+    Returns:
+        Shape `(rows, stop - start)`, without the factor `unit(k)`.
+    """
+    if store.dtype != torch.uint8:
+        return store[:rows, start:stop].to(dtype)
+    if k == UNIFORM:
+        return store[:rows, start:stop].to(dtype).mul_(1 / 64).sub_(255 / 128)
+    first = start // 4
+    packed = store[:rows, first : -(-stop // 4), None]
+    codes = (packed >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=store.device)).bitwise_and_(3).flatten(1)
+    return codes[:, start - 4 * first : stop - 4 * first].to(dtype).sub_(1)
+
+
+def pieces(length: int, bytes_each: int, chunk: int) -> list[slice]:
+    """`range(length)` in slices that take at most `chunk` bytes each, or hold one entry."""
+    step = max(1, chunk // max(1, bytes_each))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _refuse(store: Tensor, *_: Any) -> str | None:
+    return Choice("there is nothing to fill") if store.numel() == 0 else None
+
+
+@operator(
+    "fill_basis",
+    "(Tensor(a!) store, int seed, int matrix, int k, int first_row) -> ()",
+    reference=fill_basis_reference,
+    triton="random_basis_triton",
+    refuse=_refuse,
+    mutates=("store",),
+)
+def _fill(store: Tensor, seed: int, matrix: int, k: int, first_row: int) -> None:
+    rows, columns = store.shape
+    quads = columns * (1 if k == UNIFORM else 4) / 16
+    blocks = torch.arange(math.ceil(quads), device=store.device)
+    step = max(1, _CHUNK // max(1, 16 * len(blocks)))
+    for start in range(0, rows, step):
+        i = torch.arange(start, min(start + step, rows), device=store.device)
+        words = torch.stack(philox(seed, blocks, (first_row + i)[:, None], matrix), dim=-1).to(torch.uint32)
+        store[start : start + step] = _encode(words.view(torch.uint8).flatten(1), k)[:, :columns]
+
+
+def _encode(byte: Tensor, k: int) -> Tensor:
+    """Bytes `(rows, 16 n)` in their stored form."""
+    if k == UNIFORM:
+        return byte
+    codes = 1 + (byte >= 256 - k).to(torch.uint8) - (byte < k).to(torch.uint8)
+    a, b, c, d = codes.view(len(byte), -1, 4).unbind(-1)
+    return a | b << 2 | c << 4 | d << 6
+
+
+@_fill.register_fake
+def _(*_: Any) -> None:
+    return None

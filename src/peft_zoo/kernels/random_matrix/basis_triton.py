@@ -1,0 +1,97 @@
+"""Triton kernel of `fill_basis`: every program draws the words of a tile and writes their bytes, or their codes."""
+
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_zoo.kernels.base.triton_helpers import Shipped
+
+BLOCK_M, BLOCK_N, NUM_WARPS = 8, 32, 4
+"""Rows, and counters of 16 entries, of a program; not tuned on a GPU yet."""
+
+
+def fill_basis(store: Tensor, seed: int, matrix: int, k: int, first_row: int) -> None:
+    """`random_basis.fill_basis`."""
+    rows, columns = store.shape
+    per_word = 4 if k == 0 else 1
+    counters = triton.cdiv(columns, 4 * per_word)
+    grid = (triton.cdiv(rows, BLOCK_M), triton.cdiv(counters, BLOCK_N))
+    _fill[grid](
+        *(store, rows, columns, seed, matrix, k, first_row),
+        TERNARY=k > 0,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        num_warps=NUM_WARPS,
+    )
+
+
+@triton.jit(do_not_specialize=["seed", "matrix", "k", "first_row"])
+def _fill(
+    store_ptr,
+    rows,
+    columns,
+    seed,
+    matrix,
+    k,
+    first_row,
+    TERNARY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    m, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    zero = (m[:, None] + n[None, :]) * 0
+    w0, w1, w2, w3 = tl.philox(seed, zero + n[None, :], zero + first_row + m[:, None], zero + matrix, zero)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_M, 4 * BLOCK_N))  # w0 w1 w2 w3 w0 ...
+    words = words.to(tl.uint32, bitcast=True)
+    if TERNARY:
+        packed = (words & 0) + _code(words & 255, k)
+        packed |= _code((words >> 8) & 255, k) << 2
+        packed |= _code((words >> 16) & 255, k) << 4
+        packed |= _code(words >> 24, k) << 6
+        column = tl.program_id(1) * 4 * BLOCK_N + tl.arange(0, 4 * BLOCK_N)
+        inside = (m < rows)[:, None] & (column < columns)[None, :]
+        tl.store(store_ptr + m.to(tl.int64)[:, None] * columns + column[None, :], packed.to(tl.uint8), mask=inside)
+    else:
+        pairs = tl.join(tl.join(words & 255, (words >> 16) & 255), tl.join((words >> 8) & 255, words >> 24))
+        byte = tl.reshape(pairs, (BLOCK_M, 16 * BLOCK_N))
+        column = tl.program_id(1) * 16 * BLOCK_N + tl.arange(0, 16 * BLOCK_N)
+        inside = (m < rows)[:, None] & (column < columns)[None, :]
+        tl.store(store_ptr + m.to(tl.int64)[:, None] * columns + column[None, :], byte.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _code(byte, k):
+    return 1 + (byte >= (256 - k).to(tl.uint32)).to(tl.uint32) - (byte < k.to(tl.uint32)).to(tl.uint32)
+
+
+@triton.jit
+def read_basis(store_ptr, row, column, stride, inside, TERNARY: tl.constexpr):
+    """Values of a stored matrix as float32, `random_basis.read_basis`; `stride` counts elements of the store."""
+    if store_ptr.dtype.element_ty != tl.uint8:
+        return tl.load(store_ptr + row.to(tl.int64) * stride + column, mask=inside, other=0).to(tl.float32)
+    if TERNARY:
+        packed = tl.load(store_ptr + row.to(tl.int64) * stride + column // 4, mask=inside, other=0x55).to(tl.int32)
+        return (((packed >> 2 * (column % 4)) & 3) - 1).to(tl.float32)
+    return tl.load(store_ptr + row.to(tl.int64) * stride + column, mask=inside, other=0).to(tl.float32) / 64 - 255 / 128
+
+
+def shipped() -> Iterator[Shipped]:
+    """What the compile gate compiles."""
+    signature = {"store_ptr": "*u8", "seed": "i64"}
+    signature |= dict.fromkeys(("rows", "columns", "matrix", "k", "first_row"), "i32")
+    for ternary in (False, True):
+        yield Shipped(
+            f"fill_basis[{'ternary' if ternary else 'uniform'}]",
+            _fill,
+            signature,
+            {"TERNARY": ternary, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
+            num_warps=NUM_WARPS,
+            loads_matrix=False,
+        )

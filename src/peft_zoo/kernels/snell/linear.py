@@ -1,0 +1,257 @@
+"""A linear layer whose weight is the sparse kernel matrix of SNELL, which is computed when needed and never saved.
+
+The definition is `kernel_matrix.reference_weight`; here is the same with a backward pass of its own. Between forward
+and backward only the input, the two small factors, the kernel parameters and one number (the threshold) are kept::
+
+    y  = x S (+ x W0^T + bias)      S as in kernelized_merge
+    dx = dy (S^T + W0)              dS^T = dy^T x
+
+With torch, the forward pass fills one `(out, in)` scratch matrix and frees it; the backward pass works tile by tile,
+and the gradient of S exists one tile at a time. With Triton, the weight is written into one scratch matrix in the dtype
+of the input and multiplied by the library, forward and backward, and the gradient of S takes its place. Torch's
+allocator gives every layer the same scratch: with 16-bit inputs it costs `2 in out` bytes in all, not per layer.
+
+Cost of a layer with T tokens, forward and backward: 6 T in out FLOPs, where LoRA on a frozen layer has 4 T in out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_zoo.kernels.base.operator import operator
+from peft_zoo.kernels.snell.matrix import KernelSpec
+from peft_zoo.kernels.snell.tiles import FactorGradients, KernelTiles, apply_sparsity, sparsity_multiplier
+from peft_zoo.kernels.snell.weight import (
+    FACTORS,
+    KEPT,
+    SPEC,
+    as_factor,
+    check_factors,
+    check_frozen,
+    factor_grad_operator,
+    fields,
+    given_threshold,
+    merge_operator,
+    needed,
+    refuse_factors,
+    remember,
+    sparse_weight,
+)
+
+
+def kernelized_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    kernel_params: Tensor | None,
+    num_kept: Tensor,
+    spec: KernelSpec,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    last: Tensor | None = None,
+) -> Tensor:
+    """`y = x S`, or with `weight` the fused `y = x (W0^T + S) + bias` in one matrix product.
+
+    Args:
+        x: Input of shape `(..., in)`, float16, bfloat16, float32 or float64. Under autocast float32 is cast first.
+        A: Input factors of shape `(G, in, r/G)`, float32 or float64.
+        B: Output factors of shape `(G, out, r/G)`.
+        kernel_params: `[alpha, gamma, beta]` of shape `(3,)`: required by `mix_k`, optional for `sigmoid` and `rbf`.
+        num_kept: How many entries of S are not zero, int64 of shape `()`; ignored by `sparsify="none"`.
+        spec: The kernel and what becomes of the kept entries.
+        weight: Frozen W0 of shape `(out, in)`, any strides (for a `Conv1D` pass its transpose). W0 + S is rounded once
+            to the dtype of `x`: in 16 bits this loses the entries of S below the spacing of W0.
+        bias: Frozen bias of shape `(out,)`, added to the output.
+        threshold: The result of `threshold()` for these factors, if it is at hand; saves the selection.
+        last: Float32 of shape `()` in which the threshold is remembered: where to look first, then what was found.
+            It changes the time this takes, never the result.
+
+    Returns:
+        y of shape `(..., out)` in the dtype of `x`, differentiable in `x`, `A`, `B` and `kernel_params`.
+
+    Raises:
+        ValueError: If shapes do not fit, `mix_k` has no parameters, or `weight` or `bias` requires a gradient.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    A, B, kernel_params = check_factors(A, B, kernel_params, spec)
+    _check_linear(x, A, B, weight, bias)
+    given = as_factor(threshold, A)
+    y, found = _linear(x, A, B, kernel_params, num_kept, given, last, weight, bias, *fields(spec))
+    remember(last, found)
+    return y
+
+
+def _check_linear(x: Tensor, A: Tensor, B: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    if x.dim() == 0 or x.shape[-1] != A.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in={A.shape[1]}, as in A.")
+    for name, frozen, shape in (("weight", weight, (B.shape[1], A.shape[1])), ("bias", bias, (B.shape[1],))):
+        if frozen is not None:
+            check_frozen(name, frozen, shape)
+
+
+# The operators.
+
+
+def _linear_reference(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    kernel_params: Tensor | None,
+    num_kept: Tensor,
+    threshold: Tensor | None,
+    last: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *spec: Any,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `kernelized_linear`, and the threshold."""
+    merged, threshold = merge_operator.reference(A, B, kernel_params, num_kept, threshold, None, weight, None, *spec)
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, merged.to(x.dtype), bias), threshold
+
+
+@operator(
+    "kernelized_linear",
+    f"(Tensor x, {FACTORS}, {KEPT}, Tensor? weight, Tensor? bias, {SPEC}) -> (Tensor, Tensor)",
+    reference=_linear_reference,
+    triton="kernelized_linear_triton",
+    refuse=lambda x, A, B, *others: refuse_factors(A, B, x, others[4]),
+)
+def _linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    kernel_params: Tensor | None,
+    num_kept: Tensor,
+    threshold: Tensor | None,
+    last: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *spec: Any,
+) -> tuple[Tensor, Tensor]:
+    tiles = KernelTiles(A, B, kernel_params, KernelSpec(*spec))
+    W, threshold = sparse_weight(tiles, num_kept, threshold, weight)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = torch.nn.functional.linear(x.reshape(-1, tiles.in_features), W.to(x.dtype), bias)
+    return y.view(*x.shape[:-1], tiles.out_features), threshold
+
+
+def _linear_backward_reference(
+    dy: Tensor,
+    x: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kernel_params: Tensor | None,
+    threshold: Tensor,
+    weight: Tensor | None,
+    need_x: bool,
+    *spec: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition of the backward pass: two products and `factor_grad`."""
+    S = given_threshold(A, B, kernel_params, threshold, *spec).t()
+    total = S if weight is None else S + weight
+    dx = dy @ total.to(dy.dtype) if need_x else dy.new_empty(0, A.shape[1])
+    if x is None:
+        return dx, torch.zeros_like(A), torch.zeros_like(B), A.new_zeros(3)
+    dS = dy.flatten(0, -2).to(A.dtype).t() @ x.flatten(0, -2).to(A.dtype)
+    return dx, *factor_grad_operator.reference(dS, A, B, kernel_params, threshold, *spec)
+
+
+@operator(
+    "kernelized_linear_backward",
+    f"(Tensor dy, Tensor? x, {FACTORS}, Tensor threshold, Tensor? weight, bool need_x, {SPEC})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_linear_backward_reference,
+    triton="kernelized_linear_triton",
+    refuse=lambda dy, x, A, B, *others: refuse_factors(A, B, dy, x, others[2]),
+)
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kernel_params: Tensor | None,
+    threshold: Tensor,
+    weight: Tensor | None,
+    need_x: bool,
+    *spec: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles = KernelTiles(A, B, kernel_params, KernelSpec(*spec))
+    tokens = dy.numel() // tiles.out_features
+    dy2d = dy.reshape(tokens, tiles.out_features).contiguous()
+    dx = dy.new_empty((tokens, tiles.in_features) if need_x else (0, tiles.in_features))
+    gradients = FactorGradients(tiles)
+    outer = None if x is None else _OuterProduct(dy2d, x.reshape(tokens, tiles.in_features), A.dtype)
+    for block in tiles.blocks():
+        tile = tiles.tile(block)
+        multiplier, work = tiles.buffer("multiplier", block)[0], tiles.buffer("work", block)[0]
+        sparsity_multiplier(tile.W, threshold, tiles.spec, multiplier, work)
+        if need_x:
+            S = apply_sparsity(tile.W, multiplier, threshold, tiles.spec, out=work)
+            S = S if weight is None else S.add_(weight[:, block])
+            torch.mm(dy2d, S.to(dy.dtype), out=dx[:, block])
+        if outer is not None:
+            gradients.add(tile, outer(block, out=work).mul_(multiplier))
+    return (dx.view(*dy.shape[:-1], tiles.in_features) if need_x else dx, *gradients.result())
+
+
+class _OuterProduct:
+    """Tiles of ``dW = dy^T x``, of shape `(out, block)`.
+
+    On a CPU 16-bit operands are widened first, since its 16-bit products may neither accumulate in 32 bits nor be
+    faster. Elsewhere they are multiplied as they are, which accumulates in 32 bits and rounds once, as any layer
+    under autocast does.
+    """
+
+    def __init__(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
+        self._dtype = dtype if dy.device.type == "cpu" else dy.dtype
+        self._dy = dy.to(self._dtype).t()
+        self._x = x
+
+    def __call__(self, block: slice, out: Tensor) -> Tensor:
+        x = self._x[:, block].to(self._dtype)
+        return torch.mm(self._dy, x, out=out) if self._dtype == out.dtype else out.copy_(self._dy @ x)
+
+
+# Shapes for tracing, and the link from forward to backward.
+
+
+@_linear.register_fake
+def _(x: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], B.shape[1]), A.new_empty(())
+
+
+@_linear_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    kernel_params: Tensor | None,
+    threshold: Tensor,
+    weight: Tensor | None,
+    need_x: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = dy.new_empty(*dy.shape[:-1], A.shape[1]) if need_x else dy.new_empty(0, A.shape[1])
+    return dx, torch.empty_like(A), torch.empty_like(B), A.new_empty(3)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, A, B, kernel_params, _num_kept, _given, _last, weight, _bias, *ctx.spec = inputs
+    ctx.mark_non_differentiable(output[1])
+    factors_train = any(ctx.needs_input_grad[1:4])
+    ctx.save_for_backward(x if factors_train else None, A, B, kernel_params, output[1], weight)
+
+
+def _backward_linear(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = _linear_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[0], *ctx.spec)
+    return *needed(gradients, ctx.needs_input_grad), *[None] * 9
+
+
+_linear.register_autograd(_backward_linear, setup_context=_save_linear)

@@ -1,0 +1,328 @@
+"""Tiles of SNELL's kernel matrix inside Triton kernels, and the softmax denominators of `mix_k`.
+
+Every kernel that needs the matrix takes its tiles from `kernel_tile`. An entry is computed by one thread, by the same
+sequence of operations in every kernel, whatever the shape of the tile and whichever factor runs along its rows: its
+bits are equal in all passes, so the number of entries above a threshold is exact.
+
+Distances are sums of squared differences in float32, which keeps the digits of small distances; nothing goes through
+TF32. The factors lie as `(G, r/G, features)`, so that neighbouring threads read neighbouring numbers.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_zoo.kernels.base.triton_helpers import Shipped, widen
+from peft_zoo.kernels.snell.matrix import KernelSpec, kernel_params_of, safe_gamma
+
+# Where a tile's entries come from, and what becomes of them. Kernels only read globals that are `constexpr`.
+GIVEN, DISTANCE, RBF, LINEAR, SIGMOID = map(tl.constexpr, range(5))
+NONE, SIGNED_SQUARE, PRODUCT, HARD, SOFT = map(tl.constexpr, range(5))
+_KINDS = {"piecewise_linear": 1, "mix_k": 1, "rbf": 2, "linear": 3, "sigmoid": 4}
+_MODES = {"none": 0, "signed_square": 1, "product": 2, "hard": 3, "soft": 4}
+
+BLOCK_ROWS, BLOCK_COLUMNS, NUM_WARPS = 32, 128, 4
+PROGRAMS = 1024
+"""Programs wanted where a reduction may be split: eight on each of an H100's multiprocessors. A constant, so that sums
+are added in the same order on every GPU."""
+
+
+@dataclass
+class Factors:
+    """The factors of a kernel matrix as the kernels want them.
+
+    Attributes:
+        A: Input factors of shape `(G, in, r/G)`, float32.
+        B: Output factors of shape `(G, out, r/G)`, float32.
+        kernel_params: `[alpha, gamma, beta]` or None.
+        spec: The kernel.
+    """
+
+    A: Tensor
+    B: Tensor
+    kernel_params: Tensor | None
+    spec: KernelSpec
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.B.shape[1], self.A.shape[1]
+
+    @cached_property
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """A and B with the scale in them where the kernel is homogeneous: c |a - b| = |ca - cb|, c (a . b) = ca . b."""
+        A = self.A * self.spec.scale if self.spec.is_distance or self.spec.kernel == "linear" else self.A
+        return A, self.B * self.spec.scale if self.spec.is_distance else self.B
+
+    @cached_property
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Scaled A and B as `(G, r/G, features)`."""
+        A, B = self.scaled
+        return A.mT.contiguous(), B.mT.contiguous()
+
+    @cached_property
+    def params(self) -> Tensor:
+        """`[alpha, gamma, beta]`, gamma kept away from 0 where it divides."""
+        alpha, gamma, beta = kernel_params_of(self.kernel_params, self.A, self.spec)
+        return torch.stack([alpha, safe_gamma(gamma) if self.spec.kernel == "mix_k" else gamma, beta])
+
+    @cached_property
+    def lse(self) -> Tensor:
+        """`log sum_j exp(K_ij / gamma)` of each input feature, `(in,)`; of other kernels than `mix_k` anything."""
+        if self.spec.kernel != "mix_k":
+            return self.params
+        (n_out, n_in), blocks = self.shape, triton.cdiv(self.shape[1], BLOCK_ROWS)
+        splits = split_count(blocks, triton.cdiv(n_out, BLOCK_COLUMNS))
+        partial = self.A.new_empty(splits, n_in)
+        _log_sum_exp[(blocks, splits)](
+            partial,
+            *self.columns,
+            *(self.params, n_in, n_out, triton.cdiv(triton.cdiv(n_out, BLOCK_COLUMNS), splits)),
+            **launch(self.constants),
+        )
+        return torch.logsumexp(partial, 0)
+
+    @property
+    def scalars(self) -> tuple[float, float]:
+        """The scale of the groups, and the sum of their coefficients."""
+        scale = self.spec.scale
+        return scale, scale * sum(self.spec.sign(g) for g in range(self.groups))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        spec = self.spec
+        return constants(_KINDS[spec.kernel], spec.norm, spec.kernel == "mix_k", self.groups, self.A.shape[2])
+
+    @property
+    def mode(self) -> int:
+        """`sparsify` as a number."""
+        return _MODES[self.spec.sparsify]
+
+
+def constants(kind: int, norm: int = 2, mix: bool = False, groups: int = 2, rank: int = 8) -> dict[str, Any]:
+    """The compile-time arguments that every kernel over the matrix shares."""
+    return {"KIND": kind, "NORM": norm, "MIX": mix, "GROUPS": groups, "RANK": rank} | _BLOCK
+
+
+_BLOCK = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+
+
+def launch(constants: dict[str, Any], num_warps: int = NUM_WARPS) -> dict[str, Any]:
+    """Constants and launch options."""
+    return {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
+
+
+def split_count(blocks: int, tiles: int) -> int:
+    """Into how many parts a reduction over `tiles` tiles is cut, with one program for each part of each block."""
+    return max(1, min(PROGRAMS // blocks, tiles))
+
+
+@triton.jit
+def pair_tile(
+    x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, g, KIND: tl.constexpr, NORM: tl.constexpr, RANK: tl.constexpr
+):
+    """Distance, product, exponential or sigmoid of group `g`, before the groups are combined, `(rows, columns)`."""
+    total = (r[:, None] * 0 + c[None, :] * 0).to(tl.float32)
+    for k in range(RANK):
+        x, y = coordinates(x_ptr, y_ptr, r, c, n_rows, n_columns, g * RANK + k)
+        if KIND == LINEAR or KIND == SIGMOID:
+            total = tl.fma(x, y, total)
+        elif NORM == 1:
+            total += tl.abs(x - y)
+        else:
+            total = tl.fma(x - y, x - y, total)
+    if KIND == DISTANCE and NORM == 2:
+        total = tl.sqrt(total)
+    elif KIND == RBF:
+        total = tl.exp(-tl.load(params_ptr + 2) * total)
+    elif KIND == SIGMOID:
+        total = 1 / (1 + tl.exp(-tl.load(params_ptr + 2) * total))
+    return total
+
+
+@triton.jit
+def coordinates(x_ptr, y_ptr, r, c, n_rows, n_columns, k):
+    """Coordinate `k` of every row's and every column's point, both spread over the tile."""
+    x = tl.load(x_ptr + k * n_rows + r, mask=r < n_rows, other=0.0)
+    y = tl.load(y_ptr + k * n_columns + c, mask=c < n_columns, other=0.0)
+    return tl.broadcast(x[:, None], y[None, :])
+
+
+@triton.jit
+def pair_tiles(
+    x_ptr,
+    y_ptr,
+    params_ptr,
+    r,
+    c,
+    n_rows,
+    n_columns,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """`pair_tile` of every group, as a tuple."""
+    pairs = (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, 0, KIND, NORM, RANK),)
+    for g in tl.static_range(1, GROUPS):
+        pairs += (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, g, KIND, NORM, RANK),)  # type: ignore[assignment]
+    return pairs
+
+
+@triton.jit
+def combine(pairs, params_ptr, scale, offset, KIND: tl.constexpr, GROUPS: tl.constexpr):
+    """The signed sum of the groups: the kernel matrix, or for `mix_k` the K in it."""
+    total = pairs[0]
+    for g in tl.static_range(1, GROUPS):
+        if g % 2 == 1:
+            total -= pairs[g]
+        else:
+            total += pairs[g]
+    if KIND == RBF or KIND == SIGMOID:
+        outer = tl.broadcast_to(tl.load(params_ptr) * scale, total.shape)
+        total = tl.fma(total, outer, tl.broadcast_to(tl.load(params_ptr + 1) * offset, total.shape))
+    return total
+
+
+@triton.jit
+def softmax_tile(K, params_ptr, lse_ptr, r, c, n_rows, n_columns, ROWS_ARE_INPUTS: tl.constexpr):
+    """The softmax of `K / gamma` over the outputs; 0 outside of the matrix."""
+    inside = (r < n_rows)[:, None] & (c < n_columns)[None, :]
+    if ROWS_ARE_INPUTS:
+        lse = tl.load(lse_ptr + r, mask=r < n_rows, other=0.0)[:, None]
+    else:
+        lse = tl.load(lse_ptr + c, mask=c < n_columns, other=0.0)[None, :]
+    return tl.where(inside, tl.exp(K / tl.load(params_ptr + 1) - lse), 0.0)
+
+
+@triton.jit
+def mix(K, P, params_ptr):
+    """W = K + alpha P + beta."""
+    return tl.fma(P, tl.broadcast_to(tl.load(params_ptr), P.shape), K) + tl.load(params_ptr + 2)
+
+
+@triton.jit
+def kernel_tile(
+    w_ptr,  # a matrix that is given, for KIND = GIVEN; else unused, as are the following otherwise
+    x_ptr,
+    y_ptr,
+    params_ptr,
+    lse_ptr,
+    scale,
+    offset,
+    r,
+    c,
+    n_rows,
+    n_columns,
+    stride_r,
+    stride_c,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    MIX: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """A tile of the matrix, of outputs by inputs, in float32; outside of the matrix anything."""
+    if KIND == GIVEN:
+        at = w_ptr + r.to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
+        return widen(tl.load(at, mask=(r < n_rows)[:, None] & (c < n_columns)[None, :], other=0.0))
+    pairs = pair_tiles(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, KIND, NORM, GROUPS, RANK)
+    W = combine(pairs, params_ptr, scale, offset, KIND, GROUPS)
+    if MIX:
+        W = mix(W, softmax_tile(W, params_ptr, lse_ptr, r, c, n_rows, n_columns, False), params_ptr)
+    return W
+
+
+@triton.jit
+def multiplier_tile(W, threshold, MODE: tl.constexpr):
+    """dS/dW of `kernel_matrix.sparsify`; except for `soft` also S / W."""
+    if MODE == NONE:
+        return tl.full(W.shape, 1.0, tl.float32)
+    size = tl.abs(W)
+    if MODE == PRODUCT:
+        return tl.maximum(size - tl.maximum(threshold, 0.0), 0.0)
+    if MODE == SIGNED_SQUARE:
+        return tl.where(size > threshold, size, 0.0)
+    return tl.where(size > threshold, 1.0, 0.0)
+
+
+@triton.jit
+def sparse_tile(W, threshold, MODE: tl.constexpr):
+    """S of `kernel_matrix.sparsify`."""
+    if MODE == SOFT:
+        level = tl.maximum(threshold, 0.0)
+        return W - tl.minimum(tl.maximum(W, -level), level)
+    return W * multiplier_tile(W, threshold, MODE)
+
+
+@triton.jit
+def _log_sum_exp(
+    partial_ptr,  # (splits, in)
+    x_ptr,
+    y_ptr,
+    params_ptr,
+    n_rows,
+    n_columns,
+    tiles_per_split,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    MIX: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    first = tl.program_id(1) * tiles_per_split
+    for t in range(first, first + tiles_per_split):
+        c = t * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        pairs = pair_tiles(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, KIND, NORM, GROUPS, RANK)
+        logits = combine(pairs, params_ptr, 1.0, 0.0, KIND, GROUPS) / tl.load(params_ptr + 1)
+        logits = tl.where((c < n_columns)[None, :], logits, float("-inf"))
+        highest = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen yet
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        top = highest
+    tl.store(partial_ptr + tl.program_id(1) * n_rows + r, top + tl.log(total), mask=r < n_rows)
+
+
+def factor_signature(*pointers: str) -> dict[str, str]:
+    """Types of the arguments that describe the factors, after those of `pointers`."""
+    floats = dict.fromkeys((*pointers, "x_ptr", "y_ptr", "params_ptr", "lse_ptr"), "*fp32")
+    return floats | dict.fromkeys(("scale", "offset"), "fp32") | dict.fromkeys(("n_rows", "n_columns"), "i32")
+
+
+def variants(rank: int = 8) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and constants of every kind of kernel matrix at two groups of this rank."""
+    for name, kind in _KINDS.items():
+        yield name, constants(kind, 2, name == "mix_k", 2, rank)
+    yield "piecewise_linear, norm 1", constants(DISTANCE.value, 1, False, 2, rank)
+
+
+def shipped() -> Iterator[Shipped]:
+    """What the compile gate compiles."""
+    signature = dict.fromkeys(("partial_ptr", "x_ptr", "y_ptr", "params_ptr"), "*fp32")
+    signature |= dict.fromkeys(("n_rows", "n_columns", "tiles_per_split"), "i32")
+    for rank in (4, 8, 64):
+        yield Shipped(
+            f"log_sum_exp[r={2 * rank}]", _log_sum_exp, signature, constants(DISTANCE.value, 2, True, 2, rank)
+        )

@@ -1,0 +1,1 @@
+"""Operators for sparse methods: exact magnitude thresholds, masks, supports, masked linear layers."""

@@ -1,0 +1,264 @@
+"""Triton kernels of `sparse_mask`: one that keeps or drops by mask and threshold, one that ranks within groups."""
+
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, narrow, widen
+
+BLOCK, NUM_WARPS = 2048, 4
+"""Not tuned on a GPU yet: 16 elements a thread are two loads of 16 bytes of a 16-bit weight."""
+
+BLOCK_M, BLOCK_N = 32, 64
+"""The same number of elements where layouts differ: 64 contiguous elements are whole cache lines in every dtype."""
+
+BLOCK_ACROSS = 1024
+"""Where groups lie across the layout, whose threads keep more addresses: with 2048 some configurations spill."""
+
+
+def mask_weight(
+    weight: Tensor, mask: Tensor | None, threshold: Tensor | None, scores: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`sparse_mask.mask_weight_reference`."""
+    out = torch.empty_like(weight, dtype=dtype)
+    _launch_select(out, weight, mask, threshold, scores)
+    return out
+
+
+def magnitude_mask(scores: Tensor, threshold: Tensor) -> Tensor:
+    """`sparse_mask.magnitude_mask`."""
+    keep = torch.empty_like(scores, dtype=torch.bool)
+    _launch_select(keep, scores, None, threshold, None)
+    return keep
+
+
+def n_m_mask(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
+    """`sparse_mask.n_m_mask`."""
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    # With dimensions in the order of memory the mask is contiguous, so that all before `dim` merge, and all behind.
+    order = sorted(range(scores.dim()), key=mask.stride, reverse=True)
+    position, sizes = order.index(dim % scores.dim()), [scores.shape[d] for d in order]
+    shape = math.prod(sizes[:position]), sizes[position], math.prod(sizes[position + 1 :])
+    out, source = (t.permute(order).reshape(shape) for t in (mask.view(torch.uint8), scores))
+    flat = shape[2] == 1 and source.is_contiguous()
+    block = BLOCK if flat else BLOCK_ACROSS
+    _rank[(triton.cdiv(scores.numel(), block),)](
+        *(
+            out,
+            source,
+            scores.numel() // (1 if flat else m),
+            n,
+            shape[1] // m,
+            shape[2],
+            *out.stride(),
+            *source.stride(),
+        ),
+        M=m,
+        FLAT=flat,
+        BLOCK=block // m,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    return mask
+
+
+def _launch_select(
+    out: Tensor, weight: Tensor, mask: Tensor | None, threshold: Tensor | None, scores: Tensor | None
+) -> None:
+    """Write to `out` the kept weights, or if it is bool which are kept."""
+    tensors = _matrices(out, weight, mask, scores)
+    rows, columns = tensors[0].shape
+    tile = _tile(rows)
+    _select[(triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),)](
+        *(None if t is None else t.view(torch.uint8) if t.dtype == torch.bool else t for t in tensors),
+        *(None if threshold is None else threshold.to(torch.float32), rows, columns),
+        *(stride for t in tensors for stride in ((0, 0) if t is None else t.stride())),
+        **tile,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def _tile(rows: int) -> dict[str, int]:
+    return {"BLOCK_M": 1, "BLOCK_N": BLOCK} if rows == 1 else {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+
+
+def _matrices(out: Tensor, *others: Tensor | None) -> list[Any]:
+    """All tensors as matrices whose elements correspond; as one row where memory has the same order in all of them.
+
+    `out` is dense. Matrices of different layouts are read as they are, rarer shapes (a convolution in another layout
+    than its mask) are copied.
+    """
+    if out.dim() > 2:
+        others = tuple(
+            t if t is None or t.stride() == out.stride() else torch.empty_like(out, dtype=t.dtype).copy_(t)
+            for t in others
+        )
+    tensors = (out, *others)
+    if all(t is None or t.stride() == out.stride() for t in tensors):
+        size = out.numel()
+        return [None if t is None else t.as_strided((1, size), (size, 1)) for t in tensors]
+    if out.dim() < 2:
+        return [None if t is None else t.view(1, -1) for t in tensors]
+    transposed = out.stride(0) == 1
+    return [t.mT if t is not None and transposed else t for t in tensors]
+
+
+@triton.jit
+def _select(
+    out_ptr,
+    weight_ptr,
+    mask_ptr,  # uint8 or None
+    score_ptr,  # None: the weight's own magnitudes
+    threshold_ptr,  # float32 or None
+    rows,
+    columns,
+    out_stride_m,
+    out_stride_n,
+    weight_stride_m,
+    weight_stride_n,
+    mask_stride_m,
+    mask_stride_n,
+    score_stride_m,
+    score_stride_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid, tiles_n = tl.program_id(0).to(tl.int64), tl.cdiv(columns, BLOCK_N)
+    m = ((pid // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    n = ((pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    inside = (m < rows) & (n < columns)
+    weight = widen(tl.load(weight_ptr + m * weight_stride_m + n * weight_stride_n, mask=inside, other=0.0))
+    keep = inside
+    if mask_ptr is not None:
+        keep = keep & (tl.load(mask_ptr + m * mask_stride_m + n * mask_stride_n, mask=inside, other=0) != 0)
+    if threshold_ptr is not None:
+        score = weight
+        if score_ptr is not None:
+            score = widen(tl.load(score_ptr + m * score_stride_m + n * score_stride_n, mask=inside, other=0.0))
+        keep = keep & (tl.abs(score) > tl.load(threshold_ptr))
+    at = out_ptr + m * out_stride_m + n * out_stride_n
+    if out_ptr.dtype.element_ty == tl.uint8:
+        tl.store(at, keep.to(tl.uint8), mask=inside)
+    else:
+        tl.store(at, narrow(tl.where(keep, weight, 0.0), out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rank(
+    out_ptr,  # uint8 (before, groups_along M, behind)
+    score_ptr,
+    count,  # of entries if FLAT, else of groups
+    kept,
+    groups_along,
+    behind,
+    out_stride_a,
+    out_stride_j,
+    out_stride_c,
+    score_stride_a,
+    score_stride_j,
+    score_stride_c,
+    M: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if FLAT:  # all groups follow each other: loads may be wider than a group
+        at = tl.program_id(0).to(tl.int64) * (BLOCK * M) + tl.arange(0, BLOCK * M)
+        inside = at < count
+        key = tl.reshape(_key(tl.load(score_ptr + at, mask=inside, other=0.0)), (BLOCK, M))
+        place = tl.arange(0, M)[None, :]
+        rank = tl.zeros((BLOCK, M), tl.int32)
+        for i in tl.static_range(M):  # one other entry at a time: comparing all at once takes too many registers
+            rank += _comes_before(tl.sum(tl.where(place == i, key, 0.0), axis=1)[:, None], i, key, place)
+        tl.store(out_ptr + at, tl.reshape((rank < kept).to(tl.uint8), (BLOCK * M,)), mask=inside)
+    else:
+        g, place = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None], tl.arange(0, M)[None, :]
+        inside = g < count
+        a, c = (g // behind // groups_along).to(tl.int64), (g % behind).to(tl.int64)
+        j = (g // behind % groups_along).to(tl.int64) * M
+        group = score_ptr + a * score_stride_a + j * score_stride_j + c * score_stride_c
+        key = _key(tl.load(group + place * score_stride_j, mask=inside, other=0.0))
+        rank = tl.zeros((BLOCK, M), tl.int32)
+        for i in range(M):  # from the cache: entries of a group are in different threads
+            rank += _comes_before(_key(tl.load(group + i * score_stride_j, mask=inside, other=0.0)), i, key, place)
+        at = out_ptr + a * out_stride_a + (j + place) * out_stride_j + c * out_stride_c
+        tl.store(at, (rank < kept).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _key(score):
+    """What entries are ordered by: the magnitude, NaN below all others."""
+    magnitude = tl.abs(widen(score))
+    return tl.where(magnitude == magnitude, magnitude, -1.0)
+
+
+@triton.jit
+def _comes_before(other, i, key, place):
+    """1 where the entry `other` at `i` of its group comes before `key` at `place`."""
+    return ((other > key) | ((other == key) & (i < place))).to(tl.int32)
+
+
+def shipped() -> Iterator[Shipped]:
+    """What the compile gate compiles."""
+    strides = [f"{t}_stride_{d}" for t in ("out", "weight", "mask", "score") for d in "mn"]
+    integers = dict.fromkeys(["rows", "columns", *strides], "i32")
+    unit = tuple(s for s in strides if s.endswith("n"))
+    for weight, out, by, flat in (
+        (torch.bfloat16, torch.bfloat16, "mask", True),
+        (torch.bfloat16, torch.bfloat16, "mask", False),
+        (torch.float32, torch.bfloat16, "mask", True),
+        (torch.float32, torch.float32, "mask", True),
+        (torch.float16, torch.float16, "threshold", True),
+        (torch.float32, torch.float32, "threshold", True),
+        (torch.float32, torch.float32, "score threshold", True),
+        (torch.bfloat16, None, "threshold", True),
+        (torch.float32, None, "threshold", True),
+    ):
+        target = "mask" if out is None else POINTERS[out][1:]
+        pointers = {"out_ptr": "*u8" if out is None else POINTERS[out], "weight_ptr": POINTERS[weight]}
+        optional = {"mask_ptr": "*u8", "score_ptr": POINTERS[weight], "threshold_ptr": "*fp32"}
+        given = {name: kind for name, kind in optional.items() if name[:-4] in by.split()}
+        yield Shipped(
+            f"mask_weight[{POINTERS[weight][1:]} to {target} by {by}{'' if flat else ', two layouts'}]",
+            _select,
+            pointers | given | integers,
+            dict.fromkeys(optional.keys() - given.keys()) | _tile(1 if flat else 2),
+            num_warps=NUM_WARPS,
+            unit_strides=(*unit, "rows") if flat else unit,
+        )
+    yield from _shipped_ranks()
+
+
+def _shipped_ranks() -> Iterator[Shipped]:
+    strides = [f"{t}_stride_{d}" for t in ("out", "score") for d in "ajc"]
+    integers = dict.fromkeys(["count", "kept", "groups_along", "behind", *strides], "i32")
+    for dtype, m, flat in (
+        (torch.bfloat16, 4, True),
+        (torch.bfloat16, 4, False),
+        (torch.float32, 4, True),
+        (torch.float32, 8, True),
+        (torch.bfloat16, 8, True),
+        (torch.bfloat16, 16, True),
+        (torch.float32, 32, True),
+        (torch.bfloat16, 32, True),
+        (torch.float32, 8, False),
+        (torch.bfloat16, 32, False),
+    ):
+        yield Shipped(
+            f"n_m_mask[{POINTERS[dtype][1:]}, m={m}{'' if flat else ', groups across'}]",
+            _rank,
+            {"out_ptr": "*u8", "score_ptr": POINTERS[dtype]} | integers,
+            {"M": m, "FLAT": flat, "BLOCK": (BLOCK if flat else BLOCK_ACROSS) // m},
+            num_warps=NUM_WARPS,
+            unit_strides=("out_stride_j", "score_stride_j", "behind") if flat else ("out_stride_c", "score_stride_c"),
+        )

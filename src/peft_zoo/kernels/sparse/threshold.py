@@ -1,0 +1,181 @@
+"""The exact k-th smallest magnitude of a matrix, given or only seen in tiles.
+
+Non-negative IEEE floats are ordered like their bit patterns read as integers, so the k-th smallest magnitude is
+found digit by digit: histogram the leading digit of every pattern, keep the bin in which rank k falls, histogram
+the next digit of that bin's members only (radix selection). 32-bit floats take 2 passes, 64-bit floats 4. Nothing
+is sorted, counts are ``int64`` (exact for any size), and on an accelerator no value ever travels to
+the host.
+
+Definition, for ``w`` flattened to ``N`` values and ``n`` of them to be kept::
+
+    threshold = sort(|w|)[N - n - 1]        so that |w| > threshold keeps n values when no two of them tie
+
+with two limits: ``n >= N`` gives ``-1`` (below every magnitude: all are kept) and ``n <= 0`` the largest magnitude
+(none is kept). Ties at the threshold are all dropped: the number kept may fall short of ``n`` but never exceeds it.
+NaN counts as larger than infinity, as in ``torch.sort``, and is never greater than the threshold: a NaN in the
+matrix takes one of the ``n`` places and nothing is kept beyond ``n``.
+
+A warm start looks near the threshold of the step before: one pass counts what lies below a narrow range of patterns
+around it and looks at the few entries inside. If the rank falls there, the answer is found, as exact as ever;
+if not, the selection starts from scratch. Only the Triton kernels do it: on a CPU a pass
+that compares costs about as much as one that counts digits, and a miss would cost both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from peft_zoo.kernels.base.operator import FLOATS, operator, refuse_dtypes
+
+KEEP_ALL = -1.0
+"""The threshold below every magnitude."""
+
+WARM_BITS = 17
+"""A warm start looks at 2^17 patterns of a float32: magnitudes within 0.8 % of the last threshold."""
+
+WARM_ELEMENTS = 2**22
+"""From this size on the GPU warm-starts. It saves two passes and costs some launches, which may outweigh the passes of
+a smaller matrix. On an H100, at 2^24: 0.93 ms instead of 1.14, most of it launches; smaller ones were not measured."""
+
+_DIGIT_BITS = 16
+_TILE_ELEMENTS = 2**19
+_PATTERNS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
+
+
+def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None = None) -> Tensor:
+    """The magnitude above which exactly ``num_kept`` entries of ``w`` lie (fewer if they tie).
+
+    Args:
+        w: Matrix of any shape and strides, with at least one element; float16, bfloat16, float32 or float64.
+        num_kept: How many to keep, int64 of shape `()`, on the device of `w`; never read on the host of a GPU.
+        last: The threshold of a similar matrix, such as the same weight a step ago, shape `()`, float32. Only where
+            to look first; the result does not depend on it.
+
+    Returns:
+        The threshold, shape `()`, float32 (float64 for float64); not differentiable.
+
+    Raises:
+        ValueError: If `w` has no element or another dtype.
+    """
+    if w.numel() == 0:
+        raise ValueError(f"w has shape {tuple(w.shape)}; magnitude_threshold needs at least one element.")
+    if w.dtype not in (*_PATTERNS, torch.float16, torch.bfloat16):
+        raise ValueError(f"w is {w.dtype}; magnitude_threshold needs a floating-point matrix, so cast it first.")
+    return _of_matrix(w.detach(), num_kept, last)
+
+
+def magnitude_threshold_reference(w: Tensor, num_kept: Tensor | int, last: Tensor | None = None) -> Tensor:
+    """The definition: sort all magnitudes and take one of them. Arguments and result as `magnitude_threshold`."""
+    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    rank = w.numel() - int(num_kept)
+    if rank <= 0:
+        return wide.new_tensor(KEEP_ALL)
+    return wide.abs().flatten().sort().values[min(rank, w.numel()) - 1]
+
+
+def _refuse(w: Tensor, num_kept: Tensor, last: Tensor | None) -> str | None:
+    return refuse_dtypes(w, allowed=FLOATS)
+
+
+@operator(
+    "magnitude_threshold",
+    "(Tensor w, Tensor num_kept, Tensor? last) -> Tensor",
+    reference=magnitude_threshold_reference,
+    triton="magnitude_threshold_triton",
+    refuse=_refuse,
+)
+def _of_matrix(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
+    wide = torch.promote_types(w.dtype, torch.float32)
+    rows = w.reshape(-1, w.shape[-1]) if w.dim() else w.reshape(1, 1)
+    parts = rows.split(max(1, _TILE_ELEMENTS // rows.shape[1]))
+    return tiled_threshold(lambda: (part.to(wide) for part in parts), w.numel(), num_kept)
+
+
+@_of_matrix.register_fake
+def _(w: Tensor, *_: object) -> Tensor:
+    return w.new_empty((), dtype=torch.promote_types(w.dtype, torch.float32))
+
+
+def tiled_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept: Tensor) -> Tensor:
+    """`magnitude_threshold` of a matrix that is only seen in tiles, in torch on any device.
+
+    Args:
+        tiles: Returns a fresh iterator over the tiles of the matrix, any shapes, one dtype (float32 or float64) and
+            one device. It is called once per pass and must yield the same values every time; a single tile that
+            covers everything is asked for once.
+        numel: How many values the tiles hold in all.
+        num_kept: How many of them to keep, int64 of shape `()`, on the device of the tiles. It is never read on the
+            host, so it may change between replays of a captured graph.
+
+    Returns:
+        The threshold, shape `()`, in the dtype of the tiles.
+
+    Raises:
+        ValueError: If the tiles are neither float32 nor float64, or there are none.
+    """
+    source = iter(tiles())
+    first = _first_tile(source)
+    passes: Iterable[Tensor] = chain([first], source)
+    pattern, unread = _PATTERNS[first.dtype]
+    rank = (numel - num_kept).clamp(0, numel)
+    keep_all = rank == 0
+    prefix = torch.zeros((), dtype=pattern, device=first.device)
+    while unread > 0:
+        # The narrow digit goes first, so that the widths add up to the pattern without its sign bit.
+        width = unread % _DIGIT_BITS or _DIGIT_BITS
+        unread -= width
+        counts = torch.zeros(1 << width, dtype=torch.int64, device=first.device)
+        for tile in passes:
+            _count_digits(counts, tile.detach().contiguous().view(-1).view(pattern), unread, prefix)
+        passes = [first] if first.numel() == numel else tiles()
+        digit, rank = _bin_of(rank, counts)
+        prefix = (prefix << width) + digit.to(pattern)
+    threshold = prefix.view(first.dtype)
+    return torch.where(keep_all, torch.full_like(threshold, KEEP_ALL), threshold)
+
+
+def _first_tile(source: Iterator[Tensor]) -> Tensor:
+    first = next(source, None)
+    if first is None:
+        raise ValueError("tiles yielded nothing; tiled_threshold needs at least one tile.")
+    if first.dtype not in _PATTERNS:
+        raise ValueError(f"tiles are {first.dtype}; tiled_threshold needs float32 or float64, so cast them first.")
+    return first
+
+
+def _bin_of(rank: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin that holds the entry of this rank (counted from 1), and its rank within the bin."""
+    below = counts.cumsum(0)
+    digit = (below < rank).sum()
+    return digit, rank - (below - counts).gather(0, digit.view(1)).view(())
+
+
+def _count_digits(counts: Tensor, bits: Tensor, shift: int, prefix: Tensor) -> None:
+    """Add to `counts[d]` how many patterns have the digit d at `shift`, and above it, without the sign, `prefix`."""
+    mask, width = counts.numel() - 1, counts.numel().bit_length() - 1
+    leading = torch.iinfo(bits.dtype).max >> (shift + width)
+    member = None  # the first digit has nothing above it
+    if leading:
+        member = (bits >> (shift + width)).bitwise_and_(leading) == prefix
+    if _on_host(bits):
+        bits = bits if member is None else _select_few(bits, member)
+        counts += torch.bincount((bits >> shift).bitwise_and_(mask), minlength=counts.numel())
+    else:  # bincount and boolean masks wait for the device; adding zeros for the others does not
+        ones = torch.ones_like(bits) if member is None else member
+        counts.scatter_add_(0, (bits >> shift).bitwise_and_(mask).long(), ones.long())
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _select_few(values: Tensor, member: Tensor) -> Tensor:
+    """`values[member]`, faster where few are members: eight flags at a time are looked at as one integer."""
+    if values.numel() % 8 == 0:
+        group = member.view(torch.int64).nonzero()[:, 0]
+        values, member = values.view(-1, 8)[group], member.view(-1, 8)[group]
+    return values[member]

@@ -1,0 +1,232 @@
+"""Triton kernels of `magnitude_threshold` and `kernelized_threshold`: radix selection that never forms the matrix.
+
+Magnitudes are read as 31-bit integers, 11 + 10 + 10 bits at a time. Each pass computes every tile once, and each
+program adds its histogram to one table; counts are integers, so the order of adding does not matter. State stays on
+the device: `[prefix, rank, done]`, the bits found so far, the rank among the entries that have them, and whether
+the warm start has already found the answer, in which case the passes return at once.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# The arguments of a `triton.jit` function have no Python types.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped
+from peft_zoo.kernels.snell.matrix import KernelSpec
+from peft_zoo.kernels.snell.tiles_triton import (
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    GIVEN,
+    PROGRAMS,
+    Factors,
+    constants,
+    factor_signature,
+    kernel_tile,
+    launch,
+    variants,
+)
+from peft_zoo.kernels.sparse.threshold import KEEP_ALL, WARM_BITS, WARM_ELEMENTS
+
+_DIGITS = ((20, 11), (10, 10), (0, 10))  # shift and width
+_COUNT_WARPS = 8  # with 4, the histogram of Triton 3.6 and 3.7 spills registers
+
+
+class Source:
+    """Where the matrix comes from: the arguments and constants that all kernels of this file begin with."""
+
+    def __init__(self, w: Tensor | None, factors: Factors | None) -> None:
+        if factors is None:
+            assert w is not None
+            self.shape, self.device = tuple(w.shape), w.device
+            self.arguments: tuple[Any, ...] = (w, w, w, w, w, 0.0, 0.0, *w.shape, *w.stride())
+            self.constants = constants(GIVEN.value)
+        else:
+            A, B = factors.columns
+            self.shape, self.device = factors.shape, A.device
+            self.arguments = (B, B, A, factors.params, factors.lse, *factors.scalars, *self.shape, 0, 0)
+            self.constants = factors.constants
+        tiles = triton.cdiv(self.shape[0], BLOCK_ROWS) * triton.cdiv(self.shape[1], BLOCK_COLUMNS)
+        self.grid = (min(tiles, PROGRAMS),)
+
+
+def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
+    """`magnitude_threshold.magnitude_threshold`."""
+    matrix = w if w.dim() == 2 else w.reshape(-1, w.shape[-1] if w.dim() else 1)
+    # 2^17 patterns of a float32 are two of a bfloat16: all entries near the last threshold would meet in two counters.
+    return select(Source(matrix, None), num_kept, last if w.dtype == torch.float32 else None)
+
+
+def kernelized_threshold(
+    A: Tensor, B: Tensor, kernel_params: Tensor | None, num_kept: Tensor, last: Tensor | None, *spec: Any
+) -> Tensor:
+    """`kernelized_merge.threshold`."""
+    factors = Factors(A, B, kernel_params, KernelSpec(*spec))
+    if factors.spec.sparsify == "none":
+        return A.new_full((), KEEP_ALL)
+    return select(Source(None, factors), num_kept, last)
+
+
+def select(source: Source, num_kept: Tensor, last: Tensor | None) -> Tensor:
+    """The threshold, shape `()` in float32; nothing is read on the host."""
+    numel = source.shape[0] * source.shape[1]
+    rank = (numel - num_kept).clamp(0, numel)
+    if last is not None and numel >= WARM_ELEMENTS:
+        threshold, done = _warm_start(source, rank, last)
+    else:
+        threshold, done = torch.empty((), dtype=torch.float32, device=source.device), torch.zeros_like(rank)
+    state = torch.stack([torch.zeros_like(rank), rank, done.to(rank.dtype)])
+    tables = torch.zeros(len(_DIGITS), 1 << _DIGITS[0][1], dtype=torch.int64, device=source.device)
+    for table, (shift, width) in zip(tables, _DIGITS, strict=True):
+        digit = {"SHIFT": shift, "BINS": 1 << width}
+        _count[source.grid](*source.arguments, table, state, **launch(source.constants | digit, _COUNT_WARPS))
+        _narrow[(1,)](table, state, threshold, **digit, num_warps=4)
+    return threshold
+
+
+def _warm_start(source: Source, rank: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """A threshold found by counting near the last one, and whether it is right: whether the rank fell there."""
+    last = last.clone()  # it is read twice, and somebody may write to it meanwhile
+    table = torch.zeros(1 + (1 << WARM_BITS), dtype=torch.int64, device=source.device)  # all below come first
+    _count_near[source.grid](*source.arguments, table, last, BITS=WARM_BITS, **launch(source.constants))
+    ranks = table.cumsum(0)
+    position = torch.searchsorted(ranks, rank)
+    done = (position > 0) & (position < len(ranks))
+    pattern = (last.view(torch.int32) - (1 << (WARM_BITS - 1))).clamp_min(0) + position - 1
+    return pattern.to(torch.int32).view(torch.float32), done
+
+
+@triton.jit
+def _count(
+    w_ptr,
+    x_ptr,
+    y_ptr,
+    params_ptr,
+    lse_ptr,
+    scale,
+    offset,
+    n_rows,
+    n_columns,
+    stride_r,
+    stride_c,
+    table_ptr,
+    state_ptr,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    MIX: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Histogram of one digit of the entries whose higher digits are those found so far."""
+    prefix = tl.load(state_ptr)
+    if tl.load(state_ptr + 2) == 0:
+        counts = tl.zeros((BINS,), tl.int32)
+        across = tl.cdiv(n_columns, BLOCK_COLUMNS)
+        for t in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS) * across, tl.num_programs(0)):
+            r = (t // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            c = (t % across) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+            W = kernel_tile(
+                *(w_ptr, x_ptr, y_ptr, params_ptr, lse_ptr, scale, offset, r, c, n_rows, n_columns, stride_r, stride_c),
+                *(KIND, NORM, MIX, GROUPS, RANK),
+            )
+            bits = tl.abs(W).to(tl.int32, bitcast=True) >> SHIFT
+            member = (r < n_rows)[:, None] & (c < n_columns)[None, :] & (bits // BINS == prefix)
+            digits = tl.reshape(bits % BINS, (BLOCK_ROWS * BLOCK_COLUMNS,))
+            counts += tl.histogram(digits, BINS, mask=tl.reshape(member, (BLOCK_ROWS * BLOCK_COLUMNS,)))
+        tl.atomic_add(table_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _narrow(table_ptr, state_ptr, threshold_ptr, SHIFT: tl.constexpr, BINS: tl.constexpr):
+    """Takes the digit whose bin holds the rank; after the last one, writes the threshold."""
+    prefix, rank = tl.load(state_ptr), tl.load(state_ptr + 1)
+    counts = tl.load(table_ptr + tl.arange(0, BINS))
+    reached = tl.cumsum(counts, 0)
+    before = reached < rank
+    prefix = prefix * BINS + tl.sum(before.to(tl.int64), 0)
+    tl.store(state_ptr, prefix)
+    tl.store(state_ptr + 1, rank - tl.sum(tl.where(before, counts, 0), 0))
+    if SHIFT == 0 and tl.load(state_ptr + 2) == 0:
+        value = prefix.to(tl.int32).to(tl.float32, bitcast=True)
+        tl.store(threshold_ptr, tl.where(rank == 0, -1.0, value))
+
+
+@triton.jit
+def _count_near(
+    w_ptr,
+    x_ptr,
+    y_ptr,
+    params_ptr,
+    lse_ptr,
+    scale,
+    offset,
+    n_rows,
+    n_columns,
+    stride_r,
+    stride_c,
+    table_ptr,
+    last_ptr,
+    KIND: tl.constexpr,
+    NORM: tl.constexpr,
+    MIX: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Counts every pattern within half of 2^BITS of the last threshold's, and all entries below those."""
+    last = tl.load(last_ptr)
+    if last > 0:
+        low = tl.maximum(last.to(tl.int32, bitcast=True) - (1 << (BITS - 1)), 0)
+        below = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
+        across = tl.cdiv(n_columns, BLOCK_COLUMNS)
+        for t in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_ROWS) * across, tl.num_programs(0)):
+            r = (t // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            c = (t % across) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+            W = kernel_tile(
+                *(w_ptr, x_ptr, y_ptr, params_ptr, lse_ptr, scale, offset, r, c, n_rows, n_columns, stride_r, stride_c),
+                *(KIND, NORM, MIX, GROUPS, RANK),
+            )
+            inside = (r < n_rows)[:, None] & (c < n_columns)[None, :]
+            place = tl.abs(W).to(tl.int32, bitcast=True) - low
+            below += (inside & (place < 0)).to(tl.int32)
+            near = inside & (place >= 0) & (place < (1 << BITS))
+            one = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), 1, tl.int64)
+            tl.atomic_add(table_ptr + 1 + place, one, mask=near, sem="relaxed")
+        tl.atomic_add(table_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
+
+
+def shipped() -> Iterator[Shipped]:
+    """What the compile gate compiles."""
+    signature = factor_signature("w_ptr") | dict.fromkeys(("stride_r", "stride_c"), "i32") | {"table_ptr": "*i64"}
+    count, near = signature | {"state_ptr": "*i64"}, signature | {"last_ptr": "*fp32"}
+    unit = ("stride_c",)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = {"w_ptr": POINTERS[dtype]}
+        name = f"given {POINTERS[dtype][1:]}"
+        yield Shipped(
+            f"count[{name}]", _count, count | given, constants(GIVEN.value) | _first(), _COUNT_WARPS, unit_strides=unit
+        )
+        warm = constants(GIVEN.value) | {"BITS": WARM_BITS}
+        yield Shipped(f"count_near[{name}]", _count_near, near | given, warm, unit_strides=unit)
+    for name, chosen in (*variants(), ("piecewise_linear, r=128", constants(1, rank=64))):
+        yield Shipped(f"count[{name}]", _count, count, chosen | _first(), _COUNT_WARPS, loads_matrix=False)
+        yield Shipped(f"count_near[{name}]", _count_near, near, chosen | {"BITS": WARM_BITS})
+    tables = {"table_ptr": "*i64", "state_ptr": "*i64", "threshold_ptr": "*fp32"}
+    yield Shipped("narrow", _narrow, tables, _first())
+
+
+def _first() -> dict[str, int]:
+    return {"SHIFT": _DIGITS[0][0], "BINS": 1 << _DIGITS[0][1]}

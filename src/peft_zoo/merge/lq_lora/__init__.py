@@ -1,0 +1,1 @@
+"""Exports, requantizes and streams models quantized with LQ-LoRA."""

@@ -1,0 +1,1 @@
+"""LoRA-Squeeze for adapter files and models: lowers the rank of a trained LoRA."""

@@ -1,0 +1,1 @@
+"""Watermarks in the images of an autoencoder: keys, decoders, training, verification, export."""

@@ -1,0 +1,58 @@
+"""A tiny Llama and what the tests of LQ-LoRA do with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_zoo import LqLoraConfig
+from peft_zoo.adapters.lq_lora.layer import LqLinear
+
+TOKENS = torch.arange(24).view(2, 12) * 5 % 64
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+GRID = [[bits, 4, "bf16", block, 64] for bits in (2, 3, 4, 8) for block in (16, 32)]
+"""Few ways, for a budget that is spent quickly."""
+
+
+def base(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Two layers, 64 wide, always the same weights for a seed."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def adapted(seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
+    """It with LQ-LoRA on three kinds of modules."""
+    fields = {"r": 8, "target_modules": TARGETS, **fields}
+    return get_peft_model(base(seed, dtype), LqLoraConfig(**fields)).eval()
+
+
+def layers(model: PeftModel) -> dict[str, LqLinear]:
+    """The quantized layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LqLinear)}
+
+
+def train(model: PeftModel, steps: int = 3) -> list[float]:
+    """A few steps, in training mode; losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """Of the tokens above."""
+    return model(input_ids=TOKENS).logits

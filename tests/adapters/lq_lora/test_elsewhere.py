@@ -1,0 +1,99 @@
+"""Loaders that know nothing of LQ-LoRA: what they leave out or damage is noticed when it is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from peft_zoo import LqLoraConfig
+from peft_zoo.lq_lora import standalone
+from tests.adapters.lq_lora.samples import TARGETS, adapted, base, logits, train
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NOT_HERE = "the quantized matrix of base_sha256=.* is not here"
+
+
+def change(folder: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor | None) -> None:
+    """Other fields in the configuration, and tensors by the ends of their names: others, or None."""
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
+    weights = load_file(folder / WEIGHTS)
+    for end, tensor in tensors.items():
+        for key in [key for key in weights if key.endswith(end)]:
+            if tensor is None:
+                del weights[key]
+            else:
+                weights[key] = tensor.expand_as(weights[key]).clone()
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+
+@pytest.mark.parametrize("keep_init", [False, True, "nf8"])
+@pytest.mark.parametrize("save_base", ["quantized", "none"])
+def test_transformers_loads_what_it_has_saved(keep_init: bool | str, save_base: str, tmp_path: Path) -> None:
+    model = base()
+    model.add_adapter(LqLoraConfig(r=8, target_modules=TARGETS, keep_init=keep_init, save_base=save_base))
+    train(model)
+    model.save_pretrained(tmp_path)
+    again = base()
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again.eval()), logits(model))
+
+
+def test_transformers_loads_the_base_and_the_adapter(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LqLoraConfig(r=8, target_modules=TARGETS, keep_init=True),
+    ).eval()
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert all(module.awaited is None for module in again.modules() if hasattr(module, "awaited"))
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_matrix_is_refused_where_it_is_used(damage: str, tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    change(tmp_path, **{"q_proj.base_layer.codes": torch.tensor(7, dtype=torch.int32) if damage == "changed" else None})
+    again = base()
+    again.load_adapter(tmp_path)
+    with pytest.raises(ValueError, match=NOT_HERE):
+        logits(again)
+
+
+def test_a_saved_configuration_makes_no_new_adapter(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    hollow = get_peft_model(base(), config).eval()
+    with pytest.raises(ValueError, match=rf"{NOT_HERE}.* set lq_state='new' and base_sha256=None"):
+        logits(hollow)
+    for use in (hollow.merge_adapter, lambda: hollow.save_pretrained(tmp_path / "hollow"), lambda: standalone(hollow)):
+        with pytest.raises(ValueError, match=NOT_HERE):
+            use()
+    config.lq_state, config.base_sha256 = "new", None
+    assert torch.equal(logits(get_peft_model(base(), config).eval()), logits(model))
+
+
+def test_a_matrix_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    small = base()
+    del small.model.layers[1]
+    small.config.num_hidden_layers = 1
+    with pytest.raises(ValueError, match=r"base_sha256 names 'model.layers.1.* \(and 2 more\), which is no quantized"):
+        PeftModel.from_pretrained(small, tmp_path)
+
+
+def test_a_file_that_does_not_say_how_is_refused(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    change(tmp_path, {"qconfig_map": None})
+    with pytest.raises(ValueError, match=r"base_sha256 names 'model\.layers\.0"):
+        PeftModel.from_pretrained(base(), tmp_path)

@@ -1,0 +1,265 @@
+"""What was split off a base, kept in 8 bits: nothing that begins there differs from it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peft_zoo import LqLoraConfig
+from peft_zoo.adapters.lq_lora.layer import LqLinear
+from peft_zoo.adapters.lq_lora.nf_linear import NF8_CONFIG, kept, unpack_factors
+from peft_zoo.kernels.normal_float.quantize import dequantize, quantize
+from peft_zoo.lq_lora import NFLinear, standalone
+from tests.adapters.lq_lora.samples import TARGETS, adapted, base, layers, logits, train
+
+WITHOUT = "ignore:The adapter of LQ-LoRA holds a part of the base model:UserWarning"
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Its layers are transformers' Conv1D."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, "n_positions": 16, "initializer_range": 0.2}
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+
+def on_gpt2(**fields: Any) -> PeftModel:
+    return get_peft_model(gpt2(), LqLoraConfig(r=5, target_modules=["c_attn", "c_proj"], **fields)).eval()
+
+
+def odd(**fields: Any) -> PeftModel:
+    """A rank that no block fits, and a scale of 1, which no float rounds."""
+    return adapted(**{"r": 5, "lora_alpha": 5, **fields})
+
+
+def without(model: PeftModel) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.disable_adapter():
+            return logits(model)
+
+
+def same(one: tuple[Tensor, ...] | None, other: tuple[Tensor, ...] | None) -> bool:
+    return one is not None and other is not None and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# ---- the packed form ----
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 16])
+@pytest.mark.parametrize("shape", [(3, 16), (20, 48), (64, 33)], ids=str)
+def test_any_rank_and_shape(rank: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    B, A = torch.randn(shape[0], rank), torch.randn(rank, shape[1])
+    packed: Any = kept((B, A), "nf8")
+    assert packed.codes.dtype == torch.int32 and packed.codes.numel() == -(-rank * sum(shape) // 4)
+    found = unpack_factors(packed, shape)
+    assert [factor.shape for factor in found] == [B.shape, A.shape]
+    if rank:
+        both = torch.cat([B.mT, A], 1)
+        restored = dequantize(quantize(both, NF8_CONFIG), NF8_CONFIG, both.shape, torch.float32)
+        assert same(found, (restored[:, : shape[0]].mT, restored[:, shape[0] :]))
+
+
+def test_small_directions_are_not_lost_beside_large_ones() -> None:
+    torch.manual_seed(0)
+    sizes = torch.tensor([10.0, 3.0, 1.0])
+    factors = torch.randn(64, 3) * sizes, torch.randn(3, 128) * sizes[:, None]
+    packed: Any = kept(factors, "nf8")
+    for found, factor, axis in zip(unpack_factors(packed, (64, 128)), factors, (0, 1), strict=True):
+        assert bool(((found - factor).norm(dim=axis) < 0.02 * factor.norm(dim=axis)).all())
+
+
+def test_a_quarter_of_the_memory_and_of_the_file(tmp_path: Path) -> None:
+    memory, file = {}, {}
+    for keep in (False, True, "nf8"):
+        torch.manual_seed(0)
+        config = LqLoraConfig(r=32, target_modules=["0"], keep_init=keep, num_iterations=1)
+        model = get_peft_model(nn.Sequential(nn.Linear(512, 512)), config)
+        memory[keep] = sum(buffer.nbytes for buffer in model.buffers())
+        model.save_pretrained(tmp_path / str(keep))
+        file[keep] = (tmp_path / str(keep) / "adapter_model.safetensors").stat().st_size
+    for sizes in (memory, file):
+        full = sizes[True] - sizes[False]
+        assert full >= 4 * 32 * 1024
+        assert sizes["nf8"] - sizes[False] < 0.27 * full
+
+
+# ---- nothing is inexact ----
+
+
+def test_a_fresh_adapter_is_what_is_kept() -> None:
+    model = odd(keep_init="nf8")
+    for layer in layers(model).values():
+        assert layer.quantized.keeps == "nf8" and layer.quantized.initial_B is None
+        assert same(layer.factors("default"), layer.quantized.initial)
+    fresh = logits(model)
+    assert torch.equal(without(model), fresh)
+    train(model)
+    assert torch.equal(without(model), fresh) and not torch.equal(logits(model), fresh)
+
+
+def test_with_any_scale_it_is_so_but_for_the_rounding_of_floats() -> None:
+    for layer in layers(adapted(keep_init="nf8", lora_alpha=3, use_rslora=True)).values():
+        (B, A), (B0, A0) = layer.factors("default"), layer.quantized.initial or ()
+        assert (B @ A - B0 @ A0).norm() < 1e-6 * (B0 @ A0).norm()
+
+
+def test_it_starts_nearly_where_it_would() -> None:
+    for fine, coarse in zip(*(layers(adapted(keep_init=keep)).values() for keep in (True, "nf8")), strict=True):
+        assert torch.equal(fine.quantized.codes, coarse.quantized.codes)
+        (B, A), (B8, A8) = fine.factors("default"), coarse.factors("default")
+        assert 0 < (B @ A - B8 @ A8).norm() < 0.02 * (B @ A).norm()
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("make", "plain"), [(odd, base), (on_gpt2, gpt2)], ids=["linear", "conv1d"])
+def test_what_is_loaded_is_what_was_saved(
+    make: Any, plain: Any, low_cpu_mem_usage: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(keep_init="nf8")
+    train(model)
+    out, start = logits(model), without(model)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("peft_zoo.adapters.lq_lora.model.split", None)  # loading decomposes nothing
+    loaded = PeftModel.from_pretrained(plain(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(logits(loaded), out) and torch.equal(without(loaded), start)
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+    assert {layer.quantized.keeps for layer in layers(loaded).values()} == {"nf8"}
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_cast_changes_nothing_that_is_kept() -> None:
+    model = odd(keep_init="nf8")
+    before = {name: layer.quantized.initial for name, layer in layers(model).items()}
+    model.to(torch.bfloat16)
+    for name, layer in layers(model).items():
+        kinds = {buffer.dtype for part, buffer in layer.quantized.saved() if part in NFLinear.INITIAL_NF8}
+        assert kinds == {torch.int32, torch.float32}
+        assert same(layer.quantized.initial, before[name])
+
+
+def test_merged_and_back_and_unloaded() -> None:
+    model = odd(keep_init="nf8")
+    train(model)
+    before, start = {name: tensor.clone() for name, tensor in model.state_dict().items()}, without(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    plain = model.unload()
+    assert not any(isinstance(module, NFLinear) for module in plain.modules())
+    torch.testing.assert_close(logits(plain), start, rtol=1e-4, atol=1e-5)
+
+
+# ---- several adapters ----
+
+
+@pytest.mark.parametrize("keep_init", [True, "nf8"])
+def test_a_second_adapter_starts_where_the_first_did(keep_init: bool | str, tmp_path: Path) -> None:
+    model = odd(keep_init=keep_init)
+    fresh = {name: tuple(f.clone() for f in layer.factors("default")) for name, layer in layers(model).items()}
+    start = logits(model)
+    train(model)
+    first = logits(model)
+    second = LqLoraConfig(r=5, lora_alpha=5, target_modules=TARGETS, keep_init=False)
+    model.add_adapter("second", second)
+    assert second.keep_init == keep_init and type(second.keep_init) is type(keep_init)
+    assert all(same(layer.factors("second"), fresh[name]) for name, layer in layers(model).items())
+    model.set_adapter("second")
+    assert torch.equal(logits(model), start)
+    model.save_pretrained(tmp_path)
+    alone = PeftModel.from_pretrained(base(), tmp_path / "second").eval()
+    assert torch.equal(without(alone), start)
+    alone.load_adapter(tmp_path, "first")
+    alone.set_adapter("first")
+    assert torch.equal(logits(alone), first) and torch.equal(without(alone), start)
+
+
+@pytest.mark.filterwarnings(WITHOUT)
+@pytest.mark.parametrize("has", [False, True, "nf8"])
+@pytest.mark.parametrize("comes", [False, True, "nf8"])
+def test_what_is_kept_stays_as_the_first_adapter_has_it(has: bool | str, comes: bool | str, tmp_path: Path) -> None:
+    """The matrices are the same, and the configuration of an adapter that is loaded says what is kept there."""
+    other = adapted(keep_init=comes)
+    train(other)
+    other.save_pretrained(tmp_path / "other")
+    model = adapted(keep_init=has)
+    before = {name: layer.quantized.initial for name, layer in layers(model).items()}
+    model.load_adapter(tmp_path / "other", "other")
+    assert model.peft_config["other"].keep_init == has
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(other))
+    for name, layer in layers(model).items():
+        assert layer.quantized.keeps == has
+        assert not has or same(layer.quantized.initial, before[name])
+    model.save_pretrained(tmp_path / "both", selected_adapters=["other"])
+    again = PeftModel.from_pretrained(base(), tmp_path / "both" / "other").eval()
+    assert torch.equal(logits(again), logits(other))
+
+
+def test_other_factors_beside_the_same_matrices_do_not_replace_those_that_are_kept(tmp_path: Path) -> None:
+    """An adapter that began on a trained model of the standalone form keeps what stood there."""
+    trained = adapted()
+    train(trained)
+    later = get_peft_model(standalone(trained), LqLoraConfig(r=8, target_modules=TARGETS, keep_init=True)).eval()
+    later.save_pretrained(tmp_path)
+    model = adapted(keep_init=True)
+    start = without(model)
+    model.load_adapter(tmp_path, "later")
+    assert torch.equal(without(model), start)
+    model.set_adapter("later")
+    torch.testing.assert_close(logits(model), logits(later), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(without(later), start)
+
+
+# ---- beside the standalone form ----
+
+
+def test_an_adapter_where_nothing_stands(tmp_path: Path) -> None:
+    """What is kept has the rank 0."""
+    with pytest.warns(UserWarning, match="missing without it"):
+        bare = adapted().unload()
+    before = logits(bare)
+    model = get_peft_model(bare, LqLoraConfig(r=8, target_modules=TARGETS, keep_init="nf8")).eval()
+    assert torch.equal(logits(model), before)
+    train(model)
+    trained = logits(model)
+    assert torch.equal(without(model), before) and not torch.equal(trained, before)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(logits(again), trained) and torch.equal(without(again), before)
+    assert {len((layer.quantized.initial or ())[1]) for layer in layers(again).values()} == {0}
+
+
+def test_an_adapter_takes_over_what_stands(tmp_path: Path) -> None:
+    alone = standalone(odd())
+    alone.save_pretrained(tmp_path / "alone")
+    model = get_peft_model(alone, LqLoraConfig(r=5, lora_alpha=5, target_modules=TARGETS, keep_init="nf8")).eval()
+    start = logits(model)
+    assert all(same(layer.factors("default"), layer.quantized.initial) for layer in layers(model).values())
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    for onto in (base(), type(alone).from_pretrained(tmp_path / "alone")):
+        again = PeftModel.from_pretrained(onto, tmp_path / "adapter").eval()
+        assert torch.equal(logits(again), logits(model)) and torch.equal(without(again), start)
+
+
+def test_where_an_adapter_does_not_reach_what_is_kept_stands(tmp_path: Path) -> None:
+    model = adapted(keep_init="nf8")
+    model.add_adapter("second", LqLoraConfig(r=4, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    out = logits(model)
+    standalone(model).save_pretrained(tmp_path)
+    loaded = type(base()).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), out, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, LqLinear) for module in loaded.modules())
+    assert {module.keeps for module in loaded.modules() if isinstance(module, NFLinear)} == {True}

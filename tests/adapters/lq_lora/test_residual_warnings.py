@@ -1,0 +1,177 @@
+"""What is split off the base counts once, however many adapters hold it; where it cannot, a warning says so."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from torch import Tensor
+
+from peft_zoo import LqLoraConfig
+from peft_zoo.lq_lora import standalone
+from tests.adapters.lq_lora.samples import TARGETS, TOKENS, adapted, base, layers, logits, train
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def two(**fields: Any) -> PeftModel:
+    """Two adapters that have learned different things."""
+    model = adapted(keep_init=True, **fields)
+    train(model)
+    model.add_adapter("other", LqLoraConfig(r=6, lora_alpha=9, target_modules=TARGETS))
+    model.set_adapter("other")
+    train(model, 2)
+    return model
+
+
+def learned(model: PeftModel, **weights: float) -> Tensor:
+    """Logits of the base without adapters, to which weighted differences of the adapters are added by hand."""
+    plain = copy.deepcopy(model)
+    for layer in layers(plain).values():
+        first_B, first_A = layer.quantized.initial or (torch.empty(0), torch.empty(0))
+        weight = layer.quantized.dense() + first_B @ first_A
+        for name, count in weights.items():
+            B, A = layer.factors(name)
+            weight += count * (B @ A - first_B @ first_A)
+        layer.merge = lambda *_, layer=layer, weight=weight, **__: setattr(
+            layer, "base_layer", layer.quantized.floating(weight)
+        )
+    return logits(plain.merge_and_unload())
+
+
+@pytest.mark.parametrize("keep_init", [True, "nf8"])
+def test_a_second_adapter_that_has_learned_nothing_adds_nothing(keep_init: bool | str) -> None:
+    model = adapted(keep_init=keep_init)
+    train(model)
+    before = logits(model)
+    model.add_adapter("untrained", LqLoraConfig(r=8, target_modules=TARGETS))
+    model.base_model.set_adapter(["default", "untrained"])
+    torch.testing.assert_close(logits(model), before, **CLOSE)
+    torch.testing.assert_close(logits(model.merge_and_unload()), before, **CLOSE)
+
+
+def test_the_sum_of_two_adapters() -> None:
+    model = two()
+    expected = learned(model, default=1, other=1)
+    model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        merged.merge_adapter(["other"])
+    torch.testing.assert_close(logits(merged), expected, **CLOSE)
+    merged.unmerge_adapter()
+    assert torch.equal(logits(merged), logits(model))
+    names = ["default", "other"]
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=names)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_scale_is_that_of_what_was_learned(scale: float, use_rslora: bool) -> None:
+    model = two(use_rslora=use_rslora)
+    model.set_adapter("default")
+    expected = learned(model, default=scale)
+    with rescale_adapter_scale(model, scale):
+        torch.testing.assert_close(logits(model), expected, **CLOSE)
+        few = model(input_ids=torch.arange(3)[None]).logits  # the path of few tokens
+    for layer in layers(model).values():
+        layer.set_scale("default", scale)
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    torch.testing.assert_close(model(input_ids=torch.arange(3)[None]).logits, few, **CLOSE)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, **CLOSE)
+
+
+def test_rows_of_a_mixed_batch() -> None:
+    """Also of an adapter that does not target every layer, or is scaled."""
+    model = two()
+    model.add_adapter("few", LqLoraConfig(r=8, target_modules=["q_proj"]))
+    for scale in (1.0, 0.5):
+        with rescale_adapter_scale(model, scale):
+            names, alone = ["default", "few"], []
+            for name in names:
+                model.set_adapter(name)
+                alone.append(logits(model)[len(alone)])
+            model.set_adapter("default")
+            mixed = model(input_ids=TOKENS, adapter_names=names).logits
+            torch.testing.assert_close(mixed, torch.stack(alone), **CLOSE)
+
+
+def test_gradients_of_a_sum_reach_both() -> None:
+    model = two()
+    model.base_model.set_adapter(["default", "other"])
+    train(model, 1)
+    before = {name: layer.adapter_weights("default")[0].clone() for name, layer in layers(model).items()}
+    train(model, 1)
+    assert all(
+        not torch.equal(before[name], layer.adapter_weights("default")[0]) for name, layer in layers(model).items()
+    )
+
+
+def test_a_weighted_adapter() -> None:
+    model = two()
+    expected = learned(model, default=0.25, other=0.75)
+    model.add_weighted_adapter(["default", "other"], [0.25, 0.75], "both", combination_type="cat")
+    model.set_adapter("both")
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    with pytest.warns(UserWarning, match=r"weights=\[1.0, 1.0\]: .* has it 2 times"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "twice", combination_type="cat")
+
+
+def test_a_sum_without_what_was_split_off_is_warned_of() -> None:
+    model = adapted()
+    with pytest.warns(UserWarning, match="is where the new one starts"):
+        model.add_adapter("other", LqLoraConfig(r=8, target_modules=TARGETS))
+    model.set_adapter("other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing of where it starts
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="cat")
+    with pytest.warns(UserWarning, match=r"q_proj: each of the active adapters .* several times"):
+        model.base_model.set_adapter(["default", "other"])
+
+
+def test_what_unloading_leaves_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="missing without it"):
+        adapted().unload()
+    kept = adapted(keep_init=True)
+    with kept.disable_adapter():
+        start = logits(kept)
+    torch.testing.assert_close(logits(kept.unload()), start, **CLOSE)
+    whole = standalone(adapted())
+    over = get_peft_model(whole, LqLoraConfig(r=8, target_modules=TARGETS)).eval()
+    with pytest.warns(UserWarning, match="missing without it"):
+        over.unload()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_that_was_cast_while_it_was_merged(dtype: torch.dtype) -> None:
+    model, expected = adapted(), base(dtype=dtype)
+    model.merge_adapter()
+    model.to(dtype)
+    model.unmerge_adapter()
+    model.merge_adapter()
+    assert {layer.base_layer.weight.dtype for layer in layers(model).values()} == {dtype}
+    assert logits(model).dtype == logits(expected).dtype == dtype
+
+
+def test_a_second_adapter_is_merged_after_a_cast() -> None:
+    model = two()
+    model.merge_adapter(["default"])
+    model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        model.merge_adapter(["other"])
+    assert {layer.base_layer.weight.dtype for layer in layers(model).values()} == {torch.bfloat16}
+    assert logits(model).isfinite().all()
+
+
+def test_few_tokens_with_weights_that_are_elsewhere() -> None:
+    """accelerate brings them where a module is called, and only there."""
+    model = adapted()
+    expected = logits(model)
+    assert torch.equal(logits(cpu_offload(model, "cpu")), expected)

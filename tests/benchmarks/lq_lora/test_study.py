@@ -1,0 +1,88 @@
+"""The study of LQ-LoRA runs on a tiny model, its peers too; what is quantized is what each row says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("bitsandbytes")
+
+from benchmarks import study
+from benchmarks.lq_lora import study as lq_lora_study
+from benchmarks.lq_lora.study import RECIPES, quantize_nf4
+from benchmarks.study import Study
+from tests.benchmarks.squeeze.test_study import OneThread
+from tests.tasks.fixtures import text_file, tiny_llama
+
+__all__ = ["text_file", "tiny_llama"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_every_recipe_is_scored_before_and_after(
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_rate = {name: replace(recipe, rates=()) for name, recipe in RECIPES.items()}
+    monkeypatch.setattr(lq_lora_study, "RECIPES", one_rate)
+    only = [name for name in RECIPES if name.rpartition(" ")[2] not in ("4", "3", "2.75")]  # as 2.5
+    words = ["--model", str(tiny_llama), "--data", str(text_file), "--steps", "8", "--max-length", "16"]
+    words += ["--eval-size", "2", "--rates", "0.03", "--seeds", "0", "--output", str(tmp_path)]
+    words += ["--only", ",".join(only)]
+    assert lq_lora_study.main(words) == 0
+    table = capsys.readouterr().out
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(runs) == 2 * len(only)
+    for name in only:
+        assert f"| {name} |" in table and f"| {name}, before tuning |" in table
+        for run in (run for run in runs if run["recipe"] == name):
+            assert run["scores"][name] < run["scores"][f"{name}, before tuning"], "B = 0 or not, it learns"
+    assert len({run["parameters"] for run in runs}) == 1
+    # The base is random, so 4 bits cost little; what is saved for the second run is what the first one had.
+    before = {(r["recipe"], r["split"]): r["scores"][f"{r['recipe']}, before tuning"] for r in runs}
+    for name in only:
+        assert before[name, "test"] == pytest.approx(before["LoRA", "test"], rel=0.05)
+    assert len(list((tmp_path / "work" / "decomposed").iterdir())) == 4
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_loaded_decomposition_is_the_one_that_was_made(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "LQ-LoRA 2.5"
+    settings = {"task": "language", "steps": 2, "max_length": 16, "batch_size": 1, "eval_size": 2}
+    settings |= {"model": str(tiny_llama), "data": str(text_file)}
+    found = Study({name: RECIPES[name]}, settings, "bfloat16", tmp_path, before=True)
+    made = found.train(name, 0.01, 0, "test")
+    monkeypatch.setattr(study, "ProcessPoolExecutor", OneThread)
+    found.run_together([(name, 0.01, 0, "test")], 2)
+    assert found.done[0]["scores"] == made["scores"] and len(made["scores"]) == 2
+
+
+def test_recipes_can_be_sent_to_other_processes() -> None:
+    for recipe in RECIPES.values():
+        assert pickle.loads(pickle.dumps(recipe)).options == recipe.options
+
+
+def test_all_linear_layers_but_the_last_are_in_nf4(tiny_llama: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    quantized = copy.deepcopy(model)
+    quantize_nf4(quantized)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            packed = "Linear4bit" in str(type(quantized.get_submodule(name)))
+            assert packed is (name != "lm_head")
+    tokens = torch.arange(2, 18)[None]
+    want, got = model(tokens).logits, quantized(tokens).logits
+    assert 1e-3 < (got - want).norm() / want.norm() < 0.2

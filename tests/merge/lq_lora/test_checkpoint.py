@@ -1,0 +1,302 @@
+"""A checkpoint quantized from its files: the same bits as in memory, again after a kill, and nothing by halves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from peft_zoo import LqLoraConfig
+from peft_zoo.lq_lora import preprocess_lq_lora, standalone
+from peft_zoo.merge.lq_lora import checkpoint as lq_lora_stream
+from peft_zoo.merge.lq_lora.checkpoint import left_as_it_was, quantize_checkpoint
+from tests.adapters.lq_lora.samples import GRID, TOKENS, base, layers, logits, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+
+
+def config(**fields: Any) -> LqLoraConfig:
+    own = {"r": 8, "target_modules": "all-linear", "budget_bits": 3.0, "num_iterations": 2, "qconfig_grid": GRID}
+    return LqLoraConfig(**{**own, **fields})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    base().save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
+    return tmp_path / "model"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_the_bits_are_those_of_a_model_in_memory(folder: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def progress(names: Iterable[str], doing: str) -> Iterable[str]:
+        seen.append(doing)
+        return names
+
+    rows = quantize_checkpoint(folder, tmp_path / "out", config(), max_shard_bytes=40_000, progress=progress)
+    assert seen == ["measuring", "quantizing"]
+    whole = get_peft_model(base(), config())
+    expected = {name.removeprefix("base_model.model."): layer for name, layer in layers(whole).items()}
+    ways = {name: list(layer.quantized.config) for name, layer in expected.items()}
+    assert {row.name: list(row.config or ()) for row in rows} == ways and len(rows) == 14
+    alone = standalone(whole)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(loaded), logits(alone.eval()), rtol=1e-4, atol=1e-4)
+    for name, tensor in alone.state_dict().items():  # in memory, part of the adapter's scale is in each factor
+        if not name.endswith(("initial_A", "initial_B")):
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    for row in rows:
+        (B, A), (its_B, its_A) = (model.get_submodule(row.name).initial for model in (loaded, alone))
+        torch.testing.assert_close(B @ A, its_B @ its_A, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert not (tmp_path / "out.partial").exists()
+    numbers = sum(layer.quantized.shape[0] * layer.quantized.shape[1] for layer in expected.values())
+    sizes = {name: layer.quantized.shape[0] * layer.quantized.shape[1] for name, layer in expected.items()}
+    assert sum(row.bits * sizes[row.name] for row in rows) <= 3.0 * numbers
+    assert all(0 < row.error < 0.6 and row.rank == 8 for row in rows)
+
+
+def test_it_can_be_trained(folder: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=None))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), config())
+    losses = train(model, 5)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stage", ["table", "decompose"])
+def test_a_killed_run_goes_on(stage: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize_checkpoint(folder, tmp_path / "whole", config())
+    calls, real = [], getattr(lq_lora_stream, stage)
+
+    def killed(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(lq_lora_stream, stage, killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(folder, tmp_path / "out", config())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"out.partial is what another call left"):
+        quantize_checkpoint(folder, tmp_path / "out", config(r=4))
+    quantize_checkpoint(folder, tmp_path / "out", config())
+    assert len(calls) == 4 + 14 - 3
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "out"}
+
+
+def test_another_budget_after_one_that_was_not_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been measured is not measured again, until a matrix is quantized."""
+    calls, real = [], lq_lora_stream.table
+    monkeypatch.setattr(lq_lora_stream, "table", lambda *args: calls.append(1) or real(*args))
+    with pytest.raises(ValueError, match=r"budget_bits=1\.0 is below"):
+        quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=1.0))
+    assert not calls and not (tmp_path / "out.partial").exists(), "that is known without measuring"
+    with monkeypatch.context() as patch:
+        patch.setattr(lq_lora_stream, "spend", lambda *args: exit())
+        with pytest.raises(SystemExit):
+            quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=2.5))
+    assert len(calls) == 14
+    rows = quantize_checkpoint(folder, tmp_path / "out", config(budget_bits=3.0))
+    assert len(calls) == len(rows) == 14 and not (tmp_path / "out.partial").exists()
+
+
+def test_weights_count(folder: Path, tmp_path: Path) -> None:
+    model, fields = base(), {"weighting": "fisher", "heuristic": "auto", "budget_bits": None}
+    found = preprocess_lq_lora(model, config(**fields), [{"input_ids": TOKENS}])
+    with pytest.raises(ValueError, match=r"weights: weighting='none' uses none"):
+        quantize_checkpoint(folder, tmp_path / "out", config(), weights=found)
+    with pytest.raises(ValueError, match=r"device='cuda:9' cannot be used .*; use 'cpu'"):
+        quantize_checkpoint(folder, tmp_path / "out", config(), device="cuda:9")
+    with pytest.raises(ValueError, match=r"^device='foo' is none that torch knows; use 'cpu' or 'cuda'\.$"):
+        quantize_checkpoint(folder, tmp_path / "out", config(), device="foo")
+    with pytest.raises(ValueError, match=r"weights of .* are missing"):
+        quantize_checkpoint(folder, tmp_path / "out", config(**fields))
+    quantize_checkpoint(folder, tmp_path / "out", config(**fields), weights=found)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = layers(get_peft_model(model, config(**fields)))
+    for name, layer in expected.items():
+        assert torch.equal(loaded.get_submodule(name.removeprefix("base_model.model.")).codes, layer.quantized.codes)
+
+
+def test_layers_of_gpt2_and_rows_that_no_block_fits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 24, "n_layer": 1, "n_head": 2, "n_inner": 64}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "model")
+    fields = {"target_modules": ["c_fc", "c_proj"], "fan_in_fan_out": True, "budget_bits": 30.0}
+    rows = quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**fields))
+    by_name = {row.name.removeprefix("transformer.h.0."): row for row in rows}
+    assert by_name["mlp.c_fc"].config is None and by_name["mlp.c_fc"].bits == 32
+    assert by_name["mlp.c_proj"].config is not None
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (logits(loaded) - logits(model)).abs().max() < 0.05
+    assert not torch.equal(logits(loaded), logits(model))
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+PICTURES = {**SIZES, "image_size": 16, "patch_size": 8}
+
+
+def vit() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**PICTURES, initializer_range=0.2)), {
+        "pixel_values": torch.randn(2, 3, 16, 16)
+    }
+
+
+def llava() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    text = LlamaConfig(vocab_size=64, initializer_range=0.2, **SIZES)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(**PICTURES)))
+    return model, {"input_ids": TOKENS}
+
+
+@pytest.mark.parametrize(("make", "renamed"), [(vit, "attention.query"), (llava, "language_model.model.")])
+def test_names_that_transformers_changes_as_it_loads(make: Any, renamed: str, tmp_path: Path) -> None:
+    """The files have the names of another day; what is written has them too, and loads as the model in memory does."""
+    model, inputs = make()
+    model.eval().save_pretrained(tmp_path / "model")
+    fields = {"budget_bits": None, "r": 4, "qconfig": [4, 4, "bf16", 32, 64]}
+    rows = quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**fields))
+    assert all(model.get_submodule(row.name).weight.numel() == row.numbers for row in rows)
+    keys = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert any(renamed in key and key.endswith(".codes") for key in keys)
+    loaded = type(model).from_pretrained(tmp_path / "out").eval()
+    alone = standalone(get_peft_model(model, config(**fields))).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, alone(**inputs).logits, rtol=1e-3, atol=1e-3)
+    for name, tensor in alone.state_dict().items():
+        if not name.endswith(("initial_A", "initial_B")):
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == keys
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "up_proj"])
+def test_a_tensor_that_transformers_splits_as_it_loads_is_refused(target: str, tmp_path: Path) -> None:
+    Dinov2Model(Dinov2Config(**PICTURES, use_swiglu_ffn=True)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"weights_in\.weight becomes \S+\.{target}\.weight of .* in memory"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(budget_bits=None, target_modules=[target]))
+    rows = quantize_checkpoint(
+        tmp_path / "model", tmp_path / "out", config(budget_bits=None, target_modules=["q_proj"], r=4)
+    )
+    assert len(rows) == 1 and Dinov2Model.from_pretrained(tmp_path / "out")
+
+
+def test_files_without_a_weight(folder: Path, tmp_path: Path) -> None:
+    edit(folder, CONFIG, num_hidden_layers=3)
+    with pytest.raises(
+        ValueError, match=r"has no model\.layers\.2\.\S+\.weight; its files and config.json do not belong"
+    ):
+        quantize_checkpoint(folder, tmp_path / "out", config())
+
+
+def test_experts_in_one_tensor_stay_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    few = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, initializer_range=0.2, **SIZES)
+    model = MixtralForCausalLM(few).eval()
+    model.save_pretrained(tmp_path / "model")
+    caplog.set_level("INFO", "peft_zoo")
+    rows = quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(budget_bits=None, r=4))
+    assert {row.name.rpartition(".")[2] for row in rows} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    left = left_as_it_was(tmp_path / "out")
+    numbers = sum(p.numel() for p in model.parameters()) - sum(row.numbers for row in rows)
+    assert (left.numbers, left.nbytes) == (numbers, 4 * numbers)
+    assert left.tensors == 4 * 3 + 2 + 3 + 1, "matrices of experts, embeddings and head, norms, and the router"
+    assert f"as they were: {numbers:,} numbers in 18 tensors" in caplog.text
+    experts, its = (
+        it.model.layers[0].mlp.experts for it in (model, MixtralForCausalLM.from_pretrained(tmp_path / "out"))
+    )
+    assert torch.equal(its.gate_up_proj, experts.gate_up_proj) and torch.equal(its.down_proj, experts.down_proj)
+
+
+def poison(folder: Path) -> str:
+    path = next(p for p in sorted(folder.glob("*.safetensors")) if any("q_proj" in key for key in load_file(p)))
+    tensors = load_file(path)
+    key = next(key for key in tensors if "q_proj" in key)
+    tensors[key][0, 0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    return key
+
+
+def test_refuses_values_that_are_not_finite(folder: Path, tmp_path: Path) -> None:
+    key = poison(folder)
+    with pytest.raises(ValueError, match=f"{key} has values that are not finite"):
+        quantize_checkpoint(folder, tmp_path / "out", config())
+    assert not (tmp_path / "out").exists()
+
+
+def edit(folder: Path, name: str, **new: Any) -> None:
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, **new}))
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "words"),
+    [
+        (lambda folder: None, {"budget_bits": 1.0}, r"budget_bits=1.0 is below 2\.\d+, the least"),
+        (lambda folder: None, {"target_modules": ["embed_tokens"]}, "names no layer"),
+        (lambda folder: None, {"save_base": "none"}, "save_base='none': a model without its base needs Q"),
+        (lambda folder: None, {"lq_state": "decomposed"}, "lq_state='decomposed': it is for loading"),
+        (lambda folder: None, {"base_sha256": {"a": "b"}}, r"base_sha256=\{'a': 'b'\}: it names matrices"),
+        (lambda folder: None, {"init_lora_weights": False}, "init_lora_weights=False: it would quantize nothing"),
+        (lambda folder: edit(folder, CONFIG, quantization_config={}), {}, "is quantized already"),
+        (lambda folder: edit(folder, CONFIG, architectures=["os"]), {}, "is no model that transformers has"),
+        (lambda folder: edit(folder, CONFIG, architectures=None), {}, "is no model that transformers has"),
+        (lambda folder: edit(folder, CONFIG, hidden_size=32), {}, r"and config.json says \("),
+        (lambda folder: edit(folder, INDEX, weight_map={"a": "../model.safetensors"}), {}, "is no file of this folder"),
+        (lambda folder: edit(folder, INDEX, weight_map={}), {}, "weight_map must map"),
+        (lambda folder: (folder / INDEX).unlink(), {}, "has no model.safetensors"),
+        (lambda folder: (folder / CONFIG).unlink(), {}, "not a file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_refuses(change: Any, fields: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
+    change(folder)
+    with pytest.raises(ValueError, match=words):
+        quantize_checkpoint(folder, tmp_path / "out", config(**fields))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_there_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "out")
+    before = digests(tmp_path / "out")
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        quantize_checkpoint(folder, tmp_path / "out", config())
+    assert digests(tmp_path / "out") == before and not (tmp_path / "out.partial").exists()

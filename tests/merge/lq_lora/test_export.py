@@ -1,0 +1,147 @@
+"""LQ-LoRA in files: what it learned, as a plain LoRA for the base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_zoo.merge.lq_lora.export import to_lora
+from tests.adapters.lq_lora.samples import adapted, base, layers, logits, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+WEIGHTS = "adapter_model.safetensors"
+
+
+def trained(folder: Path, **fields: Any) -> PeftModel:
+    model = adapted(**{"keep_init": True, **fields})
+    train(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def expected(model: PeftModel) -> Any:
+    """The base model with `s B A - B0 A0` added to its weights."""
+    plain = base()
+    for name, layer in layers(model).items():
+        linear: Any = plain.get_submodule(name.removeprefix("base_model.model."))
+        (B, A), (first_B, first_A) = layer.factors("default"), layer.quantized.initial
+        linear.weight.data += B @ A - first_B @ first_A
+    return plain
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_rslora": True}, {"lora_alpha": 64, "rank_pattern": {"q_proj": 3}}, {"modules_to_save": ["lm_head"]}],
+    ids=str,
+)
+def test_stock_peft_loads_what_was_learned(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = trained(tmp_path / "lq", **fields)
+    assert to_lora(tmp_path / "lq", tmp_path / "lora") == tmp_path / "lora"
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "lora")
+    assert type(loaded.peft_config["default"]) is LoraConfig
+    wanted = expected(model)
+    if "modules_to_save" in fields:
+        wanted.lm_head = model.base_model.model.lm_head.modules_to_save["default"]
+    torch.testing.assert_close(logits(loaded), logits(wanted), rtol=1e-4, atol=1e-4)
+    assert (logits(loaded) - logits(base())).abs().max() > 0.1
+
+
+def test_it_is_the_quantized_model_but_for_what_quantizing_lost(tmp_path: Path) -> None:
+    differences = []
+    for bits in (2, 8):
+        folder = tmp_path / str(bits)
+        model = trained(folder, qconfig=[bits, 8, "fp32", 16, 16], r=16)
+        loaded = PeftModel.from_pretrained(base(), to_lora(folder, tmp_path / f"{bits} lora"))
+        differences.append((logits(loaded) - logits(model)).norm() / logits(model).norm())
+    assert differences[1] < 0.02 < differences[0]
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_other_layers_keep_their_lora(tmp_path: Path) -> None:
+    """One that is not quantized, and an embedding."""
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    fields = {"target_modules": ["q_proj", "embed_tokens"], "lora_alpha": 4, "qconfig_map": {names[0]: None}}
+    fields["qconfig_map"][names[1]] = [4, 8, "fp32", 64, 256]
+    model = trained(tmp_path / "lq", **fields)
+    loaded = PeftModel.from_pretrained(base(), to_lora(tmp_path / "lq", tmp_path / "lora"))
+    settings = loaded.peft_config["default"]
+    ranks = {name: module.r["default"] for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
+    assert sorted(ranks.values()) == [8, 8, 16] and settings.lora_alpha in (4, 16)
+    wanted = expected(model)
+    for name in ("model.layers.0.self_attn.q_proj", "model.embed_tokens"):
+        wanted.get_submodule(name).weight.data += model.base_model.model.get_submodule(name).get_delta_weight("default")
+    torch.testing.assert_close(logits(loaded), logits(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_and_writes_nothing(tmp_path: Path) -> None:
+    trained(tmp_path / "without", keep_init=False)
+    with pytest.raises(ValueError, match=r"down_proj was not kept; quantize with keep_init=True"):
+        to_lora(tmp_path / "without", tmp_path / "out")
+    get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="give an LQ-LoRA"):
+        to_lora(tmp_path / "plain", tmp_path / "out")
+    trained(tmp_path / "damaged")
+    tensors = load_file(tmp_path / "damaged" / WEIGHTS)
+    key = next(key for key in tensors if key.endswith("initial_B"))
+    save_file({**tensors, key: tensors[key][:, 1:].contiguous()}, tmp_path / "damaged" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"initial_B \(64, 7\) does not fit its LoRA"):
+        to_lora(tmp_path / "damaged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    trained(tmp_path / "good")
+    with pytest.raises(ValueError, match="out_dir"):
+        to_lora(tmp_path / "good", tmp_path / "full")
+    assert json.loads((tmp_path / "good" / "adapter_config.json").read_text())["lq_state"] == "decomposed"
+
+
+def test_factors_that_are_kept_in_8_bits(tmp_path: Path) -> None:
+    model = trained(tmp_path / "lq", keep_init="nf8", r=5)
+    loaded = PeftModel.from_pretrained(base(), to_lora(tmp_path / "lq", tmp_path / "lora"))
+    torch.testing.assert_close(logits(loaded), logits(expected(model)), rtol=1e-4, atol=1e-4)
+    assert not any("initial" in key for key in load_file(tmp_path / "lora" / WEIGHTS))
+
+
+@pytest.mark.parametrize("keep_init", [True, "nf8"])
+def test_without_training_nothing_was_learned(keep_init: bool | str, tmp_path: Path) -> None:
+    adapted(keep_init=keep_init, r=5, lora_alpha=5).save_pretrained(tmp_path / "lq")
+    tensors = load_file(to_lora(tmp_path / "lq", tmp_path / "lora") / WEIGHTS)
+    downs = {key: A for key, A in tensors.items() if "lora_A" in key}
+    assert len(downs) == 6
+    for key, A in downs.items():
+        B = tensors[key.replace("lora_A", "lora_B")]
+        assert torch.equal(A[:5], A[5:]) and torch.equal(B[:, :5], -B[:, 5:])
+        assert A.any() and B.any()
+
+
+def test_damaged_factors_in_8_bits(tmp_path: Path) -> None:
+    trained(tmp_path / "lq", keep_init="nf8")
+    tensors = load_file(tmp_path / "lq" / WEIGHTS)
+    key = next(key for key in tensors if key.endswith("initial_codes"))
+    save_file({**tensors, key: tensors[key][:-1].contiguous()}, tmp_path / "lq" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"initial_codes .* does not fit its LoRA"):
+        to_lora(tmp_path / "lq", tmp_path / "out")
+    del tensors[key]
+    save_file(tensors, tmp_path / "lq" / WEIGHTS)
+    with pytest.raises(ValueError, match="was not kept"):
+        to_lora(tmp_path / "lq", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_the_base_has_to_be_saved_with_it(tmp_path: Path) -> None:
+    model = trained(tmp_path / "none", save_base="none")
+    with pytest.raises(ValueError, match=r"save_base='none' left out .* set save_base='quantized' .* save it again"):
+        to_lora(tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    again = PeftModel.from_pretrained(base(), tmp_path / "none")
+    again.peft_config["default"].save_base = "quantized"
+    again.save_pretrained(tmp_path / "quantized")
+    loaded = PeftModel.from_pretrained(base(), to_lora(tmp_path / "quantized", tmp_path / "lora"))
+    torch.testing.assert_close(logits(loaded), logits(expected(model)), rtol=1e-4, atol=1e-4)
