@@ -65,9 +65,8 @@ def downstairs(place: str, own: tuple[str, ...], floor: int, target: tuple[str, 
         yield f"{place}: {own[0]} imports the higher floor {target[0]}"
     elif there == floor and target[0] != own[0] and floor not in (0, FRONT):
         yield f"{place}: {own[0]} imports {target[0]}, a room of the same floor"
-    elif target[0] == own[0] in FAMILIES and len(target) > 1 and own[1] != "__init__":
-        if target[1] not in (own[1], "base"):
-            yield f"{place}: {'.'.join(own)} imports its sibling {'.'.join(target)}; share through base"
+    elif target[0] == own[0] in FAMILIES and own[1] != "__init__" and target[1:2] not in ((own[1],), ("base",), ()):
+        yield f"{place}: {'.'.join(own)} imports its sibling {'.'.join(target)}; share through base"
 
 
 def private(target: tuple[str, ...]) -> bool:
@@ -82,7 +81,8 @@ def wide(path: Path, tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             count = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])
-            if count > MOST_PARAMETERS + 1 and not node.decorator_list:
+            is_operator = bool(node.decorator_list) or node.name.endswith("_reference")
+            if count - 1 > MOST_PARAMETERS and not is_operator:
                 yield f"{path}:{node.lineno}: {node.name} has {count} parameters, {MOST_PARAMETERS} allowed"
 
 

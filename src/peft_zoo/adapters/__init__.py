@@ -14,14 +14,14 @@ def method_names() -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
 
 
-def public_names() -> dict[str, str]:
-    """Maps every name that a method lists in `__all__` to the module that has it, without importing the method."""
-    found: dict[str, str] = {}
+def public_names() -> dict[str, list[str]]:
+    """Maps the module of each method to the names in its `__all__`, which is read without importing the method."""
+    found = {}
     for method in method_names():
         module = f"{__name__}.{method}"
         spec = find_spec(module)
         assert spec is not None and spec.origin is not None
-        found |= dict.fromkeys(_listed(Path(spec.origin)), module)
+        found[module] = _listed(Path(spec.origin))
     return found
 
 
