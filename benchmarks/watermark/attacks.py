@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_zoo.common.modules import frozen
 from peft_zoo.tasks.watermark.jpeg import jpeg
-from peft_zoo.tasks.watermark.vae import decode, encode, frozen, reconstruct
+from peft_zoo.tasks.watermark.vae import decode, encode, reconstruct
 
 Images = Callable[[Tensor], Tensor]
 Weights = Callable[[Tensor, Tensor], Tensor]

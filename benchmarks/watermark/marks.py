@@ -15,11 +15,12 @@ from torch import Tensor
 
 from benchmarks.watermark.taef2 import taef2
 from peft_zoo import WatermarkLoraConfig
+from peft_zoo.common.modules import frozen
 from peft_zoo.tasks.base.images import LAYOUTS, draw_splits, open_source
 from peft_zoo.tasks.watermark.decoder import KeyedDecoder
 from peft_zoo.tasks.watermark.embed import Training
 from peft_zoo.tasks.watermark.export import merged
-from peft_zoo.tasks.watermark.vae import decode, frozen, reconstruct
+from peft_zoo.tasks.watermark.vae import decode, reconstruct
 from peft_zoo.watermark import EmbedReport, WatermarkKey, calibrate_decoder, embed_watermark
 
 CHUNK = 128  # images at once, outside of training

@@ -43,11 +43,12 @@ from benchmarks.watermark.marks import (
     train_full,
     train_lora,
 )
+from peft_zoo.common.modules import frozen
 from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.watermark.decoder import KeyedDecoder
 from peft_zoo.tasks.watermark.image_quality import psnr, ssim
 from peft_zoo.tasks.watermark.significance import MatchDistribution, bits_needed, count_false_alarms
-from peft_zoo.tasks.watermark.vae import decode, frozen, reconstruct
+from peft_zoo.tasks.watermark.vae import decode, reconstruct
 
 CIFAR = common.ROOT.parent / "shared" / "data" / "images" / "cifar10_jpg_8k_2k.zip"
 RATES = (1e-2, 1e-6)  # false-positive rates at which marks are to be found

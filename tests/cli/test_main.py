@@ -15,12 +15,9 @@ from peft_zoo.registration import methods
 from peft_zoo.tasks.base.outcome import Outcome
 from peft_zoo.tasks.base.settings import TrainSettings, flag, flag_fields
 from peft_zoo.tasks.base.task import Task
-from tests.tasks.conftest import RENAMED
 from tests.tasks.fixtures import text_file, tiny_llama
 
 __all__ = ["text_file", "tiny_llama"]  # fixtures of the tests below
-
-pytestmark = RENAMED
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,8 @@ from peft_zoo.lq_lora import preprocess_lq_lora, save_weights
 from peft_zoo.merge.lq_lora.checkpoint import left_as_it_was, quantize_checkpoint
 from tests.adapters.lq_lora.samples import TOKENS, base
 from tests.cli.test_main import untouched_process
-from tests.tasks.conftest import RENAMED
 
 __all__ = ["untouched_process"]  # a fixture of the tests below
-
-pytestmark = RENAMED
 
 
 @pytest.fixture

@@ -22,11 +22,8 @@ from peft_zoo.kernels.planning.ranks import RankTarget
 from peft_zoo.merge.squeeze.api import SCALINGS, SqueezeOptions, rank_report, squeeze_adapter
 from tests.adapters.models import fresh
 from tests.cli.test_main import untouched_process
-from tests.tasks.conftest import RENAMED
 
 __all__ = ["untouched_process"]  # a fixture of the tests below
-
-pytestmark = RENAMED
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -211,7 +208,7 @@ PREPARE = {
         ("", "lora out --rank 0", ["rank must be a positive int, got 0"]),
         ("", "lora out --rank -1", ["rank must be a positive int, got -1"]),
         ("", "lora out --rank two", ["--rank cannot be 'two'", "whole number"]),
-        ("", "lora out --energy 1.5", ["energy must be in (0, 1], got 1.5"]),
+        ("", "lora out --energy 1.5", ["energy=1.5 must be in (0, 1]"]),
         ("", "lora out --energy nan", ["--energy cannot be 'nan'"]),
         ("", "lora out --budget 24XB", ["budget='24XB'", "24MB"]),
         ("", "lora out --budget 1", ["budget 1 is below the minimum", "parameters"]),

@@ -12,7 +12,6 @@ from tests.distributed import worker
 
 pytest.importorskip("accelerate", reason="peft's policy uses accelerate")
 # peft asks for it by its old name
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.mark.parametrize("case", list(worker.cases()))

@@ -14,8 +14,7 @@ Source: LQ-LoRA (arXiv 2311.12023), section 3.4, whose factorization uses these 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, distributed, nn
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig
 from peft_zoo.adapters.lq_lora.nf_linear import oriented
 from peft_zoo.adapters.lq_lora.targets import named, targets
+from peft_zoo.common.modules import frozen
 from peft_zoo.kernels.low_rank.quantized import Diagonals
 
 __all__ = ["Weights", "load_weights", "preprocess_lq_lora", "save_weights"]
@@ -158,7 +158,7 @@ def _collect(
     handles = [layer.register_forward_hook(hooks[name]) for name, layer in layers.items()]
     batches = 0
     try:
-        with _frozen(model), torch.set_grad_enabled(fisher):
+        with frozen(model), torch.set_grad_enabled(fisher):
             for batch in data:
                 loss = loss_fn(model, batch)
                 if not torch.isfinite(loss).all():
@@ -225,21 +225,6 @@ def _finished(sums: Mapping[str, _Sums]) -> dict[str, Weights]:
     least = LEAST * total
     parts = ((name, (one.row + least) / total, (one.column + least) / total) for name, one in sums.items())
     return {name: Weights(row.float(), column.float()) for name, row, column in parts}
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and gradients of nothing but activations; as it was, afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:

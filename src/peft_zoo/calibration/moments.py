@@ -38,6 +38,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peft_zoo.common.modules import evaluation_mode
+
 Kind = Literal["diagonal", "full"]
 FIELDS = ("inputs", "outputs")
 CHUNK = 2**24  # elements that are widened to float32 at a time
@@ -81,7 +83,7 @@ def calibrate(
     options: dict[str, Any] = {"kind": kind, "inputs": inputs, "outputs": outputs, "modules": modules}
     with (
         collect_moments(model, **options, adapter_name=adapter_name, device=device) as collector,
-        _evaluation_mode(model),
+        evaluation_mode(model),
         torch.no_grad(),
     ):
         for batch in batches:
@@ -312,18 +314,6 @@ def _adapted_layers(model: nn.Module, adapter: str, modules: Collection[str] | N
         if adapter not in layer.active_adapters or layer.disable_adapters:
             raise ValueError(f"adapter_name={adapter!r} is not active in module {name!r}; enable it with set_adapter")
     return layers
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    # Module by module: parts of a model may be in evaluation mode while the rest trains.
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:

@@ -272,11 +272,9 @@ def losses(run: Trainer) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-RENAMED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 VISITED = [64, 32, 32, 16, 16, 8, 8, 8]  # after steps 2, 4 and 6 of 8
 
 
-@RENAMED
 @pytest.mark.parametrize("mode", ["mask", "shrink"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_trainer_visits_the_ranks_and_saves_a_plain_lora(mode: str, plain: bool, tmp_path: Path) -> None:
@@ -295,7 +293,6 @@ def test_trainer_visits_the_ranks_and_saves_a_plain_lora(mode: str, plain: bool,
         torch.testing.assert_close(loaded(batch).logits, run.model.eval()(batch).logits, rtol=1e-6, atol=1e-6)
 
 
-@RENAMED
 @pytest.mark.parametrize("mode", ["mask", "shrink"])
 def test_an_interrupted_run_takes_up_ranks_and_losses(mode: str, tmp_path: Path) -> None:
     whole, note = trainer(tmp_path / "whole", SqueezeCallback(), mode=mode)
@@ -312,7 +309,6 @@ def test_an_interrupted_run_takes_up_ranks_and_losses(mode: str, tmp_path: Path)
         assert torch.equal(one, other), name
 
 
-@RENAMED
 def test_callback_states_can_be_restored_from_the_checkpoint(tmp_path: Path) -> None:
     callback = SqueezeCallback(SqueezeConfig(**SCHEDULE))
     trainer(tmp_path, callback, stop=3, plain=True)[0].train()
@@ -323,7 +319,6 @@ def test_callback_states_can_be_restored_from_the_checkpoint(tmp_path: Path) -> 
     assert note.ranks == VISITED[2:-1]
 
 
-@RENAMED
 def test_the_learning_rate_rises_again_and_the_scheduler_keeps_its_own(tmp_path: Path) -> None:
     config = SqueezeConfig(target_rank=8, num_stages=1, end_ratio=0.5, min_stage_steps=1, rewarmup_steps=2)
     run, note = trainer(tmp_path, SqueezeCallback(config), plain=True)
@@ -334,7 +329,6 @@ def test_the_learning_rate_rises_again_and_the_scheduler_keeps_its_own(tmp_path:
     assert seen[4:] == pytest.approx([plain[4] / 3, plain[5] * 2 / 3, plain[6], plain[7]])
 
 
-@RENAMED
 def test_a_schedule_that_does_not_fit_stops_before_the_first_step(tmp_path: Path) -> None:
     callback = SqueezeCallback(SqueezeConfig(target_rank=8, num_stages=3))
     run, note = trainer(tmp_path, callback, plain=True)
@@ -343,7 +337,6 @@ def test_a_schedule_that_does_not_fit_stops_before_the_first_step(tmp_path: Path
     assert note.ranks == []
 
 
-@RENAMED
 def test_shrink_cannot_go_back_to_a_best_model(tmp_path: Path) -> None:
     options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
     run, _ = trainer(tmp_path, SqueezeCallback(), mode="shrink", **options)
@@ -353,7 +346,6 @@ def test_shrink_cannot_go_back_to_a_best_model(tmp_path: Path) -> None:
         run.train()
 
 
-@RENAMED
 def test_mask_compresses_the_best_model_too(tmp_path: Path) -> None:
     options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 1}
     run, _ = trainer(tmp_path, SqueezeCallback(), **options)
@@ -361,7 +353,6 @@ def test_mask_compresses_the_best_model_too(tmp_path: Path) -> None:
     assert {pair.size for pair in lora_pairs(run.model, "default")} == {8}
 
 
-@RENAMED
 def test_without_finalize_the_tensors_keep_their_size(tmp_path: Path) -> None:
     run, _ = trainer(tmp_path, SqueezeCallback(), finalize=False)
     run.train()
@@ -371,7 +362,6 @@ def test_without_finalize_the_tensors_keep_their_size(tmp_path: Path) -> None:
     assert {pair.size for pair in lora_pairs(run.model, "default")} == {8}
 
 
-@RENAMED
 def test_without_a_target_it_is_the_lora_it_began_as(tmp_path: Path) -> None:
     model = get_peft_model(llama(), SqueezeLoraConfig(r=4, target_modules=["q_proj"]))
     arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
@@ -380,7 +370,6 @@ def test_without_a_target_it_is_the_lora_it_began_as(tmp_path: Path) -> None:
     assert {pair.size for pair in lora_pairs(model, "default")} == {4}
 
 
-@RENAMED
 def test_factors_are_balanced_every_few_steps(tmp_path: Path) -> None:
     run, _ = trainer(tmp_path, RefactorizeCallback(every=8), plain=True)
     run.train()

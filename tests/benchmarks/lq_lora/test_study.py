@@ -26,7 +26,6 @@ from tests.tasks.fixtures import text_file, tiny_llama
 __all__ = ["text_file", "tiny_llama"]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_every_recipe_is_scored_before_and_after(
     tiny_llama: Path,
     text_file: Path,
@@ -56,7 +55,6 @@ def test_every_recipe_is_scored_before_and_after(
     assert len(list((tmp_path / "work" / "decomposed").iterdir())) == 4
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_loaded_decomposition_is_the_one_that_was_made(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,6 @@ __all__ = ["text_file", "tiny_llama"]
 KEY = ("recipe", "rate", "seed", "split")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*keeps only .* of its energy:UserWarning")
 def test_every_recipe_is_trained_and_remembered(
     tiny_llama: Path,

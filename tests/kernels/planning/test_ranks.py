@@ -264,24 +264,24 @@ ONE = "pass exactly one of rank, energy, sv_ratio, sv_fro and budget, got "
         ({}, ONE + "none"),
         ({"rank": 4, "energy": 0.9}, ONE + "rank and energy"),
         ({"sv_ratio": 4, "sv_fro": 0.9, "budget": 5}, ONE + "sv_ratio and sv_fro and budget"),
-        ({"rank": True}, "rank must be a positive int, got True"),
-        ({"rank": -1}, "rank must be a positive int, got -1"),
-        ({"rank": 0}, "rank must be a positive int, got 0"),
-        ({"rank": 8.0}, "rank must be a positive int, got 8.0"),
-        ({"energy": 0}, "energy must be in (0, 1], got 0"),
-        ({"energy": 1.01}, "energy must be in (0, 1], got 1.01"),
-        ({"energy": True}, "energy must be in (0, 1], got True"),
-        ({"energy": math.nan}, "energy must be in (0, 1], got nan"),
-        ({"sv_fro": -0.5}, "sv_fro must be in (0, 1], got -0.5"),
+        ({"rank": True}, "rank=True must be"),
+        ({"rank": -1}, "rank=-1 must be"),
+        ({"rank": 0}, "rank=0 must be"),
+        ({"rank": 8.0}, "rank=8.0 must be"),
+        ({"energy": 0}, "energy=0 must be"),
+        ({"energy": 1.01}, "energy=1.01 must be"),
+        ({"energy": True}, "energy=True must be"),
+        ({"energy": math.nan}, "energy=nan must be"),
+        ({"sv_fro": -0.5}, "sv_fro=-0.5 must be"),
         ({"sv_ratio": 0.5}, "sv_ratio must be at least 1, got 0.5"),
         ({"sv_ratio": math.inf}, "sv_ratio must be at least 1, got inf"),
         ({"sv_ratio": True}, "sv_ratio must be at least 1, got True"),
         ({"budget": "8 sheep"}, "budget='8 sheep' cannot be used"),
         ({"budget": False}, "budget=False cannot be used"),
-        ({"rank": 4, "rank_multiple_of": 0}, "rank_multiple_of must be a positive int, got 0"),
-        ({"rank": 4, "min_rank": -1}, "min_rank must be an int of at least 0, got -1"),
-        ({"rank": 4, "min_rank": True}, "min_rank must be an int of at least 0, got True"),
-        ({"rank": 4, "max_rank": 0}, "max_rank must be a positive int, got 0"),
+        ({"rank": 4, "rank_multiple_of": 0}, "rank_multiple_of=0 must be"),
+        ({"rank": 4, "min_rank": -1}, "min_rank=-1 must be"),
+        ({"rank": 4, "min_rank": True}, "min_rank=True must be"),
+        ({"rank": 4, "max_rank": 0}, "max_rank=0 must be"),
         ({"rank": 4, "max_rank": 2, "min_rank": 3}, "max_rank=2 is below min_rank=3: exchange them"),
     ],
 )
@@ -294,5 +294,5 @@ def test_check_count() -> None:
     check_count("steps", None)
     check_count("steps", 1)
     check_count("steps", 0, least=0)
-    with pytest.raises(ValueError, match="steps must be an int of at least 200, got 199: give a whole number such as"):
+    with pytest.raises(ValueError, match="steps=199: give a whole number such as must be"):
         check_count("steps", 199, least=200)

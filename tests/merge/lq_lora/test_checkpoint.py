@@ -36,7 +36,6 @@ from peft_zoo.merge.lq_lora import checkpoint as lq_lora_stream
 from peft_zoo.merge.lq_lora.checkpoint import left_as_it_was, quantize_checkpoint
 from tests.adapters.lq_lora.samples import GRID, TOKENS, base, layers, logits, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 
 

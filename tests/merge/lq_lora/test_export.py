@@ -15,7 +15,6 @@ from torch import nn
 from peft_zoo.merge.lq_lora.export import to_lora
 from tests.adapters.lq_lora.samples import adapted, base, layers, logits, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 WEIGHTS = "adapter_model.safetensors"
 
 

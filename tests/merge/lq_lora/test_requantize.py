@@ -15,8 +15,6 @@ from peft_zoo.kernels.normal_float.quantize import NFConfig
 from peft_zoo.merge.lq_lora.requantize import merge_and_requantize
 from tests.adapters.lq_lora.samples import GRID, TARGETS, adapted, base, layers, logits, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def trained(**fields: Any) -> tuple[Any, dict[str, Tensor]]:
     """A model, and its matrices with the adapter in them."""

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-import peft_zoo
 from peft_zoo.tasks.watermark import leak_scan as watermark_lora_leaks
 from peft_zoo.tasks.watermark.bch import BchCode
 from peft_zoo.tasks.watermark.decoder import KeyedDecoder
@@ -51,11 +50,6 @@ def saved(folder: Path, key: WatermarkKey = NAMED, **changes: Any) -> Path:
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
     return path
-
-
-def test_it_is_public() -> None:
-    assert peft_zoo.WatermarkKey is WatermarkKey  # type: ignore[attr-defined]
-    assert peft_zoo.refuse_key_in is refuse_key_in  # type: ignore[attr-defined]
 
 
 # --- message, seeds, commitment ---

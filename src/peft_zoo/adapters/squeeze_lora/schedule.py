@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_zoo.adapters.base.config import option
-from peft_zoo.kernels.planning.ranks import RankTarget, check_count, parse_budget
+from peft_zoo.common.checks import check_count
+from peft_zoo.kernels.planning.ranks import RankTarget, parse_budget
 
 CURVES: dict[str, Callable[[float, float, float], float]] = {
     "geometric": lambda start, target, u: start * (target / start) ** u,

@@ -23,10 +23,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from peft_zoo.common.checks import check_count
 from peft_zoo.kernels.low_rank.randomized import RandomizedSvd, randomized_svd
 from peft_zoo.kernels.normal_float.lloyd import lloyd_levels
 from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, dequantize, quantize
-from peft_zoo.kernels.planning.ranks import check_count
 
 __all__ = ["Codebook", "Diagonals", "QuantizedLowRank", "first_svd", "quantized_low_rank"]
 

@@ -34,8 +34,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from peft_zoo.common.checks import check_count
 from peft_zoo.kernels.low_rank.factored import Balance, canonical_signs
-from peft_zoo.kernels.planning.ranks import check_count
 
 DenseMethod = Literal["exact", "randomized"]
 

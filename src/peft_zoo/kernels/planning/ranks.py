@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from peft_zoo.common.checks import check_count, check_share
 from peft_zoo.kernels.low_rank.factored import rank_for_energy
 from peft_zoo.kernels.planning.knapsack import allocate
 
@@ -86,7 +87,7 @@ class RankTarget:
             check_count(name, getattr(self, name))
         check_count("min_rank", self.min_rank, least=0)
         for name in ("energy", "sv_fro"):
-            _check_share(name, getattr(self, name))
+            check_share(name, getattr(self, name))
         ratio = self.sv_ratio
         if ratio is not None and (isinstance(ratio, bool) or not (math.isfinite(ratio) and ratio >= 1)):
             raise ValueError(f"sv_ratio must be at least 1, got {ratio!r}: it is largest over smallest singular value.")
@@ -136,18 +137,6 @@ def parse_budget(budget: int | str) -> tuple[int, str]:
             "'8 MiB'."
         )
     return size, "bytes"
-
-
-def check_count(name: str, value: int | None, least: int = 1) -> None:
-    """Raises a ValueError that names the field unless `value` is None or an int (no bool) of at least `least`."""
-    if value is not None and (type(value) is not int or value < least):
-        kind = "a positive int" if least == 1 else f"an int of at least {least}"
-        raise ValueError(f"{name} must be {kind}, got {value!r}: give a whole number such as {max(least, 8)}.")
-
-
-def _check_share(name: str, value: float | None) -> None:
-    if value is not None and (isinstance(value, bool) or not 0 < value <= 1):
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}: it is the share to keep.")
 
 
 def _alone(spectrum: Spectrum, target: RankTarget) -> int:

@@ -20,11 +20,12 @@ from typing import Any, Protocol, get_args
 
 from torch import Tensor, nn
 
+from peft_zoo.common.checks import check_count
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io import open_adapter
 from peft_zoo.io.lora_ranks import RankAndScale, kept_scale
 from peft_zoo.kernels.low_rank.factored import Balance, FactoredSvd, Method, factored_svd
-from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, check_count, plan_ranks
+from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, plan_ranks
 from peft_zoo.merge.squeeze.file_source import FileSource
 from peft_zoo.merge.squeeze.model_source import ModelSource
 from peft_zoo.merge.squeeze.report import ModuleReport, RankReport, SqueezeReport

@@ -23,6 +23,12 @@ __all__: list[str] = []
 NAME = "watermark_checkpoint.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
+# Names of modules are part of a fingerprint; a module that has moved keeps the name that saved checkpoints have.
+SAVED_MODULE_NAMES = {
+    "peft_zoo.tasks.watermark.decoder": "peft_zoo.kernels.keyed_decoder",
+    "peft_zoo.tasks.watermark.losses": "peft_zoo.adapters.watermark_lora_losses",
+}
+
 
 def fingerprint(
     config: WatermarkLoraConfig, key: WatermarkKey, images: Tensor, modules: Mapping[str, Any], adapter_name: str
@@ -43,7 +49,8 @@ def fingerprint(
     _add(digest, "images", images)
     for role, module in modules.items():
         kind = module if hasattr(module, "__qualname__") else type(module)
-        digest.update(f"{role} {kind.__module__}.{kind.__qualname__}\n".encode())
+        module_name = SAVED_MODULE_NAMES.get(kind.__module__, kind.__module__)
+        digest.update(f"{role} {module_name}.{kind.__qualname__}\n".encode())
         if isinstance(module, nn.Module):  # not its state dict, which leaves buffers out that are not persistent
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 _add(digest, name, tensor)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
+from peft_zoo.common.modules import frozen
 from peft_zoo.tasks.watermark.checkpoint import EmbedCheckpoint, fingerprint
 from peft_zoo.tasks.watermark.controllers import DlwsController, TwoSidedController
 from peft_zoo.tasks.watermark.decoder import check_images
@@ -31,7 +32,6 @@ from peft_zoo.tasks.watermark.vae import (
     add_lora,
     check_vae,
     decode,
-    frozen,
     mark_trained,
     reconstruct,
     remove_lora,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -140,20 +138,3 @@ def remove_lora(vae: Any) -> None:
         del vae.peft_config
     if hasattr(vae, "_hf_peft_config_loaded"):
         vae._hf_peft_config_loaded = False
-
-
-@contextmanager
-def frozen(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside, what was before afterwards; what is put in has the whole's mode then."""
-    trained = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, wanted in trained.items():
-            parameter.requires_grad_(wanted)
-        for model in models:
-            for module in model.modules():
-                module.training = modes.get(module, modes[model])

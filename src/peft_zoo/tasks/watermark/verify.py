@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peft_zoo.common.modules import frozen
 from peft_zoo.tasks.watermark.decoder import check_images
 from peft_zoo.tasks.watermark.key import WatermarkKey
 from peft_zoo.tasks.watermark.saved_decoder import check_owner, load_decoder
 from peft_zoo.tasks.watermark.significance import MatchDistribution, bits_needed, count_matches
-from peft_zoo.tasks.watermark.vae import frozen
 
 __all__ = ["Identification", "Verification", "identify_watermark", "read_bits", "verify_watermark"]
 

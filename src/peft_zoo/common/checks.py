@@ -1,0 +1,37 @@
+"""Checks of arguments and fields; every error names the field, its value and the fix."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+
+def require(condition: bool, owner: object, field: str, fix: str) -> None:
+    """Raises a ValueError that names `field` of `owner`, its value and the fix, unless `condition` holds.
+
+    Args:
+        condition: Whether the value is valid.
+        owner: Object that has the field, such as a configuration; its class is named in the error.
+        field: Name of the attribute.
+        fix: What to do, without a full stop, such as `"use an int of at least 1"`.
+    """
+    if not condition:
+        raise ValueError(f"{type(owner).__name__}: {field}={getattr(owner, field)!r} cannot be used; {fix}.")
+
+
+def check_count(field: str, value: int | None, least: int = 1) -> None:
+    """Raises a ValueError that names `field` unless `value` is None or an int (not a bool) of at least `least`."""
+    if value is not None and (type(value) is not int or value < least):
+        raise ValueError(f"{field}={value!r} must be an int of at least {least}: use for example {max(least, 8)}.")
+
+
+def check_share(field: str, value: float | None) -> None:
+    """Raises a ValueError that names `field` unless `value` is None or a number in (0, 1]."""
+    if value is not None and not (is_number(value) and 0 < value <= 1):
+        raise ValueError(f"{field}={value!r} must be in (0, 1]: it is the share to keep, for example 0.9.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite real number and not a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
