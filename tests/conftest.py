@@ -8,10 +8,6 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
-from _peft_zoo_torchvision import declare_missing_ops
-
-declare_missing_ops()
-
 import random
 import socket
 from collections.abc import Iterator

@@ -14,8 +14,5 @@ HARNESS = Path(os.environ.get("PEFT_CONFORMANCE_DIR", Path(__file__).parents[2] 
 LIST = Path(__file__).with_name("conformance_list.py")
 
 if __name__ == "__main__":
-    from _peft_zoo_torchvision import declare_missing_ops
-
-    declare_missing_ops()  # the harness imports transformers before it reads the list
     sys.argv = [str(HARNESS / "run.py"), str(LIST), *sys.argv[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")

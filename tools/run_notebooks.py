@@ -15,15 +15,11 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-# `make setup` may leave a CPU build of torch beside a torchvision built for CUDA; a reader's installation needs none of
-# this.
-PRELUDE = "from _peft_zoo_torchvision import declare_missing_ops\ndeclare_missing_ops()"
 
 
 def execute(path: Path, limit: float) -> float:
     """Runs one notebook and returns the seconds it took; an error in a cell, or more than `limit` seconds, raises."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(PRELUDE))
     start = time.monotonic()
 
     def remaining(cell: nbformat.NotebookNode) -> int:

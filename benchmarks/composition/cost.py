@@ -26,10 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _peft_zoo_torchvision import declare_missing_ops
-
-declare_missing_ops()
-
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from peft import LoraConfig

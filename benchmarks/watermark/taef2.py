@@ -13,10 +13,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from _peft_zoo_torchvision import declare_missing_ops
-
-declare_missing_ops()
-
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch import Tensor, nn

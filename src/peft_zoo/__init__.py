@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from _peft_zoo_torchvision import declare_missing_ops
-
-declare_missing_ops()  # first of all: peft imports transformers, and transformers imports torchvision
-
-from peft_zoo.adapters import public_names, register_methods  # noqa: E402
-from peft_zoo.common.lazy import lazy_names  # noqa: E402
+from peft_zoo.adapters import public_names, register_methods
+from peft_zoo.common.lazy import lazy_names
 
 __version__ = "0.1.0"
 

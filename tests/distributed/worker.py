@@ -8,10 +8,6 @@ first one the adapter: `<run>.safetensors`, or what `Trainer` makes of it.
 
 from __future__ import annotations
 
-from _peft_zoo_torchvision import declare_missing_ops
-
-declare_missing_ops()
-
 import dataclasses
 import json
 import os
