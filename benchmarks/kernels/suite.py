@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.kernels.cases import FULL, H100, QUICK, Arguments, Case, Step, cases
+from benchmarks.kernels.case import FULL, H100, QUICK, Arguments, Case, Step
+from benchmarks.kernels.cases import cases
 from peft_zoo.kernels.base.operator import Operator, all_operators, why_not_triton
 
 TRITON, TORCH = "Triton", "torch path"
@@ -184,7 +185,7 @@ def measure(case: Case, device: torch.device, clock: Clock, compiled: bool = Tru
 
 
 def _why_left_to_torch(case: Case, operator: Operator, arguments: Arguments) -> str | None:
-    if case.run is None:
+    if case.run is None and operator.triton_module is not None:
         return operator.why_not_triton(*arguments)
     return why_not_triton(next(a for a in arguments if isinstance(a, Tensor)))
 

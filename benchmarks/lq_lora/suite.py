@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.kernels import cases as kernel_cases
-from benchmarks.kernels import normal_float_cases as kernel_cases_lq
+from benchmarks.kernels import case as kernel_case
+from benchmarks.kernels import normal_float
 from benchmarks.kernels import suite as kernels
-from benchmarks.kernels.cases import H100, Case, Work, random_tensor
+from benchmarks.kernels.case import H100, Case, Work, random_tensor
 from benchmarks.lq_lora import loftq
 from benchmarks.lq_lora import plans as lq_lora_plans
 from benchmarks.lq_lora.plans import QUICK, Row, Sizes, definition
@@ -215,16 +215,16 @@ def wrong_table(W: Tensor, rank: int, configs: Sequence[NFConfig], table: Matrix
 # ---- decoding, on a GPU ----
 
 
-def decode_cases(sizes: kernel_cases.Sizes) -> list[Case]:
+def decode_cases(sizes: kernel_case.Sizes) -> list[Case]:
     """Restoring a weight, and products with it for one token and for more."""
-    restore, one = (case for case in kernel_cases_lq.cases(sizes) if case.operators[0] != "nf_merge")
+    restore, one = (case for case in normal_float.cases(sizes) if case.operators[0] != "nf_merge")
     return [restore, one, *(_with_tokens(one, tokens, sizes.width) for tokens in TOKENS)]
 
 
 def _with_tokens(case: Case, tokens: int, width: int) -> Case:
     """The product of one token, with more; in and out are no longer next to nothing."""
 
-    def make(device: torch.device) -> kernel_cases.Arguments:
+    def make(device: torch.device) -> kernel_case.Arguments:
         x, *parts, low, B, bias, a, b, c, d, e, f, transposed = case.make(device)
         draw = functools.partial(random_tensor, tokens, device=device, scale=width**-0.5, dtype=x.dtype)
         return draw(x.shape[-1]), *parts, draw(low.shape[-1]), B, bias, a, b, c, d, e, f, transposed
@@ -237,7 +237,7 @@ def _with_tokens(case: Case, tokens: int, width: int) -> Case:
 def measure_decode(sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of every case as in `benchmarks.kernels.suite`, and what an H100 needs at the least."""
     found, clock = [], kernels.Clock(kernels.do_bench, kernels.in_graph)
-    for case in decode_cases(kernel_cases.Sizes(width=sizes.size)):
+    for case in decode_cases(kernel_case.Sizes(width=sizes.size)):
         rows = kernels.measure(case, device, clock, compiled=False)
         least = {"least_seconds": case.floor(H100)[0]}
         found += [{**row, **least, "method": f"{case.name}: {row['method']}"} for row in rows]

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from benchmarks import compile_gate as gate
-from peft_zoo.kernels.base.triton_helpers import Shipped
+from peft_zoo.kernels.base.triton_helpers import CompileSpec
 
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_merge' for 'sm_80'
@@ -34,9 +34,9 @@ configurations = gate.configurations
 
 
 @pytest.fixture(autouse=True)
-def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shipped]:
+def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, CompileSpec]:
     """What the gate believes to be all that is shipped."""
-    kernels: dict[str, Shipped] = {KEY[0]: small(), "new": small()}
+    kernels: dict[str, CompileSpec] = {KEY[0]: small(), "new": small()}
     monkeypatch.setattr(gate, "configurations", lambda: kernels)
     return kernels
 
@@ -140,7 +140,7 @@ def test_another_version_of_triton_is_held_to_the_limits_only() -> None:
 
 def test_kernels_that_are_new_gone_or_do_not_compile() -> None:
     assert gate.complaints({KEY: GOOD, ("new", 90): GOOD}, saved()) == ["new sm_90: not in the table"]
-    assert gate.complaints({}, saved()) == ["merge[bf16] sm_80: in the table, but no longer shipped"]
+    assert gate.complaints({}, saved()) == ["merge[bf16] sm_80: in the table, but no such configuration"]
     assert gate.complaints({KEY: "PTXASError: no"}, saved()) == ["merge[bf16] sm_80: does not compile: PTXASError: no"]
 
 
@@ -184,9 +184,9 @@ def twice(out_ptr, x_ptr, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N:
     tl.store(out_ptr, 2 * tl.load(x_ptr))
 
 
-def small(**changes: object) -> Shipped:
+def small(**changes: object) -> CompileSpec:
     signature = {"out_ptr": "*fp32", "x_ptr": "*fp32", "rows": "i32", "columns": "i32", "stride": "i32"}
-    shipped = Shipped("centre", centre, signature, {"BLOCK_M": 16, "BLOCK_N": 64}, unit_strides=("stride",))
+    shipped = CompileSpec("centre", centre, signature, {"BLOCK_M": 16, "BLOCK_N": 64}, unit_strides=("stride",))
     return replace(shipped, **changes)
 
 
@@ -223,7 +223,7 @@ def test_a_kernel_that_does_not_compile_gets_a_line(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_the_table_knows_is_not_compiled_again(
-    shipped: dict[str, Shipped], monkeypatch: pytest.MonkeyPatch
+    shipped: dict[str, CompileSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[gate.Key] = []
     monkeypatch.setattr(gate, "compile_one", lambda key: compiled.append(key) or GOOD)
@@ -252,8 +252,7 @@ def test_a_compiler_that_crashes_gets_a_line() -> None:
 
 
 def test_two_kernels_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    twins = SimpleNamespace(shipped=lambda: [small(), small(num_warps=8)])
-    monkeypatch.setattr(gate, "all_operators", dict)
+    twins = SimpleNamespace(compile_specs=lambda: [small(), small(num_warps=8)])
     monkeypatch.setattr(gate.importlib, "import_module", lambda name: twins)
     with pytest.raises(ValueError, match="a second configuration is named 'centre'"):
         configurations.__wrapped__()

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.kernels import cases as kernel_cases
+from benchmarks.kernels import lora
 from benchmarks.kernels import suite as kernels
-from benchmarks.kernels.cases import FULL, H100, QUICK, Case, Rates, Sizes, Step, Work, cases
+from benchmarks.kernels.case import FULL, H100, QUICK, Case, Rates, Sizes, Step, Work
+from benchmarks.kernels.cases import cases
 from benchmarks.kernels.suite import Clock
 from peft_zoo.kernels.base.operator import all_operators
 
@@ -150,7 +151,7 @@ def test_an_operator_in_place_leaves_the_arguments_alone() -> None:
 
 def test_peft_merges_the_same_adapters() -> None:
     weight, A, B, scales, _ = arguments = named("merge_lora, 3 adapters").make(CPU)
-    layer = kernel_cases.peft_lora(*arguments)
+    layer = lora.peft_lora(*arguments)
     layer.merge()
     want = weight.double() + sum(s * b.double() @ a.double() for a, b, s in zip(A, B, scales, strict=True))
     assert layer.merged_adapters == ["adapter0", "adapter1", "adapter2"]

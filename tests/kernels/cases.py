@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from peft_zoo.kernels.base.kernel_spec import KERNELS, SPARSIFY, KernelSpec
 from peft_zoo.kernels.snell import weight as module
 from peft_zoo.kernels.snell.linear import kernelized_linear
-from peft_zoo.kernels.snell.matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix, reference_weight, sparsify
+from peft_zoo.kernels.snell.matrix import kernel_matrix, reference_weight, sparsify
 from peft_zoo.kernels.snell.tiles import TILE_ELEMENTS
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-10}

@@ -141,11 +141,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
     monkeypatch.delenv("PEFT_ZOO_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    base._say_once.cache_clear()
+    base._log_once.cache_clear()
     base._why_not_package.cache_clear()
     yield ran
     base._why_not_package.cache_clear()
-    base._say_once.cache_clear()
+    base._log_once.cache_clear()
 
 
 def test_the_switch(pretend: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_the_switch(pretend: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     ]:
         monkeypatch.setenv("PEFT_ZOO_KERNELS", mode)
         monkeypatch.setenv("TRITON_INTERPRET", interpreted)
-        assert torch.equal(double._run(x), x * 2)
+        assert torch.equal(double.run(x), x * 2)
         assert pretend.pop() == expected, (mode, interpreted)
 
 
@@ -172,10 +172,10 @@ def test_a_refusal_is_logged_once_with_its_reason(
     double = base.OPERATORS["double"]
     with caplog.at_level(logging.WARNING, logger="peft_zoo"):
         for _ in range(3):
-            double._run(torch.ones(1))
+            double.run(torch.ones(1))
         monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
         base._why_not_package.cache_clear()
-        double._run(torch.ones(2))
+        double.run(torch.ones(2))
     assert pretend == ["torch"] * 4
     assert [record.getMessage() for record in caplog.records] == [
         "double: computed by torch instead of Triton: it is too small.",
@@ -187,7 +187,7 @@ def test_on_a_cpu_the_torch_path_is_expected_and_says_nothing(
     pretend: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="peft_zoo"):
-        base.OPERATORS["double"]._run(torch.ones(3))
+        base.OPERATORS["double"].run(torch.ones(3))
     assert pretend == ["torch"] and not caplog.records
 
 
@@ -237,7 +237,7 @@ def test_products_with_random_matrices_are_the_library_s_unless_the_kernels_are_
     monkeypatch.setenv("PEFT_ZOO_KERNELS", "auto")
     for arguments in samples:
         reason = OPERATORS[name].why_not_triton(*arguments)
-        assert isinstance(reason, base.Choice) and "library's product" in reason
+        assert isinstance(reason, base.PreferTorch) and "library's product" in reason
     for arguments in SAMPLES["fill_basis"](torch.float32):
         assert OPERATORS["fill_basis"].why_not_triton(*arguments) is None
     monkeypatch.setenv("PEFT_ZOO_KERNELS", "triton")

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from peft_zoo import SnellConfig
 from peft_zoo.adapters.snell.allocator import SnellAllocator
 from peft_zoo.adapters.snell.layer import SnellLayer
-from peft_zoo.kernels.snell.matrix import KERNELS, SPARSIFY, reference_weight
+from peft_zoo.kernels.base.kernel_spec import KERNELS, SPARSIFY
+from peft_zoo.kernels.snell.matrix import reference_weight
 from tests.adapters.models import check_against_definition
 
 

@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from peft_zoo.kernels.base.kernel_spec import KERNELS, SPARSIFY, KernelSpec
 from peft_zoo.kernels.base.operator import OPERATORS
 from peft_zoo.kernels.snell.linear import kernelized_linear
-from peft_zoo.kernels.snell.matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix
-from peft_zoo.kernels.snell.weight import factor_grad, fields, kernelized_merge, kernelized_weight, threshold
+from peft_zoo.kernels.snell.matrix import kernel_matrix
+from peft_zoo.kernels.snell.weight import (
+    factor_grad_operator,
+    kernelized_merge,
+    kernelized_threshold,
+    kernelized_weight,
+)
 from tests.kernels.cases import SPECS
 
 TOLERANCE = 5e-6
@@ -54,30 +60,30 @@ def assert_kernels(factors: Factors, spec: KernelSpec, density: float = 0.2) -> 
     num_kept, between = gap(factors, spec, density)
     exact = tuple(map(_double, factors))
     shape = B.shape[1], A.shape[1]
-    assert OPERATORS["kernelized_threshold"].why_not_triton(A, B, params, num_kept, None, *fields(spec)) is None
-    found = threshold(A, B, params, num_kept, spec)
-    reference = OPERATORS["kernelized_threshold"].reference(*exact, num_kept, None, *fields(spec))
+    assert OPERATORS["kernelized_threshold"].why_not_triton(A, B, params, num_kept, None, *spec.fields) is None
+    found = kernelized_threshold(A, B, params, num_kept, spec)
+    reference = OPERATORS["kernelized_threshold"].reference(*exact, num_kept, None, *spec.fields)
     assert abs(float(found) - float(reference)) <= 2e-6 * max(1e-3, float(kernel_matrix(*exact, spec).abs().max()))
 
     merge = OPERATORS["kernelized_merge"].reference
     S = kernelized_weight(A, B, params, num_kept, spec, between).t()
-    assert_near(S, merge(*exact, num_kept, between.double(), None, None, None, *fields(spec))[0])
+    assert_near(S, merge(*exact, num_kept, between.double(), None, None, None, *spec.fields)[0])
     if spec.sparsify != "none":
         selected = kernelized_weight(A, B, params, num_kept, spec)
         assert int((selected != 0).sum()) == int(num_kept) or spec.sparsify in ("product", "soft")
     weight = torch.randn(shape, device=A.device)
     added = kernelized_merge(weight, A, B, params, num_kept, spec, between)
-    assert_near(added, weight + merge(*exact, num_kept, between.double(), None, None, None, *fields(spec))[0])
+    assert_near(added, weight + merge(*exact, num_kept, between.double(), None, None, None, *spec.fields)[0])
 
     dS = torch.randn(shape, device=A.device)
-    gradients = factor_grad(dS, A, B, params, between, spec)
-    expected = OPERATORS["kernelized_factor_grad"].reference(dS.double(), *exact, between.double(), *fields(spec))
+    gradients = factor_grad_operator(dS, A, B, params, between, *spec.fields)
+    expected = OPERATORS["kernelized_factor_grad"].reference(dS.double(), *exact, between.double(), *spec.fields)
     for k in range(2):
         assert_near(gradients[k], expected[k])
     if params is not None:  # sums of numbers of both signs: they round with what is added, not with the sum
         assert_near(gradients[2], expected[2], size=float(dS.abs().sum()) * float(S.abs().max() + 1))
     if dS.numel() < 1000:
-        assert all(map(torch.equal, gradients, factor_grad(dS, A, B, params, between, spec)))
+        assert all(map(torch.equal, gradients, factor_grad_operator(dS, A, B, params, between, *spec.fields)))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kernel}-{s.norm}-{s.sparsify}")
@@ -117,7 +123,7 @@ def test_merging_rounds_once(dtype: torch.dtype, transposed: bool, device: str) 
     stored = weight.t().contiguous().t() if transposed else weight
     found = kernelized_merge(stored, *factors, num_kept, spec, between)
     exact = OPERATORS["kernelized_merge"].reference(
-        *map(_double, factors), num_kept, between.double(), None, weight.double(), None, *fields(spec)
+        *map(_double, factors), num_kept, between.double(), None, weight.double(), None, *spec.fields
     )[0]
     assert found.dtype == dtype
     bound = torch.finfo(dtype).eps * exact.abs() / 2 + 4e-6 * exact.abs().max()
@@ -133,7 +139,7 @@ def test_every_pass_sees_the_same_bits(kernel: str, device: str) -> None:
     for num_kept in (0, 1, 17, 315, 3149, 3150):
         kept = torch.tensor(num_kept, device=device)
         assert int((kernelized_weight(*factors, kept, spec) != 0).sum()) == num_kept
-        t = threshold(*factors, kept, spec)
+        t = kernelized_threshold(*factors, kept, spec)
         assert int((W.abs() == t).sum()) == (num_kept < 3150)
 
 
@@ -153,7 +159,7 @@ def test_layer_in_32_bits(kernel: str, fused: bool, device: str) -> None:
             base = weight.double() if fused else None
             t = between.double()
             y = OPERATORS["kernelized_linear"].reference(
-                leaves[0], *inputs, num_kept, t, None, base, bias.double() if fused else None, *fields(spec)
+                leaves[0], *inputs, num_kept, t, None, base, bias.double() if fused else None, *spec.fields
             )[0]
         else:
             extra = {"weight": weight, "bias": bias} if fused else {}
@@ -178,7 +184,7 @@ def test_layer_in_16_bits(dtype: torch.dtype, device: str) -> None:
     found = [y, *torch.autograd.grad(y, leaves, dy)]
     exact = [t.detach().double().requires_grad_() for t in leaves]
     reference = OPERATORS["kernelized_linear"].reference(
-        *exact, None, num_kept, between.double(), None, weight.double(), None, *fields(spec)
+        *exact, None, num_kept, between.double(), None, weight.double(), None, *spec.fields
     )[0]
     for a, b in zip(found, [reference, *torch.autograd.grad(reference, exact, dy.double())], strict=True):
         assert_near(a, b, tolerance=4 * torch.finfo(dtype).eps)
@@ -189,5 +195,5 @@ def test_points_that_coincide_have_no_gradient(mode: str, device: str) -> None:
     spec = KernelSpec(sparsify=mode)
     A = torch.randn(1, 33, 4, device=device)
     dS = torch.eye(33, device=device)
-    dA, dB, _ = factor_grad(dS, A, A.clone(), None, torch.tensor(-1.0, device=device), spec)
+    dA, dB, _ = factor_grad_operator(dS, A, A.clone(), None, torch.tensor(-1.0, device=device), *spec.fields)
     assert not dA.any() and not dB.any()

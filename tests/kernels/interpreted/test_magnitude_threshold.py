@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from peft_zoo.kernels.base.kernel_spec import KernelSpec
 from peft_zoo.kernels.base.operator import OPERATORS
-from peft_zoo.kernels.snell.matrix import KernelSpec
-from peft_zoo.kernels.snell.weight import kernelized_weight, threshold
+from peft_zoo.kernels.snell.weight import kernelized_threshold, kernelized_weight
 from peft_zoo.kernels.sparse import threshold_triton as module
 from peft_zoo.kernels.sparse.threshold import WARM_BITS, magnitude_threshold, magnitude_threshold_reference
 from tests.kernels.cases import each_shape_with
@@ -70,7 +70,7 @@ def test_a_warm_start_never_changes_the_result(source: str, device: str, monkeyp
         if source == "given":
             found = magnitude_threshold(w, kept(700, device), hint)
         else:
-            found = threshold(A, B, None, kept(700, device), spec, hint)
+            found = kernelized_threshold(A, B, None, kept(700, device), spec, hint)
         assert float(found) == true, last
     assert [bool(done) for _, done in started] == [True] * 3 + [False] * 7  # near enough, and not
 
@@ -82,6 +82,6 @@ def test_the_layer_remembers_its_threshold(device: str) -> None:
     cold = kernelized_weight(A, B, None, kept(700, device), KernelSpec())
     for _ in range(2):
         assert torch.equal(kernelized_weight(A, B, None, kept(700, device), KernelSpec(), last=last), cold)
-        assert torch.equal(last, threshold(A, B, None, kept(700, device), KernelSpec()))
+        assert torch.equal(last, kernelized_threshold(A, B, None, kept(700, device), KernelSpec()))
     kernelized_weight(A, B, None, kept(6750, device), KernelSpec(), last=last)
     assert float(last) == -1

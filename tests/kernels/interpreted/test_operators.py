@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from peft_zoo.kernels.base.kernel_spec import KernelSpec
 from peft_zoo.kernels.base.operator import OPERATORS, all_operators
 from peft_zoo.kernels.snell.linear import kernelized_linear
-from peft_zoo.kernels.snell.matrix import KernelSpec
 from tests.kernels.samples import SAMPLES
 from tests.kernels.test_operators import changed, leaves
 

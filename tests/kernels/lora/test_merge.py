@@ -170,7 +170,7 @@ def test_the_layout_does_not_change_the_bits(dtype: torch.dtype) -> None:
     [
         ({"weight": torch.ones(3)}, r"weight is torch.float32 of shape \(3,\); it must be a float matrix"),
         ({"weight": torch.ones(3, 4, dtype=torch.int8)}, r"weight is torch.int8"),
-        ({"scales": []}, "A, B and scales have 1, 1 and 0 entries; give one per adapter"),
+        ({"scales": []}, "A, B and scales have 1, 1 and 0 entries"),
         (
             {"A": [torch.ones(2, 5)]},
             r"A\[0\] has shape \(2, 5\) and B\[0\] \(3, 2\).*they must be \(r, 4\) and \(3, r\)",
@@ -192,7 +192,7 @@ def test_bad_input_changes_nothing(changes: dict[str, Any], message: str) -> Non
 def test_in_place_has_no_gradient() -> None:
     weight, A, B, scales = make((3, 4), (2,), torch.float32, torch.float32)
     A[0].requires_grad_()
-    with pytest.raises(ValueError, match="inplace=True has no gradient"):
+    with pytest.raises(ValueError, match="inplace=True"):
         merge_lora(weight, A, B, scales, inplace=True)
     with torch.no_grad():
         merge_lora(weight, A, B, scales, inplace=True)

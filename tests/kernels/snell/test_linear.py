@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peft_zoo.kernels.base.kernel_spec import KERNELS, SPARSIFY, KernelSpec
 from peft_zoo.kernels.snell import linear as module
 from peft_zoo.kernels.snell.linear import kernelized_linear
-from peft_zoo.kernels.snell.matrix import KERNELS, SPARSIFY, KernelSpec, kernel_matrix, reference_weight
+from peft_zoo.kernels.snell.matrix import kernel_matrix, reference_weight
 from peft_zoo.kernels.snell.tiles import TILE_ELEMENTS
-from peft_zoo.kernels.snell.weight import kernelized_weight, threshold
+from peft_zoo.kernels.snell.weight import kernelized_threshold, kernelized_weight
 from tests.kernels.cases import SHAPES, SPECS, TOLERANCE, Case, assert_near, assert_parity, make, small_tiles  # noqa: F401
 
 
@@ -122,7 +123,7 @@ def test_number_kept_is_exact(mode: str, features: tuple[int, int], sparsity: fl
     case = make(KernelSpec(sparsify=mode), features, density=1 - sparsity)
     S = kernelized_weight(case.A, case.B, None, case.num_kept, case.spec)
     assert int((S != 0).sum()) == int(case.num_kept)
-    t = threshold(case.A, case.B, None, case.num_kept, case.spec)
+    t = kernelized_threshold(case.A, case.B, None, case.num_kept, case.spec)
     assert torch.equal(S, kernelized_weight(case.A, case.B, None, case.num_kept, case.spec, t))
 
 
@@ -137,7 +138,7 @@ def test_ties_fall_short_and_never_exceed() -> None:
 def test_number_kept_is_exact_at_a_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TILE_ELEMENTS, "cpu", 2**17)
     case = make(features=(768, 1024), tokens=(1,))
-    t = threshold(case.A, case.B, None, case.num_kept, case.spec)
+    t = kernelized_threshold(case.A, case.B, None, case.num_kept, case.spec)
     S = kernelized_weight(case.A, case.B, None, case.num_kept, case.spec)
     assert int((S != 0).sum()) == int(case.num_kept)
     assert torch.equal(S, kernelized_weight(case.A, case.B, None, case.num_kept, case.spec, t))
@@ -205,7 +206,7 @@ def test_products_run_only_for_the_gradients_that_are_needed(monkeypatch: pytest
 
 def test_no_mask_means_no_threshold() -> None:
     case = make(KernelSpec(sparsify="none"))
-    assert threshold(case.A, case.B, None, case.num_kept, case.spec) == -1
+    assert kernelized_threshold(case.A, case.B, None, case.num_kept, case.spec) == -1
     S = kernelized_weight(case.A, case.B, None, torch.tensor(0), case.spec)
     assert_near(S, kernel_matrix(case.A, case.B, None, case.spec), 5e-6)
 

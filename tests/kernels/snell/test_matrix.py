@@ -8,15 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.snell.matrix import (
-    KERNELS,
-    MIN_GAMMA,
-    KernelSpec,
-    kernel_matrix,
-    reference_weight,
-    safe_gamma,
-    sparsify,
-)
+from peft_zoo.kernels.base.kernel_spec import KERNELS, MIN_GAMMA, KernelSpec, safe_gamma
+from peft_zoo.kernels.snell.matrix import kernel_matrix, reference_weight, sparsify
 
 
 def by_hand(A: Tensor, B: Tensor, params: list[float], spec: KernelSpec) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from peft_zoo.kernels.snell.matrix import KernelSpec, reference_weight
+from peft_zoo.kernels.base.kernel_spec import KernelSpec
+from peft_zoo.kernels.snell.matrix import reference_weight
 from peft_zoo.kernels.snell.weight import kernelized_weight
 from tests.kernels.cases import assert_near, make, small_tiles  # noqa: F401
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peft_zoo.kernels.snell.matrix import KERNELS, KernelSpec, kernel_matrix
+from peft_zoo.kernels.base.kernel_spec import KERNELS, KernelSpec
+from peft_zoo.kernels.snell.matrix import kernel_matrix
 from peft_zoo.kernels.snell.tiles import TILE_ELEMENTS, FactorGradients, KernelTiles, block_size
 
 CPU = torch.device("cpu")

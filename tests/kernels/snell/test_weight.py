@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peft_zoo.kernels.base.kernel_spec import KERNELS, KernelSpec
 from peft_zoo.kernels.base.operator import OPERATORS
-from peft_zoo.kernels.snell.matrix import KERNELS, KernelSpec, reference_weight
-from peft_zoo.kernels.snell.weight import factor_grad, fields, kernelized_merge, kernelized_weight, threshold
+from peft_zoo.kernels.snell.matrix import reference_weight
+from peft_zoo.kernels.snell.weight import (
+    factor_grad_operator,
+    kernelized_merge,
+    kernelized_threshold,
+    kernelized_weight,
+)
 from tests.kernels.cases import TOLERANCE, assert_near, make, small_tiles  # noqa: F401
 
 
@@ -28,14 +34,14 @@ def test_merging_rounds_once(kernel: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
 def test_gradient_of_a_merge(kernel: str) -> None:
     case = make(KernelSpec(kernel), dtype=torch.float64)
-    t = threshold(case.A, case.B, case.params, case.num_kept, case.spec)
+    t = kernelized_threshold(case.A, case.B, case.params, case.num_kept, case.spec)
     merged = kernelized_merge(case.weight, case.A, case.B, case.params, case.num_kept, case.spec, t)
     dS = torch.randn_like(merged)
     factors = case.trained()[1:]
     found = torch.autograd.grad(merged, factors, dS)
     S = reference_weight(case.A, case.B, case.params, case.num_kept, case.spec)
     expected = torch.autograd.grad(S, factors, dS.t())
-    direct = factor_grad(dS, case.A.detach(), case.B.detach(), case.frozen().params, t, case.spec)
+    direct = factor_grad_operator(dS, case.A.detach(), case.B.detach(), case.frozen().params, t, *case.spec.fields)
     for k, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert_near(a, b, TOLERANCE[torch.float64])
         assert torch.equal(a, direct[k])
@@ -54,7 +60,7 @@ def test_what_is_remembered_is_the_threshold() -> None:
     case = make()
     last = torch.tensor(float("nan"))
     kernelized_weight(case.A, case.B, None, case.num_kept, case.spec, last=last)
-    expected = threshold(case.A, case.B, None, case.num_kept, case.spec)
+    expected = kernelized_threshold(case.A, case.B, None, case.num_kept, case.spec)
     assert torch.equal(last, expected)
     kernelized_weight(case.A, case.B, None, torch.tensor(5), case.spec, last=last)
     assert float(last) > float(expected)
@@ -65,10 +71,10 @@ def test_a_threshold_that_is_given_is_what_the_definition_uses(kernel: str) -> N
     """Also one that lies between the magnitudes, where `product` and `soft` depend on its value."""
     for mode in ("product", "soft"):
         case = make(KernelSpec(kernel, sparsify=mode), dtype=torch.float64)
-        given = threshold(case.A, case.B, case.params, case.num_kept, case.spec) * 1.01
+        given = kernelized_threshold(case.A, case.B, case.params, case.num_kept, case.spec) * 1.01
         S = kernelized_weight(case.A, case.B, case.params, case.num_kept, case.spec, given)
         operator = OPERATORS["kernelized_merge"]
         expected, _ = operator.reference(
-            case.A, case.B, case.params, case.num_kept, given, None, None, None, *fields(case.spec)
+            case.A, case.B, case.params, case.num_kept, given, None, None, None, *case.spec.fields
         )
         assert_near(S.t(), expected, TOLERANCE[torch.float64])

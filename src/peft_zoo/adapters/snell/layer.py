@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.base import FactorDict, LinearLayout, ZooConfig, ZooLayer, ZooModel, option
 from peft_zoo.adapters.snell.allocator import SnellAllocator, SnellCallback
+from peft_zoo.kernels.base.kernel_spec import KERNELS, SPARSIFY, KernelSpec
 from peft_zoo.kernels.planning.sparsity import kept_count
 from peft_zoo.kernels.snell.linear import kernelized_linear
-from peft_zoo.kernels.snell.matrix import KERNELS, SPARSIFY, KernelSpec
 from peft_zoo.kernels.snell.weight import kernelized_weight
 from peft_zoo.kernels.sparse.threshold import KEEP_ALL
 from peft_zoo.registration import register

@@ -1,1 +1,1 @@
-"""What every operator shares: registration with torch, choice of PyTorch or Triton, Triton helpers."""
+"""Shared by all kernel families: operators and their dispatch, Triton helpers, and SNELL's kernel specification."""

@@ -1,17 +1,17 @@
-"""How every operator is made: a definition, a torch path for any device, Triton kernels for NVIDIA GPUs, one switch.
+"""Registration of operators with `torch.library`, and the choice between their PyTorch path and their Triton kernels.
 
-An operator file reads ``reference`` (the definition, a few lines of differentiable torch) → `operator` (schema and the
-torch path) → shapes for tracing and the gradient → the public function. Its Triton kernels live in a sibling
-``<name>_triton.py``, which is imported when they are first wanted.
+An operator file reads ``reference`` (the definition, a few lines of differentiable torch) → `operator` (schema and
+PyTorch path) → fake tensors and gradient → public function. Its Triton kernels lie in a sibling ``*_triton.py``, which
+is imported on the first call that runs them.
 
-``PEFT_ZOO_KERNELS`` decides, at every call, what runs:
+The environment variable ``PEFT_ZOO_KERNELS`` is read at every call:
 
-    auto     (default) Triton on NVIDIA GPUs of compute capability 8.0 or newer, torch elsewhere
-    torch    torch everywhere
-    triton   as auto, also where auto finds the library's products faster; and tensors on the CPU go through Triton's
-             interpreter where TRITON_INTERPRET=1 is set
+    auto     (default) Triton on NVIDIA GPUs of compute capability 8.0 or newer, PyTorch elsewhere
+    torch    PyTorch everywhere
+    triton   like auto, and also where auto prefers a PyTorch library call as faster; CPU tensors run in Triton's
+             interpreter if TRITON_INTERPRET=1 is set
 
-Where Triton is refused, the torch path computes the same result, and one line of the log says why.
+If the Triton kernels cannot take the arguments, the PyTorch path computes the result and the reason is logged once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -32,19 +33,19 @@ logger = logging.getLogger("peft_zoo")
 MODES = ("auto", "torch", "triton")
 OLDEST_CAPABILITY = (8, 0)
 OLDEST_TRITON = (3, 6)
-"""The oldest that the kernels were compiled with."""
+"""Oldest version of Triton that the kernels have been compiled with."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the Triton kernels read and write; they compute in float32."""
+"""Dtypes that the Triton kernels read and write; they compute in float32."""
 
 OPERATORS: dict[str, Operator] = {}
-"""All operators by name; filled as their modules are imported, see `all_operators`."""
+"""Operators by name; filled when their modules are imported, see `all_operators`."""
 
 
 def kernels_mode() -> str:
-    """The value of `PEFT_ZOO_KERNELS`.
+    """Returns the value of `PEFT_ZOO_KERNELS`.
 
     Raises:
-        ValueError: If it is not one of `MODES`.
+        ValueError: If the value is not one of `MODES`.
     """
     mode = os.environ.get("PEFT_ZOO_KERNELS", "auto")
     if mode not in MODES:
@@ -53,7 +54,7 @@ def kernels_mode() -> str:
 
 
 def why_not_triton(tensor: Tensor) -> str | None:
-    """Why no Triton kernel can run on this tensor's device, or None if one can."""
+    """Returns why no Triton kernel can run on the tensor's device, or None if one can."""
     mode, device = kernels_mode(), tensor.device
     if mode == "torch":
         return "PEFT_ZOO_KERNELS=torch"
@@ -83,20 +84,20 @@ def _why_not_gpu(index: int) -> str | None:
     return None
 
 
-class Choice(str):
-    """A reason to take the torch path that is no loss: it is as good, or there is nothing to do."""
+class PreferTorch(str):
+    """Reason for the PyTorch path that costs no speed, so it is logged at debug level and never as a warning."""
 
 
 class Operator:
     """One operator of `torch.ops.peft_zoo`, callable like it.
 
     Attributes:
-        name: Its name in `torch.ops.peft_zoo`.
-        reference: The definition in plain torch, differentiable; takes what the operator takes.
-        torch_path: What runs without Triton.
-        triton_module: Module whose function `name` runs with Triton; None for an operator made of others, which choose
-            for themselves.
-        mutates: Names of the arguments it changes; an operator that changes any has no gradient.
+        name: Name in `torch.ops.peft_zoo`.
+        reference: Definition in differentiable torch, with the arguments of the operator.
+        torch_path: Implementation without Triton.
+        triton_module: Full name of the module with a function `name` that launches the Triton kernels; None for an
+            operator composed of other operators.
+        mutates: Names of the arguments that are changed in place; such an operator has no gradient.
     """
 
     def __init__(
@@ -111,30 +112,34 @@ class Operator:
     ) -> None:
         self.name, self.reference, self.torch_path = name, reference, torch_path
         self.triton_module, self.mutates, self._refuse = triton_module, mutates, refuse
-        self.op = torch.library.custom_op(f"peft_zoo::{name}", self._run, mutates_args=mutates, schema=schema)
+        self.op = torch.library.custom_op(f"peft_zoo::{name}", self._body, mutates_args=mutates, schema=schema)
         self.register_fake, self.register_autograd = self.op.register_fake, self.op.register_autograd
 
     def __call__(self, *args: Any) -> Any:
         return self.op(*args)
 
     def why_not_triton(self, *args: Any) -> str | None:
-        """Why these arguments are left to the torch path, or None if the Triton kernels take them."""
+        """Returns why the PyTorch path runs for these arguments, or None if the Triton kernels run."""
         if self.triton_module is None or self._refuse is None:
-            return Choice("it is made of operators that choose for themselves")
+            return PreferTorch("it is composed of operators that choose for themselves")
         return why_not_triton(_first_tensor(args)) or self._refuse(*args)
 
-    def _run(self, *args: Any) -> Any:
-        """The body: it sees plain tensors, nothing in it is recorded, traced or autocast."""
+    def run(self, *args: Any) -> Any:
+        """Chooses a path and runs it without torch's dispatcher, for the bodies of other operators: no gradient."""
         tensor = _first_tensor(args)
-        with torch.autocast(tensor.device.type, enabled=False):
-            reason = self.why_not_triton(*args)
-            if reason is not None:
-                by_choice = isinstance(reason, Choice) or kernels_mode() == "torch"
-                _say_once(self.name, reason, by_choice or (not tensor.is_cuda and kernels_mode() == "auto"))
-                return self.torch_path(*args)
-            run = getattr(importlib.import_module(str(self.triton_module)), self.name)
-            with torch.cuda.device(tensor.device if tensor.is_cuda else -1):  # Triton launches on the current device
-                return run(*args)
+        reason = self.why_not_triton(*args)
+        if reason is not None:
+            is_expected = isinstance(reason, PreferTorch) or kernels_mode() == "torch"
+            _log_once(self.name, reason, is_expected or (not tensor.is_cuda and kernels_mode() == "auto"))
+            return self.torch_path(*args)
+        launch = getattr(importlib.import_module(str(self.triton_module)), self.name)
+        with torch.cuda.device(tensor.device if tensor.is_cuda else -1):  # Triton launches on the current device
+            return launch(*args)
+
+    def _body(self, *args: Any) -> Any:
+        """Runs on plain tensors: autograd, tracing and autocast are handled outside of it."""
+        with torch.autocast(_first_tensor(args).device.type, enabled=False):
+            return self.run(*args)
 
 
 def operator(
@@ -146,37 +151,38 @@ def operator(
     refuse: Callable[..., str | None] | None = None,
     mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorator that makes an operator of its torch path and enters it into `OPERATORS`.
+    """Returns a decorator that registers an operator with the decorated function as its PyTorch path.
 
     Args:
-        name: Name in `torch.ops.peft_zoo`.
+        name: Name in `torch.ops.peft_zoo` and key in `OPERATORS`.
         schema: Arguments and results in PyTorch's schema language.
-        reference: The definition.
-        triton: Module of `peft_zoo.kernels` with a function `name` that launches the Triton kernels; none for an
-            operator that is made of others.
-        refuse: Says of the arguments why the kernels cannot take them (a dtype, a size), or None; goes with `triton`.
-        mutates: Names of arguments that are changed in place.
+        reference: Definition in differentiable torch, with the arguments of the operator.
+        triton: Name of a module beside that of the decorated function, with a function `name` that launches the Triton
+            kernels; None (default) for an operator composed of other operators.
+        refuse: Takes the arguments and returns why the Triton kernels cannot take them (a dtype, a size), or None.
+            Required with `triton`.
+        mutates: Names of the arguments that are changed in place.
     """
 
-    def make(torch_path: Callable[..., Any]) -> Operator:
-        module = f"{__package__}.{triton}" if triton else None
+    def register(torch_path: Callable[..., Any]) -> Operator:
+        module = f"{torch_path.__module__.rpartition('.')[0]}.{triton}" if triton else None
         OPERATORS[name] = Operator(name, schema, torch_path, reference, module, refuse, mutates)
         return OPERATORS[name]
 
-    return make
+    return register
 
 
 def all_operators() -> dict[str, Operator]:
-    """Every operator by name, the modules that define them imported first."""
-    for path in sorted(importlib.import_module(__package__ or "").__path__):
-        for file in sorted(os.listdir(path)):
-            if file.endswith(".py") and not file.endswith("_triton.py"):
-                importlib.import_module(f"{__package__}.{file[:-3]}")
+    """Imports every module of `peft_zoo.kernels` but the Triton ones and returns all operators by name."""
+    kernels = __name__.removesuffix(".base.operator")
+    for module in pkgutil.walk_packages(importlib.import_module(kernels).__path__, f"{kernels}."):
+        if not module.name.endswith(("_triton", ".triton_helpers")):
+            importlib.import_module(module.name)
     return dict(OPERATORS)
 
 
 def refuse_dtypes(*tensors: Tensor | None, allowed: tuple[torch.dtype, ...]) -> str | None:
-    """The usual refusal: a tensor has a dtype that the kernels do not compute in."""
+    """Returns a refusal that names the dtypes of the tensors outside `allowed`, or None if there are none."""
     found = sorted({str(t.dtype) for t in tensors if t is not None and t.dtype not in allowed})
     return f"{', '.join(found)}: the kernels take {', '.join(map(str, allowed))}" if found else None
 
@@ -186,6 +192,6 @@ def _first_tensor(args: tuple[Any, ...]) -> Tensor:
 
 
 @functools.cache
-def _say_once(name: str, reason: str, expected: bool) -> None:
-    level = logging.DEBUG if expected else logging.WARNING
+def _log_once(name: str, reason: str, is_expected: bool) -> None:
+    level = logging.DEBUG if is_expected else logging.WARNING
     logger.log(level, "%s: computed by torch instead of Triton: %s.", name, reason)

@@ -1,7 +1,7 @@
-"""What all Triton kernels share: conversions that also hold in the interpreter, and how a shipped kernel is described.
+"""Helpers of all Triton kernels: conversions that also hold in Triton's interpreter, and `CompileSpec`.
 
-Every kernel is launched with floating-point fusion off, and says `fma` where it wants one: a value that decides
-something (which weights are kept) then has the same bits in every kernel that computes it, whatever stands around it.
+Every kernel is launched with floating-point fusion off and calls `fma` explicitly: a value that decides which weights
+are kept then has the same bits in every kernel that computes it, independent of the surrounding code.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -9,7 +9,7 @@ something (which weights are kept) then has the same bits in every kernel that c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,19 +22,19 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 
 @dataclass(frozen=True)
-class Shipped:
-    """A kernel as it is launched for one kind of input, for the compile gate.
+class CompileSpec:
+    """One configuration of a kernel that is launched, described for the compile gate.
 
     Attributes:
-        name: What it is, `kernel[variant]`.
+        name: Name in the table of the gate, `kernel[variant]`.
         kernel: The `triton.jit` function.
-        signature: Type of each argument that is not a constant, such as `*bf16` or `i32`.
-        constants: The arguments that are.
+        signature: Types of the run-time arguments, such as `*bf16` or `i32`, by argument.
+        constants: Values of the compile-time arguments, by argument.
         num_warps: Warps of a program.
-        num_stages: Depth of software pipelines; 3 is what Triton takes where a launch names none.
-        has_dot: Whether tensor cores must be used.
-        unit_strides: Arguments that are 1 where memory is contiguous.
-        loads_matrix: Whether it reads a matrix, and so must load 16 bytes a thread at a time.
+        num_stages: Depth of software pipelines; 3 is Triton's default for launches.
+        has_dot: Whether the kernel must use tensor cores.
+        unit_strides: Strides that are 1 for contiguous memory.
+        loads_matrix: Whether the kernel reads a matrix and so must load 16 bytes a thread at a time.
     """
 
     name: str
@@ -44,19 +44,19 @@ class Shipped:
     num_warps: int = 4
     num_stages: int = 3
     has_dot: bool = False
-    unit_strides: tuple[str, ...] = field(default=())
+    unit_strides: tuple[str, ...] = ()
     loads_matrix: bool = True
 
 
 @triton.jit
 def widen(x):
-    """A loaded value as float32. The interpreter keeps bfloat16 as its raw 16 bits until then."""
+    """Converts a loaded value to float32. The interpreter keeps bfloat16 as raw 16 bits until then."""
     return x.to(tl.float32)
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """A float32 rounded to the nearest value of `dtype`; the interpreter would cut bfloat16 off."""
+    """Rounds a float32 to the nearest value of `dtype`; the interpreter alone would truncate bfloat16."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -66,7 +66,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot16(a, b):
-    """Product of two 16-bit matrices with 32-bit sums. The interpreter multiplies raw bits, so it is given float32."""
+    """Multiplies two 16-bit matrices with 32-bit sums. The interpreter multiplies raw bits, so it gets float32."""
     if INTERPRET:
         return tl.dot(widen(a), widen(b))
     return tl.dot(a, b)
@@ -74,14 +74,14 @@ def dot16(a, b):
 
 @triton.jit
 def load_tile(ptr, row, column, rows, columns):
-    """A tile of a contiguous matrix (rows, columns); zeros outside of it."""
+    """Loads a tile of a contiguous matrix (rows, columns); zeros outside of it."""
     at = ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
     return tl.load(at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, row, column, rows, columns, values):
-    """Write float32 values into a tile of a contiguous matrix (rows, columns), rounded to its dtype."""
+    """Stores float32 values in a tile of a contiguous matrix (rows, columns), rounded to its dtype."""
     at = ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(at, narrow(values, ptr.dtype.element_ty), mask=inside)
@@ -89,7 +89,7 @@ def store_tile(ptr, row, column, rows, columns, values):
 
 @triton.jit
 def dot_like(a, b, dtype: tl.constexpr):
-    """Product with 32-bit sums of `a`, of a dtype, and `b`, float32 and rounded to it; float32 takes three products."""
+    """Multiplies `a` of `dtype` by `b` rounded to `dtype`, with 32-bit sums; float32 takes three TF32 products."""
     if dtype == tl.float32:
         return tl.dot(a, b, input_precision="tf32x3")
     return dot16(a, narrow(b, dtype))

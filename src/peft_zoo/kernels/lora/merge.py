@@ -1,18 +1,18 @@
-r"""Adding any number of LoRA updates to a weight, in one pass over the weight and with one rounding.
+r"""Merges any number of LoRA updates into a weight, in one pass over the weight and with one rounding.
 
-Definition, with everything on the right in at least 32 bits::
+Definition, with the right-hand side in at least 32 bits::
 
     W <- round(W + sum_k s_k B_k A_k)
 
-peft's path rounds three times (the product, the scaled product, the sum) and moves 12 bytes an element of a 16-bit
-weight, 12 k for k adapters; this moves 4, whatever k is. By the data sheet of an H100 that traffic is the bound up to a
-total rank of about 500. cuBLAS's `addmm` moves as little, but rounds 16-bit sums more than once: on an H100 its weight
-in bfloat16 had a relative error of 6.6e-3, where one rounding allows 3.9e-3. So it serves for wider weights alone,
-where the sum is one product already: see `_is_one_product`.
+peft's merge rounds three times (the product, the scaled product, the sum) and moves 12 bytes for each element of a
+16-bit weight, 12 k for k adapters; this moves 4 for any k. By the data sheet of an H100 that traffic is the bound up to
+a total rank of about 500. cuBLAS's `addmm` moves 4 bytes too, but rounds 16-bit sums more than once: on an H100 its
+bfloat16 weight had a relative error of 6.6e-3; one rounding allows 3.9e-3. So it is used only for wider weights and
+only if the sum is one product, see `_is_one_product`.
 
-Stochastic rounding (`seed=`) takes the upper of the two neighbours with the probability that makes the mean exact, so
-that updates far below the spacing of a 16-bit weight survive on average. Its random bits are those of `philox` at the
-element's row and column: equal on every device, whatever the memory layout.
+Stochastic rounding (`seed=`) rounds up with the probability that makes the mean exact, so that updates far below the
+spacing of a 16-bit weight survive on average. Its random bits are those of `philox` at the element's row and column:
+equal on every device and in every memory layout.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base.operator import FLOATS, Choice, kernels_mode, operator, refuse_dtypes
+from peft_zoo.kernels.base.operator import FLOATS, PreferTorch, kernels_mode, operator, refuse_dtypes
 from peft_zoo.kernels.random_matrix.philox import philox
 
-_SMALLEST_HALF = 0x33800000  # 2^-24, the smallest positive float16, as a float32 pattern
-ROUNDING = 2  # third counter word of philox: bits for rounding
+_SMALLEST_HALF = 0x33800000  # float32 bit pattern of 2^-24, the smallest positive float16
+ROUNDING = 2  # third counter word of philox, reserved for rounding
 
-_CHUNK_ELEMENTS = 2**18  # of the torch path: 32-bit scratch instead of a 32-bit copy of the weight
+_CHUNK_ELEMENTS = 2**18  # in the torch path's 32-bit scratch, which replaces a 32-bit copy of the weight
 _CHUNK_ELEMENTS_CUDA = 2**22  # the same on a GPU, where each block is a few launches
 
 
@@ -43,25 +43,33 @@ def merge_lora(
     seed: int | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """`weight + sum_k scales[k] B[k] A[k]`, summed in 32 bits (64 for a 64-bit weight) and rounded once.
+    """Computes `weight + sum_k scales[k] B[k] A[k]` in 32 bits (64 for a 64-bit weight), rounded once.
 
     Args:
-        weight: Shape `(out, in)`, float16, bfloat16, float32 or float64, any strides; for a `Conv1D`, which stores
-            `(in, out)`, pass its transpose.
-        A: For each adapter the factor of shape `(r_k, in)`, any floating dtype.
-        B: For each adapter the factor of shape `(out, r_k)`.
-        scales: For each adapter its factor, `lora_alpha / r_k` for a LoRA.
-        seed: Round stochastically with this seed (an integer of 64 bits) instead of to the nearest; 32- and 64-bit
-            weights are not rounded, so it means nothing to them.
-        inplace: Change `weight` and return it.
+        weight: Weight of shape `(out, in)`, float16, bfloat16, float32 or float64, any strides; for a `Conv1D`, which
+            stores `(in, out)`, pass the transpose.
+        A: Factor of shape `(r_k, in)` of each adapter, any floating-point dtype.
+        B: Factor of shape `(out, r_k)` of each adapter, any floating-point dtype.
+        scales: Finite scale of each adapter, `lora_alpha / r_k` for a LoRA.
+        seed: 64-bit integer seed of stochastic rounding; None (default) rounds to the nearest. Ignored for 32- and
+            64-bit weights, which are not rounded.
+        inplace: Whether to change `weight` and return it; default False.
 
     Returns:
-        The merged weight, of the dtype of `weight`; differentiable in `weight`, `A` and `B` unless `inplace` (rounding
-        passes gradients through).
+        Merged weight of the dtype of `weight`; differentiable in `weight`, `A` and `B` unless `inplace` (the gradient
+        of rounding is 1).
 
     Raises:
-        ValueError: If numbers of factors or shapes do not fit, a scale is not finite, or `inplace` meets a tensor
-            that requires a gradient; nothing is changed then.
+        ValueError: If the numbers or shapes of factors do not fit, a scale is not finite, or a tensor requires a
+            gradient with `inplace`; `weight` is unchanged then.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import merge_lora
+        >>> A, B = torch.ones(1, 3), torch.ones(2, 1)  # rank 1
+        >>> merge_lora(torch.zeros(2, 3), [A, A], [B, B], scales=[0.5, 2.0])
+        tensor([[2.5000, 2.5000, 2.5000],
+                [2.5000, 2.5000, 2.5000]])
     """
     _check(weight, A, B, scales, seed)
     arguments = weight, list(A), list(B), [float(s) for s in scales], seed
@@ -69,7 +77,7 @@ def merge_lora(
         return _merge(*arguments)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *A, *B)):
         raise ValueError(
-            "inplace=True has no gradient, but a tensor requires one; use torch.no_grad() or inplace=False."
+            "inplace=True computes no gradient, but a tensor requires one; use torch.no_grad() or inplace=False."
         )
     _merge_inplace(*arguments)
     return weight
@@ -78,7 +86,7 @@ def merge_lora(
 def merge_lora_reference(
     weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float], seed: int | None = None
 ) -> Tensor:
-    """The definition. Arguments as `merge_lora`."""
+    """Definition of `merge_lora`; arguments as there."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(wide)
     for a, b, s in zip(A, B, scales, strict=True):
@@ -90,15 +98,14 @@ def merge_lora_reference(
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Round to one of the two neighbours in `dtype`, the nearer one more often, so that the mean is exact.
+    """Rounds to one of the two neighbours in `dtype`, with probabilities that make the mean exact.
 
     Args:
-        values: Float32 of shape `(m, n)`. Values that are not finite, and other dtypes than float16 and bfloat16, are
-            converted as usual.
-        dtype: What to round to.
+        values: Float32 of shape `(m, n)`; values that are not finite are converted as usual.
+        dtype: Dtype of the result; all but float16 and bfloat16 are converted as usual.
         seed: 64-bit key of the random bits.
-        rows: Row of each value in the whole matrix, int64 of shape `(m,)`.
-        columns: Column, shape `(n,)`.
+        rows: Row indices of the values in the whole matrix, int64 of shape `(m,)`.
+        columns: Column indices of the values in the whole matrix, int64 of shape `(n,)`.
 
     Returns:
         Values of `dtype`, shape `(m, n)`.
@@ -108,7 +115,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int, rows: Tensor
     words = torch.stack(philox(seed, columns // 4, rows[:, None], ROUNDING), dim=-1)  # (m, n, 4)
     word = words.gather(-1, (columns % 4).expand(len(rows), -1)[..., None])[..., 0]
     bits = values.detach().view(torch.int32)
-    # How many of the 23 fraction bits the format lacks; below its smallest normal number it lacks more.
+    # Number of the 23 fraction bits that the format lacks; it lacks more below its smallest normal number.
     exponent = (bits >> 23) & 0xFF
     lost = torch.full_like(bits, 16) if dtype == torch.bfloat16 else 13 + (113 - exponent).clamp(0, 10)
     unit = torch.ones_like(bits) << lost
@@ -128,7 +135,7 @@ def _check(weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scales: Seq
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}; it must be a float matrix (out, in)."
         )
     if not len(A) == len(B) == len(scales):
-        raise ValueError(f"A, B and scales have {len(A)}, {len(B)} and {len(scales)} entries; give one per adapter.")
+        raise ValueError(f"A, B and scales have {len(A)}, {len(B)} and {len(scales)} entries; pass one per adapter.")
     for k, (a, b, scale) in enumerate(zip(A, B, scales, strict=True)):
         if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1], b.shape[1]) != (*weight.shape, a.shape[0]):
             raise ValueError(
@@ -148,7 +155,7 @@ _SCHEMA = "weight, Tensor[] A, Tensor[] B, float[] scales, int? seed"
 
 def _refuse(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> str | None:
     if not A or 0 in weight.shape:
-        return Choice("there is nothing to add")
+        return PreferTorch("there is nothing to add")
     return refuse_dtypes(weight, *A, *B, allowed=FLOATS)
 
 
@@ -156,7 +163,7 @@ def _refuse_inplace(
     weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None
 ) -> str | None:
     if kernels_mode() == "auto" and _is_one_product(weight, A, B, scales, seed):
-        return Choice("it is a single addmm")
+        return PreferTorch("it is a single addmm")
     return _refuse(weight, A, B, scales, seed)
 
 
@@ -164,7 +171,7 @@ def _refuse_inplace(
     "merge_lora",
     f"(Tensor {_SCHEMA}) -> Tensor",
     reference=merge_lora_reference,
-    triton="merge_lora_triton",
+    triton="merge_triton",
     refuse=_refuse,
 )
 def _merge(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> Tensor:
@@ -177,7 +184,7 @@ def _merge(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float]
     "merge_lora_",
     f"(Tensor(a!) {_SCHEMA}) -> ()",
     reference=merge_lora_reference,
-    triton="merge_lora_triton",
+    triton="merge_triton",
     refuse=_refuse_inplace,
     mutates=("weight",),
 )
@@ -193,7 +200,7 @@ def _merge_into(
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
     A = [a.to(wide) for a in A]
-    # Blocks along the direction in which the weight lies in memory.
+    # Blocks along the dimension of larger stride, so that each is contiguous.
     columns_first = weight.stride(0) < weight.stride(1)
     length, width = weight.shape[::-1] if columns_first else weight.shape
     step = max(1, (_CHUNK_ELEMENTS_CUDA if weight.is_cuda else _CHUNK_ELEMENTS) // max(1, width))
@@ -213,7 +220,7 @@ def _merge_into(
 
 
 def _is_one_product(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> bool:
-    """Whether one `addmm` of the library computes the definition: one dtype, one scale, sums of at least 32 bits."""
+    """Whether one `addmm` computes the definition: one dtype, one scale, sums of at least 32 bits."""
     if not A or seed is not None or len(set(scales)) > 1 or any(t.dtype != weight.dtype for t in (*A, *B)):
         return False
     if weight.dtype.itemsize < 4:  # a library may add 16-bit products in 16 bits, or round them before the sum

@@ -1,4 +1,4 @@
-"""Triton kernel of `merge_lora`: a tile of the weight is read once, all updates are added, and it is written once."""
+"""Triton kernel of `merge_lora`: reads each tile of the weight once, adds all updates, and writes it once."""
 
 # mypy: disable-error-code="no-untyped-def"
 # The arguments of a `triton.jit` function have no Python types.
@@ -13,21 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, dot16, narrow, widen
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, dot16, narrow, widen
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 64, 64, 4
-"""The largest tile that compiles within the limits of the compile gate for every dtype; not tuned on a GPU yet."""
+"""Largest tile that compiles within the limits of the compile gate for every dtype; not tuned on a GPU yet."""
 
 
 def merge_lora(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> Tensor:
-    """`merge_lora.merge_lora`, out of place."""
+    """Launches the kernel of `merge.merge_lora` out of place."""
     merged = torch.empty_like(weight)
     _launch(merged, weight, A, B, scales, seed)
     return merged
 
 
 def merge_lora_(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> None:
-    """`merge_lora.merge_lora`, in place."""
+    """Launches the kernel of `merge.merge_lora` in place."""
     _launch(weight, weight, A, B, scales, seed)
 
 
@@ -50,13 +50,16 @@ def _constants(chunk: int, stochastic: bool) -> dict[str, int | bool]:
 
 
 def _pack(A: list[Tensor], B: list[Tensor], scales: list[float]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """All factors as two matrices, every adapter padded to a multiple of the chunk, so that a chunk has one scale.
+    """Concatenates the factors to two matrices, each adapter padded to a multiple of the chunk, which has one scale.
 
-    16-bit factors of one dtype stay as they are: their products are exact, and the tensor cores add them in 32 bits.
+    16-bit factors of one dtype are not converted: their products are exact, and the tensor cores sum in 32 bits.
+
+    Returns:
+        Left matrix `(out, R)`, right matrix `(R, in)`, scale of each chunk `(R / chunk,)`, and the chunk.
     """
     dtypes = {t.dtype for t in (*A, *B)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    chunk = 16  # more of a 32-bit factor, in the three parts of TF32, would not fit into the registers
+    chunk = 16  # more of a 32-bit factor, split into three TF32 parts, would not fit into the registers
     if dtype != torch.float32:
         chunk = min(64, max(16, triton.next_power_of_2(max(len(a) for a in A))))
     pads = [-len(a) % chunk for a in A]
@@ -119,7 +122,7 @@ def _merge(
 
 @triton.jit
 def _round_stochastically(x, m, first_n, seed, dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`merge_lora.stochastic_round`, bit for bit; the result is a float32 that `dtype` holds exactly."""
+    """Computes `merge.stochastic_round` bit for bit, as a float32 that `dtype` represents exactly."""
     quads = first_n // 4 + tl.arange(0, BLOCK_N // 4)
     zero = (m[:, None] + quads[None, :]) * 0
     w0, w1, w2, w3 = tl.philox(seed, zero + quads[None, :], zero + m[:, None], zero + 2, zero)
@@ -142,8 +145,8 @@ def _round_stochastically(x, m, first_n, seed, dtype: tl.constexpr, BLOCK_M: tl.
     return tl.where(exponent == 255, x, rounded)
 
 
-def shipped() -> Iterator[Shipped]:
-    """What the compile gate compiles."""
+def compile_specs() -> Iterator[CompileSpec]:
+    """Configurations for the compile gate."""
     strides = ("out_stride_m", "out_stride_n", "weight_stride_m", "weight_stride_n")
     integers = dict.fromkeys(("rows", "columns", "chunks", *strides), "i32") | {"seed": "i64"}
     for weight, factors, chunk, stochastic in (
@@ -158,7 +161,7 @@ def shipped() -> Iterator[Shipped]:
         pointers = dict.fromkeys(("out_ptr", "weight_ptr"), POINTERS[weight])
         pointers |= dict.fromkeys(("left_ptr", "right_ptr"), POINTERS[factors]) | {"scale_ptr": "*fp32"}
         name = f"{POINTERS[weight][1:]}, {POINTERS[factors][1:]} factors, chunk {chunk}{', stochastic' * stochastic}"
-        yield Shipped(
+        yield CompileSpec(
             f"merge_lora[{name}]",
             _merge,
             pointers | integers,

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_zoo.kernels.base.operator import FLOATS, Choice, kernels_mode, operator, refuse_dtypes
+from peft_zoo.kernels.base.operator import FLOATS, PreferTorch, kernels_mode, operator, refuse_dtypes
 from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, dequantize_operator, refuse
 
 __all__ = ["nf_linear", "nf_merge"]
@@ -149,9 +149,9 @@ def _refuse_linear(x: Tensor, *rest: Any) -> str | None:
     block, rows, columns, transposed = rest[10], *rest[12:]
     tokens = x.shape[:-1].numel()
     if transposed or tokens > (FASTER if kernels_mode() == "auto" else SMALL):
-        return Choice("the weight is restored once and the library multiplies")
+        return PreferTorch("the weight is restored once and the library multiplies")
     if tokens * rows * columns == 0:
-        return Choice("there is nothing to multiply")
+        return PreferTorch("there is nothing to multiply")
     return refuse(block, x.dtype) or _refuse_rows(block, columns)
 
 
@@ -167,7 +167,7 @@ def _refuse_rows(block: int, columns: int) -> str | None:
     "Tensor? B, Tensor? bias, int bits, int scale_bits, int block, int group, int rows, int columns, "
     "bool transposed) -> Tensor",
     reference=_linear_reference,
-    triton="nf_linear_triton",
+    triton="linear_triton",
     refuse=_refuse_linear,
 )
 def _linear(
@@ -257,7 +257,7 @@ def _merge_reference(
 def _refuse_merge(codes: Tensor, *rest: Any) -> str | None:
     A, B, _, _, _, block, _, dtype = rest[4:]
     if len(B) * A.shape[1] == 0:
-        return Choice("there is nothing to merge")
+        return PreferTorch("there is nothing to merge")
     return refuse(block, dtype) or _refuse_rows(block, A.shape[1]) or refuse_dtypes(A, B, allowed=FLOATS)
 
 
@@ -266,7 +266,7 @@ def _refuse_merge(codes: Tensor, *rest: Any) -> str | None:
     "(Tensor codes, Tensor scales, Tensor group_scales, Tensor offset, Tensor levels, Tensor A, Tensor B, "
     "float scaling, int bits, int scale_bits, int block, int group, ScalarType dtype) -> Tensor",
     reference=_merge_reference,
-    triton="nf_linear_triton",
+    triton="linear_triton",
     refuse=_refuse_merge,
 )
 def _merge(

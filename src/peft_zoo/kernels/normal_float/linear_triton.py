@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, dot_like, load_tile, narrow, store_tile, widen
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, dot_like, load_tile, narrow, store_tile, widen
 from peft_zoo.kernels.normal_float.linear import FEW, SMALL
 from peft_zoo.kernels.normal_float.quantize_triton import decode
 
@@ -238,7 +238,7 @@ def _merge(
 _DOTS = (torch.bfloat16, LEAST), (torch.bfloat16, SMALL), (torch.float16, SMALL), (torch.float32, SMALL)
 
 
-def shipped() -> Iterator[Shipped]:
+def compile_specs() -> Iterator[CompileSpec]:
     """What the compile gate compiles: every width of value; one token and the most; factors of both sizes."""
     packed = {"codes_ptr": "*i32", "scales_ptr": "*i32", "group_scales_ptr": "*bf16"}
     packed |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32"}
@@ -248,7 +248,7 @@ def shipped() -> Iterator[Shipped]:
         for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, FEW), *_DOTS, (torch.float32, 1)):
             dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
             tile = _tile(tokens, WIDEST, dtype)
-            yield Shipped(
+            yield CompileSpec(
                 f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
                 _product,
                 packed | dense | numbers | {"tokens": "i32"},
@@ -259,7 +259,7 @@ def shipped() -> Iterator[Shipped]:
             )
         for factors in (torch.bfloat16, torch.float32):
             dense = dict.fromkeys(("A_ptr", "B_ptr"), POINTERS[factors]) | {"out_ptr": "*bf16", "scaling": "fp32"}
-            yield Shipped(
+            yield CompileSpec(
                 f"nf_merge[{bits} bits, {POINTERS[factors][1:]} factors]",
                 _merge,
                 packed | dense | numbers,

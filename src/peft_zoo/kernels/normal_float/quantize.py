@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base.operator import FLOATS, Choice, operator
+from peft_zoo.kernels.base.operator import FLOATS, PreferTorch, operator
 from peft_zoo.kernels.normal_float.packing import pack, packed_length, unpack
 
 __all__ = ["NFConfig", "NFTensor", "codebook", "dequantize", "empty_nf", "packed_bits", "quantize"]
@@ -323,7 +323,7 @@ def _refuse(
     codes: Tensor, scales: Tensor, group_scales: Tensor, offset: Tensor, levels: Tensor, *numbers: Any
 ) -> str | None:
     _, _, block, _, count, dtype = numbers
-    return Choice("there is nothing to write") if count == 0 else refuse(block, dtype)
+    return PreferTorch("there is nothing to write") if count == 0 else refuse(block, dtype)
 
 
 def refuse(block: int, dtype: torch.dtype) -> str | None:
@@ -340,7 +340,7 @@ def refuse(block: int, dtype: torch.dtype) -> str | None:
     "(Tensor codes, Tensor scales, Tensor group_scales, Tensor offset, Tensor levels, int bits, int scale_bits, "
     "int block, int group, int count, ScalarType dtype) -> Tensor",
     reference=_dequantize_reference,
-    triton="normal_float_triton",
+    triton="quantize_triton",
     refuse=_refuse,
 )
 def dequantize_operator(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, narrow, widen
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, narrow, widen
 
 VALUES, NUM_WARPS = 4096, 2
 """Values of a program."""
@@ -162,12 +162,12 @@ def _read_units(words_ptr, unit, inside, BITS: tl.constexpr):
         return word[:, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, :] & (2**BITS - 1)
 
 
-def shipped() -> Iterator[Shipped]:
+def compile_specs() -> Iterator[CompileSpec]:
     """What the compile gate compiles: every width of value and scale, in blocks of usual sizes."""
     pointers = {"codes_ptr": "*i32", "scales_ptr": "*i32", "offset_ptr": "*fp32", "levels_ptr": "*fp32"}
     for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
         for dtype in (torch.float32, torch.bfloat16):
-            yield Shipped(
+            yield CompileSpec(
                 f"nf_dequantize[{bits} bits, scales of {scale_bits}, {str(dtype).removeprefix('torch.')}]",
                 _dequantize,
                 {**pointers, "group_scales_ptr": "*bf16", "out_ptr": POINTERS[dtype], "count": "i32"},

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base.operator import Choice, operator
+from peft_zoo.kernels.base.operator import PreferTorch, operator
 from peft_zoo.kernels.random_matrix.philox import philox
 
 __all__ = ["fill_basis", "pieces", "read_basis", "unit"]
@@ -117,14 +117,14 @@ def pieces(length: int, bytes_each: int, chunk: int) -> list[slice]:
 
 
 def _refuse(store: Tensor, *_: Any) -> str | None:
-    return Choice("there is nothing to fill") if store.numel() == 0 else None
+    return PreferTorch("there is nothing to fill") if store.numel() == 0 else None
 
 
 @operator(
     "fill_basis",
     "(Tensor(a!) store, int seed, int matrix, int k, int first_row) -> ()",
     reference=fill_basis_reference,
-    triton="random_basis_triton",
+    triton="basis_triton",
     refuse=_refuse,
     mutates=("store",),
 )

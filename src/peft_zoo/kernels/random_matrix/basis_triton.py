@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import Shipped
+from peft_zoo.kernels.base.triton_helpers import CompileSpec
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 8, 32, 4
 """Rows, and counters of 16 entries, of a program; not tuned on a GPU yet."""
@@ -82,12 +82,12 @@ def read_basis(store_ptr, row, column, stride, inside, TERNARY: tl.constexpr):
     return tl.load(store_ptr + row.to(tl.int64) * stride + column, mask=inside, other=0).to(tl.float32) / 64 - 255 / 128
 
 
-def shipped() -> Iterator[Shipped]:
+def compile_specs() -> Iterator[CompileSpec]:
     """What the compile gate compiles."""
     signature = {"store_ptr": "*u8", "seed": "i64"}
     signature |= dict.fromkeys(("rows", "columns", "matrix", "k", "first_row"), "i32")
     for ternary in (False, True):
-        yield Shipped(
+        yield CompileSpec(
             f"fill_basis[{'ternary' if ternary else 'uniform'}]",
             _fill,
             signature,

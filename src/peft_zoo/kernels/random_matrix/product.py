@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base.operator import FLOATS, Choice, kernels_mode, operator, refuse_dtypes
+from peft_zoo.kernels.base.operator import FLOATS, PreferTorch, kernels_mode, operator, refuse_dtypes
 from peft_zoo.kernels.random_matrix.basis import pieces, read_basis
 
 __all__ = ["LIBRARY_IS_FASTER", "basis_product"]
 
-LIBRARY_IS_FASTER = Choice("the library's product of a piece that is formed first is faster")
+LIBRARY_IS_FASTER = PreferTorch("the library's product of a piece that is formed first is faster")
 """Why `auto` leaves the products with random matrices to torch."""
 
 
@@ -48,9 +48,9 @@ def _refuse(x: Tensor, B: Tensor, k: int, rows: int, columns: int, onto_columns:
     if kernels_mode() == "auto":
         return LIBRARY_IS_FASTER
     if 0 in (x.numel(), rows, columns):
-        return Choice("there is nothing to multiply")
+        return PreferTorch("there is nothing to multiply")
     if B.dtype != torch.uint8:
-        return Choice("a matrix that is not packed goes to the library")
+        return PreferTorch("a matrix that is not packed goes to the library")
     return refuse_dtypes(x, allowed=FLOATS)
 
 
@@ -58,7 +58,7 @@ def _refuse(x: Tensor, B: Tensor, k: int, rows: int, columns: int, onto_columns:
     "basis_product",
     "(Tensor x, Tensor B, int k, int rows, int columns, bool onto_columns, int chunk) -> Tensor",
     reference=basis_product_reference,
-    triton="basis_product_triton",
+    triton="product_triton",
     refuse=_refuse,
 )
 def basis_product(x: Tensor, B: Tensor, k: int, rows: int, columns: int, onto_columns: bool, chunk: int) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, dot_like, load_tile, store_tile
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, dot_like, load_tile, store_tile
 from peft_zoo.kernels.random_matrix.basis_triton import read_basis
 
 BLOCK_T, BLOCK_O, NUM_WARPS = 64, 64, 4
@@ -75,7 +75,7 @@ def _product(
     store_tile(out_ptr, t, o, tokens, outer, total)
 
 
-def shipped() -> Iterator[Shipped]:
+def compile_specs() -> Iterator[CompileSpec]:
     """What the compile gate compiles."""
     integers = dict.fromkeys(("tokens", "inner", "outer", "store_stride"), "i32")
     for dtype, k, onto_columns in (
@@ -89,7 +89,7 @@ def shipped() -> Iterator[Shipped]:
     ):
         pointers = dict.fromkeys(("out_ptr", "x_ptr"), POINTERS[dtype]) | {"store_ptr": "*u8"}
         kind, way = "ternary" if k else "uniform", "x B" if onto_columns else "x B^T"
-        yield Shipped(
+        yield CompileSpec(
             f"basis_product[{POINTERS[dtype][1:]}, {kind}, {way}]",
             _product,
             pointers | integers,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base.operator import FLOATS, Choice, kernels_mode, operator, refuse_dtypes
+from peft_zoo.kernels.base.operator import FLOATS, PreferTorch, kernels_mode, operator, refuse_dtypes
 from peft_zoo.kernels.random_matrix.basis import pieces, read_basis
 from peft_zoo.kernels.random_matrix.product import LIBRARY_IS_FASTER
 
@@ -89,7 +89,7 @@ def _refuse(x: Tensor, A: Tensor, lambda_: Tensor, gamma: Tensor, *_: Any) -> st
     if kernels_mode() == "auto":
         return LIBRARY_IS_FASTER
     if 0 in (x.numel(), lambda_.numel(), gamma.numel()):
-        return Choice("there is nothing to multiply")
+        return PreferTorch("there is nothing to multiply")
     if A.dtype not in (torch.uint8, torch.int8, *FLOATS):
         return refuse_dtypes(A, allowed=FLOATS)
     return refuse_dtypes(x, lambda_, gamma, allowed=FLOATS)
@@ -99,7 +99,7 @@ def _refuse_grad(u: Tensor, v: Tensor, A: Tensor, lambda_: Tensor, gamma: Tensor
     if kernels_mode() == "auto":
         return LIBRARY_IS_FASTER
     if len(gamma) < _NARROW:
-        return Choice(f"tiles of {_NARROW} bases would be mostly empty for {len(gamma)}")
+        return PreferTorch(f"tiles of {_NARROW} bases would be mostly empty for {len(gamma)}")
     return _refuse(u, A, lambda_, gamma) or refuse_dtypes(v, allowed=FLOATS)
 
 
@@ -107,7 +107,7 @@ def _refuse_grad(u: Tensor, v: Tensor, A: Tensor, lambda_: Tensor, gamma: Tensor
     "scaled_basis_product",
     "(Tensor x, Tensor A, Tensor lambda_, Tensor gamma, float scale, int k, bool onto_columns, int chunk) -> Tensor",
     reference=scaled_basis_product_reference,
-    triton="scaled_basis_triton",
+    triton="scaled_triton",
     refuse=_refuse,
 )
 def scaled_basis_product(
@@ -133,7 +133,7 @@ def scaled_basis_product(
     "scaled_basis_grad",
     "(Tensor u, Tensor v, Tensor A, Tensor lambda_, Tensor gamma, float scale, int k, int chunk) -> (Tensor, Tensor)",
     reference=scaled_basis_grad_reference,
-    triton="scaled_basis_triton",
+    triton="scaled_triton",
     refuse=_refuse_grad,
 )
 def scaled_basis_grad(

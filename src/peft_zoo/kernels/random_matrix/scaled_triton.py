@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, dot16, dot_like, load_tile, store_tile, widen
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, dot16, dot_like, load_tile, store_tile, widen
 from peft_zoo.kernels.random_matrix.basis_triton import read_basis
 
 BLOCK_T, NUM_WARPS = 64, 4
@@ -159,7 +159,7 @@ def _grad(
     tl.store(dgamma_ptr + at, total, mask=inside)
 
 
-def shipped() -> Iterator[Shipped]:
+def compile_specs() -> Iterator[CompileSpec]:
     """What the compile gate compiles."""
     shared = {"lambda_ptr": "*fp32", "gamma_ptr": "*fp32", "a_stride": "i32", "scale": "fp32"}
     for dtype, k in ((torch.bfloat16, 0), (torch.bfloat16, 43), (torch.float16, 0), (torch.float32, 0)):
@@ -167,7 +167,7 @@ def shipped() -> Iterator[Shipped]:
         for onto_columns in (False, True):
             names = dict.fromkeys(("out_ptr", "x_ptr"), POINTERS[dtype]) | {"a_ptr": "*u8"}
             names |= dict.fromkeys(("tokens", "inner", "outer", "n"), "i32")
-            yield Shipped(
+            yield CompileSpec(
                 f"scaled_basis_product[{kind}, {'x M' if onto_columns else 'x M^T'}]",
                 _product,
                 names | shared,
@@ -177,7 +177,7 @@ def shipped() -> Iterator[Shipped]:
             )
         names = {"part_ptr": "*fp32", "dgamma_ptr": "*fp32", "a_ptr": "*u8"}
         names |= dict.fromkeys(("u_ptr", "v_ptr"), POINTERS[dtype]) | dict.fromkeys(("tokens", "r", "n", "d"), "i32")
-        yield Shipped(
+        yield CompileSpec(
             f"scaled_basis_grad[{kind}]",
             _grad,
             names | shared,

@@ -1,8 +1,8 @@
 """Triton kernels of `kernelized_factor_grad`: the gradient of one factor, and the sums that `mix_k` needs first.
 
-One program takes a block of rows (features of the factor whose gradient it is) and a stretch of columns, and keeps its
-sums in registers; the stretches are added afterwards, always in the same order. The gradient of the other factor is the
-same with rows and columns exchanged, because distances and products are symmetric. There are no atomics.
+One program computes a block of rows (features of the factor) over a range of columns and keeps its sums in registers;
+the ranges are added afterwards, always in the same order. The gradient of the other factor is the same computation with
+rows and columns exchanged, because distances and products are symmetric. There are no atomics.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, widen
-from peft_zoo.kernels.snell.matrix import KernelSpec
-from peft_zoo.kernels.snell.tiles import finish_gradients
-from peft_zoo.kernels.snell.tiles_triton import (
+from peft_zoo.kernels.base.kernel_spec import KernelSpec
+from peft_zoo.kernels.base.tiles_triton import (
     DISTANCE,
     LINEAR,
     RBF,
@@ -39,15 +37,21 @@ from peft_zoo.kernels.snell.tiles_triton import (
     split_count,
     variants,
 )
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, widen
+from peft_zoo.kernels.snell.tiles import finish_gradients
 
 BLOCK_COLUMNS = 16
 
 
 def block_rows(width: int, is_heavy: bool) -> int:
-    """Rows of a tile, by the padded rank and whether it is `mix_k` or `rbf`: the most that the compile gate passes.
+    """Returns the rows of a tile: the most within the register limit of the compile gate.
 
     The groups, the matrix, its gradient and the sums are held in registers at once, so tiles are smaller than those of
     the other kernels.
+
+    Args:
+        width: Total rank r, padded to a power of two.
+        is_heavy: Whether the kernel is `mix_k` or `rbf`.
     """
     return 16 if width > 64 or (width > 32 and is_heavy) else 32 if width > 32 or is_heavy else 64
 
@@ -55,7 +59,7 @@ def block_rows(width: int, is_heavy: bool) -> int:
 def kernelized_factor_grad(
     dS: Tensor, A: Tensor, B: Tensor, kernel_params: Tensor | None, threshold: Tensor, *spec: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernelized_merge.factor_grad`: gradients of A, B and `[alpha, gamma, beta]`."""
+    """Launches the kernels of `weight.factor_grad_operator`."""
     factors = Factors(A, B, kernel_params, KernelSpec(*spec))
     rho = _rho(factors, dS, threshold) if factors.spec.kernel == "mix_k" else factors.params
     raw_A, sums = _gradient(factors, dS.t(), threshold, rho, rows_are_inputs=True)
@@ -63,12 +67,12 @@ def kernelized_factor_grad(
     alpha, _, beta = factors.params
     params = _kernel_params_grad(factors, sums, rho)
     dA, dB, dparams = finish_gradients(factors.spec, *factors.scaled, alpha, beta, raw_A, raw_B, params)
-    # In the memory layout that was promised when the graph was traced.
+    # In the memory layout of the fake tensors, which a traced graph relies on.
     return torch.empty_like(A).copy_(dA), torch.empty_like(B).copy_(dB), dparams
 
 
 def _kernel_params_grad(factors: Factors, sums: Tensor, rho: Tensor) -> Tensor:
-    """What `finish_gradients` wants for the kernel parameters, from the sums of each input feature, `(2, in)`."""
+    """Returns the sums `[alpha, gamma, beta]` for `finish_gradients`, from `sums` of each input feature, `(2, in)`."""
     first, second = sums.sum(1)
     alpha, gamma, _ = factors.params
     if factors.spec.kernel == "mix_k":
@@ -79,9 +83,14 @@ def _kernel_params_grad(factors: Factors, sums: Tensor, rho: Tensor) -> Tensor:
 def _gradient(
     factors: Factors, dM: Tensor, threshold: Tensor, rho: Tensor, rows_are_inputs: bool
 ) -> tuple[Tensor, Tensor]:
-    """Unscaled gradient of one factor, `(G, features, r/G)`, and two sums of each of its features, `(2, features)`.
+    """Returns the unscaled gradient of one factor, `(G, features, r/G)`, and two sums per feature, `(2, features)`.
 
-    `dM` is the gradient of S with the features of that factor along its rows.
+    Args:
+        factors: Factors of the kernel matrix.
+        dM: Gradient of S with the features of the factor along its rows.
+        threshold: Threshold of S, shape `()`.
+        rho: Sums of `_rho`, `(in,)`; unused unless the kernel is `mix_k`.
+        rows_are_inputs: True for the gradient of A, False for that of B.
     """
     own, other = factors.scaled if rows_are_inputs else factors.scaled[::-1]
     x, y = factors.columns if rows_are_inputs else factors.columns[::-1]
@@ -194,7 +203,7 @@ def _factor_grad(
 
 @triton.jit
 def _add_products(total, R, own_at, own_mask, other_at, other_mask, KIND: tl.constexpr):
-    """The sums of one group: `own * rowsum(R) - R @ other` of differences, `R @ other` of products."""
+    """Adds the sums of one group: `own * rowsum(R) - R @ other` for differences, `R @ other` for products."""
     other = tl.load(other_at, mask=other_mask, other=0.0)
     if KIND == DISTANCE or KIND == RBF:
         total = tl.dot(-R, other, acc=total, input_precision="tf32x3")
@@ -205,7 +214,7 @@ def _add_products(total, R, own_at, own_mask, other_at, other_mask, KIND: tl.con
 
 @triton.jit
 def _add_signs(total, dK, x_ptr, y_ptr, r, c, n_rows, n_columns, w, g: tl.constexpr, RANK: tl.constexpr):
-    """The sums of one group for norm 1, one coordinate at a time."""
+    """Adds the sums of one group for norm 1, one coordinate at a time."""
     for k in range(RANK):
         x, y = coordinates(x_ptr, y_ptr, r, c, n_rows, n_columns, g * RANK + k)
         slope = tl.where(x > y, dK, tl.where(x < y, -dK, 0.0))
@@ -215,18 +224,18 @@ def _add_signs(total, dK, x_ptr, y_ptr, r, c, n_rows, n_columns, w, g: tl.conste
 
 @triton.jit
 def slope_tile(pair, dK, KIND: tl.constexpr):
-    """R of one group: what its points are moved along their difference (or product) by."""
+    """Computes R of one group: dK times the slope of its kernel, without the factors that `finish_gradients` adds."""
     if KIND == LINEAR:
         return dK
     if KIND == RBF:
         return pair * dK
     if KIND == SIGMOID:
         return pair * (1 - pair) * dK
-    return dK / tl.where(pair > 0, pair, float("inf"))  # where the distance is 0 it has no gradient
+    return dK / tl.where(pair > 0, pair, float("inf"))  # the gradient of a distance of 0 is defined as 0
 
 
 def _rho(factors: Factors, dS: Tensor, threshold: Tensor) -> Tensor:
-    """`sum_j dW_ij P_ij` of each input feature, shape `(in,)`; `dS` is `(out, in)`."""
+    """Returns `sum_j dW_ij P_ij` of each input feature, shape `(in,)`; `dS` is `(out, in)`."""
     (n_out, n_in), chosen = factors.shape, _row_constants(factors.constants, factors.mode)
     programs, tiles = triton.cdiv(n_in, chosen["BLOCK_ROWS"]), triton.cdiv(n_out, chosen["BLOCK_COLUMNS"])
     splits = split_count(programs, tiles)
@@ -282,8 +291,8 @@ def _row_products(
     tl.store(partial_ptr + tl.program_id(1) * n_rows + r, total, mask=r < n_rows)
 
 
-def shipped() -> Iterator[Shipped]:
-    """What the compile gate compiles: the two orientations of dM, which may be bf16, and every kernel."""
+def compile_specs() -> Iterator[CompileSpec]:
+    """Configurations for the compile gate: both orientations of dM, which may have 16 bits, and every kernel."""
     integers = dict.fromkeys(("stride_r", "stride_c", "tiles_per_split"), "i32")
     cases = [(name, torch.bfloat16, chosen, 1) for name, chosen in variants()]
     cases += [("float32", torch.float32, constants(1), 1), ("float16", torch.float16, constants(1), 1)]
@@ -295,7 +304,7 @@ def shipped() -> Iterator[Shipped]:
         signature = factor_signature("dm_ptr") | {"dm_ptr": POINTERS[dtype]}
         pointers = ("own_ptr", "other_ptr", "rho_ptr", "threshold_ptr", "partial_ptr", "sums_ptr")
         for inputs, unit in ((True, "stride_r"), (False, "stride_c")):
-            yield Shipped(
+            yield CompileSpec(
                 f"factor_grad[{name}, {'A' if inputs else 'B'}]",
                 _factor_grad,
                 signature | dict.fromkeys(pointers, "*fp32") | integers,
@@ -304,7 +313,7 @@ def shipped() -> Iterator[Shipped]:
                 unit_strides=(unit,),
             )
         if shared["MIX"]:
-            yield Shipped(
+            yield CompileSpec(
                 f"row_products[{name}]",
                 _row_products,
                 signature | dict.fromkeys(("threshold_ptr", "partial_ptr"), "*fp32") | integers,

@@ -1,17 +1,17 @@
-"""A linear layer whose weight is the sparse kernel matrix of SNELL, which is computed when needed and never saved.
+"""SNELL's linear layer: the sparse kernel matrix is computed in the forward and the backward pass and never saved.
 
-The definition is `kernel_matrix.reference_weight`; here is the same with a backward pass of its own. Between forward
-and backward only the input, the two small factors, the kernel parameters and one number (the threshold) are kept::
+The definition is `matrix.reference_weight`. Saved between forward and backward are only the input, the two factors, the
+kernel parameters and the threshold::
 
-    y  = x S (+ x W0^T + bias)      S as in kernelized_merge
+    y  = x S (+ x W0^T + bias)      S as in weight.kernelized_weight
     dx = dy (S^T + W0)              dS^T = dy^T x
 
 With torch, the forward pass fills one `(out, in)` scratch matrix and frees it; the backward pass works tile by tile,
 and the gradient of S exists one tile at a time. With Triton, the weight is written into one scratch matrix in the dtype
-of the input and multiplied by the library, forward and backward, and the gradient of S takes its place. Torch's
-allocator gives every layer the same scratch: with 16-bit inputs it costs `2 in out` bytes in all, not per layer.
+of the input and multiplied by cuBLAS, forward and backward, and the gradient of S reuses its memory. Torch's allocator
+gives every layer the same scratch: with 16-bit inputs it costs `2 in out` bytes in all, not per layer.
 
-Cost of a layer with T tokens, forward and backward: 6 T in out FLOPs, where LoRA on a frozen layer has 4 T in out.
+Cost of a layer with T tokens, forward and backward: 6 T in out FLOPs; LoRA on a frozen layer has 4 T in out.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_zoo.kernels.base.kernel_spec import KernelSpec
 from peft_zoo.kernels.base.operator import operator
-from peft_zoo.kernels.snell.matrix import KernelSpec
+from peft_zoo.kernels.snell.matrix import reference_weight
 from peft_zoo.kernels.snell.tiles import FactorGradients, KernelTiles, apply_sparsity, sparsity_multiplier
 from peft_zoo.kernels.snell.weight import (
     FACTORS,
@@ -32,8 +33,6 @@ from peft_zoo.kernels.snell.weight import (
     check_factors,
     check_frozen,
     factor_grad_operator,
-    fields,
-    given_threshold,
     merge_operator,
     needed,
     refuse_factors,
@@ -54,34 +53,43 @@ def kernelized_linear(
     threshold: Tensor | None = None,
     last: Tensor | None = None,
 ) -> Tensor:
-    """`y = x S`, or with `weight` the fused `y = x (W0^T + S) + bias` in one matrix product.
+    """Applies a SNELL update: `y = x S`, or with `weight` the fused `y = x (W0^T + S) + bias` in one matrix product.
 
     Args:
         x: Input of shape `(..., in)`, float16, bfloat16, float32 or float64. Under autocast float32 is cast first.
         A: Input factors of shape `(G, in, r/G)`, float32 or float64.
         B: Output factors of shape `(G, out, r/G)`.
         kernel_params: `[alpha, gamma, beta]` of shape `(3,)`: required by `mix_k`, optional for `sigmoid` and `rbf`.
-        num_kept: How many entries of S are not zero, int64 of shape `()`; ignored by `sparsify="none"`.
-        spec: The kernel and what becomes of the kept entries.
-        weight: Frozen W0 of shape `(out, in)`, any strides (for a `Conv1D` pass its transpose). W0 + S is rounded once
+        num_kept: Number of non-zero entries of S, int64 of shape `()`; ignored for `sparsify="none"`.
+        spec: Kernel and sparsity mode.
+        weight: Frozen W0 of shape `(out, in)`, any strides (for a `Conv1D` pass the transpose). W0 + S is rounded once
             to the dtype of `x`: in 16 bits this loses the entries of S below the spacing of W0.
         bias: Frozen bias of shape `(out,)`, added to the output.
-        threshold: The result of `threshold()` for these factors, if it is at hand; saves the selection.
-        last: Float32 of shape `()` in which the threshold is remembered: where to look first, then what was found.
-            It changes the time this takes, never the result.
+        threshold: Result of `kernelized_threshold` for these factors, which saves the selection; None to compute it.
+        last: Float32 of shape `()`, the threshold of the step before: read as the start of the search, then overwritten
+            with the new threshold. It changes the time this takes, never the result.
 
     Returns:
         y of shape `(..., out)` in the dtype of `x`, differentiable in `x`, `A`, `B` and `kernel_params`.
 
     Raises:
         ValueError: If shapes do not fit, `mix_k` has no parameters, or `weight` or `bias` requires a gradient.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import KernelSpec, kernelized_linear
+        >>> A, B = torch.randn(2, 6, 3, requires_grad=True), torch.randn(2, 5, 3, requires_grad=True)
+        >>> y = kernelized_linear(torch.randn(4, 6), A, B, None, torch.tensor(10), KernelSpec())
+        >>> y.sum().backward()
+        >>> y.shape, A.grad.shape
+        (torch.Size([4, 5]), torch.Size([2, 6, 3]))
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     A, B, kernel_params = check_factors(A, B, kernel_params, spec)
     _check_linear(x, A, B, weight, bias)
     given = as_factor(threshold, A)
-    y, found = _linear(x, A, B, kernel_params, num_kept, given, last, weight, bias, *fields(spec))
+    y, found = _linear(x, A, B, kernel_params, num_kept, given, last, weight, bias, *spec.fields)
     remember(last, found)
     return y
 
@@ -109,7 +117,7 @@ def _linear_reference(
     bias: Tensor | None,
     *spec: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `kernelized_linear`, and the threshold."""
+    """Definition of the operator `kernelized_linear`."""
     merged, threshold = merge_operator.reference(A, B, kernel_params, num_kept, threshold, None, weight, None, *spec)
     bias = None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(x, merged.to(x.dtype), bias), threshold
@@ -119,7 +127,7 @@ def _linear_reference(
     "kernelized_linear",
     f"(Tensor x, {FACTORS}, {KEPT}, Tensor? weight, Tensor? bias, {SPEC}) -> (Tensor, Tensor)",
     reference=_linear_reference,
-    triton="kernelized_linear_triton",
+    triton="linear_triton",
     refuse=lambda x, A, B, *others: refuse_factors(A, B, x, others[4]),
 )
 def _linear(
@@ -152,8 +160,8 @@ def _linear_backward_reference(
     need_x: bool,
     *spec: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition of the backward pass: two products and `factor_grad`."""
-    S = given_threshold(A, B, kernel_params, threshold, *spec).t()
+    """Definition of the backward pass: two products and the gradient of the factors."""
+    S = reference_weight(A, B, kernel_params, 0, KernelSpec(*spec), threshold).t()
     total = S if weight is None else S + weight
     dx = dy @ total.to(dy.dtype) if need_x else dy.new_empty(0, A.shape[1])
     if x is None:
@@ -167,7 +175,7 @@ def _linear_backward_reference(
     f"(Tensor dy, Tensor? x, {FACTORS}, Tensor threshold, Tensor? weight, bool need_x, {SPEC})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_linear_backward_reference,
-    triton="kernelized_linear_triton",
+    triton="linear_triton",
     refuse=lambda dy, x, A, B, *others: refuse_factors(A, B, dy, x, others[2]),
 )
 def _linear_backward(
@@ -201,11 +209,11 @@ def _linear_backward(
 
 
 class _OuterProduct:
-    """Tiles of ``dW = dy^T x``, of shape `(out, block)`.
+    """Computes tiles of ``dW = dy^T x``, of shape `(out, block)`.
 
-    On a CPU 16-bit operands are widened first, since its 16-bit products may neither accumulate in 32 bits nor be
-    faster. Elsewhere they are multiplied as they are, which accumulates in 32 bits and rounds once, as any layer
-    under autocast does.
+    On a CPU 16-bit operands are converted to the dtype of the factors first, since its 16-bit products may neither
+    accumulate in 32 bits nor be faster. Elsewhere they are multiplied in 16 bits, which accumulates in 32 bits and
+    rounds once, as any layer under autocast does.
     """
 
     def __init__(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
@@ -218,7 +226,7 @@ class _OuterProduct:
         return torch.mm(self._dy, x, out=out) if self._dtype == out.dtype else out.copy_(self._dy @ x)
 
 
-# Shapes for tracing, and the link from forward to backward.
+# Fake tensors and gradients.
 
 
 @_linear.register_fake

@@ -1,14 +1,14 @@
-"""The kernel matrix in tiles: computed, used and forgotten one block of input features at a time.
+"""Tiles of SNELL's kernel matrix in torch: each is one block of input features, and one is in memory at a time.
 
-Every pass over the matrix (threshold, forward, backward, merge) takes its tiles from `KernelTiles`, cut at the same
-places and computed by the same instructions. The magnitudes that decide which entries are kept are therefore equal
-to the last bit in all passes, and the number kept is exact.
+Every pass over the matrix (threshold, forward, backward, merge) computes its tiles with `KernelTiles`, of the same
+blocks and by the same instructions. The magnitudes that decide which entries are kept are therefore equal to the last
+bit in all passes, and the number of kept entries is exact.
 
 Tiles are stored transposed, `(out, block)`, like the weight of an `nn.Linear`.
 
 Distances come from one matrix product per group, ``|a - b|^2 = [-2a, 1, |a|^2] . [b, |b|^2, 1]``. Subtracting nearly
-equal numbers costs half of the digits, so 32-bit factors are multiplied in 64 bits: as exact as differences, not
-lowered by TF32 or bf16 matmul settings, and on a CPU bound by the same memory traffic as a 32-bit product.
+equal values loses half of the digits, so float32 factors are multiplied in float64: as exact as differences, not
+affected by TF32 or bf16 matmul settings, and on a CPU bound by the same memory traffic as a float32 product.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.snell.matrix import KernelSpec, kernel_params_of, safe_gamma
+from peft_zoo.kernels.base.kernel_spec import KernelSpec
 
 TILE_ELEMENTS = {"cpu": 2**19}
-"""Elements of a tile by type of device: few enough for a CPU's caches, enough to make the matrix products wide.
+"""Elements of a tile by device type: few enough for a CPU's caches, enough for wide matrix products.
 (Of 2^17 to 2^21, 2^19 was fastest at 2048 x 2048 and 768 x 3072 on two cores of a Xeon, torch 2.13, 2026.)"""
 
 _OTHER_DEVICES = 2**21
@@ -30,12 +30,12 @@ _BLOCK_MULTIPLE = 64
 
 
 def tile_elements(device: torch.device) -> int:
-    """How many elements a tile may have on a device."""
+    """Returns the largest number of elements of a tile on a device."""
     return TILE_ELEMENTS.get(device.type, _OTHER_DEVICES)
 
 
 def block_size(in_features: int, out_features: int, device: torch.device) -> int:
-    """How many input features a tile spans, so that it has at most `tile_elements` (or spans one)."""
+    """Returns the number of input features of a tile: at least 1, else as many as `tile_elements` allows."""
     size = max(1, tile_elements(device) // out_features)
     if size >= _BLOCK_MULTIPLE:
         size -= size % _BLOCK_MULTIPLE
@@ -44,35 +44,40 @@ def block_size(in_features: int, out_features: int, device: torch.device) -> int
 
 @dataclass
 class Tile:
-    """One block of columns of the kernel matrix, valid until the next one is computed (the memory is reused)."""
+    """One tile of the kernel matrix, valid until the next one is computed (the memory is reused).
+
+    Attributes:
+        block: Input features of the tile.
+        pairs: Distance, product, sigmoid or exponential of each group, `(G, out, block)`.
+        K: Signed sum of the groups, `(out, block)`.
+        P: Softmax of `K / gamma` over the outputs, `(out, block)`, for `mix_k`; else None.
+        W: Kernel matrix, `(out, block)`.
+    """
 
     block: slice
-    pairs: Tensor  # (G, out, block): distance, product, sigmoid or exponential of each group
-    K: Tensor  # (out, block): the groups combined
-    P: Tensor | None  # (out, block): softmax of K / gamma over out, mix_k only
-    W: Tensor  # (out, block): the kernel matrix
+    pairs: Tensor
+    K: Tensor
+    P: Tensor | None
+    W: Tensor
 
 
 class KernelTiles:
-    """The kernel matrix of two factors, one tile at a time.
+    """Computes the kernel matrix of two factors, one tile at a time.
 
     Args:
         A: Input factors of shape `(G, in, r/G)`, float32 or float64.
         B: Output factors of shape `(G, out, r/G)`.
         kernel_params: `[alpha, gamma, beta]` of shape `(3,)`, or None.
-        spec: The kernel.
+        spec: Kernel, norm and scale.
     """
 
     def __init__(self, A: Tensor, B: Tensor, kernel_params: Tensor | None, spec: KernelSpec) -> None:
         self.spec = spec
         self.groups, self.in_features, _ = A.shape
         self.out_features = B.shape[1]
-        self.alpha, gamma, self.beta = kernel_params_of(kernel_params, A, spec)
-        self.gamma = safe_gamma(gamma) if spec.kernel == "mix_k" else gamma
-        self.offset = spec.scale * sum(spec.sign(g) for g in range(self.groups))
-        # c ||a - b|| = ||ca - cb|| and c (a . b) = ca . b: scaling the small factors saves a pass over the matrix.
-        self.A = A * spec.scale if spec.is_distance or spec.kernel == "linear" else A
-        self.B = B * spec.scale if spec.is_distance else B
+        self.alpha, self.gamma, self.beta = spec.params(kernel_params, A)
+        self.offset = spec.coefficient_sum(self.groups)
+        self.A, self.B = spec.scaled_factors(A, B)
         self._block = block_size(self.in_features, self.out_features, A.device)
         self._buffers: dict[str, Tensor] = {}
         self._augmented: tuple[Tensor, Tensor] | None = None
@@ -80,12 +85,12 @@ class KernelTiles:
             self._augmented = _augment(self.A, self.B)
 
     def blocks(self) -> Iterator[slice]:
-        """The blocks of input features, in order; together they cover all."""
+        """Yields the blocks of input features in order; together they cover all features."""
         for start in range(0, self.in_features, self._block):
             yield slice(start, min(start + self._block, self.in_features))
 
     def buffer(self, name: str, block: slice, groups: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialized scratch of shape `(groups, out, block)`, the same memory for every tile of this name."""
+        """Returns uninitialized scratch of shape `(groups, out, block)`; calls with one name share its memory."""
         if name not in self._buffers:
             shape = groups * self.out_features * self._block
             self._buffers[name] = torch.empty(shape, dtype=dtype or self.A.dtype, device=self.A.device)
@@ -93,13 +98,13 @@ class KernelTiles:
         return self._buffers[name][: groups * self.out_features * width].view(groups, self.out_features, width)
 
     def fill(self, W: Tensor) -> Tensor:
-        """Write the whole kernel matrix into `W`, of shape `(out, in)`, and return it."""
+        """Writes the whole kernel matrix into `W`, of shape `(out, in)`, and returns it."""
         for block in self.blocks():
             self.tile(block, out=W[:, block])
         return W
 
     def tile(self, block: slice, out: Tensor | None = None) -> Tile:
-        """The tile of a block of input features, its `W` written into `out` if given."""
+        """Computes the tile of a block of input features, with `W` in the memory of `out` if given."""
         pairs = self._pairs(block)
         W = self.buffer("W", block)[0] if out is None else out
         if self.spec.kernel != "mix_k":
@@ -110,7 +115,7 @@ class KernelTiles:
         return Tile(block, pairs, K, P, torch.mul(P, self.alpha, out=W).add_(K).add_(self.beta))
 
     def _pairs(self, block: slice) -> Tensor:
-        """The kernel of every group before the groups are combined, of shape `(G, out, block)`."""
+        """Computes the kernel of every group before the groups are combined, of shape `(G, out, block)`."""
         pairs = self.buffer("pairs", block, self.groups)
         for g in range(self.groups):
             if not self.spec.uses_differences:
@@ -127,19 +132,19 @@ class KernelTiles:
         return pairs.mul_(self.beta).sigmoid_() if self.spec.kernel == "sigmoid" else pairs
 
     def _differences(self, group: int, block: slice, out: Tensor) -> None:
-        """Write `sum_k |a_k - b_k|^p` into `out`, of shape `(out, block)`, one coordinate at a time."""
+        """Writes `sum_k |a_k - b_k|^p` into `out`, of shape `(out, block)`, one coordinate at a time."""
         out.zero_()
         for k in range(self.A.shape[2]):
             difference = self.difference(group, block, k)
             out.add_(difference.abs_()) if self.spec.norm == 1 else out.addcmul_(difference, difference)
 
     def difference(self, group: int, block: slice, coordinate: int) -> Tensor:
-        """`a - b` in one coordinate of one group, of shape `(out, block)`."""
+        """Computes `a - b` in one coordinate of one group, of shape `(out, block)`."""
         a, b = self.A[group, block, coordinate], self.B[group, :, coordinate]
         return torch.sub(a, b[:, None], out=self.buffer("difference", block)[0])
 
     def _combine(self, pairs: Tensor, out: Tensor) -> Tensor:
-        """The signed sum of the groups, of shape `(out, block)`."""
+        """Writes the signed sum of the groups into `out`, of shape `(out, block)`."""
         if self.groups == 1:
             out.copy_(pairs[0])
         for g in range(1, self.groups):
@@ -150,9 +155,9 @@ class KernelTiles:
 
 
 def sparsity_multiplier(W: Tensor, threshold: Tensor, spec: KernelSpec, out: Tensor, work: Tensor) -> Tensor:
-    """dS/dW of `kernel_matrix.sparsify`, written into `out`; except for `soft` also S / W.
+    """Writes dS/dW of `matrix.sparsify` into `out`; except for `soft` this is also S / W.
 
-    All steps stay in floating point (`work` takes the mask): a boolean mask would double their cost on a CPU.
+    All steps stay in floating point (`work` holds the mask): a bool mask would double their cost on a CPU.
     """
     if spec.sparsify == "none":
         return out.fill_(1)
@@ -164,7 +169,7 @@ def sparsity_multiplier(W: Tensor, threshold: Tensor, spec: KernelSpec, out: Ten
 
 
 def apply_sparsity(W: Tensor, multiplier: Tensor, threshold: Tensor, spec: KernelSpec, out: Tensor) -> Tensor:
-    """S of `kernel_matrix.sparsify`, written into `out` (which may be `W`), given `sparsity_multiplier` of `W`."""
+    """Writes S of `matrix.sparsify` into `out` (which may be `W`), given `sparsity_multiplier` of `W`."""
     if spec.sparsify == "soft":
         level = threshold.clamp_min(0)
         return torch.sub(W, torch.clamp(W, -level, level), out=out)
@@ -172,13 +177,13 @@ def apply_sparsity(W: Tensor, multiplier: Tensor, threshold: Tensor, spec: Kerne
 
 
 class FactorGradients:
-    """Gathers the gradient of `A`, `B` and the kernel parameters from tiles of the gradient of `W`.
+    """Accumulates the gradients of `A`, `B` and the kernel parameters from tiles of the gradient of `W`.
 
     For a distance, with ``R_g = c_g dK / D_g`` (0 where ``D_g = 0``)::
 
         dA_g = A_g * rowsum(R_g) - R_g B_g        dB_g = B_g * colsum(R_g) - R_g^T A_g
 
-    and alike for the other kernels, all of which depend on differences or on products of `A` and `B`.
+    The other kernels, which depend on differences or on products of `A` and `B`, have similar sums.
     """
 
     def __init__(self, tiles: KernelTiles) -> None:
@@ -191,7 +196,7 @@ class FactorGradients:
         self._B1 = torch.nn.functional.pad(tiles.B, (0, 1), value=1.0)
 
     def add(self, tile: Tile, dW: Tensor) -> None:
-        """Account for one tile, given the gradient of its `W`, of shape `(out, block)`; `dW` is overwritten."""
+        """Adds one tile, given the gradient of its `W`, of shape `(out, block)`; overwrites `dW`."""
         dK = dW if tile.P is None else self._through_softmax(tile, tile.P, dW)
         if self.tiles.spec.kernel in ("sigmoid", "rbf"):
             self._params[1] += self.tiles.offset * dK.sum()
@@ -203,13 +208,13 @@ class FactorGradients:
                 self._add_group(g, tile.block, self._slope(tile.pairs[g], dK, sign), sign)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of `A`, `B` and `[alpha, gamma, beta]`."""
+        """Returns the gradients of `A`, `B` and `[alpha, gamma, beta]`."""
         tiles = self.tiles
         factors = tiles.A, tiles.B, tiles.alpha, tiles.beta
         return finish_gradients(tiles.spec, *factors, self._A, self._B, self._params)
 
     def _through_softmax(self, tile: Tile, P: Tensor, dW: Tensor) -> Tensor:
-        """The gradient of K from that of W = K + alpha softmax(K / gamma) + beta."""
+        """Returns the gradient of K, given that of W = K + alpha softmax(K / gamma) + beta."""
         alpha, gamma = self.tiles.alpha, self.tiles.gamma
         weighted = torch.mul(dW, P, out=tile.W)
         rho = weighted.sum(0)
@@ -220,7 +225,7 @@ class FactorGradients:
         return dW.add_(inner.mul_(alpha / gamma))
 
     def _slope(self, pair: Tensor, dK: Tensor, sign: int) -> Tensor:
-        """R of one group up to its sign, of shape `(out, block)`, in the memory of `pair`."""
+        """Computes R of one group without its sign, of shape `(out, block)`, in the memory of `pair`."""
         kernel = self.tiles.spec.kernel
         if kernel == "linear":
             return dK
@@ -231,7 +236,7 @@ class FactorGradients:
         if kernel == "sigmoid":
             self._params[0] += sign * torch.dot(pair.flatten(), dK.flatten())
             return pair.addcmul_(pair, pair, value=-1).mul_(dK)
-        # Where the distance is 0 it has no gradient: dividing by infinity gives the 0 that cdist chooses.
+        # The gradient of a distance of 0 is defined as 0, as by cdist: dividing by infinity gives it.
         return torch.div(dK, torch.threshold_(pair, 0.0, float("inf")), out=pair)
 
     def _add_group(self, g: int, block: slice, R: Tensor, sign: int) -> None:
@@ -253,17 +258,17 @@ class FactorGradients:
 def finish_gradients(
     spec: KernelSpec, A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, raw_A: Tensor, raw_B: Tensor, params: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the factors and the kernel parameters, given their sums over the matrix without outer factors.
+    """Applies the outer factors to the sums over the matrix that give the gradients of factors and kernel parameters.
 
     Args:
-        spec: The kernel.
-        A: Input factors `(G, in, r/G)`, scaled as `KernelTiles` scales them.
-        B: Output factors `(G, out, r/G)`, likewise.
-        alpha: Kernel parameter, shape `()`.
-        beta: Kernel parameter.
+        spec: Kernel, norm and scale.
+        A: Input factors `(G, in, r/G)` after `KernelSpec.scaled_factors`.
+        B: Output factors `(G, out, r/G)` after `KernelSpec.scaled_factors`.
+        alpha: Kernel parameter of shape `()`.
+        beta: Kernel parameter of shape `()`.
         raw_A: `sum_j R_ij dpair/dA`, of the shape of `A`.
-        raw_B: The same for `B`.
-        params: Sums for `[alpha, gamma, beta]`; those that are missing are put in.
+        raw_B: `sum_i R_ij dpair/dB`, of the shape of `B`.
+        params: Sums for `[alpha, gamma, beta]` of shape `(3,)`; `sigmoid` and `rbf` replace that of beta.
 
     Returns:
         The gradients of unscaled `A` and `B` and of `[alpha, gamma, beta]`.
@@ -272,7 +277,7 @@ def finish_gradients(
         return raw_A * spec.scale, raw_B * spec.scale, params
     if spec.kernel == "linear":
         return raw_A * spec.scale, raw_B, params
-    # Both remaining kernels see the factors only through beta (a . b) or -beta |a - b|^2.
+    # sigmoid and rbf are functions of beta (a . b) and -beta |a - b|^2.
     along, slope = (A * raw_A).sum(), beta
     if spec.kernel == "rbf":
         along, slope = -along - (B * raw_B).sum(), -2 * beta
@@ -285,10 +290,10 @@ def finish_gradients(
 
 
 def _augment(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """`[b, |b|^2, 1]` (G, out, r/G + 2) and `[-2a, 1, |a|^2]` (G, r/G + 2, in) in 64 bits: factors of |a - b|^2.
+    """Returns factors of |a - b|^2 in float64: `[b, |b|^2, 1]` (G, out, r/G + 2), `[-2a, 1, |a|^2]` (G, r/G + 2, in).
 
-    The squared norms are shrunk by the rounding error of the product, which makes it exactly 0 after clamping where
-    a = b. That error is 1e-15 |a|^2, far below what 32-bit coordinates can tell apart.
+    The squared norms are shrunk by the rounding error of the product, so that it is exactly 0 after clamping where
+    a = b. That error is 1e-15 |a|^2, far below the resolution of float32 coordinates.
     """
     a, b = A.double(), B.double()
     shrink = 1 - a.shape[2] * 4 * torch.finfo(torch.float64).eps

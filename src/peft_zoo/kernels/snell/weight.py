@@ -1,12 +1,12 @@
-"""The sparse kernel matrix of SNELL as a matrix: its threshold, the matrix itself, and the gradient of its factors.
+"""SNELL's sparse kernel matrix: its threshold, the matrix alone or added to a weight, and the gradient of its factors.
 
-The definition is `kernel_matrix.reference_weight`. Nothing of size `in * out` is kept for backward: only the two small
-factors, the kernel parameters and one number, the threshold. The backward pass computes the matrix again, tile by tile.
+The definition is `matrix.reference_weight`. Nothing of size `in * out` is saved for the backward pass, only the two
+factors, the kernel parameters and the threshold; the backward pass computes the matrix again, tile by tile.
 
-With ``m`` the multiplier of `kernel_matrix.sparsify` (`|W| 1[|W| > t]` for `signed_square`)::
+With ``m`` the multiplier of `matrix.sparsify` (`|W| 1[|W| > t]` for `signed_square`)::
 
     S  = W * m(W, t)      W = kernel_matrix(A, B)      merged = round(W0 + S)
-    dW = dS * m           dA, dB, dparams: kernel_tiles.FactorGradients
+    dW = dS * m           dA, dB, dparams: tiles.FactorGradients
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_zoo.kernels.base.kernel_spec import KernelSpec
 from peft_zoo.kernels.base.operator import FLOATS, operator, refuse_dtypes
-from peft_zoo.kernels.snell.matrix import KernelSpec, keep_above, kernel_matrix
+from peft_zoo.kernels.snell.matrix import kernel_matrix, reference_weight
 from peft_zoo.kernels.snell.tiles import (
     FactorGradients,
     KernelTiles,
@@ -28,9 +29,9 @@ from peft_zoo.kernels.snell.tiles import (
 from peft_zoo.kernels.sparse.threshold import KEEP_ALL, magnitude_threshold_reference, tiled_threshold
 
 LARGEST_RANK, MOST_GROUPS = 128, 2
-"""Of the Triton kernels, which keep a number per row and rank, and a tile per group, in registers."""
+"""Limits of the Triton kernels, which keep a value per row and rank, and a tile per group, in registers."""
 
-_CHUNK_ELEMENTS = 2**16  # of element-wise passes over a whole matrix: three operands fit into a CPU's L2 cache
+_CHUNK_ELEMENTS = 2**16  # in an element-wise pass over a whole matrix: three operands fit into a CPU's L2 cache
 
 
 def kernelized_weight(
@@ -42,28 +43,36 @@ def kernelized_weight(
     threshold: Tensor | None = None,
     last: Tensor | None = None,
 ) -> Tensor:
-    """The sparse kernel matrix S of shape `(in, out)`, differentiable in `A`, `B` and `kernel_params`.
+    """Computes the sparse kernel matrix S of a SNELL update, differentiable in `A`, `B` and `kernel_params`.
 
     Args:
         A: Input factors of shape `(G, in, r/G)`, float32 or float64.
         B: Output factors of shape `(G, out, r/G)`.
         kernel_params: `[alpha, gamma, beta]` of shape `(3,)`: required by `mix_k`, optional for `sigmoid` and `rbf`.
-        num_kept: How many entries of S are not zero, int64 of shape `()`; ignored by `sparsify="none"`.
-        spec: The kernel and what becomes of the kept entries.
-        threshold: The result of `threshold()` for these factors, if it is at hand; saves the selection.
-        last: Float32 of shape `()` in which the threshold is remembered: where to look first, then what was found.
-            It changes the time this takes, never the result.
+        num_kept: Number of non-zero entries of S, int64 of shape `()`; ignored for `sparsify="none"`.
+        spec: Kernel and sparsity mode.
+        threshold: Result of `kernelized_threshold` for these factors, which saves the selection; None to compute it.
+        last: Float32 of shape `()`, the threshold of the step before: read as the start of the search, then overwritten
+            with the new threshold. It changes the time this takes, never the result.
 
     Returns:
-        S in the dtype of the factors (at least float32), a transposed view of a contiguous `(out, in)` matrix, which is
-        the layout of a weight of `nn.Linear`.
+        S of shape `(in, out)` in the dtype of the factors (at least float32), a transposed view of a contiguous
+        `(out, in)` matrix, which is the layout of the weight of `nn.Linear`.
 
     Raises:
         ValueError: If shapes do not fit or `mix_k` has no parameters.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import KernelSpec, kernelized_weight
+        >>> A, B = torch.randn(2, 6, 3), torch.randn(2, 5, 3)
+        >>> S = kernelized_weight(A, B, None, torch.tensor(10), KernelSpec())
+        >>> S.shape, int((S != 0).sum())
+        (torch.Size([6, 5]), 10)
     """
     A, B, kernel_params = check_factors(A, B, kernel_params, spec)
     given = as_factor(threshold, A)
-    S, found = merge_operator(A, B, kernel_params, num_kept, given, last, None, None, *fields(spec))
+    S, found = merge_operator(A, B, kernel_params, num_kept, given, last, None, None, *spec.fields)
     remember(last, found)
     return S.t()
 
@@ -77,26 +86,43 @@ def kernelized_merge(
     spec: KernelSpec,
     threshold: Tensor | None = None,
 ) -> Tensor:
-    """`weight + S^T`, summed in 32 bits (64 for a 64-bit weight) and rounded once. The Triton kernels never hold S.
+    """Computes `weight + S^T`, summed in 32 bits (64 for a 64-bit weight) and rounded once.
 
-    The arguments are those of `kernelized_weight`, and `weight`: W0 of shape `(out, in)`, float16, bfloat16, float32 or
-    float64, any strides (for a `Conv1D` pass its transpose).
+    The Triton kernels never hold S in memory.
+
+    Args:
+        weight: Frozen W0 of shape `(out, in)`, float16, bfloat16, float32 or float64, any strides; for a `Conv1D` pass
+            the transpose.
+        A: Input factors, as in `kernelized_weight`.
+        B: Output factors, as there.
+        kernel_params: Kernel parameters, as there.
+        num_kept: Number of non-zero entries of S, as there.
+        spec: Kernel and sparsity mode.
+        threshold: Result of `kernelized_threshold`, as there.
 
     Returns:
         A new contiguous matrix `(out, in)` of the dtype of `weight`, differentiable in `A`, `B` and `kernel_params`.
 
     Raises:
         ValueError: If shapes do not fit, `mix_k` has no parameters, or `weight` requires a gradient.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import KernelSpec, kernelized_merge
+        >>> A, B, weight = torch.randn(2, 6, 3), torch.randn(2, 5, 3), torch.zeros(5, 6)
+        >>> merged = kernelized_merge(weight, A, B, None, torch.tensor(10), KernelSpec())
+        >>> int((merged != weight).sum())
+        10
     """
     A, B, kernel_params = check_factors(A, B, kernel_params, spec)
     check_frozen("weight", weight, (B.shape[1], A.shape[1]))
     if weight.dtype == torch.float64:
         A, B, kernel_params = A.double(), B.double(), None if kernel_params is None else kernel_params.double()
     given = as_factor(threshold, A)
-    return merge_operator(A, B, kernel_params, num_kept, given, None, weight, weight.dtype, *fields(spec))[0]
+    return merge_operator(A, B, kernel_params, num_kept, given, None, weight, weight.dtype, *spec.fields)[0]
 
 
-def threshold(
+def kernelized_threshold(
     A: Tensor,
     B: Tensor,
     kernel_params: Tensor | None,
@@ -104,45 +130,40 @@ def threshold(
     spec: KernelSpec,
     last: Tensor | None = None,
 ) -> Tensor:
-    """The magnitude above which `num_kept` entries of the kernel matrix lie, shape `()`; the matrix is never formed.
+    """Finds the magnitude above which `num_kept` entries of the kernel matrix lie, without forming the matrix.
 
-    Arguments as `kernelized_weight`, except that `last` is only read. The result is not differentiable; `-1` means
-    that all entries are kept.
+    Args:
+        A: Input factors, as in `kernelized_weight`.
+        B: Output factors, as there.
+        kernel_params: Kernel parameters, as there.
+        num_kept: Number of entries above the threshold, int64 of shape `()`.
+        spec: Kernel and sparsity mode; for `sparsify="none"` the result is -1.
+        last: Threshold of a similar matrix, float32 of shape `()`: start of the search, only read.
+
+    Returns:
+        Threshold of shape `()`, not differentiable; -1 if all entries are kept.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import KernelSpec, kernelized_threshold
+        >>> A, B = torch.randn(2, 6, 3), torch.randn(2, 5, 3)
+        >>> float(kernelized_threshold(A, B, None, torch.tensor(30), KernelSpec()))  # all of the 30 entries
+        -1.0
     """
     A, B, kernel_params = check_factors(A, B, kernel_params, spec)
     params = None if kernel_params is None else kernel_params.detach()
-    return _threshold(A.detach(), B.detach(), params, num_kept, last, *fields(spec))
-
-
-def factor_grad(
-    dS: Tensor, A: Tensor, B: Tensor, kernel_params: Tensor | None, threshold: Tensor, spec: KernelSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of A, B and `[alpha, gamma, beta]`, given that of S.
-
-    The arguments are those of `kernelized_weight`, and `dS`: the gradient of S^T, shape `(out, in)`, any floating dtype
-    and strides. `threshold` is the one that S was made with.
-
-    Raises:
-        ValueError: If shapes do not fit or `mix_k` has no parameters.
-    """
-    A, B, kernel_params = check_factors(A, B, kernel_params, spec)
-    return factor_grad_operator(dS, A, B, kernel_params, threshold, *fields(spec))
-
-
-def fields(spec: KernelSpec) -> tuple[str, int, float, str]:
-    """A specification as an operator takes it."""
-    return spec.kernel, spec.norm, spec.scale, spec.sparsify
+    return _threshold(A.detach(), B.detach(), params, num_kept, last, *spec.fields)
 
 
 def as_factor(value: Tensor | None, like: Tensor) -> Tensor | None:
-    """A threshold in the dtype of the factors."""
+    """Converts a threshold to the dtype of the factors."""
     return None if value is None else value.detach().to(like.dtype)
 
 
 def check_factors(
     A: Tensor, B: Tensor, kernel_params: Tensor | None, spec: KernelSpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The factors in at least float32, after a look at their shapes."""
+    """Validates the shapes of the factors and returns the three tensors in at least float32."""
     if A.dim() != 3 or B.dim() != 3 or A.shape[0] != B.shape[0] or A.shape[2] != B.shape[2]:
         raise ValueError(
             f"A has shape {tuple(A.shape)} and B {tuple(B.shape)}; they must be (G, in, r/G) and (G, out, r/G)."
@@ -160,16 +181,16 @@ def check_factors(
 
 
 def check_frozen(name: str, frozen: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a weight or bias that does not fit or is trained."""
+    """Raises a ValueError if a weight or bias has another shape or requires a gradient."""
     if frozen.shape != shape:
         raise ValueError(f"{name} has shape {tuple(frozen.shape)}; it must be {shape}.")
     if frozen.requires_grad:
-        raise ValueError(f"{name} requires a gradient, which the fused path does not compute; freeze it.")
+        raise ValueError(f"{name} requires a gradient, but the fused path computes none; freeze it.")
 
 
 @torch.no_grad()
 def remember(last: Tensor | None, threshold: Tensor) -> None:
-    """Keep a threshold for the next warm start."""
+    """Stores a threshold in `last` for the next warm start."""
     if last is not None:
         last.copy_(threshold)
 
@@ -182,7 +203,7 @@ SPEC = "str kernel, int norm, float scale, str sparsify"
 
 
 def refuse_factors(A: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
-    """Why the kernels cannot take these factors, or tensors that only need a dtype, or None."""
+    """Returns why the kernels cannot take the factors or the dtypes of `others`, or None."""
     groups, rank = A.shape[0], A.shape[0] * A.shape[2]
     if groups > MOST_GROUPS:
         return f"{groups} groups: the kernels take up to {MOST_GROUPS}"
@@ -194,7 +215,7 @@ def refuse_factors(A: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
 def _threshold_reference(
     A: Tensor, B: Tensor, kernel_params: Tensor | None, num_kept: Tensor, last: Tensor | None, *spec: Any
 ) -> Tensor:
-    """The definition of `threshold`."""
+    """Definition of the operator `kernelized_threshold`."""
     if KernelSpec(*spec).sparsify == "none":
         return A.new_full((), KEEP_ALL)
     return magnitude_threshold_reference(kernel_matrix(A, B, kernel_params, KernelSpec(*spec)), num_kept)
@@ -204,7 +225,7 @@ def _threshold_reference(
     "kernelized_threshold",
     f"({FACTORS}, Tensor num_kept, Tensor? last, {SPEC}) -> Tensor",
     reference=_threshold_reference,
-    triton="magnitude_threshold_triton",
+    triton="weight_triton",
     refuse=lambda A, B, *_: refuse_factors(A, B),
 )
 def _threshold(
@@ -215,12 +236,6 @@ def _threshold(
         return A.new_full((), KEEP_ALL)
     numel = tiles.in_features * tiles.out_features
     return tiled_threshold(lambda: (tiles.tile(block).W for block in tiles.blocks()), numel, num_kept)
-
-
-def given_threshold(A: Tensor, B: Tensor, kernel_params: Tensor | None, threshold: Tensor, *spec: Any) -> Tensor:
-    """S of a threshold, `(in, out)`, by definition."""
-    W = kernel_matrix(A, B, kernel_params, KernelSpec(*spec))
-    return W if KernelSpec(*spec).sparsify == "none" else keep_above(W, threshold, KernelSpec(*spec))
 
 
 def _merge_reference(
@@ -234,10 +249,10 @@ def _merge_reference(
     dtype: torch.dtype | None,
     *spec: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `kernelized_merge`, and the threshold."""
+    """Definition of the operator `kernelized_merge`."""
     if threshold is None:
         threshold = _threshold_reference(A, B, kernel_params, num_kept, last, *spec)
-    S = given_threshold(A, B, kernel_params, threshold, *spec).t()
+    S = reference_weight(A, B, kernel_params, num_kept, KernelSpec(*spec), threshold).t()
     return (S if weight is None else weight + S).to(dtype or A.dtype), threshold
 
 
@@ -245,7 +260,7 @@ def _merge_reference(
     "kernelized_merge",
     f"({FACTORS}, {KEPT}, Tensor? weight, ScalarType? dtype, {SPEC}) -> (Tensor, Tensor)",
     reference=_merge_reference,
-    triton="kernelized_merge_triton",
+    triton="weight_triton",
     refuse=lambda A, B, *others: refuse_factors(A, B, others[4]),
 )
 def merge_operator(
@@ -259,7 +274,7 @@ def merge_operator(
     dtype: torch.dtype | None,
     *spec: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`S^T (+ weight)` of shape `(out, in)` in `dtype` (default: that of the factors), and the threshold."""
+    """Computes `S^T (+ weight)` of shape `(out, in)` in `dtype` (default: that of the factors), and the threshold."""
     tiles = KernelTiles(A, B, kernel_params, KernelSpec(*spec))
     merged, threshold = sparse_weight(tiles, num_kept, threshold, weight)
     return merged.to(dtype or A.dtype), threshold
@@ -268,10 +283,11 @@ def merge_operator(
 def _factor_grad_reference(
     dS: Tensor, A: Tensor, B: Tensor, kernel_params: Tensor | None, threshold: Tensor, *spec: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of `factor_grad`: autograd through the definition of S."""
+    """Definition of the operator `kernelized_factor_grad`: autograd through the definition of S."""
     leaves = [t.detach().requires_grad_() for t in (A, B, kernel_params) if t is not None]
     with torch.enable_grad():
-        S = given_threshold(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, threshold, *spec)
+        params = leaves[2] if len(leaves) > 2 else None
+        S = reference_weight(leaves[0], leaves[1], params, 0, KernelSpec(*spec), threshold)
         grads = torch.autograd.grad(S, leaves, dS.t().to(S.dtype), allow_unused=True)
     return grads[0], grads[1], grads[2] if len(grads) > 2 else A.new_zeros(3)
 
@@ -280,13 +296,13 @@ def _factor_grad_reference(
     "kernelized_factor_grad",
     f"(Tensor dS, {FACTORS}, Tensor threshold, {SPEC}) -> (Tensor, Tensor, Tensor)",
     reference=_factor_grad_reference,
-    triton="kernelized_factor_grad_triton",
+    triton="factor_grad_triton",
     refuse=lambda dS, A, B, *_: refuse_factors(A, B, dS),
 )
 def factor_grad_operator(
     dS: Tensor, A: Tensor, B: Tensor, kernel_params: Tensor | None, threshold: Tensor, *spec: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of A, B and `[alpha, gamma, beta]`."""
+    """Computes the gradients of A, B and `[alpha, gamma, beta]`, given the gradient of S^T, `(out, in)`."""
     tiles = KernelTiles(A, B, kernel_params, KernelSpec(*spec))
     gradients = FactorGradients(tiles)
     for block in tiles.blocks():
@@ -300,7 +316,7 @@ def factor_grad_operator(
 def sparse_weight(
     tiles: KernelTiles, num_kept: Tensor, threshold: Tensor | None, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`S^T (+ weight)` of shape `(out, in)` in the dtype of the factors, and the threshold."""
+    """Computes `S^T (+ weight)` of shape `(out, in)` in the dtype of the factors, and the threshold."""
     W = tiles.fill(tiles.A.new_empty(tiles.out_features, tiles.in_features))
     if tiles.spec.sparsify == "none":
         threshold = W.new_full((), KEEP_ALL)
@@ -320,7 +336,7 @@ def sparse_weight(
     return W, threshold
 
 
-# Shapes for tracing, and the link from forward to backward.
+# Fake tensors and gradients.
 
 
 @_threshold.register_fake
@@ -350,7 +366,7 @@ def _backward(ctx: Any, dS: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 
 
 def needed(gradients: tuple[Tensor, ...], needs_input_grad: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients that are asked for, None in the place of the others."""
+    """Returns the gradients that autograd asks for, with None for the others."""
     return tuple(g if need else None for g, need in zip(gradients, needs_input_grad, strict=False))
 
 

@@ -1,4 +1,4 @@
-"""Triton kernel of `kernelized_merge`: tiles of the sparse kernel matrix, added to a weight or written alone."""
+"""Triton kernels of SNELL's sparse kernel matrix: its threshold, and its tiles added to a weight or written alone."""
 
 # mypy: disable-error-code="no-untyped-def"
 # The arguments of a `triton.jit` function have no Python types.
@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, narrow, widen
-from peft_zoo.kernels.snell.matrix import KernelSpec
-from peft_zoo.kernels.snell.tiles_triton import (
+from peft_zoo.kernels.base.kernel_spec import KernelSpec
+from peft_zoo.kernels.base.tiles_triton import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     Factors,
@@ -26,8 +25,19 @@ from peft_zoo.kernels.snell.tiles_triton import (
     sparse_tile,
     variants,
 )
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, narrow, widen
 from peft_zoo.kernels.sparse.threshold import KEEP_ALL
-from peft_zoo.kernels.sparse.threshold_triton import Source, select
+from peft_zoo.kernels.sparse.threshold_triton import MatrixSource, select
+
+
+def kernelized_threshold(
+    A: Tensor, B: Tensor, kernel_params: Tensor | None, num_kept: Tensor, last: Tensor | None, *spec: Any
+) -> Tensor:
+    """Launches the kernels of `weight.threshold`."""
+    factors = Factors(A, B, kernel_params, KernelSpec(*spec))
+    if factors.spec.sparsify == "none":
+        return A.new_full((), KEEP_ALL)
+    return select(MatrixSource(factors), num_kept, last)
 
 
 def kernelized_merge(
@@ -41,9 +51,9 @@ def kernelized_merge(
     dtype: torch.dtype | None,
     *spec: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`kernelized_merge.kernelized_merge`, and the threshold."""
+    """Launches the kernel of `weight.merge_operator`."""
     factors = Factors(A, B, kernel_params, KernelSpec(*spec))
-    source = Source(None, factors)
+    source = MatrixSource(factors)
     if threshold is not None:
         threshold = threshold.clone()  # an operator must not return its input
     elif factors.spec.sparsify == "none":
@@ -56,13 +66,9 @@ def kernelized_merge(
     _merge[(tiles,)](
         *source.arguments[:-2],
         *(merged, base, threshold, *base.stride()),
-        **launch(_constants(factors.constants, factors.mode, weight is not None)),
+        **launch({**factors.constants, "MODE": factors.mode, "HAS_BASE": weight is not None}),
     )
     return merged, threshold
-
-
-def _constants(shared: dict[str, Any], mode: int, has_base: bool) -> dict[str, Any]:
-    return {**shared, "MODE": mode, "HAS_BASE": has_base}
 
 
 @triton.jit
@@ -106,8 +112,8 @@ def _merge(
     tl.store(merged_ptr + rows * n_columns + c[None, :], narrow(S, merged_ptr.dtype.element_ty), mask=inside)
 
 
-def shipped() -> Iterator[Shipped]:
-    """What the compile gate compiles: every kernel with the default gate, every gate with the default kernel."""
+def compile_specs() -> Iterator[CompileSpec]:
+    """Configurations for the compile gate: every kernel in the default mode, every mode of the default kernel."""
     plain = constants(1)
     cases = [(name, torch.bfloat16, chosen, 1, True) for name, chosen in variants()]
     cases += [("sparsify none", torch.bfloat16, plain, 0, True), ("product", torch.bfloat16, plain, 2, True)]
@@ -118,5 +124,5 @@ def shipped() -> Iterator[Shipped]:
     for name, dtype, shared, mode, has_base in cases:
         pointers = dict.fromkeys(("merged_ptr", "base_ptr"), POINTERS[dtype]) | {"threshold_ptr": "*fp32"}
         signature = factor_signature("w_ptr") | pointers | dict.fromkeys(("stride_r", "stride_c"), "i32")
-        chosen = _constants(shared, mode, has_base)
-        yield Shipped(f"kernelized_merge[{name}]", _merge, signature, chosen, unit_strides=("stride_c",))
+        chosen = {**shared, "MODE": mode, "HAS_BASE": has_base}
+        yield CompileSpec(f"kernelized_merge[{name}]", _merge, signature, chosen, unit_strides=("stride_c",))

@@ -1,19 +1,19 @@
-r"""What sparse methods share: choosing which weights are kept, and dropping the others.
+r"""Sparse masks: selects the weights to keep, by density, threshold or n:m groups, and sets the others to zero.
 
 Definitions, with every comparison in at least 32 bits::
 
-    density_mask    M = |S| > threshold,  the threshold being the one that keeps round(density N) entries
+    density_mask    M = |S| > threshold, with the threshold that keeps round(density N) entries
     n_m_mask        M_i = fewer than n of the m entries of i's group come before i; j comes before i if
                     |S_j| > |S_i|, or |S_j| = |S_i| and j < i
     mask_weight     W_i where M_i and |S_i| > threshold, 0 elsewhere
 
-All are bound by memory (n:m up to m = 8; it makes m comparisons an element) and read and write each element once,
-groups across the layout of memory m times from the cache. A dropped entry becomes exactly +0, also where it was
-infinite or NaN, which a product with the mask would keep. Dropping is closed under differentiation: its gradient is
-`mask_weight` of the gradient, by the scores of the weight.
+All are bound by memory (n:m up to m = 8, with m comparisons for each element) and read and write each element once;
+groups along a dimension that is not contiguous are read m times, from the cache. A dropped entry becomes exactly +0,
+also where it was infinite or NaN, which a product with the mask would keep. The gradient of `mask_weight` is
+`mask_weight` of the gradient with the same mask, threshold and scores.
 
-NaN is the smallest of magnitudes: `|NaN| > threshold` is false, so no threshold keeps one, whatever it is; and in an
-n:m group, which always keeps n, a NaN is kept only where fewer than n others are left.
+NaN counts as the smallest magnitude: `|NaN| > threshold` is false, so no threshold keeps a NaN; and an n:m group, which
+always keeps n entries, keeps a NaN only if fewer than n of its entries are not NaN.
 
 Source of n:m sparsity: Mishra et al., "Accelerating sparse deep neural networks", 2021 (2:4).
 """
@@ -25,30 +25,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base.operator import FLOATS, Choice, operator, refuse_dtypes
+from peft_zoo.kernels.base.operator import FLOATS, PreferTorch, operator, refuse_dtypes
 from peft_zoo.kernels.sparse.threshold import magnitude_threshold, magnitude_threshold_reference
 
 GROUPS = (2, 4, 8, 16, 32)
-"""Sizes of groups that the Triton kernel ranks; powers of two, as all its shapes must be."""
+"""Group sizes m that the Triton kernel takes: powers of two, as its tiles must be."""
 
 
 # Masks from scores.
 
 
 def density_mask(scores: Tensor, density: float) -> Tensor:
-    """The mask of the largest magnitudes.
+    """Returns the mask of the entries of largest magnitude.
 
     Args:
-        scores: Any shape and strides; float16, bfloat16, float32 or float64.
+        scores: Tensor of any shape and strides; float16, bfloat16, float32 or float64.
         density: Share of entries to keep, 0 to 1.
 
     Returns:
-        Bool of the shape of `scores`; `round(density * scores.numel())` entries are True. Entries that tie at the
-        threshold are all dropped, and a NaN takes a place without being kept: there are never more, and of scores
-        that are all equal none is kept unless `density` rounds to all of them. Not differentiable.
+        Bool of the shape of `scores`, not differentiable. `round(density * scores.numel())` entries are True, fewer if
+        entries tie at the threshold (all of them are dropped) or are NaN. If all scores are equal, none is kept unless
+        `density` rounds to all of them.
 
     Raises:
         ValueError: If `scores` are not floating-point or `density` lies outside 0 to 1.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import density_mask
+        >>> density_mask(torch.tensor([0.1, -3.0, 2.0, 0.5]), density=0.5)
+        tensor([False,  True,  True, False])
     """
     _check_float("scores", scores)
     if not 0 <= density <= 1:
@@ -60,22 +66,28 @@ def density_mask(scores: Tensor, density: float) -> Tensor:
 
 
 def density_mask_reference(scores: Tensor, density: float) -> Tensor:
-    """The definition. Arguments as `density_mask`."""
+    """Definition of `density_mask`; arguments as there."""
     return magnitude_mask_reference(scores, magnitude_threshold_reference(scores, round(density * scores.numel())))
 
 
 def magnitude_mask(scores: Tensor, threshold: Tensor) -> Tensor:
-    """The mask of all magnitudes above a threshold.
+    """Returns the mask of the entries with a magnitude above a threshold.
 
     Args:
-        scores: Any shape and strides; float16, bfloat16, float32 or float64.
-        threshold: Shape `()`, floating-point, on the device of `scores`; never read on the host.
+        scores: Tensor of any shape and strides; float16, bfloat16, float32 or float64.
+        threshold: Floating-point tensor of shape `()` on the device of `scores`; never read on the host.
 
     Returns:
-        Bool of the shape of `scores`. Not differentiable.
+        Bool of the shape of `scores`, not differentiable.
 
     Raises:
         ValueError: If `scores` are not floating-point or the threshold has another shape, dtype or device.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import magnitude_mask
+        >>> magnitude_mask(torch.tensor([0.1, -3.0, 2.0]), torch.tensor(2.0))
+        tensor([False,  True, False])
     """
     _check_float("scores", scores)
     _check_threshold(scores, threshold)
@@ -83,31 +95,37 @@ def magnitude_mask(scores: Tensor, threshold: Tensor) -> Tensor:
 
 
 def magnitude_mask_reference(scores: Tensor, threshold: Tensor) -> Tensor:
-    """The definition. Arguments as `magnitude_mask`."""
+    """Definition of `magnitude_mask`; arguments as there."""
     wide = torch.promote_types(scores.dtype, torch.float32)
     return scores.to(wide).abs() > threshold.to(wide)
 
 
 def n_m_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
-    """The mask that keeps the n largest magnitudes of every m consecutive entries.
+    """Returns the n:m mask, which keeps the n entries of largest magnitude in every group of m consecutive entries.
 
     Args:
-        scores: Any shape and strides, at least one dimension; float16, bfloat16, float32 or float64.
-        n: How many to keep of each group, 1 to m.
-        m: Size of a group; the size of the dimension is a multiple of it.
-        dim: Dimension along which groups lie; -1 for the inputs of a weight `(out, in)`.
+        scores: Tensor of any shape and strides, at least one dimension; float16, bfloat16, float32 or float64.
+        n: Number of entries to keep in each group, 1 to m.
+        m: Size of a group; must divide the size of the dimension.
+        dim: Dimension along which entries are grouped; -1 (default) groups the inputs of a weight `(out, in)`.
 
     Returns:
-        Bool of the shape of `scores`; exactly n of each group are True. Of equal magnitudes those with the lower
-        index are kept; NaN is kept last, lower indices first. Not differentiable.
+        Bool of the shape of `scores`, not differentiable; exactly n entries of each group are True. Of equal magnitudes
+        those with lower indices are kept. NaN counts as the smallest magnitude.
 
     Raises:
-        ValueError: If `scores` are not floating-point, `dim` is not one of theirs, n is not in 1 to m, or the size
-            is not a multiple of m.
+        ValueError: If `scores` are not floating-point, `scores` have no dimension `dim`, n is not in 1 to m, or m does
+            not divide the size of the dimension.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import n_m_mask
+        >>> n_m_mask(torch.tensor([0.1, -3.0, 2.0, 0.5]), n=2, m=4)
+        tensor([False,  True,  True, False])
     """
     _check_float("scores", scores)
     if not -scores.dim() <= dim < scores.dim():
-        raise ValueError(f"dim={dim} is no dimension of scores of shape {tuple(scores.shape)}.")
+        raise ValueError(f"dim={dim} is out of range for scores of shape {tuple(scores.shape)}.")
     if not 1 <= n <= m:
         raise ValueError(f"n={n} must be between 1 and m={m}.")
     if scores.shape[dim] % m:
@@ -116,7 +134,7 @@ def n_m_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
 
 
 def n_m_mask_reference(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
-    """The definition: an entry is kept if fewer than n come before it. Arguments as `n_m_mask`."""
+    """Definition of `n_m_mask`: an entry is kept if fewer than n come before it; arguments as there."""
     groups = _groups(scores, m, dim)
     here, other, place = groups[..., :, None], groups[..., None, :], torch.arange(m, device=scores.device)
     before = (other > here) | ((other == here) & (place[None, :] < place[:, None]))
@@ -124,7 +142,7 @@ def n_m_mask_reference(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
 
 
 def _groups(scores: Tensor, m: int, dim: int) -> Tensor:
-    """Magnitudes in groups, shape `(..., size / m, m)` with `dim` moved to the end; NaN as -1, below all others."""
+    """Returns the magnitudes in groups, `(..., size / m, m)` with `dim` moved to the end; NaN becomes -1."""
     return torch.where(scores.isnan(), -1, scores.abs()).movedim(dim, -1).unflatten(-1, (scores.shape[dim] // m, m))
 
 
@@ -132,22 +150,28 @@ def _groups(scores: Tensor, m: int, dim: int) -> Tensor:
 
 
 def apply_mask(weight: Tensor, mask: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight where the mask is True and 0 elsewhere, in one pass.
+    """Returns the weight where the mask is True and 0 elsewhere, in one pass.
 
     Args:
-        weight: Any shape and strides; float16, bfloat16, float32 or float64.
+        weight: Tensor of any shape and strides; float16, bfloat16, float32 or float64.
         mask: Bool of the shape of `weight`, any strides.
-        dtype: Floating-point dtype of the result, that of `weight` by default; the cast costs no pass of its own.
+        dtype: Floating-point dtype of the result, by default that of `weight`; the cast is part of the pass.
 
     Returns:
-        The sparse weight, in the layout of `weight`; gradients pass through where it is kept.
+        Sparse weight in the memory layout of `weight`; the gradient is 0 where the mask is False.
 
     Raises:
         ValueError: If `weight` is not floating-point, `mask` is not bool or differs in shape or device, or `dtype` is
             not floating-point.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import apply_mask
+        >>> apply_mask(torch.tensor([0.5, float("nan"), 2.0]), torch.tensor([True, False, True]))
+        tensor([0.5000, 0.0000, 2.0000])
     """
     _check_mask(weight, mask)
-    return _mask_weight(weight, mask, None, None, _checked(dtype, weight))
+    return mask_weight(weight, mask, None, None, _result_dtype(dtype, weight))
 
 
 def apply_threshold(
@@ -158,20 +182,27 @@ def apply_threshold(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The weight where magnitudes exceed a threshold and 0 elsewhere, in one pass and without a mask in memory.
+    """Returns the weight where magnitudes exceed a threshold and 0 elsewhere, in one pass, without a mask in memory.
 
     Args:
-        weight: Any shape and strides; float16, bfloat16, float32 or float64.
-        threshold: Shape `()`, floating-point, on the device of `weight`; never read on the host, no gradient.
-        scores: Magnitudes to compare, of the shape of `weight`; by default those of the weight. No gradient.
-        mask: Keeps only what it, too, keeps; bool of the shape of `weight`.
-        dtype: Floating-point dtype of the result, that of `weight` by default.
+        weight: Tensor of any shape and strides; float16, bfloat16, float32 or float64.
+        threshold: Floating-point tensor of shape `()` on the device of `weight`; never read on the host, no gradient.
+        scores: Floating-point tensor of the shape of `weight` to compare with the threshold instead of the weight, no
+            gradient.
+        mask: Bool of the shape of `weight`; entries where it is False are dropped as well.
+        dtype: Floating-point dtype of the result, by default that of `weight`.
 
     Returns:
-        The sparse weight, in the layout of `weight`; gradients pass through where it is kept.
+        Sparse weight in the memory layout of `weight`; the gradient is 0 where an entry is dropped.
 
     Raises:
         ValueError: As `apply_mask`; also if `threshold` or `scores` have another shape, dtype or device.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import apply_threshold
+        >>> apply_threshold(torch.tensor([0.5, -3.0, 2.0]), torch.tensor(1.0))
+        tensor([ 0., -3.,  2.])
     """
     _check_float("weight", weight)
     _check_threshold(weight, threshold)
@@ -181,13 +212,13 @@ def apply_threshold(
         _check_float("scores", scores)
         _check_like("scores", scores, weight)
         scores = scores.detach()
-    return _mask_weight(weight, mask, threshold.detach(), scores, _checked(dtype, weight))
+    return mask_weight(weight, mask, threshold.detach(), scores, _result_dtype(dtype, weight))
 
 
 def mask_weight_reference(
     weight: Tensor, mask: Tensor | None, threshold: Tensor | None, scores: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The definition. Arguments as `apply_threshold`; without a mask and a threshold all is kept."""
+    """Definition of `mask_weight`; arguments as `apply_threshold`, None for a mask or threshold that drops nothing."""
     keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
     if threshold is not None:
         keep = keep & magnitude_mask_reference(weight if scores is None else scores, threshold)
@@ -225,7 +256,7 @@ def _check_threshold(scores: Tensor, threshold: Tensor) -> None:
         )
 
 
-def _checked(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
+def _result_dtype(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} must be floating-point.")
     return dtype or weight.dtype
@@ -236,7 +267,7 @@ def _checked(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
 
 def _refuse(*tensors: Tensor | None) -> str | None:
     if any(t is not None and t.numel() == 0 for t in tensors):
-        return Choice("there is nothing to choose from")
+        return PreferTorch("a tensor has no elements")
     return refuse_dtypes(*tensors, allowed=FLOATS)
 
 
@@ -256,7 +287,7 @@ def _refuse_weight(
     "n_m_mask",
     "(Tensor scores, int n, int m, int dim) -> Tensor",
     reference=n_m_mask_reference,
-    triton="sparse_mask_triton",
+    triton="mask_triton",
     refuse=_refuse_group,
 )
 def _n_m_mask(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
@@ -270,11 +301,11 @@ def _n_m_mask(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
     "magnitude_mask",
     "(Tensor scores, Tensor threshold) -> Tensor",
     reference=magnitude_mask_reference,
-    triton="sparse_mask_triton",
+    triton="mask_triton",
     refuse=lambda scores, threshold: _refuse(scores),
 )
 def _magnitude_mask(scores: Tensor, threshold: Tensor) -> Tensor:
-    # A tensor of as many dimensions takes part in promotion; one of shape () would be rounded to 16-bit scores.
+    # A threshold of shape () would be rounded to the dtype of 16-bit scores; one of as many dimensions is not.
     wide = torch.promote_types(scores.dtype, torch.float32)
     above = threshold.to(wide).view([1] * scores.dim())
     return torch.gt(scores.abs(), above, out=torch.empty_like(scores, dtype=torch.bool))
@@ -284,24 +315,18 @@ def _magnitude_mask(scores: Tensor, threshold: Tensor) -> Tensor:
     "mask_weight",
     "(Tensor weight, Tensor? mask, Tensor? threshold, Tensor? scores, ScalarType dtype) -> Tensor",
     reference=mask_weight_reference,
-    triton="sparse_mask_triton",
+    triton="mask_triton",
     refuse=_refuse_weight,
 )
-def _mask_weight(
+def mask_weight(
     weight: Tensor, mask: Tensor | None, threshold: Tensor | None, scores: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    return mask_weight_torch(weight, mask, threshold, scores, dtype)
-
-
-def mask_weight_torch(
-    weight: Tensor, mask: Tensor | None, threshold: Tensor | None, scores: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The torch path of `mask_weight`. Arguments as `mask_weight_reference`; not differentiable."""
+    """Operator of `apply_mask` and `apply_threshold`. Arguments as `mask_weight_reference`."""
     keep = weight.new_ones((), dtype=torch.bool) if mask is None else mask
     if threshold is not None:
         above = _magnitude_mask.torch_path(weight if scores is None else scores, threshold)
         keep = above if mask is None else above.logical_and_(mask)
-    # `out=` because the layout of a plain `where` follows the mask.
+    # `out=` because a plain `where` has the layout of the mask.
     return torch.where(keep, weight, weight.new_zeros(()), out=torch.empty_like(weight)).to(dtype)
 
 
@@ -311,7 +336,7 @@ def _(scores: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
 
 
-@_mask_weight.register_fake
+@mask_weight.register_fake
 def _(weight: Tensor, mask: Any, threshold: Any, scores: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype)
 
@@ -324,7 +349,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _mask_weight(grad, *ctx.saved_tensors, ctx.dtype), None, None, None, None
+    return mask_weight(grad, *ctx.saved_tensors, ctx.dtype), None, None, None, None
 
 
-_mask_weight.register_autograd(_backward, setup_context=_save)
+mask_weight.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Triton kernels of `sparse_mask`: one that keeps or drops by mask and threshold, one that ranks within groups."""
+"""Triton kernels of sparse masks: one masks by mask and threshold, one ranks the entries of n:m groups."""
 
 # mypy: disable-error-code="no-untyped-def"
 # The arguments of a `triton.jit` function have no Python types.
@@ -14,38 +14,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped, narrow, widen
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, narrow, widen
 
 BLOCK, NUM_WARPS = 2048, 4
-"""Not tuned on a GPU yet: 16 elements a thread are two loads of 16 bytes of a 16-bit weight."""
+"""16 elements a thread, which are two loads of 16 bytes of a 16-bit weight; not tuned on a GPU yet."""
 
 BLOCK_M, BLOCK_N = 32, 64
-"""The same number of elements where layouts differ: 64 contiguous elements are whole cache lines in every dtype."""
+"""Tile for tensors of different layouts, also of 2048 elements: 64 contiguous ones fill cache lines in every dtype."""
 
 BLOCK_ACROSS = 1024
-"""Where groups lie across the layout, whose threads keep more addresses: with 2048 some configurations spill."""
+"""Elements for groups along a dimension that is not contiguous: with 2048 some configurations spill registers."""
 
 
 def mask_weight(
     weight: Tensor, mask: Tensor | None, threshold: Tensor | None, scores: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`sparse_mask.mask_weight_reference`."""
+    """Launches the kernel of `mask.mask_weight`."""
     out = torch.empty_like(weight, dtype=dtype)
     _launch_select(out, weight, mask, threshold, scores)
     return out
 
 
 def magnitude_mask(scores: Tensor, threshold: Tensor) -> Tensor:
-    """`sparse_mask.magnitude_mask`."""
+    """Launches the kernel of `mask.magnitude_mask`."""
     keep = torch.empty_like(scores, dtype=torch.bool)
     _launch_select(keep, scores, None, threshold, None)
     return keep
 
 
 def n_m_mask(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
-    """`sparse_mask.n_m_mask`."""
+    """Launches the kernel of `mask.n_m_mask`."""
     mask = torch.empty_like(scores, dtype=torch.bool)
-    # With dimensions in the order of memory the mask is contiguous, so that all before `dim` merge, and all behind.
+    # With its dimensions in the order of memory the mask is contiguous: those before `dim` merge, and those after it.
     order = sorted(range(scores.dim()), key=mask.stride, reverse=True)
     position, sizes = order.index(dim % scores.dim()), [scores.shape[d] for d in order]
     shape = math.prod(sizes[:position]), sizes[position], math.prod(sizes[position + 1 :])
@@ -53,16 +53,8 @@ def n_m_mask(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
     flat = shape[2] == 1 and source.is_contiguous()
     block = BLOCK if flat else BLOCK_ACROSS
     _rank[(triton.cdiv(scores.numel(), block),)](
-        *(
-            out,
-            source,
-            scores.numel() // (1 if flat else m),
-            n,
-            shape[1] // m,
-            shape[2],
-            *out.stride(),
-            *source.stride(),
-        ),
+        *(out, source, scores.numel() // (1 if flat else m), n, shape[1] // m, shape[2]),
+        *(*out.stride(), *source.stride()),
         M=m,
         FLAT=flat,
         BLOCK=block // m,
@@ -75,7 +67,7 @@ def n_m_mask(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
 def _launch_select(
     out: Tensor, weight: Tensor, mask: Tensor | None, threshold: Tensor | None, scores: Tensor | None
 ) -> None:
-    """Write to `out` the kept weights, or if it is bool which are kept."""
+    """Writes the masked weight to `out`, or the mask itself if `out` is bool."""
     tensors = _matrices(out, weight, mask, scores)
     rows, columns = tensors[0].shape
     tile = _tile(rows)
@@ -94,10 +86,10 @@ def _tile(rows: int) -> dict[str, int]:
 
 
 def _matrices(out: Tensor, *others: Tensor | None) -> list[Any]:
-    """All tensors as matrices whose elements correspond; as one row where memory has the same order in all of them.
+    """Returns all tensors as matrices of one shape; as one row if all have the same memory layout.
 
-    `out` is dense. Matrices of different layouts are read as they are, rarer shapes (a convolution in another layout
-    than its mask) are copied.
+    `out` is dense. Matrices of different layouts are read with their strides; tensors of more dimensions in another
+    layout than `out` (such as a convolution and its mask) are copied.
     """
     if out.dim() > 2:
         others = tuple(
@@ -197,19 +189,19 @@ def _rank(
 
 @triton.jit
 def _key(score):
-    """What entries are ordered by: the magnitude, NaN below all others."""
+    """Computes the sort key of entries: the magnitude, and -1 for NaN."""
     magnitude = tl.abs(widen(score))
     return tl.where(magnitude == magnitude, magnitude, -1.0)
 
 
 @triton.jit
 def _comes_before(other, i, key, place):
-    """1 where the entry `other` at `i` of its group comes before `key` at `place`."""
+    """Computes 1 where the entry `other` at index `i` of its group comes before `key` at index `place`, else 0."""
     return ((other > key) | ((other == key) & (i < place))).to(tl.int32)
 
 
-def shipped() -> Iterator[Shipped]:
-    """What the compile gate compiles."""
+def compile_specs() -> Iterator[CompileSpec]:
+    """Configurations for the compile gate."""
     strides = [f"{t}_stride_{d}" for t in ("out", "weight", "mask", "score") for d in "mn"]
     integers = dict.fromkeys(["rows", "columns", *strides], "i32")
     unit = tuple(s for s in strides if s.endswith("n"))
@@ -228,7 +220,7 @@ def shipped() -> Iterator[Shipped]:
         pointers = {"out_ptr": "*u8" if out is None else POINTERS[out], "weight_ptr": POINTERS[weight]}
         optional = {"mask_ptr": "*u8", "score_ptr": POINTERS[weight], "threshold_ptr": "*fp32"}
         given = {name: kind for name, kind in optional.items() if name[:-4] in by.split()}
-        yield Shipped(
+        yield CompileSpec(
             f"mask_weight[{POINTERS[weight][1:]} to {target} by {by}{'' if flat else ', two layouts'}]",
             _select,
             pointers | given | integers,
@@ -236,10 +228,10 @@ def shipped() -> Iterator[Shipped]:
             num_warps=NUM_WARPS,
             unit_strides=(*unit, "rows") if flat else unit,
         )
-    yield from _shipped_ranks()
+    yield from _rank_specs()
 
 
-def _shipped_ranks() -> Iterator[Shipped]:
+def _rank_specs() -> Iterator[CompileSpec]:
     strides = [f"{t}_stride_{d}" for t in ("out", "score") for d in "ajc"]
     integers = dict.fromkeys(["count", "kept", "groups_along", "behind", *strides], "i32")
     for dtype, m, flat in (
@@ -254,7 +246,7 @@ def _shipped_ranks() -> Iterator[Shipped]:
         (torch.float32, 8, False),
         (torch.bfloat16, 32, False),
     ):
-        yield Shipped(
+        yield CompileSpec(
             f"n_m_mask[{POINTERS[dtype][1:]}, m={m}{'' if flat else ', groups across'}]",
             _rank,
             {"out_ptr": "*u8", "score_ptr": POINTERS[dtype]} | integers,

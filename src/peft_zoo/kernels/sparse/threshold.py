@@ -1,24 +1,23 @@
-"""The exact k-th smallest magnitude of a matrix, given or only seen in tiles.
+"""Exact k-th smallest magnitude of a matrix in memory, or of one that is computed tile by tile.
 
-Non-negative IEEE floats are ordered like their bit patterns read as integers, so the k-th smallest magnitude is
-found digit by digit: histogram the leading digit of every pattern, keep the bin in which rank k falls, histogram
-the next digit of that bin's members only (radix selection). 32-bit floats take 2 passes, 64-bit floats 4. Nothing
-is sorted, counts are ``int64`` (exact for any size), and on an accelerator no value ever travels to
-the host.
+Non-negative IEEE floats are ordered like their bit patterns read as integers, so the k-th smallest magnitude is found
+digit by digit (radix selection): a histogram of the leading digit of every pattern gives the bin that holds rank k, a
+histogram of the next digit is over the members of that bin only, and so on. float32 takes 2 passes, float64 4. Nothing
+is sorted, counts are ``int64`` (exact for any size), and on an accelerator no value is copied to the host.
 
-Definition, for ``w`` flattened to ``N`` values and ``n`` of them to be kept::
+Definition, for ``w`` flattened to ``N`` values of which ``n`` are kept::
 
-    threshold = sort(|w|)[N - n - 1]        so that |w| > threshold keeps n values when no two of them tie
+    threshold = sort(|w|)[N - n - 1]        so that |w| > threshold keeps n values if no two of them tie
 
 with two limits: ``n >= N`` gives ``-1`` (below every magnitude: all are kept) and ``n <= 0`` the largest magnitude
-(none is kept). Ties at the threshold are all dropped: the number kept may fall short of ``n`` but never exceeds it.
-NaN counts as larger than infinity, as in ``torch.sort``, and is never greater than the threshold: a NaN in the
-matrix takes one of the ``n`` places and nothing is kept beyond ``n``.
+(none is kept). Values that tie at the threshold are all dropped: fewer than ``n`` may be kept, but never more. NaN
+counts as larger than infinity, as in ``torch.sort``, but ``|NaN| > threshold`` is false: each NaN reduces the number of
+kept values by one.
 
-A warm start looks near the threshold of the step before: one pass counts what lies below a narrow range of patterns
-around it and looks at the few entries inside. If the rank falls there, the answer is found, as exact as ever;
-if not, the selection starts from scratch. Only the Triton kernels do it: on a CPU a pass
-that compares costs about as much as one that counts digits, and a miss would cost both.
+A warm start searches near the threshold of the previous step: one pass counts the entries below a narrow range of bit
+patterns around it and the entries at each pattern inside. If rank k falls inside, the threshold is found, with the same
+exactness; else the selection starts from scratch. Only the Triton kernels warm-start: on a CPU a pass of comparisons
+costs about as much as one that counts digits, and a miss would cost both.
 """
 
 from __future__ import annotations
@@ -32,14 +31,15 @@ from torch import Tensor
 from peft_zoo.kernels.base.operator import FLOATS, operator, refuse_dtypes
 
 KEEP_ALL = -1.0
-"""The threshold below every magnitude."""
+"""Threshold below every magnitude, which keeps all entries."""
 
 WARM_BITS = 17
-"""A warm start looks at 2^17 patterns of a float32: magnitudes within 0.8 % of the last threshold."""
+"""A warm start searches 2^17 bit patterns of float32: magnitudes within 0.8 % of the last threshold."""
 
 WARM_ELEMENTS = 2**22
-"""From this size on the GPU warm-starts. It saves two passes and costs some launches, which may outweigh the passes of
-a smaller matrix. On an H100, at 2^24: 0.93 ms instead of 1.14, most of it launches; smaller ones were not measured."""
+"""Smallest matrix for which the GPU warm-starts. A warm start saves two passes and costs some launches, which may take
+longer than the passes over a smaller matrix. On an H100, at 2^24 elements: 0.93 ms instead of 1.14, most of it
+launches; smaller matrices were not measured."""
 
 _DIGIT_BITS = 16
 _TILE_ELEMENTS = 2**19
@@ -47,19 +47,26 @@ _PATTERNS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
 
 
 def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None = None) -> Tensor:
-    """The magnitude above which exactly ``num_kept`` entries of ``w`` lie (fewer if they tie).
+    """Finds the magnitude above which exactly ``num_kept`` entries of ``w`` lie (fewer if entries tie).
 
     Args:
-        w: Matrix of any shape and strides, with at least one element; float16, bfloat16, float32 or float64.
-        num_kept: How many to keep, int64 of shape `()`, on the device of `w`; never read on the host of a GPU.
-        last: The threshold of a similar matrix, such as the same weight a step ago, shape `()`, float32. Only where
-            to look first; the result does not depend on it.
+        w: Tensor of any shape and strides, with at least one element; float16, bfloat16, float32 or float64.
+        num_kept: Number of entries to keep, int64 of shape `()` on the device of `w`; on a GPU never read on the host.
+        last: Threshold of a similar matrix, such as the same weight in the previous step, float32 of shape `()`. It is
+            the start of the search; the result does not depend on it.
 
     Returns:
-        The threshold, shape `()`, float32 (float64 for float64); not differentiable.
+        Threshold of shape `()`, float32 (float64 for float64 `w`); not differentiable.
 
     Raises:
         ValueError: If `w` has no element or another dtype.
+
+    Examples:
+        >>> import torch
+        >>> from peft_zoo.kernels import magnitude_threshold
+        >>> w = torch.tensor([0.1, -3.0, 2.0, 0.5])
+        >>> magnitude_threshold(w, torch.tensor(2))  # |w| > 0.5 keeps two entries
+        tensor(0.5000)
     """
     if w.numel() == 0:
         raise ValueError(f"w has shape {tuple(w.shape)}; magnitude_threshold needs at least one element.")
@@ -69,7 +76,7 @@ def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None = None)
 
 
 def magnitude_threshold_reference(w: Tensor, num_kept: Tensor | int, last: Tensor | None = None) -> Tensor:
-    """The definition: sort all magnitudes and take one of them. Arguments and result as `magnitude_threshold`."""
+    """Definition of `magnitude_threshold`: an entry of the sorted magnitudes; arguments and result as there."""
     wide = w.to(torch.promote_types(w.dtype, torch.float32))
     rank = w.numel() - int(num_kept)
     if rank <= 0:
@@ -85,7 +92,7 @@ def _refuse(w: Tensor, num_kept: Tensor, last: Tensor | None) -> str | None:
     "magnitude_threshold",
     "(Tensor w, Tensor num_kept, Tensor? last) -> Tensor",
     reference=magnitude_threshold_reference,
-    triton="magnitude_threshold_triton",
+    triton="threshold_triton",
     refuse=_refuse,
 )
 def _of_matrix(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
@@ -101,18 +108,18 @@ def _(w: Tensor, *_: object) -> Tensor:
 
 
 def tiled_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept: Tensor) -> Tensor:
-    """`magnitude_threshold` of a matrix that is only seen in tiles, in torch on any device.
+    """`magnitude_threshold` of a matrix that is computed in tiles, in torch on any device.
 
     Args:
-        tiles: Returns a fresh iterator over the tiles of the matrix, any shapes, one dtype (float32 or float64) and
-            one device. It is called once per pass and must yield the same values every time; a single tile that
-            covers everything is asked for once.
-        numel: How many values the tiles hold in all.
-        num_kept: How many of them to keep, int64 of shape `()`, on the device of the tiles. It is never read on the
+        tiles: Returns an iterator over the tiles of the matrix, of any shapes, one dtype (float32 or float64) and one
+            device. It is called once for each pass and must yield the same values every time, and once in all if the
+            first tile is the whole matrix.
+        numel: Number of values in all tiles.
+        num_kept: Number of values to keep, int64 of shape `()` on the device of the tiles. It is never read on the
             host, so it may change between replays of a captured graph.
 
     Returns:
-        The threshold, shape `()`, in the dtype of the tiles.
+        Threshold of shape `()` in the dtype of the tiles.
 
     Raises:
         ValueError: If the tiles are neither float32 nor float64, or there are none.
@@ -148,23 +155,23 @@ def _first_tile(source: Iterator[Tensor]) -> Tensor:
 
 
 def _bin_of(rank: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin that holds the entry of this rank (counted from 1), and its rank within the bin."""
+    """Returns the bin that holds the entry of this rank (counted from 1), and the rank within the bin."""
     below = counts.cumsum(0)
     digit = (below < rank).sum()
     return digit, rank - (below - counts).gather(0, digit.view(1)).view(())
 
 
 def _count_digits(counts: Tensor, bits: Tensor, shift: int, prefix: Tensor) -> None:
-    """Add to `counts[d]` how many patterns have the digit d at `shift`, and above it, without the sign, `prefix`."""
+    """Adds to `counts[d]` the number of patterns with digit d at bit `shift` and `prefix` above it, sign excluded."""
     mask, width = counts.numel() - 1, counts.numel().bit_length() - 1
     leading = torch.iinfo(bits.dtype).max >> (shift + width)
-    member = None  # the first digit has nothing above it
+    member = None  # the first digit has no prefix
     if leading:
         member = (bits >> (shift + width)).bitwise_and_(leading) == prefix
     if _on_host(bits):
         bits = bits if member is None else _select_few(bits, member)
         counts += torch.bincount((bits >> shift).bitwise_and_(mask), minlength=counts.numel())
-    else:  # bincount and boolean masks wait for the device; adding zeros for the others does not
+    else:  # bincount and boolean masks wait for the device; adding zeros for non-members does not
         ones = torch.ones_like(bits) if member is None else member
         counts.scatter_add_(0, (bits >> shift).bitwise_and_(mask).long(), ones.long())
 
@@ -174,7 +181,7 @@ def _on_host(tensor: Tensor) -> bool:
 
 
 def _select_few(values: Tensor, member: Tensor) -> Tensor:
-    """`values[member]`, faster where few are members: eight flags at a time are looked at as one integer."""
+    """Returns `values[member]`, faster than indexing for few members: reads eight flags at a time as one integer."""
     if values.numel() % 8 == 0:
         group = member.view(torch.int64).nonzero()[:, 0]
         values, member = values.view(-1, 8)[group], member.view(-1, 8)[group]

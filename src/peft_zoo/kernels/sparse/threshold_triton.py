@@ -1,9 +1,9 @@
 """Triton kernels of `magnitude_threshold` and `kernelized_threshold`: radix selection that never forms the matrix.
 
 Magnitudes are read as 31-bit integers, 11 + 10 + 10 bits at a time. Each pass computes every tile once, and each
-program adds its histogram to one table; counts are integers, so the order of adding does not matter. State stays on
-the device: `[prefix, rank, done]`, the bits found so far, the rank among the entries that have them, and whether
-the warm start has already found the answer, in which case the passes return at once.
+program adds its histogram to one table; counts are integers, so the order of addition does not matter. The state
+`[prefix, rank, done]` stays on the device: the bits found so far, the rank among the entries that begin with them, and
+whether the warm start has already found the threshold, in which case the passes return at once.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,9 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, Shipped
-from peft_zoo.kernels.snell.matrix import KernelSpec
-from peft_zoo.kernels.snell.tiles_triton import (
+from peft_zoo.kernels.base.tiles_triton import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     GIVEN,
@@ -33,49 +31,44 @@ from peft_zoo.kernels.snell.tiles_triton import (
     launch,
     variants,
 )
-from peft_zoo.kernels.sparse.threshold import KEEP_ALL, WARM_BITS, WARM_ELEMENTS
+from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec
+from peft_zoo.kernels.sparse.threshold import WARM_BITS, WARM_ELEMENTS
 
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # shift and width
 _COUNT_WARPS = 8  # with 4, the histogram of Triton 3.6 and 3.7 spills registers
 
 
-class Source:
-    """Where the matrix comes from: the arguments and constants that all kernels of this file begin with."""
+class MatrixSource:
+    """Leading arguments and constants of all kernels of this file, for a matrix in memory or one given by factors."""
 
-    def __init__(self, w: Tensor | None, factors: Factors | None) -> None:
-        if factors is None:
-            assert w is not None
-            self.shape, self.device = tuple(w.shape), w.device
-            self.arguments: tuple[Any, ...] = (w, w, w, w, w, 0.0, 0.0, *w.shape, *w.stride())
-            self.constants = constants(GIVEN.value)
+    def __init__(self, matrix: Tensor | Factors) -> None:
+        self.shape: tuple[int, ...] = tuple(matrix.shape)
+        if isinstance(matrix, Factors):
+            A, B = matrix.columns
+            self.device, self.constants = A.device, matrix.constants
+            self.arguments: tuple[Any, ...] = (B, B, A, matrix.params, matrix.lse, *matrix.scalars, *self.shape, 0, 0)
         else:
-            A, B = factors.columns
-            self.shape, self.device = factors.shape, A.device
-            self.arguments = (B, B, A, factors.params, factors.lse, *factors.scalars, *self.shape, 0, 0)
-            self.constants = factors.constants
+            self.device, self.constants = matrix.device, constants(GIVEN.value)
+            self.arguments = (*[matrix] * 5, 0.0, 0.0, *self.shape, *matrix.stride())
         tiles = triton.cdiv(self.shape[0], BLOCK_ROWS) * triton.cdiv(self.shape[1], BLOCK_COLUMNS)
         self.grid = (min(tiles, PROGRAMS),)
 
 
 def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
-    """`magnitude_threshold.magnitude_threshold`."""
+    """Launches the kernels of `threshold.magnitude_threshold`."""
     matrix = w if w.dim() == 2 else w.reshape(-1, w.shape[-1] if w.dim() else 1)
     # 2^17 patterns of a float32 are two of a bfloat16: all entries near the last threshold would meet in two counters.
-    return select(Source(matrix, None), num_kept, last if w.dtype == torch.float32 else None)
+    return select(MatrixSource(matrix), num_kept, last if w.dtype == torch.float32 else None)
 
 
-def kernelized_threshold(
-    A: Tensor, B: Tensor, kernel_params: Tensor | None, num_kept: Tensor, last: Tensor | None, *spec: Any
-) -> Tensor:
-    """`kernelized_merge.threshold`."""
-    factors = Factors(A, B, kernel_params, KernelSpec(*spec))
-    if factors.spec.sparsify == "none":
-        return A.new_full((), KEEP_ALL)
-    return select(Source(None, factors), num_kept, last)
+def select(source: MatrixSource, num_kept: Tensor, last: Tensor | None) -> Tensor:
+    """Returns the threshold, float32 of shape `()`, without reading anything on the host.
 
-
-def select(source: Source, num_kept: Tensor, last: Tensor | None) -> Tensor:
-    """The threshold, shape `()` in float32; nothing is read on the host."""
+    Args:
+        source: Matrix in memory or factors of a kernel matrix.
+        num_kept: Number of entries above the threshold, int64 of shape `()` on the device.
+        last: Threshold of a similar matrix for the warm start, or None.
+    """
     numel = source.shape[0] * source.shape[1]
     rank = (numel - num_kept).clamp(0, numel)
     if last is not None and numel >= WARM_ELEMENTS:
@@ -91,10 +84,11 @@ def select(source: Source, num_kept: Tensor, last: Tensor | None) -> Tensor:
     return threshold
 
 
-def _warm_start(source: Source, rank: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """A threshold found by counting near the last one, and whether it is right: whether the rank fell there."""
-    last = last.clone()  # it is read twice, and somebody may write to it meanwhile
-    table = torch.zeros(1 + (1 << WARM_BITS), dtype=torch.int64, device=source.device)  # all below come first
+def _warm_start(source: MatrixSource, rank: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts near the last threshold; returns a threshold and whether it is correct (bool of shape `()`)."""
+    last = last.clone()  # it is read twice, and the caller may write to it in between
+    # The first counter is of all entries below the range.
+    table = torch.zeros(1 + (1 << WARM_BITS), dtype=torch.int64, device=source.device)
     _count_near[source.grid](*source.arguments, table, last, BITS=WARM_BITS, **launch(source.constants))
     ranks = table.cumsum(0)
     position = torch.searchsorted(ranks, rank)
@@ -128,7 +122,7 @@ def _count(
     SHIFT: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Histogram of one digit of the entries whose higher digits are those found so far."""
+    """Adds to the table a histogram of one digit of the entries that begin with the digits found so far."""
     prefix = tl.load(state_ptr)
     if tl.load(state_ptr + 2) == 0:
         counts = tl.zeros((BINS,), tl.int32)
@@ -149,7 +143,7 @@ def _count(
 
 @triton.jit
 def _narrow(table_ptr, state_ptr, threshold_ptr, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """Takes the digit whose bin holds the rank; after the last one, writes the threshold."""
+    """Appends the digit of the bin that holds the rank; after the last digit, writes the threshold."""
     prefix, rank = tl.load(state_ptr), tl.load(state_ptr + 1)
     counts = tl.load(table_ptr + tl.arange(0, BINS))
     reached = tl.cumsum(counts, 0)
@@ -186,7 +180,7 @@ def _count_near(
     BLOCK_COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Counts every pattern within half of 2^BITS of the last threshold's, and all entries below those."""
+    """Counts each bit pattern within 2^BITS / 2 of the last threshold's, and all entries below these."""
     last = tl.load(last_ptr)
     if last > 0:
         low = tl.maximum(last.to(tl.int32, bitcast=True) - (1 << (BITS - 1)), 0)
@@ -208,24 +202,24 @@ def _count_near(
         tl.atomic_add(table_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
 
 
-def shipped() -> Iterator[Shipped]:
-    """What the compile gate compiles."""
+def compile_specs() -> Iterator[CompileSpec]:
+    """Configurations for the compile gate."""
     signature = factor_signature("w_ptr") | dict.fromkeys(("stride_r", "stride_c"), "i32") | {"table_ptr": "*i64"}
     count, near = signature | {"state_ptr": "*i64"}, signature | {"last_ptr": "*fp32"}
     unit = ("stride_c",)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         given = {"w_ptr": POINTERS[dtype]}
         name = f"given {POINTERS[dtype][1:]}"
-        yield Shipped(
+        yield CompileSpec(
             f"count[{name}]", _count, count | given, constants(GIVEN.value) | _first(), _COUNT_WARPS, unit_strides=unit
         )
         warm = constants(GIVEN.value) | {"BITS": WARM_BITS}
-        yield Shipped(f"count_near[{name}]", _count_near, near | given, warm, unit_strides=unit)
+        yield CompileSpec(f"count_near[{name}]", _count_near, near | given, warm, unit_strides=unit)
     for name, chosen in (*variants(), ("piecewise_linear, r=128", constants(1, rank=64))):
-        yield Shipped(f"count[{name}]", _count, count, chosen | _first(), _COUNT_WARPS, loads_matrix=False)
-        yield Shipped(f"count_near[{name}]", _count_near, near, chosen | {"BITS": WARM_BITS})
+        yield CompileSpec(f"count[{name}]", _count, count, chosen | _first(), _COUNT_WARPS, loads_matrix=False)
+        yield CompileSpec(f"count_near[{name}]", _count_near, near, chosen | {"BITS": WARM_BITS})
     tables = {"table_ptr": "*i64", "state_ptr": "*i64", "threshold_ptr": "*fp32"}
-    yield Shipped("narrow", _narrow, tables, _first())
+    yield CompileSpec("narrow", _narrow, tables, _first())
 
 
 def _first() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The cases of LQ-LoRA's operators, for `benchmarks.kernels.cases`."""
+"""The cases of LQ-LoRA's operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import BFLOAT16, PRODUCT, Arguments, Case, Sizes, Step, Work, random_tensor
+from benchmarks.kernels.case import BFLOAT16, PRODUCT, Arguments, Case, Sizes, Step, Work, random_tensor
 from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, quantize
 
 CONFIG = NFConfig(4, 8, "fp32", 64, 256)
@@ -60,7 +60,7 @@ def _peer(step: Callable[..., Step]) -> dict[str, Callable[..., Step]]:
 
 
 def cases(sizes: Sizes) -> list[Case]:
-    """All of them, at one size."""
+    """Returns all cases at one size."""
     width, N = sizes.width, sizes.numel
 
     def tensor(device: torch.device) -> NFTensor:

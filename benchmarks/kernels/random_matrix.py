@@ -1,4 +1,4 @@
-"""The cases of RandLoRA's operators, for `benchmarks.kernels.cases`."""
+"""The cases of RandLoRA's operators."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import BFLOAT16, PRODUCT, Arguments, Case, Sizes, Step, Work, random_tensor
+from benchmarks.kernels.case import BFLOAT16, PRODUCT, Arguments, Case, Sizes, Step, Work, random_tensor
 from peft_zoo.kernels.random_matrix.basis import UNIFORM, fill_basis, read_basis
 from peft_zoo.kernels.random_matrix.randlora_linear import (
     Factors,
@@ -44,7 +44,7 @@ def _decoded(x: Tensor, B: Tensor, *_: object) -> Step:
 
 
 def cases(sizes: Sizes) -> list[Case]:
-    """All of them, at one size."""
+    """Returns all cases at one size."""
     N, T = sizes.numel, sizes.tokens
     product = Work(flops=2 * T * N)
     norm = {"tolerance": PRODUCT, "by_norm": True}

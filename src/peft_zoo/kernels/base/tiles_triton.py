@@ -1,11 +1,11 @@
 """Tiles of SNELL's kernel matrix inside Triton kernels, and the softmax denominators of `mix_k`.
 
-Every kernel that needs the matrix takes its tiles from `kernel_tile`. An entry is computed by one thread, by the same
-sequence of operations in every kernel, whatever the shape of the tile and whichever factor runs along its rows: its
-bits are equal in all passes, so the number of entries above a threshold is exact.
+Every kernel that needs the matrix computes its tiles with `kernel_tile`. One thread computes an entry, by the same
+sequence of operations in every kernel, for any shape of the tile and either factor along its rows: the bits are equal
+in all passes, so the number of entries above a threshold is exact.
 
 Distances are sums of squared differences in float32, which keeps the digits of small distances; nothing goes through
-TF32. The factors lie as `(G, r/G, features)`, so that neighbouring threads read neighbouring numbers.
+TF32. The factors are stored as `(G, r/G, features)`, so that neighbouring threads read neighbouring values.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,30 +23,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import Shipped, widen
-from peft_zoo.kernels.snell.matrix import KernelSpec, kernel_params_of, safe_gamma
+from peft_zoo.kernels.base.kernel_spec import KERNELS, SPARSIFY, KernelSpec
+from peft_zoo.kernels.base.triton_helpers import CompileSpec, widen
 
-# Where a tile's entries come from, and what becomes of them. Kernels only read globals that are `constexpr`.
+# Kinds of a tile's entries, and modes of their sparsification. Kernels can only read globals that are `constexpr`.
 GIVEN, DISTANCE, RBF, LINEAR, SIGMOID = map(tl.constexpr, range(5))
 NONE, SIGNED_SQUARE, PRODUCT, HARD, SOFT = map(tl.constexpr, range(5))
 _KINDS = {"piecewise_linear": 1, "mix_k": 1, "rbf": 2, "linear": 3, "sigmoid": 4}
-_MODES = {"none": 0, "signed_square": 1, "product": 2, "hard": 3, "soft": 4}
 
 BLOCK_ROWS, BLOCK_COLUMNS, NUM_WARPS = 32, 128, 4
 PROGRAMS = 1024
-"""Programs wanted where a reduction may be split: eight on each of an H100's multiprocessors. A constant, so that sums
-are added in the same order on every GPU."""
+"""Programs of a reduction that may be split: eight for each multiprocessor of an H100. A constant, so that sums are
+added in the same order on every GPU."""
 
 
 @dataclass
 class Factors:
-    """The factors of a kernel matrix as the kernels want them.
+    """Factors of a kernel matrix, prepared as arguments of the Triton kernels.
 
     Attributes:
         A: Input factors of shape `(G, in, r/G)`, float32.
         B: Output factors of shape `(G, out, r/G)`, float32.
-        kernel_params: `[alpha, gamma, beta]` or None.
-        spec: The kernel.
+        kernel_params: `[alpha, gamma, beta]` of shape `(3,)`, or None.
+        spec: Kernel and sparsity mode.
     """
 
     A: Tensor
@@ -55,20 +54,14 @@ class Factors:
     spec: KernelSpec
 
     @property
-    def groups(self) -> int:
-        """G."""
-        return self.A.shape[0]
-
-    @property
     def shape(self) -> tuple[int, int]:
-        """`(out, in)`."""
+        """Shape `(out, in)` of the transposed kernel matrix, as of a weight."""
         return self.B.shape[1], self.A.shape[1]
 
     @cached_property
     def scaled(self) -> tuple[Tensor, Tensor]:
-        """A and B with the scale in them where the kernel is homogeneous: c |a - b| = |ca - cb|, c (a . b) = ca . b."""
-        A = self.A * self.spec.scale if self.spec.is_distance or self.spec.kernel == "linear" else self.A
-        return A, self.B * self.spec.scale if self.spec.is_distance else self.B
+        """A and B after `KernelSpec.scaled_factors`."""
+        return self.spec.scaled_factors(self.A, self.B)
 
     @cached_property
     def columns(self) -> tuple[Tensor, Tensor]:
@@ -78,13 +71,12 @@ class Factors:
 
     @cached_property
     def params(self) -> Tensor:
-        """`[alpha, gamma, beta]`, gamma kept away from 0 where it divides."""
-        alpha, gamma, beta = kernel_params_of(self.kernel_params, self.A, self.spec)
-        return torch.stack([alpha, safe_gamma(gamma) if self.spec.kernel == "mix_k" else gamma, beta])
+        """`[alpha, gamma, beta]` of shape `(3,)`."""
+        return torch.stack(self.spec.params(self.kernel_params, self.A))
 
     @cached_property
     def lse(self) -> Tensor:
-        """`log sum_j exp(K_ij / gamma)` of each input feature, `(in,)`; of other kernels than `mix_k` anything."""
+        """`log sum_j exp(K_ij / gamma)` of each input feature, `(in,)`, for `mix_k`; unused by other kernels."""
         if self.spec.kernel != "mix_k":
             return self.params
         (n_out, n_in), blocks = self.shape, triton.cdiv(self.shape[1], BLOCK_ROWS)
@@ -100,37 +92,34 @@ class Factors:
 
     @property
     def scalars(self) -> tuple[float, float]:
-        """The scale of the groups, and the sum of their coefficients."""
-        scale = self.spec.scale
-        return scale, scale * sum(self.spec.sign(g) for g in range(self.groups))
+        """Scale of the groups and sum of their coefficients."""
+        return self.spec.scale, self.spec.coefficient_sum(len(self.A))
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What a kernel is compiled for."""
+        """Compile-time arguments of the kernels."""
         spec = self.spec
-        return constants(_KINDS[spec.kernel], spec.norm, spec.kernel == "mix_k", self.groups, self.A.shape[2])
+        return constants(_KINDS[spec.kernel], spec.norm, spec.kernel == "mix_k", len(self.A), self.A.shape[2])
 
     @property
     def mode(self) -> int:
-        """`sparsify` as a number."""
-        return _MODES[self.spec.sparsify]
+        """Value of `sparsify` for the compile-time argument `MODE`."""
+        return SPARSIFY.index(self.spec.sparsify)
 
 
 def constants(kind: int, norm: int = 2, mix: bool = False, groups: int = 2, rank: int = 8) -> dict[str, Any]:
-    """The compile-time arguments that every kernel over the matrix shares."""
-    return {"KIND": kind, "NORM": norm, "MIX": mix, "GROUPS": groups, "RANK": rank} | _BLOCK
-
-
-_BLOCK = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    """Compile-time arguments that every kernel over the matrix shares; `rank` is r/G."""
+    blocks = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    return {"KIND": kind, "NORM": norm, "MIX": mix, "GROUPS": groups, "RANK": rank} | blocks
 
 
 def launch(constants: dict[str, Any], num_warps: int = NUM_WARPS) -> dict[str, Any]:
-    """Constants and launch options."""
+    """Constants and launch options as keyword arguments of a launch."""
     return {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
 
 
 def split_count(blocks: int, tiles: int) -> int:
-    """Into how many parts a reduction over `tiles` tiles is cut, with one program for each part of each block."""
+    """Number of parts into which each block's reduction over `tiles` tiles is split, one program for each part."""
     return max(1, min(PROGRAMS // blocks, tiles))
 
 
@@ -138,7 +127,7 @@ def split_count(blocks: int, tiles: int) -> int:
 def pair_tile(
     x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, g, KIND: tl.constexpr, NORM: tl.constexpr, RANK: tl.constexpr
 ):
-    """Distance, product, exponential or sigmoid of group `g`, before the groups are combined, `(rows, columns)`."""
+    """Computes the distance, product, exponential or sigmoid of group `g`, `(rows, columns)`, before `combine`."""
     total = (r[:, None] * 0 + c[None, :] * 0).to(tl.float32)
     for k in range(RANK):
         x, y = coordinates(x_ptr, y_ptr, r, c, n_rows, n_columns, g * RANK + k)
@@ -159,7 +148,7 @@ def pair_tile(
 
 @triton.jit
 def coordinates(x_ptr, y_ptr, r, c, n_rows, n_columns, k):
-    """Coordinate `k` of every row's and every column's point, both spread over the tile."""
+    """Loads coordinate `k` of every row's and every column's point, both broadcast to the tile."""
     x = tl.load(x_ptr + k * n_rows + r, mask=r < n_rows, other=0.0)
     y = tl.load(y_ptr + k * n_columns + c, mask=c < n_columns, other=0.0)
     return tl.broadcast(x[:, None], y[None, :])
@@ -179,7 +168,7 @@ def pair_tiles(
     GROUPS: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """`pair_tile` of every group, as a tuple."""
+    """Computes `pair_tile` of every group, as a tuple."""
     pairs = (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, 0, KIND, NORM, RANK),)
     for g in tl.static_range(1, GROUPS):
         pairs += (pair_tile(x_ptr, y_ptr, params_ptr, r, c, n_rows, n_columns, g, KIND, NORM, RANK),)  # type: ignore[assignment]
@@ -188,7 +177,7 @@ def pair_tiles(
 
 @triton.jit
 def combine(pairs, params_ptr, scale, offset, KIND: tl.constexpr, GROUPS: tl.constexpr):
-    """The signed sum of the groups: the kernel matrix, or for `mix_k` the K in it."""
+    """Computes the signed sum of the groups: the kernel matrix, or K of `mix_k`."""
     total = pairs[0]
     for g in tl.static_range(1, GROUPS):
         if g % 2 == 1:
@@ -203,7 +192,7 @@ def combine(pairs, params_ptr, scale, offset, KIND: tl.constexpr, GROUPS: tl.con
 
 @triton.jit
 def softmax_tile(K, params_ptr, lse_ptr, r, c, n_rows, n_columns, ROWS_ARE_INPUTS: tl.constexpr):
-    """The softmax of `K / gamma` over the outputs; 0 outside of the matrix."""
+    """Computes the softmax of `K / gamma` over the outputs; 0 outside of the matrix."""
     inside = (r < n_rows)[:, None] & (c < n_columns)[None, :]
     if ROWS_ARE_INPUTS:
         lse = tl.load(lse_ptr + r, mask=r < n_rows, other=0.0)[:, None]
@@ -214,13 +203,13 @@ def softmax_tile(K, params_ptr, lse_ptr, r, c, n_rows, n_columns, ROWS_ARE_INPUT
 
 @triton.jit
 def mix(K, P, params_ptr):
-    """W = K + alpha P + beta."""
+    """Computes W = K + alpha P + beta."""
     return tl.fma(P, tl.broadcast_to(tl.load(params_ptr), P.shape), K) + tl.load(params_ptr + 2)
 
 
 @triton.jit
 def kernel_tile(
-    w_ptr,  # a matrix that is given, for KIND = GIVEN; else unused, as are the following otherwise
+    w_ptr,  # the matrix itself for KIND = GIVEN, else unused; the factors are unused for GIVEN
     x_ptr,
     y_ptr,
     params_ptr,
@@ -239,7 +228,7 @@ def kernel_tile(
     GROUPS: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """A tile of the matrix, of outputs by inputs, in float32; outside of the matrix anything."""
+    """Computes or loads a tile of the matrix (outputs, inputs) in float32; undefined outside of the matrix."""
     if KIND == GIVEN:
         at = w_ptr + r.to(tl.int64)[:, None] * stride_r + c.to(tl.int64)[None, :] * stride_c
         return widen(tl.load(at, mask=(r < n_rows)[:, None] & (c < n_columns)[None, :], other=0.0))
@@ -252,7 +241,7 @@ def kernel_tile(
 
 @triton.jit
 def multiplier_tile(W, threshold, MODE: tl.constexpr):
-    """dS/dW of `kernel_matrix.sparsify`; except for `soft` also S / W."""
+    """Computes dS/dW of `snell.matrix.sparsify`; except for `soft` this is also S / W."""
     if MODE == NONE:
         return tl.full(W.shape, 1.0, tl.float32)
     size = tl.abs(W)
@@ -265,7 +254,7 @@ def multiplier_tile(W, threshold, MODE: tl.constexpr):
 
 @triton.jit
 def sparse_tile(W, threshold, MODE: tl.constexpr):
-    """S of `kernel_matrix.sparsify`."""
+    """Computes S of `snell.matrix.sparsify`."""
     if MODE == SOFT:
         level = tl.maximum(threshold, 0.0)
         return W - tl.minimum(tl.maximum(W, -level), level)
@@ -299,30 +288,30 @@ def _log_sum_exp(
         logits = combine(pairs, params_ptr, 1.0, 0.0, KIND, GROUPS) / tl.load(params_ptr + 1)
         logits = tl.where((c < n_columns)[None, :], logits, float("-inf"))
         highest = tl.maximum(top, tl.max(logits, 1))
-        shift = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen yet
+        shift = tl.where(highest == float("-inf"), 0.0, highest)  # all columns so far lie outside
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
         top = highest
     tl.store(partial_ptr + tl.program_id(1) * n_rows + r, top + tl.log(total), mask=r < n_rows)
 
 
 def factor_signature(*pointers: str) -> dict[str, str]:
-    """Types of the arguments that describe the factors, after those of `pointers`."""
+    """Types of the float32 pointers named and of the arguments that describe the factors, by argument."""
     floats = dict.fromkeys((*pointers, "x_ptr", "y_ptr", "params_ptr", "lse_ptr"), "*fp32")
     return floats | dict.fromkeys(("scale", "offset"), "fp32") | dict.fromkeys(("n_rows", "n_columns"), "i32")
 
 
 def variants(rank: int = 8) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and constants of every kind of kernel matrix at two groups of this rank."""
-    for name, kind in _KINDS.items():
-        yield name, constants(kind, 2, name == "mix_k", 2, rank)
+    """Name and compile-time arguments of every kernel at two groups of rank `rank` each."""
+    for name in KERNELS:
+        yield name, constants(_KINDS[name], 2, name == "mix_k", 2, rank)
     yield "piecewise_linear, norm 1", constants(DISTANCE.value, 1, False, 2, rank)
 
 
-def shipped() -> Iterator[Shipped]:
-    """What the compile gate compiles."""
+def compile_specs() -> Iterator[CompileSpec]:
+    """Configurations for the compile gate."""
     signature = dict.fromkeys(("partial_ptr", "x_ptr", "y_ptr", "params_ptr"), "*fp32")
     signature |= dict.fromkeys(("n_rows", "n_columns", "tiles_per_split"), "i32")
     for rank in (4, 8, 64):
-        yield Shipped(
+        yield CompileSpec(
             f"log_sum_exp[r={2 * rank}]", _log_sum_exp, signature, constants(DISTANCE.value, 2, True, 2, rank)
         )
