@@ -1,7 +1,8 @@
-"""A matrix as a quantized one plus one of low rank, against the algorithm written down with exact decompositions."""
+"""Quantized plus low-rank decompositions, against the algorithm written with exact SVDs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import peak_bytes
-from peft_zoo.kernels.low_rank.quantized import QuantizedLowRank, quantized_low_rank
+from peft_zoo.kernels.low_rank.quantized import DecomposeOptions, QuantizedLowRank, quantized_low_rank
 from peft_zoo.kernels.low_rank.randomized import RandomizedSvd, randomized_svd
 from peft_zoo.kernels.normal_float.lloyd import lloyd_levels
 from peft_zoo.kernels.normal_float.quantize import NFConfig, dequantize, quantize
 from peft_zoo.kernels.planning.bits import matrix_errors
 
 NF2, NF3, NF4 = (NFConfig(bits, 8, "fp32", 64, 16) for bits in (2, 3, 4))
+EXACT: dict[str, Any] = {"svd": "randomized", "oversampling": 1000}  # random vectors that span all directions
+
+
+def decompose(W: Tensor, rank: int, config: NFConfig, weights: Any = (None, None), **fields: Any) -> QuantizedLowRank:
+    """`quantized_low_rank` with fields of `DecomposeOptions` as keywords."""
+    return quantized_low_rank(W, rank, config, DecomposeOptions(**fields), weights=weights)
 
 
 def matrix(kind: str = "gauss", shape: tuple[int, int] = (96, 128)) -> Tensor:
@@ -52,20 +59,19 @@ def test_follows_the_algorithm(kind: str, config: NFConfig) -> None:
     stop = next((i for i in range(1, 30) if errors[i] > errors[i - 1]), None)
     for iterations in (1, 2, 3):
         if stop is None or iterations <= stop:
-            found = quantized_low_rank(W, 8, config, iterations=iterations, tolerance=0, svd="exact")
+            found = decompose(W, 8, config, iterations=iterations, tolerance=0, **EXACT)
             assert found.iterations == iterations
             assert found.error == pytest.approx(errors[iterations - 1], rel=1e-3)
             assert ((W - restored(found, config)).norm() / W.norm()).item() == pytest.approx(found.error, rel=1e-4)
 
 
-def test_the_best_pair_is_returned_and_the_one_after_it_if_asked_for() -> None:
+def test_the_best_iteration_is_returned() -> None:
     W = matrix()
-    best = quantized_low_rank(W, 8, NF2, iterations=60, tolerance=0, svd="exact")
-    last = quantized_low_rank(W, 8, NF2, iterations=60, tolerance=0, svd="exact", keep="last")
-    assert 1 < best.iterations == last.iterations < 60
-    assert best.error < last.error < 1.05 * best.error
-    for found in (best, last):
-        assert ((W - restored(found, NF2)).norm() / W.norm()).item() == pytest.approx(found.error, rel=1e-4)
+    errors = by_hand(W, 8, NF2, 60)
+    found = decompose(W, 8, NF2, iterations=60, tolerance=0, **EXACT)
+    assert 1 < found.iterations < 60 and errors[found.iterations - 1] > errors[found.iterations - 2]
+    assert found.error == pytest.approx(errors[found.iterations - 2], rel=1e-3)
+    assert ((W - restored(found, NF2)).norm() / W.norm()).item() == pytest.approx(found.error, rel=1e-4)
 
 
 def test_the_published_figures() -> None:
@@ -73,16 +79,16 @@ def test_the_published_figures() -> None:
     W, config = matrix(shape=(512, 1024)), NFConfig(4, 8, "fp32", 64, 256)
     assert quantized_low_rank(W, 0, config).error == pytest.approx(0.0920, rel=0.01)
     for iterations, wanted in ((1, 0.0902), (5, 0.0858)):
-        found = quantized_low_rank(W, 8, config, iterations=iterations, tolerance=0)
+        found = decompose(W, 8, config, iterations=iterations, tolerance=0)
         assert found.error == pytest.approx(wanted, rel=0.01)
 
 
 @pytest.mark.parametrize("config", [NF2, NF4], ids=["2 bits", "4 bits"])
 def test_a_warm_start_is_as_good_as_a_new_one(config: NFConfig) -> None:
     W = matrix("structured")
-    errors = {how: quantized_low_rank(W, 8, config, svd=how).error for how in ("exact", "randomized", "warm")}  # type: ignore[arg-type]
-    assert errors["warm"] <= 1.015 * errors["exact"]
-    assert errors["randomized"] <= 1.015 * errors["exact"]
+    exact = decompose(W, 8, config, **EXACT).error
+    for svd in ("randomized", "warm"):
+        assert decompose(W, 8, config, svd=svd).error <= 1.015 * exact
 
 
 def test_a_known_first_decomposition_gives_the_same_result() -> None:
@@ -95,9 +101,8 @@ def test_a_known_first_decomposition_gives_the_same_result() -> None:
 
 def test_an_svd_by_random_vectors_comes_nearer_with_more_of_them() -> None:
     W = matrix("structured")
-    how: dict[str, Any] = {"iterations": 1, "svd": "randomized"}
-    exact = quantized_low_rank(W, 8, NF4, iterations=1, svd="exact")
-    coarse, fine = (quantized_low_rank(W, 8, NF4, oversampling=more, power_iterations=more, **how) for more in (0, 20))
+    exact = decompose(W, 8, NF4, iterations=1, **EXACT)
+    coarse, fine = (decompose(W, 8, NF4, iterations=1, oversampling=n, power_iterations=n) for n in (0, 20))
     products = [found.B @ found.A for found in (exact, coarse, fine)]
     far, near = ((products[0] - product).norm() / products[0].norm() for product in products[1:])
     assert near < 1e-4 < 1e-2 < far
@@ -116,18 +121,18 @@ def test_weights_move_the_error_where_it_counts_less() -> None:
         return (row[:, None] * (W - restored(found, NF3)) * column).norm().item()
 
     plain = quantized_low_rank(W, 8, NF3)
-    aware = quantized_low_rank(W, 8, NF3, row=row, column=column)
+    aware = quantized_low_rank(W, 8, NF3, weights=(row, column))
     assert weighted(aware) < 0.9 * weighted(plain)
     total = (row[:, None] * W * column).norm().item()
     assert weighted(aware) / total == pytest.approx(aware.error, rel=1e-4)
-    ones = quantized_low_rank(W, 8, NF3, row=torch.ones(96), column=torch.ones(128))
+    ones = quantized_low_rank(W, 8, NF3, weights=(torch.ones(96), torch.ones(128)))
     assert ones.error == pytest.approx(plain.error, rel=1e-3)
 
 
 def test_rows_without_weight_stay_finite() -> None:
     row = torch.ones(96)
     row[:10] = 0
-    found = quantized_low_rank(matrix(), 8, NF3, row=row)
+    found = quantized_low_rank(matrix(), 8, NF3, weights=(row, None))
     assert found.B.isfinite().all() and found.error < 0.2
 
 
@@ -140,7 +145,7 @@ def test_fitted_levels_are_better() -> None:
     for kind in ("gauss", "structured"):
         W = matrix(kind)
         for config, gain in ((NF2, 0.85), (NF3, 0.95), (NF4, 1.0)):
-            nf, lloyd = (quantized_low_rank(W, 8, config, codebook=c).error for c in ("nf", "lloyd"))  # type: ignore[arg-type]
+            nf, lloyd = (decompose(W, 8, config, codebook=name).error for name in ("nf", "lloyd"))
             assert lloyd < gain * nf
 
 
@@ -156,7 +161,7 @@ def test_fitted_levels_serve_the_numbers_that_matter(config: NFConfig) -> None:
     aware, blind = lloyd_levels(W, config, row, column), lloyd_levels(W, config)
     assert error(aware) < 0.98 * error(blind)
     torch.testing.assert_close(lloyd_levels(W, config, torch.ones(96)), blind, rtol=0, atol=1e-6)
-    found = quantized_low_rank(W, 0, config, row=row, column=column, codebook="lloyd")
+    found = decompose(W, 0, config, (row, column), codebook="lloyd")
     torch.testing.assert_close(found.Q.levels, aware, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match=r"column has the shape \(3,\); it must be \(128,\)"):
         lloyd_levels(W, config, row, torch.ones(3))
@@ -189,28 +194,37 @@ def test_fitted_levels_of_gaussian_numbers() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"W": torch.ones(3)}, "give a matrix of floating-point numbers"),
-        ({"W": torch.ones(3, 3, dtype=torch.int64)}, "give a matrix of floating-point numbers"),
-        ({"W": torch.full((3, 3), float("nan"))}, "not finite"),
-        ({"rank": 9}, r"rank=9 is more than min\(m, n\) = 8"),
-        ({"rank": -1}, "rank"),
-        ({"iterations": 0}, "iterations"),
-        ({"oversampling": -1}, "oversampling"),
-        ({"power_iterations": 1.5}, "power_iterations"),
-        ({"tolerance": 1.0}, r"tolerance=1.0 must be in \[0, 1\)"),
-        ({"keep": "first"}, "keep='first' must be one of 'best', 'last'"),
-        ({"svd": "fast"}, "svd='fast' must be one of 'warm', 'randomized', 'exact'"),
-        ({"codebook": "af"}, "codebook='af' must be one of 'nf', 'lloyd'"),
-        ({"row": torch.ones(3)}, "row has the shape .* give 8 finite weights >= 0"),
-        ({"column": -torch.ones(64)}, "column has the shape .* give 64 finite weights >= 0"),
-        ({"column": torch.zeros(64)}, "not all zero"),
+        ({"W": torch.ones(3)}, "W is"),
+        ({"W": torch.ones(3, 3, dtype=torch.int64)}, "W is"),
+        ({"W": torch.full((3, 3), float("nan"))}, "W has"),
+        ({"rank": 9}, "rank=9"),
+        ({"rank": -1}, "rank=-1"),
+        ({"weights": (torch.ones(3), None)}, "row has the shape .* 8"),
+        ({"weights": (None, -torch.ones(64))}, "column has the shape .* 64"),
+        ({"weights": (None, torch.zeros(64))}, "column"),
     ],
     ids=str,
 )
-def test_bad_input(change: dict[str, Any], message: str) -> None:
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"W": torch.randn(8, 64), "rank": 2, "config": NF4, **change}
     with pytest.raises(ValueError, match=message):
         quantized_low_rank(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("iterations", 0),
+        ("oversampling", -1),
+        ("power_iterations", 1.5),
+        ("tolerance", 1.0),
+        ("svd", "exact"),
+        ("codebook", "af"),
+    ],
+)
+def test_bad_options(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+        DecomposeOptions(**{field: value})
 
 
 def test_a_block_of_the_wrong_shape() -> None:
@@ -227,27 +241,24 @@ def test_a_block_that_spans_the_directions_gives_them() -> None:
 
 # ---- memory ----
 
-WAYS = [NFConfig(4, 4, "bf16", 32, 256), NFConfig(2, 2, "bf16", 16, 256), NFConfig(3, 4, "bf16", 64, 256)]
+CONFIGS = [NFConfig(4, 4, "bf16", 32, 256), NFConfig(2, 2, "bf16", 16, 256), NFConfig(3, 4, "bf16", 64, 256)]
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted, levels fitted"])
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.bits} bits")
-def test_few_copies_of_the_matrix_are_in_memory(way: NFConfig, weighted: bool) -> None:
-    """With the matrix itself, in bfloat16, fewer than six in float32, whether it is split or its ways are compared."""
+@pytest.mark.parametrize(("config", "weighted"), [(CONFIGS[0], False), (CONFIGS[1], False), (CONFIGS[2], True)])
+def test_few_copies_of_the_matrix_are_in_memory(config: NFConfig, weighted: bool) -> None:
+    """With the matrix itself, in bfloat16, fewer than six in float32, for one decomposition and for an error table."""
     W = matrix(shape=(512, 1024)).bfloat16()
-    row, column = torch.rand(512) + 0.1, torch.rand(1024) + 0.1
-    how: dict[str, Any] = (
-        {"row": row, "column": column, "metric": (row, column), "codebook": "lloyd"} if weighted else {}
-    )
+    diagonals = (torch.rand(512) + 0.1, torch.rand(1024) + 0.1)
+    options = DecomposeOptions(iterations=2, tolerance=0.0, codebook="lloyd" if weighted else "nf")
+    how: dict[str, Any] = {"weights": diagonals, "metric": diagonals} if weighted else {}
 
     def split() -> None:
-        quantized_low_rank(W, 64, way, iterations=2, tolerance=0.0, **how)
+        quantized_low_rank(W, 64, config, options, **how)
 
     def compare() -> None:
-        matrix_errors(W, [way, WAYS[0]], [16, 0], **how)
+        matrix_errors(W, [config, CONFIGS[0]], [16, 0], replace(options, iterations=1), **how)
 
     for step in (split, compare):
-        step()
         assert (peak_bytes(step, W.device) + 2 * W.numel()) / (4 * W.numel()) < 6
 
 

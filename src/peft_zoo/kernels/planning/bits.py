@@ -1,16 +1,15 @@
-r"""From the errors of many matrices to a way to quantize each: one budget of bits, divided by a knapsack.
+r"""Chooses a quantization config for each of many matrices under one bit budget.
 
-A matrix can be quantized in many ways, and each leaves another error behind `quantized_low_rank`. With x_ic = 1 where
-matrix i takes way c::
+Each config leaves a different error after `quantized_low_rank`. With x_ic = 1 where matrix i gets config c::
 
     minimise  sum x_ic error_ic    subject to    sum x_ic bits_ic <= budget,    one c for every i
 
 which `peft_zoo.kernels.planning.knapsack` solves. Errors come from one iteration of the decomposition: its SVD does not
-depend on the way, so a matrix costs one SVD and a quantization for each way. A rank is a choice like any other: it
-costs r (m + n) numbers of the low-rank part.
+depend on the config, so a matrix costs one SVD and one quantization for each config. Ranks can be options too: rank r
+costs r (m + n) weights of the low-rank factors.
 
-Source: LQ-LoRA (arXiv 2311.12023), section 3.3 and eq. 7, which takes the errors after 100 iterations, from 3^5 ways.
-`GRIDS["default60"]` has 16-bit second scales only and five of the kinds of scales: its table is a seventh as large.
+Source: LQ-LoRA (arXiv 2311.12023), section 3.3 and eq. 7, which takes the errors after 100 iterations, from 3^5 configs.
+`GRIDS["default60"]` has 16-bit second scales only and five scale layouts: its table is a seventh as large.
 """
 
 from __future__ import annotations
@@ -19,15 +18,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from torch import Tensor
 
-from peft_zoo.kernels.low_rank.quantized import Codebook, Diagonals, first_svd, quantized_low_rank
+from peft_zoo.kernels.low_rank.quantized import DecomposeOptions, Diagonals, first_svd, quantized_low_rank
 from peft_zoo.kernels.normal_float.quantize import NFConfig, packed_bits
 from peft_zoo.kernels.planning.knapsack import Allocation, allocate
-
-__all__ = ["GRIDS", "BitChoice", "MatrixErrors", "check_budget", "fitting", "matrix_errors", "plan_bits"]
 
 _SCALES = ((2, 256), (3, 64), (4, 64), (4, 16), (8, 256))
 _SHORT = (2, 3, 4)
@@ -43,18 +39,20 @@ GRIDS: Mapping[str, tuple[NFConfig, ...]] = {
     "paper243": _product(_SHORT, _SHORT, (16, 64, 256)),
     "full432": _product((2, 3, 4, 8), (2, 3, 4, 8), (16, 64, 256)),
 }
-"""The ways by name: ours, the paper's, and those of its released code."""
+"""Named sets of quantization configs: ours, the paper's, and that of its released code."""
+
+ONE_ITERATION = DecomposeOptions(iterations=1)
 
 
 @dataclass(frozen=True)
 class BitChoice:
-    """What can be done with a matrix.
+    """One option for a matrix, with its cost and its error.
 
     Attributes:
-        config: How it is quantized; None to leave it as it is.
-        rank: Of the part of low rank.
-        bits: What both cost, in bits of the whole matrix.
-        error: Squared norm of what is left of it.
+        config: Quantization config; None to leave the matrix unquantized.
+        rank: Rank of the low-rank factors.
+        bits: Bits of the whole matrix, and of the factors where the budget counts them.
+        error: Squared norm of the residual.
     """
 
     config: NFConfig | None
@@ -63,14 +61,12 @@ class BitChoice:
     error: float
 
 
-Solver = Literal["greedy", "exact"]
-
 MatrixErrors = tuple[BitChoice, ...]
-"""All that can be done with one matrix."""
+"""All options of one matrix."""
 
 
 def fitting(configs: Sequence[NFConfig], columns: int) -> tuple[NFConfig, ...]:
-    """Those ways whose blocks lie within a row of `columns` values, as fast kernels and meaningful scales need it."""
+    """Returns the configs whose blocks do not cross rows of `columns` values, as fast kernels require."""
     return tuple(config for config in configs if columns % config.block == 0)
 
 
@@ -78,92 +74,79 @@ def matrix_errors(
     W: Tensor,
     configs: Sequence[NFConfig],
     ranks: Sequence[int],
+    options: DecomposeOptions = ONE_ITERATION,
     *,
     factor_bits: int = 0,
-    iterations: int = 1,
-    codebook: Codebook = "nf",
-    oversampling: int = 10,
-    power_iterations: int = 2,
-    seed: int = 0,
-    row: Tensor | None = None,
-    column: Tensor | None = None,
+    weights: Diagonals = (None, None),
     metric: Diagonals | None = None,
 ) -> MatrixErrors:
-    """What each way with each rank would leave of a matrix.
+    """Measures the error of each quantization config with each rank.
 
     Args:
-        W: `(m, n)`, floating-point.
-        configs: Ways, at least one; those whose blocks do not fit n have been left out, see `fitting`.
-        ranks: Ranks to try, each from 0 to min(m, n), at least one.
-        factor_bits: What a number of the low-rank part costs; 0 where it is outside of the budget.
-        iterations: Of the decomposition.
-        codebook: Of the levels, see `quantized_low_rank`: with `"lloyd"` short codes lose less.
-        oversampling: Of its first SVD, as there.
-        power_iterations: Likewise.
-        seed: Of its random numbers.
-        row: `(m,)`, see `quantized_low_rank`; errors are those of the weighted norm.
-        column: `(n,)`.
-        metric: Other weights of that norm.
+        W: Matrix `(m, n)`, floating-point.
+        configs: Quantization configs, at least one, whose blocks fit n (see `fitting`).
+        ranks: Ranks, at least one, each from 0 to min(m, n).
+        options: Options of the decomposition; one iteration by default.
+        factor_bits: Bits per weight of the low-rank factors; 0 if the budget does not count them.
+        weights: Diagonals of D_row and D_col for the SVD, see `quantized_low_rank`.
+        metric: Diagonals that the error is measured with; `weights` by default.
 
     Raises:
         ValueError: If an argument has the wrong shape or value, or W is not finite.
     """
     if not configs or not ranks:
         raise ValueError("configs and ranks: give at least one of each.")
-    weights: dict[str, Any] = {"row": row, "column": column, "metric": metric, "seed": seed}
-    weights |= {"oversampling": oversampling, "power_iterations": power_iterations}
-    start, total = first_svd(W, max(ranks), **weights)
-    how: dict[str, Any] = {"iterations": iterations, "codebook": codebook, "start": start, **weights}
+    start, total = first_svd(W, max(ranks), options, weights=weights, metric=metric)
     choices = []
     fitted: dict[tuple[int, int, int], Tensor] = {}
     for rank, config in itertools.product(ranks, configs):
         key = rank, config.bits, config.block
-        found = quantized_low_rank(W, rank, config, levels=fitted.get(key), **how)
-        if iterations == 1:  # all that follows has the same rest to fit levels to
+        found = quantized_low_rank(
+            W, rank, config, options, weights=weights, metric=metric, start=start, levels=fitted.get(key)
+        )
+        if options.iterations == 1:  # later configs of this rank, bits and block size have the same residual
             fitted[key] = found.Q.levels
         bits = packed_bits(config, W.numel()) + factor_bits * rank * sum(W.shape)
         choices.append(BitChoice(config, rank, bits, (found.error * total) ** 2))
     return tuple(choices)
 
 
-def check_budget(budget: float, least: int, numbers: int) -> None:
-    """Refuse a budget that cannot be met.
+def check_budget(budget: float, least: int, num_weights: int) -> None:
+    """Refuses a budget that cannot be met.
 
     Args:
-        budget: Average bits of a number.
-        least: Bits of all matrices together, each in its cheapest way.
-        numbers: How many numbers they have together.
+        budget: Average bits per weight.
+        least: Bits of all matrices together, each with its cheapest option.
+        num_weights: Number of weights of all matrices together.
 
     Raises:
-        ValueError: If it is below what the cheapest ways cost; says what they do.
+        ValueError: If the budget is below the cheapest options, stating the smallest budget that works.
     """
-    if not math.isfinite(budget) or least > budget * numbers:
-        needed = math.ceil(1000 * least / numbers) / 1000
+    if not math.isfinite(budget) or least > budget * num_weights:
+        needed = math.ceil(1000 * least / num_weights) / 1000
         raise ValueError(f"budget_bits={budget!r} is below {needed}, the least that these matrices can have.")
 
 
 def plan_bits(
-    tables: Mapping[str, MatrixErrors], budget: float, numbers: int, solver: Solver = "greedy"
+    tables: Mapping[str, MatrixErrors], budget: float, num_weights: int
 ) -> tuple[dict[str, BitChoice], Allocation]:
-    """One choice for every matrix.
+    """Chooses one option for every matrix, with the smallest total error found within the budget.
 
     Args:
-        tables: By the name of the matrix; one without a choice, left as it is, has a table of one.
-        budget: Average bits of a number.
-        numbers: How many numbers all matrices have together.
-        solver: `"exact"` is worth its time for a few tens of matrices, and needs scipy; see `allocate`.
+        tables: Options by matrix name; a matrix that stays unquantized has one option.
+        budget: Average bits per weight.
+        num_weights: Number of weights of all matrices together.
 
     Returns:
-        The choices, and what the knapsack says of them: values are errors, negated.
+        The choices by matrix name, and the knapsack's result, whose values are negated errors.
 
     Raises:
-        ValueError: If the budget is not positive, or below what the cheapest choices cost; says what they do.
+        ValueError: If the budget is not positive, or below the cheapest options.
     """
-    check_budget(budget, sum(min(choice.bits for choice in table) for table in tables.values()), numbers)
+    check_budget(budget, sum(min(choice.bits for choice in table) for table in tables.values()), num_weights)
     found = allocate(
         [[-choice.error for choice in table] for table in tables.values()],
         [[choice.bits for choice in table] for table in tables.values()],
-        int(budget * numbers),
-        method=solver,
+        int(budget * num_weights),
     )
     return {name: table[k] for (name, table), k in zip(tables.items(), found.choices, strict=True)}, found
