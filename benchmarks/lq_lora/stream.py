@@ -73,7 +73,7 @@ def make_checkpoint(folder: Path, sizes: dict[str, int]) -> tuple[int, int]:
     folder.mkdir()
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    write_shards(folder, infos, produce, SHARD)
+    write_shards(folder, infos, ((key, produce(key)) for key in infos), SHARD)
     largest = max(module.weight.numel() for name, module in model.named_modules() if name.endswith("_proj"))
     return sum(info.nbytes for info in infos.values()), largest
 

@@ -208,7 +208,7 @@ def _report_path(target: str, kind: str) -> Path | None:
 
 def _write_report(path: Path, report: SqueezeReport, source: str) -> None:
     """Write the page or the numbers, whole or not at all."""
-    from peft_zoo.io import new_file
+    from peft_zoo.common.atomic import new_file
     from peft_zoo.merge.squeeze.html import squeeze_html
 
     if path.suffix == ".json":

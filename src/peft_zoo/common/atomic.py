@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic writes: a file or folder appears complete and on disk, or not at all.
 
-What is written gets a hidden name beside the final one; only when every byte is on disk does one rename put it in its
-place, and the rename is made durable too. A process that is killed leaves at most something named `.unfinished-…`.
+Everything is written under a hidden temporary name in the target's folder, flushed to disk and renamed once; the rename
+is flushed too. A killed process leaves at most an `.unfinished-…` entry.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 
 @contextmanager
 def new_folder(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
-    """Gives a temporary folder that takes the place of `target` when the block ends, complete and on disk.
+    """Yields a temporary folder that is flushed to disk and renamed to `target` when the block ends.
 
-    If the block raises, or the process is killed at any moment, `target` is what it was before.
+    If the block raises or the process is killed, `target` stays as it was.
 
     Args:
-        target: A folder that does not exist or is empty.
-        field: The caller's name for `target`, for the error message.
+        target: Path that does not exist, or an empty folder.
+        field: Name of the caller's argument, for the error message.
 
     Raises:
-        ValueError: If there is something at `target`.
+        ValueError: If `target` exists and is not an empty folder.
     """
     target = Path(os.path.abspath(target))
     check_new_folder(target, field)
-    work = _beside(target)
+    work = _unfinished_path(target)
     work.mkdir()
     try:
         yield work
@@ -39,15 +39,15 @@ def new_folder(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
             _sync(Path(folder))
         os.replace(work, target)
     finally:
-        shutil.rmtree(work, ignore_errors=True)  # is there only if something failed
+        shutil.rmtree(work, ignore_errors=True)  # still exists only after a failure
     _sync(target.parent)
 
 
 def check_new_folder(target: Path, field: str = "out_dir") -> None:
-    """What `new_folder` asks of its target, for work that takes long before the folder is made.
+    """Checks what `new_folder` requires of `target`; call it before work that takes long.
 
     Raises:
-        ValueError: If there is something at `target`.
+        ValueError: If `target` exists and is not an empty folder.
     """
     is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
     if os.path.lexists(target) and not is_empty:
@@ -56,19 +56,19 @@ def check_new_folder(target: Path, field: str = "out_dir") -> None:
 
 @contextmanager
 def new_file(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
-    """Gives the path of a temporary file, to be made in the block, that takes the place of `target` when it ends.
+    """Yields a temporary path; the file created there is flushed to disk and renamed to `target` when the block ends.
 
     Args:
-        target: A path where there is nothing.
-        field: The caller's name for `target`, for the error message.
+        target: Path that does not exist.
+        field: Name of the caller's argument, for the error message.
 
     Raises:
-        ValueError: If there is something at `target`.
+        ValueError: If `target` exists.
     """
     target = Path(os.path.abspath(target))
     if os.path.lexists(target):
         raise ValueError(f"{field}={str(target)!r} exists; give a new name.")
-    work = _beside(target)
+    work = _unfinished_path(target)
     try:
         yield work
         _sync(work)
@@ -78,16 +78,16 @@ def new_file(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
     _sync(target.parent)
 
 
-def _beside(target: Path) -> Path:
-    """A new name in the folder of `target`, which is made if need be. Not `tempfile`: that makes things private."""
+def _unfinished_path(target: Path) -> Path:
+    """Unused hidden path in the folder of `target`, which is created. `tempfile` would make the result private."""
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".unfinished-{secrets.token_hex(8)}")
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows has no such thing
+        return  # Windows cannot flush folders
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,15 +1,13 @@
-"""How tools tell what they are doing."""
+"""Progress of loops over modules, for functions that take long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-__all__ = ["Progress", "silent"]
-
 Progress = Callable[[Iterable[str], str], Iterable[str]]
-"""Gets the names of the modules and what is being done to them, gives them back one by one; such as a progress bar."""
+"""Wraps an iterable of module names: takes the names and a verb such as `"decompose"`, and yields the names."""
 
 
 def silent(names: Iterable[str], _: str) -> Iterable[str]:
-    """A `Progress` that shows nothing."""
+    """Returns the names unchanged; the `Progress` that shows nothing."""
     return names

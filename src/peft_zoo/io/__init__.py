@@ -1,16 +1,10 @@
-"""Adapter files: read with suspicion, one module at a time, and written whole or not at all."""
+"""Floor 1 of peft-zoo: reads untrusted adapter and model files one tensor at a time, and writes them atomically."""
 
 from peft_zoo.io.lora_file import LoraAdapter, LoraModule, open_adapter
 from peft_zoo.io.lora_keys import FORMATS, Role, detect_format, make_key, parse_key
-from peft_zoo.io.safetensors import (
-    TensorFile,
-    TensorInfo,
-    new_file,
-    new_folder,
-    parse_json,
-    read_json,
-    write_tensors,
-)
+from peft_zoo.io.safetensors import TensorFile, TensorInfo
+from peft_zoo.io.strict_json import parse_json, read_json
+from peft_zoo.io.tensor_writer import TensorWriter
 
 __all__ = [
     "FORMATS",
@@ -19,13 +13,11 @@ __all__ = [
     "Role",
     "TensorFile",
     "TensorInfo",
+    "TensorWriter",
     "detect_format",
     "make_key",
-    "new_file",
-    "new_folder",
     "open_adapter",
     "parse_json",
     "parse_key",
     "read_json",
-    "write_tensors",
 ]

@@ -1,41 +1,40 @@
-"""A model in safetensors files, perhaps too large for memory: read tensor by tensor, written shard by shard."""
+"""Reads transformers checkpoints that may exceed memory tensor by tensor, and writes them shard by shard."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from peft_zoo.io.safetensors import TensorFile, TensorInfo, read_json, write_tensors
-
-__all__ = ["Checkpoint", "write_shards"]
+from peft_zoo.io.safetensors import ClosedOnExit, TensorFile, TensorInfo
+from peft_zoo.io.strict_json import read_json
+from peft_zoo.io.tensor_writer import TensorWriter
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
-class Checkpoint:
-    """A folder that transformers saved, open for reading; a context manager that closes it.
+class Checkpoint(ClosedOnExit):
+    """Folder saved by transformers, open for reading; a context manager.
 
     Attributes:
-        folder: Where it is.
-        config: The content of `config.json`.
-        tensors: What the headers of its files say of each tensor.
+        folder: Path of the folder.
+        config: Content of `config.json`.
+        tensors: Dtype and shape of each tensor by name.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open the files and check their headers; no tensor is read.
+        """Opens the files and validates their headers; reads no tensor.
 
         Args:
-            folder: Has `config.json`, and `model.safetensors` or its shards with their index.
+            folder: Contains `config.json`, and `model.safetensors` or its shards with their index.
 
         Raises:
-            ValueError: If a file is missing or not what it should be.
+            ValueError: If a file is missing or invalid.
         """
         self.folder = Path(folder)
         self.config = read_json(self.folder / CONFIG)
@@ -55,10 +54,10 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {key: file.tensors[key] for key, file in self._owner.items()}
 
     def _index(self) -> dict[str, str] | None:
-        """The file of each tensor; None if there is one file only.
+        """File name of each tensor; None for a checkpoint of one file.
 
         Raises:
-            ValueError: If there are no weights, or a name leads out of the folder.
+            ValueError: If there are no weights, or a file name leads out of the folder.
         """
         if (self.folder / WEIGHTS).exists():
             return None
@@ -73,7 +72,7 @@ class Checkpoint:
         return index
 
     def read(self, key: str) -> Tensor:
-        """One tensor, in memory of its own.
+        """Reads one tensor into new memory.
 
         Raises:
             KeyError: If there is no such tensor.
@@ -81,44 +80,42 @@ class Checkpoint:
         return self._owner[key].read(key)
 
     def pieces(self, key: str) -> Iterator[Tensor]:
-        """The bytes of one tensor, see `TensorFile.pieces`."""
+        """Yields the bytes of one tensor, see `TensorFile.pieces`."""
         return self._owner[key].pieces(key)
 
     def identity(self) -> list[list[Any]]:
-        """Names and sizes of the files, and when they were changed: to see whether it is the same checkpoint."""
+        """Name, size in bytes and modification time of each file; equal lists mean the same checkpoint."""
         states = {name: (self.folder / name).stat() for name in [CONFIG, *self._files]}
         return [[name, state.st_size, state.st_mtime_ns] for name, state in states.items()]
 
     def copy_others(self, target: Path) -> None:
-        """Copy what is beside the weights, tokenizer and licence and so on, but `config.json`."""
+        """Copies all files but weights and `config.json` to another folder: tokenizer, licence and so on."""
         for path in sorted(self.folder.iterdir()):
             if path.is_file() and path.name != CONFIG and not path.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copyfile(path, target / path.name)
 
     def close(self) -> None:
-        """Close the files; nothing can be read after it."""
+        """Closes the files; nothing can be read afterwards."""
         for file in self._files.values():
             file.close()
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def write_shards(
-    folder: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor | Iterator[Tensor]], max_bytes: int
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    tensors: Iterable[tuple[str, Tensor | Iterable[Tensor]]],
+    max_bytes: int,
 ) -> None:
-    """Write a model's tensors as transformers names the files, holding one tensor in memory at a time.
+    """Writes a model's tensors in shards with the file names of transformers, holding one tensor in memory at a time.
 
     Args:
-        folder: Inside a `new_folder`.
-        infos: What will be written.
-        produce: Gives a tensor by its key, or its bytes in pieces.
-        max_bytes: Of a shard, unless one tensor alone is larger.
+        folder: Existing folder.
+        infos: Dtype and shape of every tensor by name.
+        tensors: Name and tensor, or name and bytes as `TensorFile.pieces` yields them, in the order of `infos`.
+        max_bytes: Largest size of a shard in bytes; exceeded only by a shard of one tensor.
+
+    Raises:
+        ValueError: If `tensors` is not what `infos` announces.
     """
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
@@ -128,15 +125,14 @@ def write_shards(
             size = 0
         shards[-1][key] = info
         size += info.nbytes
-    count, metadata = len(shards), {"format": "pt"}
-    if count == 1:
-        write_tensors(folder / WEIGHTS, infos, produce, metadata)
-        return
-    weight_map = {}
+    count, weight_map, remaining = len(shards), dict[str, str](), iter(tensors)
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{count:05d}.safetensors"
-        write_tensors(folder / name, shard, produce, metadata)
+        name = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        with TensorWriter(folder / name, shard, {"format": "pt"}) as writer:
+            for key in shard:
+                writer.write(*next(remaining, (key, ())))  # keeps no reference to the tensor
         weight_map.update(dict.fromkeys(shard, name))
-    total = sum(info.nbytes for info in infos.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+    if count > 1:
+        total = sum(info.nbytes for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")

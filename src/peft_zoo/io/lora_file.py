@@ -1,13 +1,13 @@
-"""A LoRA in a file, without its base model: which modules it has, and their factors one module at a time.
+"""Reads LoRA files without their base model: ranks and scales from the headers, factors one module at a time.
 
-Whatever the layer, a module's update is the matrix s B A with B `(out, R)` and A `(R, in)`:
+The update of every module is the matrix s B A with B `(out, R)` and A `(R, in)`:
 
     linear      stored A (R, in), B (out, R)                       ΔW (out, in)        = s B A
     conv        stored A (R, in, *kernel), B (out, R, 1, …)        ΔW (out, in·kernel) = s B A, kernels flattened
     embedding   stored A (R, num), B (dim, R)                      ΔW (num, dim)       = s (B A)^T
 
 with s = alpha / R, or alpha / sqrt(R) for rsLoRA (Kalajdzievski, arXiv 2312.03732). Opening a file reads its header,
-its configuration and one number for each alpha; everything that can be known from them is checked there.
+its configuration and one element for each alpha, and validates them.
 """
 
 from __future__ import annotations
@@ -18,46 +18,47 @@ import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from peft_zoo.io.lora_keys import Role, detect_format, is_lora_key, nearest_key, parse_key
+from peft_zoo.io.lora_ranks import alpha_of
 from peft_zoo.io.lora_settings import MAX_RANK, ModuleSettings, diffusers_settings, read_settings
-from peft_zoo.io.safetensors import TensorFile, TensorInfo, read_json
+from peft_zoo.io.safetensors import ClosedOnExit, TensorFile, TensorInfo
+from peft_zoo.io.strict_json import read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # an alpha may be one
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # dtypes of alphas in some files
 _LETTERS = frozenset(string.ascii_letters + string.digits + "_.-")
 _LONGEST_NAME = 1024
 
-Kind = Literal["linear", "conv", "embedding"]
+LayerKind = Literal["linear", "conv", "embedding"]
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """The LoRA of one module, as the header describes it.
+    """LoRA of one module as described by header and configuration.
 
     Attributes:
-        name: Path of the module in the base model, as its format writes it.
-        keys: The names of its tensors by role.
-        kind: Which of the three layouts its factors have.
-        rank: R.
-        alpha: Before it is divided by the rank.
-        scale: s.
-        shape_A: As stored.
-        shape_B: As stored.
-        dtype: Of the stored A.
+        name: Module name in the base model, in the spelling of the file format.
+        keys: Tensor names by role.
+        kind: Layout of the factors.
+        rank: Rank R.
+        alpha: `lora_alpha` of the module.
+        scale: Factor s of the update `s * B A`.
+        shape_A: Stored shape of A.
+        shape_B: Stored shape of B.
+        dtype: Stored dtype of A.
     """
 
     name: str
     keys: dict[Role, str]
-    kind: Kind
+    kind: LayerKind
     rank: int
     alpha: float
     scale: float
@@ -67,50 +68,50 @@ class LoraModule:
 
     @property
     def key_A(self) -> str:
-        """The name of A in the file."""
+        """Tensor name of A."""
         return self.keys[Role.EMBEDDING_A if self.kind == "embedding" else Role.A]
 
     @property
     def key_B(self) -> str:
-        """The name of B in the file."""
+        """Tensor name of B."""
         return self.keys[Role.EMBEDDING_B if self.kind == "embedding" else Role.B]
 
     @property
     def out_features(self) -> int:
-        """Rows of B A."""
+        """Rows of `B A`."""
         return self.shape_B[0]
 
     @property
     def in_features(self) -> int:
-        """Columns of B A; for a convolution, input channels times size of the kernel."""
+        """Columns of `B A`; for a convolution, input channels times kernel size."""
         return math.prod(self.shape_A[1:])
 
 
-class LoraAdapter:
-    """A LoRA in a file that is open; a context manager that closes it. Made by `open_adapter`.
+class LoraAdapter(ClosedOnExit):
+    """Open LoRA file; a context manager. Created by `open_adapter`.
 
     Attributes:
-        file: The tensors.
-        config: The content of `adapter_config.json`, or None for a single file.
-        format: A key of `keys.FORMATS`.
-        modules: The LoRA of each module, by name.
-        other_keys: Tensors that belong to no LoRA (`modules_to_save`, trained tokens, biases): tools copy them.
+        file: The open safetensors file.
+        config: Content of `adapter_config.json`, or None for a single file.
+        format: Key format, one of `lora_keys.FORMATS`.
+        modules: LoRA of each module by name.
+        other_keys: Names of tensors outside the LoRA (`modules_to_save`, trained tokens, biases), to be copied.
     """
 
     def __init__(self, file: TensorFile, config: dict[str, Any] | None) -> None:
-        """Check everything that header and configuration tell.
+        """Validates header and configuration.
 
         Args:
-            file: Closed by the caller if this raises.
-            config: As the attribute.
+            file: Open file; the caller closes it if this raises.
+            config: Content of `adapter_config.json`, or None for a single file.
 
         Raises:
-            ValueError: If something is wrong; names the field, key or module.
-            NotImplementedError: If this LoRA is of a kind that two factors a module do not describe.
+            ValueError: If a field, key or module is invalid.
+            NotImplementedError: If an update is not `s * B A`.
         """
         self.file, self.config = file, config
         if config is not None:
-            read_settings(config)  # another kind of adapter is named as such, whatever its keys
+            read_settings(config)  # first, so that other adapter types are refused by type and not by their keys
         self.format = detect_format(file.tensors)
         if self.format == "peft" and config is None:
             raise ValueError(f"{file.path}: its scale is in {CONFIG_NAME}; give the folder that holds both.")
@@ -121,10 +122,10 @@ class LoraAdapter:
         self.modules = {name: self._module(name, keys) for name, keys in groups.items()}
 
     def _module(self, name: str, keys: dict[Role, str]) -> LoraModule:
-        """Describe and check one module."""
+        """Validates and describes one module."""
         A, B = _factor_roles(name, keys)
         info_A, info_B = self.file.tensors[keys[A]], self.file.tensors[keys[B]]
-        kind: Kind = "embedding" if A is Role.EMBEDDING_A else "linear" if len(info_A.shape) == 2 else "conv"
+        kind: LayerKind = "embedding" if A is Role.EMBEDDING_A else "linear" if len(info_A.shape) == 2 else "conv"
         _check_shapes(name, kind, info_A.shape, info_B.shape)
         _check_companions(name, keys, self.file.tensors, info_A.shape, info_B.shape, self.config)
         rank = info_A.shape[0]
@@ -132,7 +133,7 @@ class LoraAdapter:
         return LoraModule(name, keys, kind, rank, alpha, scale, info_A.shape, info_B.shape, info_A.dtype)
 
     def _alpha_and_scale(self, name: str, keys: dict[Role, str], rank: int) -> tuple[float, float]:
-        """From the configuration, else from the module's own tensor, else alpha = R, as every loader assumes."""
+        """Alpha and scale from the configuration, else from the alpha tensor, else alpha = R as all loaders assume."""
         configured = self._configured(name)
         if configured is None:
             alpha = self._read_alpha(keys[Role.ALPHA]) if Role.ALPHA in keys else float(rank)
@@ -147,61 +148,66 @@ class LoraAdapter:
         return configured.alpha, configured.scale
 
     def _read_alpha(self, key: str) -> float:
-        """The number in a tensor with one element."""
+        """Reads an alpha tensor of one element."""
         info = self.file.tensors[key]
         if info.numel != 1 or info.dtype not in FLOATS + _INTEGERS:
             raise ValueError(f"{key}: an alpha is one number, not {info.dtype} {info.shape}; train or convert again.")
         return float(self.read(key).item())
 
     def read(self, key: str) -> Tensor:
-        """One tensor of the file, by its key there, as it is stored.
+        """Reads one tensor by its name in the file.
 
         Raises:
             KeyError: If there is no such tensor.
-            ValueError: If it has values that are not finite.
+            ValueError: If a value is not finite.
         """
         return _finite(key, self.file.read(key))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """B and A of one module, read now, with ΔW = `scale * B @ A` (of an embedding, its transpose).
+        """Reads B and A of one module, with ΔW = `scale * B @ A` (of an embedding, its transpose).
 
         Args:
             name: A key of `modules`.
 
         Returns:
-            B `(out_features, rank)` and A `(rank, in_features)`, in the dtypes of the file.
+            B `(out_features, rank)` and A `(rank, in_features)` in the dtypes of the file.
 
         Raises:
             KeyError: If there is no such module.
-            ValueError: If they have values that are not finite.
+            ValueError: If a value is not finite.
         """
         module = self.modules[name]
         return self.read(module.key_B).flatten(1), self.read(module.key_A).flatten(1)
 
-    def restored_infos(self, name: str, rank: int) -> dict[str, TensorInfo]:
-        """What `restore` gives for a module of another rank: dtype and shape by key, B first.
+    def new_infos(self, name: str, rank: int, scale: float) -> dict[str, TensorInfo]:
+        """Dtype and shape of the tensors that `new_tensors` returns for new factors of rank `rank`, by tensor name.
 
         Args:
             name: A key of `modules`.
-            rank: The new rank, positive.
+            rank: Rank of the new factors, at least 1.
+            scale: Scale of the new factors.
         """
         module = self.modules[name]
-        shape_B = (module.shape_B[0], rank, *module.shape_B[2:])
-        return {
-            module.key_B: TensorInfo(self.file.tensors[module.key_B].dtype, shape_B),
-            module.key_A: TensorInfo(module.dtype, (rank, *module.shape_A[1:])),
-        }
+        infos = {key: self.file.tensors[key] for key in module.keys.values()}
+        infos[module.key_B] = TensorInfo(infos[module.key_B].dtype, (module.shape_B[0], rank, *module.shape_B[2:]))
+        infos[module.key_A] = TensorInfo(module.dtype, (rank, *module.shape_A[1:]))
+        if Role.ALPHA in module.keys:
+            infos[module.keys[Role.ALPHA]] = TensorInfo.of(self._alpha_tensor(module, rank, scale))
+        return infos
 
-    def restore(self, name: str, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """New factors of a module in the layout, the dtypes and under the keys of the old ones, contiguous.
+    def new_tensors(self, name: str, B: Tensor, A: Tensor, scale: float) -> dict[str, Tensor]:
+        """All tensors of a module with new factors and scale, by tensor name, in the layouts of the file.
 
-        The other tensors of the module stay as they are, but two of them depend on what the caller does to the scale s:
-        an alpha (`Role.ALPHA`), and the bias of B (`Role.BIAS`), which is also multiplied by s.
+        The bias of B is rescaled, since loaders multiply it by the scale too, and the alpha recomputed.
 
         Args:
             name: A key of `modules`.
-            B: `(out_features, r)`.
-            A: `(r, in_features)`.
+            B: New factor, `(out_features, r)`.
+            A: New factor, `(r, in_features)`.
+            scale: Scale of the new factors.
+
+        Returns:
+            Contiguous tensors in the dtypes of the file; an alpha that its dtype cannot hold becomes float32.
 
         Raises:
             KeyError: If there is no such module.
@@ -212,40 +218,44 @@ class LoraAdapter:
         wanted = (module.out_features, rank), (rank, module.in_features)
         if rank < 1 or (tuple(B.shape), tuple(A.shape)) != wanted:
             raise ValueError(f"module {name}: B {tuple(B.shape)} and A {tuple(A.shape)} should be {wanted}.")
-        infos = self.restored_infos(name, rank)
-        return {
-            key: _finite(key, factor.reshape(info.shape).to(info.dtype).contiguous())
-            for (key, info), factor in zip(infos.items(), (B, A), strict=True)
-        }
+        infos, tensors = self.new_infos(name, rank, scale), dict[str, Tensor]()
+        for key, factor in ((module.key_B, B), (module.key_A, A)):
+            tensors[key] = _finite(key, factor.reshape(infos[key].shape).to(infos[key].dtype).contiguous())
+        for role, key in module.keys.items():
+            if role is Role.ALPHA:
+                tensors[key] = self._alpha_tensor(module, rank, scale)
+            elif role is Role.BIAS:
+                old = self.read(key)
+                tensors[key] = (old.double() * (module.scale / scale)).to(old.dtype)
+            elif role is Role.MAGNITUDE:
+                tensors[key] = self.read(key)
+        return tensors
+
+    def _alpha_tensor(self, module: LoraModule, rank: int, scale: float) -> Tensor:
+        """Alpha tensor for a new rank and scale, in the dtype of the file if that holds the value exactly."""
+        info = self.file.tensors[module.keys[Role.ALPHA]]
+        exact = torch.full(info.shape, alpha_of(scale, rank, use_rslora=False), dtype=torch.float64)
+        stored = exact.to(info.dtype)
+        return stored if torch.equal(stored.double(), exact) else exact.float()
 
     def close(self) -> None:
-        """Close the file; no tensor can be read after it."""
+        """Closes the file; no tensor can be read afterwards."""
         self.file.close()
-
-    def __enter__(self) -> LoraAdapter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_adapter(path: str | Path) -> LoraAdapter:
-    """Open a LoRA for reading, without its base model.
-
-    Nothing of a tensor's size is allocated; `LoraAdapter.factors` reads one module.
+    """Opens a LoRA for reading, without its base model; reads no factors.
 
     Args:
-        path: A folder that peft saved (`adapter_config.json` and `adapter_model.safetensors`), or a `.safetensors` file
+        path: A folder saved by peft (`adapter_config.json` and `adapter_model.safetensors`), or a `.safetensors` file
             of sd-scripts or diffusers.
 
     Returns:
-        The adapter; close it, or use it in a `with`.
+        The open adapter, a context manager.
 
     Raises:
-        ValueError: If the files are not what they should be; names the field, key or module and the fix.
-        NotImplementedError: If it is another kind of adapter, or a LoRA whose updates are not plain products.
+        ValueError: If a file is missing or invalid; names the field, key or module and the fix.
+        NotImplementedError: If it is another adapter type, or an update is not `s * B A`.
     """
     path = Path(path)
     is_folder = path.is_dir()
@@ -263,14 +273,14 @@ def open_adapter(path: str | Path) -> LoraAdapter:
 def _configured(
     fmt: str, metadata: Mapping[str, str], config: Mapping[str, Any] | None
 ) -> Callable[[str], ModuleSettings | None]:
-    """What is said of a module's rank and scale outside its tensors."""
+    """Function from a module's name to its rank, alpha and scale in the configuration; None where it has none."""
     if config is not None:
         return read_settings(config).of
     return diffusers_settings(metadata) if fmt == "diffusers_peft" else lambda module: None
 
 
 def _group(fmt: str, keys: Iterable[str]) -> tuple[dict[str, dict[Role, str]], list[str]]:
-    """Keys by module and role, and those that belong to no LoRA."""
+    """Groups tensor names by module and role, and lists those outside the LoRA."""
     groups: dict[str, dict[Role, str]] = {}
     others = []
     for key in keys:
@@ -290,24 +300,24 @@ def _group(fmt: str, keys: Iterable[str]) -> tuple[dict[str, dict[Role, str]], l
 
 
 def _factor_roles(name: str, keys: Mapping[Role, str]) -> tuple[Role, Role]:
-    """The roles of the two factors of a module, both of which are there."""
+    """Roles of the two factors of a module; raises if one is missing."""
     if not set(name) <= _LETTERS or len(name) > _LONGEST_NAME:
         raise ValueError(f"module {reprlib.repr(name)}: a name has letters, digits, '_', '-' and '.'; rename it.")
     if Role.MID in keys:
         raise NotImplementedError(f"module {name}: lora_mid, a LoRA of three factors, is not supported.")
     pairs = (Role.A, Role.B), (Role.EMBEDDING_A, Role.EMBEDDING_B)
-    there = [[role for role in pair if role in keys] for pair in pairs]
-    if all(there):
+    present = [[role for role in pair if role in keys] for pair in pairs]
+    if all(present):
         raise ValueError(f"module {name}: factors of a linear layer and of an embedding; remove one pair.")
-    pair, found = (pairs[1], there[1]) if there[1] else (pairs[0], there[0])
+    pair, found = (pairs[1], present[1]) if present[1] else (pairs[0], present[0])
     if len(found) < 2:
         missing = [role.value for role in pair if role not in found]
         raise ValueError(f"module {name}: the file has no {' and no '.join(missing)}; it is incomplete, get it again.")
     return pair
 
 
-def _check_shapes(name: str, kind: Kind, A: tuple[int, ...], B: tuple[int, ...]) -> None:
-    """Whether the stored shapes are those of two factors of one matrix."""
+def _check_shapes(name: str, kind: LayerKind, A: tuple[int, ...], B: tuple[int, ...]) -> None:
+    """Checks that the stored shapes of A and B are those of two factors of one matrix."""
     if not 2 <= len(A) == len(B) <= 5 or (kind == "embedding" and len(A) != 2) or 0 in A + B:
         raise ValueError(f"module {name}: lora_A {A} and lora_B {B} are not the factors of a layer.")
     if kind == "conv" and A[0] != B[1] and A[0] % B[1] == 0:
@@ -330,7 +340,7 @@ def _check_companions(
     B: tuple[int, ...],
     config: Mapping[str, Any] | None,
 ) -> None:
-    """Whether dtypes can be computed with, and magnitude and bias fit the factors and the configuration."""
+    """Checks the dtypes, and that magnitude and bias fit the factors and the configuration."""
     for role, key in keys.items():
         if role is not Role.ALPHA and infos[key].dtype not in FLOATS:
             raise ValueError(f"{key}: dtype {infos[key].dtype}; a LoRA is float64, float32, float16 or bfloat16.")
@@ -344,9 +354,9 @@ def _check_companions(
 
 
 def _finite(key: str, tensor: Tensor) -> Tensor:
-    """The tensor itself, if no value is NaN or infinite; needs no memory."""
+    """Returns the tensor; raises if a value is NaN or infinite. Allocates nothing."""
     if tensor.dtype in FLOATS and tensor.numel():
-        least, most = torch.aminmax(tensor)  # NaN if there is one
+        least, most = torch.aminmax(tensor)  # both NaN if any value is
         if not math.isfinite(least.item()) or not math.isfinite(most.item()):
             raise ValueError(f"non-finite values in {key}; train or download it again.")
     return tensor

@@ -1,8 +1,8 @@
-"""How LoRA files name their tensors: one table, read in both directions.
+"""Tensor names of LoRA files: parses them to module and role, and makes them from both.
 
-A key is `prefix + module + suffix`. Each format has one prefix (it may be empty) and, for each role that a tensor can
-play in a module, one suffix; no suffix of a format ends in another, so a key has one reading and a reading has one key.
-Keys are compared as plain texts: nothing that a file says is used as a regular expression.
+A key is `prefix + module + suffix`. Each format has one prefix (it may be empty) and one suffix for each role of a
+tensor in a module. No suffix of a format ends in another, so parsing is unambiguous and inverts making. Keys are
+compared as plain text; text from a file is never used as a regular expression.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from enum import Enum
 
 
 class Role(str, Enum):
-    """What a tensor is to the LoRA of its module, in the words of peft."""
+    """Role of a tensor in the LoRA of its module, in peft's names."""
 
     A = "lora_A"
     B = "lora_B"
     ALPHA = "alpha"
     MAGNITUDE = "lora_magnitude_vector"
-    MAGNITUDE_WEIGHT = "lora_magnitude_vector.weight"  # the same thing, as a state dict of DoRA layers names it
+    MAGNITUDE_WEIGHT = "lora_magnitude_vector.weight"  # as the state dict of DoRA layers names it
     BIAS = "lora_bias"
     EMBEDDING_A = "lora_embedding_A"
     EMBEDDING_B = "lora_embedding_B"
@@ -29,11 +29,11 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class KeyFormat:
-    """One way to name tensors.
+    """Naming scheme of one file format.
 
     Attributes:
-        prefix: What every key begins with; not part of the module's name.
-        suffixes: What the keys of each role end in.
+        prefix: Beginning of every key, not part of the module name.
+        suffixes: End of the keys of each role.
     """
 
     prefix: str
@@ -72,15 +72,15 @@ FORMATS = {
 
 _PREFIXES = tuple(form.prefix for form in FORMATS.values() if form.prefix)
 _FACTORS = (Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B)
-_LONGEST_HINT = 256  # characters of a key for which a nearest one is searched: the search takes quadratic time
+_LONGEST_HINT = 256  # characters; longer keys get no hint, since the search takes quadratic time
 
 
 def parse_key(fmt: str, key: str) -> tuple[str, Role] | None:
-    """The module and the role that a key names in a format, or None if it is not a key of that format.
+    """Module name and role of a tensor, or None if the key does not follow the format.
 
     Args:
         fmt: A key of `FORMATS`.
-        key: The name of a tensor in a file.
+        key: Name of a tensor in a file.
     """
     form = FORMATS[fmt]
     if not key.startswith(form.prefix) or (not form.prefix and key.startswith(_PREFIXES)):
@@ -93,15 +93,15 @@ def parse_key(fmt: str, key: str) -> tuple[str, Role] | None:
 
 
 def make_key(fmt: str, module: str, role: Role) -> str:
-    """The key of a module's tensor; `parse_key` undoes it.
+    """Name of a module's tensor in a file; the inverse of `parse_key`.
 
     Args:
         fmt: A key of `FORMATS`.
         module: Name of the module, not empty.
-        role: What the tensor is.
+        role: Role of the tensor.
 
     Raises:
-        ValueError: If the format cannot name it.
+        ValueError: If the format has no name for it.
     """
     form = FORMATS[fmt]
     if role not in form.suffixes:
@@ -113,12 +113,12 @@ def make_key(fmt: str, module: str, role: Role) -> str:
 
 
 def is_lora_key(key: str) -> bool:
-    """Whether a key claims to belong to a LoRA, whatever the format; such a key is never passed over."""
+    """Whether a key looks like that of a LoRA tensor of any format; such keys are never ignored."""
     return "lora_" in key or ".lora." in key
 
 
 def nearest_key(fmt: str, key: str) -> str:
-    """The key of a format that differs least from one that is not, for error messages; empty for very long keys."""
+    """Valid key of a format that is most similar to an invalid one, for error messages; empty for very long keys."""
     if len(key) > _LONGEST_HINT:
         return ""
     form = FORMATS[fmt]
@@ -129,18 +129,16 @@ def nearest_key(fmt: str, key: str) -> str:
 
 
 def detect_format(keys: Iterable[str]) -> str:
-    """The format whose keys these are.
-
-    Only the keys of factors decide: `.alpha` is common to two formats.
+    """Detects the format of a file from the keys of its factors (`.alpha` occurs in two formats).
 
     Args:
-        keys: The names of all tensors in a file.
+        keys: Names of all tensors in the file.
 
     Returns:
         A key of `FORMATS`.
 
     Raises:
-        ValueError: If the keys are of no format, or of several.
+        ValueError: If the keys match no format, or several.
     """
     keys = list(keys)
     found: dict[str, str] = {}
@@ -151,13 +149,13 @@ def detect_format(keys: Iterable[str]) -> str:
                 found.setdefault(fmt, key)
     if not found:
         known = ", ".join(f"{fmt} ({make_key(fmt, '<module>', Role.A)})" for fmt in FORMATS)
-        raise ValueError(f"no LoRA in any known format: the keys are {_some(keys)}; convert to one of {known}.")
+        raise ValueError(f"no LoRA in any known format: the keys are {_shown(keys)}; convert to one of {known}.")
     if len(found) > 1:
         raise ValueError(f"keys of {len(found)} formats in one file, such as {found}; split it or convert it to one.")
     return next(iter(found))
 
 
-def _some(keys: list[str]) -> str:
-    """Up to three keys, shortened."""
+def _shown(keys: list[str]) -> str:
+    """Up to three keys, shortened, for an error message."""
     shown = [repr(key if len(key) <= 100 else key[:97] + "...") for key in keys[:3]]
     return ", ".join(shown) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if shown else "none"

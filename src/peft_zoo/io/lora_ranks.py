@@ -1,4 +1,4 @@
-"""How ranks that differ between modules are written into a LoRA's configuration."""
+"""Expresses per-module ranks and scales in the fields of a LoRA configuration."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""How the names of initializations start that take s B A of the untrained factors off the base weights."""
+"""Prefixes of `init_lora_weights` values that subtract the initial `s * B A` from the base weights."""
 
 
 class RankAndScale(NamedTuple):
-    """What one module's LoRA has: its rank, and the factor s of its update `s * B A`."""
+    """Rank of one module's LoRA, and the scale s of its update `s * B A`."""
 
     rank: int
     scale: float
 
 
 def rank_fields(modules: Mapping[str, RankAndScale], use_rslora: bool = False) -> dict[str, Any]:
-    """The fields `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of a LoRA with these ranks and scales.
+    """Fields `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of a LoRA with these ranks and scales.
 
-    The commonest rank and alpha become the fields, the others patterns. peft reads a pattern's key as a regular
-    expression that may match the end of a name, so keys are escaped and anchored: each fits its own module only.
+    The most common rank and alpha become the fields, the others patterns. peft reads the keys of patterns as regular
+    expressions for the end of a name, so keys are escaped and anchored: each matches one module only.
 
     Args:
-        modules: By the module's name in the base model; not empty.
-        use_rslora: Whether alpha is divided by the root of the rank instead of the rank.
+        modules: Rank and scale by module name in the base model; not empty.
+        use_rslora: Whether scales are `alpha / sqrt(rank)` instead of `alpha / rank`.
     """
     ranks = {name: module.rank for name, module in modules.items()}
     alphas = {name: alpha_of(module.scale, module.rank, use_rslora) for name, module in modules.items()}
@@ -40,16 +40,16 @@ def rank_fields(modules: Mapping[str, RankAndScale], use_rslora: bool = False) -
 
 
 def alpha_of(scale: float, rank: int, use_rslora: bool) -> int | float:
-    """The `lora_alpha` that gives a scale; an int where it is one."""
+    """Value of `lora_alpha` for a scale and a rank; an int if it is a whole number up to rounding."""
     alpha = scale * (rank**0.5 if use_rslora else rank)
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha
 
 
 def kept_scale(scale: float) -> float:
-    """The scale of new factors that shall keep the old one: a sign goes into the factors, and zeros have any scale."""
+    """Scale to write for new factors so that `scale * B A` is unchanged: `|scale|` (B takes the sign), 1 for zero."""
     return abs(scale) or 1.0
 
 
 def exactly(name: str) -> str:
-    """A pattern that peft finds in this module's name only."""
+    """Pattern key that peft matches with this module name only."""
     return f"^{re.escape(name)}"

@@ -1,9 +1,9 @@
-r"""What a LoRA's configuration says of rank and scale, and whether its update is a plain product at all.
+r"""Reads rank and scale of every module from an untrusted LoRA configuration.
 
-peft reads the keys of `rank_pattern` and `alpha_pattern` as regular expressions, `re.match(rf"(.*\.)?({key})$", name)`,
-and takes the first that fits. An expression from a file can keep a machine busy for years, so here a key is a name: the
-whole name of a module, or its end after a dot; with `^` before it only the whole. Escapes as `re.escape` makes them and
-a `$` at the end are undone, and a dot is a dot. A key that is more of an expression than that is refused.
+peft uses the keys of `rank_pattern` and `alpha_pattern` as regular expressions, `re.match(rf"(.*\.)?({key})$", name)`,
+and takes the first match. An expression from a file can take exponential time, so here a key is read as a name: a whole
+module name or its end after a dot; with a leading `^` a whole name only. Escapes of `re.escape` and a final `$` are
+removed, and a dot is a dot. Keys with any other special character are refused.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from peft_zoo.io.lora_ranks import CHANGES_BASE
-from peft_zoo.io.safetensors import parse_json
+from peft_zoo.io.strict_json import parse_json
 
 MAX_RANK = 1 << 16
 PEFT_TYPES = ("LORA", "ZOO_SQUEEZE_LORA")
-DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers keeps the configurations of a file's parts
+DIFFUSERS_METADATA = "lora_adapter_metadata"  # metadata entry with the configurations of each model part
 
-# Switches (`use_…`) and `…_config` of peft's LoraConfig that leave the update s B A on the whole input, or that only
-# matter before training. All others are refused, and so are those that a later peft invents.
-_HARMLESS = {
+# Fields `use_…` and `…_config` of peft's LoraConfig with which the update is s B A on the whole input, or that only
+# matter before training. All others are refused, so fields of future versions are refused too.
+_ALLOWED = {
     "use_rslora",
     "use_dora",  # the magnitude vector is a tensor of its own
     "eva_config",
@@ -41,28 +41,28 @@ T = TypeVar("T", int, float)
 
 @dataclass(frozen=True)
 class Patterns(Generic[T]):
-    """A `rank_pattern` or `alpha_pattern` whose keys are names.
+    """Parsed `rank_pattern` or `alpha_pattern`; each value is stored with the position of its key.
 
     Attributes:
-        whole: Values by the whole name of a module, each with its place among the keys.
-        ends: Values by the end of a name.
+        whole: Position and value by whole module name.
+        ends: Position and value by the end of a module name.
     """
 
     whole: dict[str, tuple[int, T]] = field(default_factory=dict)
     ends: dict[str, tuple[int, T]] = field(default_factory=dict)
 
     def of(self, module: str, default: T) -> T:
-        """The value of the first key that fits the module."""
-        fits = [self.whole[module]] if module in self.whole else []
+        """Value of the first key that matches a module name, or the default."""
+        matches = [self.whole[module]] if module in self.whole else []
         parts = module.split(".")
         for start in range(len(parts)):
             end = ".".join(parts[start:])
-            fits += [self.ends[end]] if end in self.ends else []
-        return min(fits)[1] if fits else default
+            matches += [self.ends[end]] if end in self.ends else []
+        return min(matches)[1] if matches else default
 
 
 class ModuleSettings(NamedTuple):
-    """R, alpha and the factor s of one module's update s B A."""
+    """Rank, alpha and scale s of one module's update `s * B A`."""
 
     rank: int
     alpha: float
@@ -71,14 +71,14 @@ class ModuleSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank and scale of every module, as a configuration gives them.
+    """Fields of a LoRA configuration that determine ranks and scales.
 
     Attributes:
-        rank: `r`.
-        alpha: `lora_alpha`.
-        rslora: Whether the scale is alpha / sqrt(r) instead of alpha / r.
-        rank_pattern: Modules with another rank.
-        alpha_pattern: Modules with another alpha.
+        rank: Default rank, `r`.
+        alpha: Default alpha, `lora_alpha`.
+        rslora: Whether the scale is `alpha / sqrt(r)` instead of `alpha / r`.
+        rank_pattern: Ranks of other modules.
+        alpha_pattern: Alphas of other modules.
     """
 
     rank: int
@@ -88,21 +88,21 @@ class LoraSettings:
     alpha_pattern: Patterns[float]
 
     def of(self, module: str) -> ModuleSettings:
-        """What the configuration gives one module, by its name in the model that was configured."""
-        name = module.partition(".base_layer.")[0]  # a LoRA inside another's layer (attention) shares its settings
+        """Rank, alpha and scale of a module, by its name in the base model."""
+        name = module.partition(".base_layer.")[0]  # out_proj in an attention layer has the settings of that layer
         rank, alpha = self.rank_pattern.of(name, self.rank), self.alpha_pattern.of(name, self.alpha)
         return ModuleSettings(rank, alpha, alpha / (math.sqrt(rank) if self.rslora else rank))
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """Check a LoRA's configuration and keep what rank and scale depend on.
+    """Validates a LoRA configuration and extracts the fields that determine ranks and scales.
 
     Args:
-        config: The content of an `adapter_config.json`.
+        config: Content of an `adapter_config.json`.
 
     Raises:
-        ValueError: If a value is impossible, or the file does not have what its base model lost when training began.
-        NotImplementedError: If this is no LoRA, or one whose update is not s B A on the whole input.
+        ValueError: If a value is invalid, or the initialization changed the base weights.
+        NotImplementedError: If this is another adapter type, or an update is not `s * B A` on the whole input.
     """
     _check_kind(config)
     rslora = config.get("use_rslora", False)
@@ -118,16 +118,16 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
 
 
 def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSettings | None]:
-    """Rank and scale by module, from the metadata of a file that diffusers wrote.
+    """Reads ranks and scales from the metadata of a file written by diffusers.
 
-    It stores the configurations of its parts in one object with their fields prefixed, `unet.r`, `text_encoder.r`; a
-    file with a single part may go without.
+    One JSON object holds the configurations of all model parts, with prefixed fields: `unet.r`, `text_encoder.r`. A
+    file with a single part may omit the prefix.
 
     Args:
-        metadata: Of the safetensors file.
+        metadata: Text entries of the safetensors file.
 
     Returns:
-        A function from the full name of a module; it gives None where the metadata say nothing.
+        Function from the full name of a module to its settings; None for modules that the metadata does not configure.
 
     Raises:
         ValueError: As `read_settings`, or if the entry is not a JSON object.
@@ -155,22 +155,22 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSet
 
 
 def _check_kind(config: Mapping[str, Any]) -> None:
-    """Whether the update of every module is s B A, added to base weights that do not depend on the rank."""
+    """Checks that every update is `s * B A`, added to base weights that do not depend on the rank."""
     kind = config.get("peft_type")
     if kind not in PEFT_TYPES:
         raise NotImplementedError(f"peft_type={reprlib.repr(kind)}: only {' and '.join(PEFT_TYPES)} are read.")
     for name, value in config.items():
         is_switch = name.startswith("use_") or name.endswith("_config")
-        if value and (name in _REFUSED or (is_switch and name not in _HARMLESS)):
+        if value and (name in _REFUSED or (is_switch and name not in _ALLOWED)):
             raise NotImplementedError(
                 f"{reprlib.repr(name)}={reprlib.repr(value)}: only LoRAs whose update is a plain product are read."
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise ValueError(
-            f"init_lora_weights={reprlib.repr(start)} takes from the base weights what depends on the rank; save with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...), or, if the base model was saved after "
-            "its change, set init_lora_weights to true."
+            f"init_lora_weights={reprlib.repr(start)} changed the base weights by an amount that depends on the rank; "
+            "save with save_pretrained(..., path_initial_model_for_weight_conversion=...), or, if the changed base "
+            "model was saved, set init_lora_weights to true."
         )
 
 
@@ -187,7 +187,7 @@ def _alpha(name: str, value: object) -> float:
 
 
 def _patterns(name: str, config: Mapping[str, Any], check: Callable[[str, object], T]) -> Patterns[T]:
-    """The patterns in a field of a configuration, their values checked."""
+    """Parses and validates a pattern field of a configuration."""
     entries = config.get(name) or {}
     if not isinstance(entries, dict):
         raise ValueError(f"{name}={reprlib.repr(entries)}: give an object with the names of modules.")
@@ -195,15 +195,19 @@ def _patterns(name: str, config: Mapping[str, Any], check: Callable[[str, object
     for place, (key, value) in enumerate(entries.items()):
         shown = f"{name}[{reprlib.repr(key)}]"
         target = patterns.whole if key.startswith("^") else patterns.ends
-        target.setdefault(_literal(shown, key), (place, check(shown, value)))
+        target.setdefault(_module_name(shown, key), (place, check(shown, value)))
     return patterns
 
 
-def _literal(shown: str, key: str) -> str:
-    """The name that a key stands for.
+def _module_name(shown: str, key: str) -> str:
+    """Module name (or end of a name) that a pattern key matches.
+
+    Args:
+        shown: Field and key, for the error message.
+        key: Key of a pattern.
 
     Raises:
-        ValueError: If it stands for more than one.
+        ValueError: If the key is a regular expression that may match other names.
     """
     letters = iter(key.removeprefix("^").removesuffix("$"))
     name = ""

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import draw
-from peft_zoo.io import TensorFile, TensorInfo, new_folder, read_json, write_tensors
+from peft_zoo.common.atomic import new_folder
+from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME
 from peft_zoo.io.lora_settings import read_settings
 from peft_zoo.kernels.random_matrix.basis import unit
@@ -261,13 +262,13 @@ def _write(
     copied = {
         key.replace(f".{old}", f".{new}"): key for key in file.tensors if not key.endswith((f"{old}A", f"{old}B"))
     }
-    infos = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in ready.items()}
+    infos = {key: TensorInfo.of(tensor) for key, tensor in ready.items()}
     infos |= {key: file.tensors[origin] for key, origin in copied.items()}
-
-    def produce(key: str) -> Tensor:
-        return ready[key] if key in ready else file.read(copied[key]) * factors.get(key, 1)
-
     with new_folder(out_dir) as folder:
-        write_tensors(folder / WEIGHTS_NAME, infos, produce, {"format": "pt"})
+        with TensorWriter(folder / WEIGHTS_NAME, infos, {"format": "pt"}) as writer:
+            for key, tensor in ready.items():
+                writer.write(key, tensor)
+            for key, origin in copied.items():
+                writer.write(key, file.read(origin) * factors.get(key, 1))
         config.save_pretrained(str(folder))
     return Path(out_dir)

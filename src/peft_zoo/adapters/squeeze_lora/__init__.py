@@ -1,4 +1,4 @@
-"""LoRA-Squeeze during training: a LoRA whose rank is lowered on a schedule (`SqueezeLoraConfig`)."""
+"""LoRA-Squeeze during training: a LoRA whose rank is lowered by a schedule."""
 
 from peft_zoo.adapters.squeeze_lora.model import SqueezeLoraConfig
 

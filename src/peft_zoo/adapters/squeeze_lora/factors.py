@@ -1,9 +1,10 @@
-"""The factors of a LoRA in a model, seen as pairs of matrices, and how a pair takes a smaller rank.
+"""Reads the LoRA factors of a model as matrices, and lowers their rank together with the optimizer's state.
 
-Every change is a pair of small maps (`peft_zoo.kernels.low_rank.factored`): ``B' = B P_B``, ``A' = P_A A``. Adam's
-first moments follow exactly, since ``dL/dB' = f dL/dB P_A^T`` and ``dL/dA' = f P_B^T dL/dA`` with the ratio of scales
-``f = s'/s``. Its second moments have no exact image. The squares of the maps overestimate them where gradients are
-mostly mean, so each direction is rescaled to the ratio of squared first to second moments that the tensor had before.
+New factors are products with small matrices (`peft_zoo.kernels.low_rank.factored`): ``B' = B P_B``, ``A' = P_A A``.
+Adam's first moments follow exactly, since ``dL/dB' = f dL/dB P_A^T`` and ``dL/dA' = f P_B^T dL/dA`` with the ratio of
+scales ``f = s'/s``. Its second moments have no exact image. The squared matrices overestimate them where the mean of
+the gradients dominates their variance, so each direction is rescaled to the ratio of squared first to second moments
+that the tensor had before.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ from torch.distributed.tensor import DTensor
 from peft_zoo.io.lora_ranks import alpha_of, kept_scale
 from peft_zoo.kernels.low_rank.factored import truncate_factors
 
-PLAIN = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant")
-"""Variants of peft's LoRA layers whose update still is `scale * B A`, to which they add something of their own."""
+PLAIN_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant")
+"""Variants of peft's LoRA layers with the update `scale * B A` before their own modification."""
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Factors of one adapted module; `scale * B A` is its update, `(out, in)`, kernels flattened, of an embedding
-    transposed.
+    """Factors of one adapted module.
+
+    The update `scale * B A` is `(out, in)`; kernels are flattened, and that of an embedding is transposed.
 
     Attributes:
-        name: The module's name in the base model.
-        layer: peft's layer.
+        name: Module name in the base model.
+        layer: peft's LoRA layer.
         adapter: Name of the adapter.
-        B: Parameter of `(out, R, ...)`.
-        A: Parameter of `(R, in, ...)`.
+        B: Parameter `(out, R, ...)`.
+        A: Parameter `(R, in, ...)`.
     """
 
     name: str
@@ -45,40 +47,44 @@ class LoraPair:
 
     @property
     def scale(self) -> float:
-        """Factor of the product."""
+        """Scale of the update."""
         return float(self.layer.scaling[self.adapter])
 
     @property
     def size(self) -> int:
-        """R, the number of directions that the tensors have room for."""
+        """Rank R of the tensors, counting directions that are zero."""
         return len(self.A)
 
     @property
     def parameters(self) -> int:
-        """Parameters of one rank."""
+        """Number of parameters of one direction."""
         return (self.A.numel() + self.B.numel()) // self.size
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """B of `(out, R)` and A of `(R, in)`, views that share memory with the parameters."""
+        """Views of B as `(out, R)` and A as `(R, in)` that share memory with the parameters."""
         return self.B.data.view(len(self.B), -1), self.A.data.view(self.size, -1)
 
     def live(self) -> Tensor:
-        """Which directions are in use, `(R,)`: a squeezed one is zero in both factors."""
+        """Mask `(R,)` of the directions in use; squeezed directions are zero in both factors."""
         B, A = self.matrices()
         return B.any(0) | A.any(1)
 
     @property
     def rank(self) -> int:
-        """The number of directions in use."""
+        """Number of directions in use."""
         return int(self.live().sum())
 
 
 def lora_pairs(model: nn.Module, adapter_name: str) -> list[LoraPair]:
-    """The factors of every module that an adapter adapts, in the order of the model.
+    """Factors of every module of an adapter, in the order of the model.
+
+    Args:
+        model: A `PeftModel`, or any model with LoRA layers.
+        adapter_name: Name of the adapter.
 
     Raises:
-        ValueError: If there is no such adapter, it is merged, or its tensors are sharded.
-        NotImplementedError: If a module's update is not a plain product of two factors, naming the module.
+        ValueError: If the adapter is missing, merged or sharded.
+        NotImplementedError: If a module's update is not `s * B A`; names the module.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     available = sorted({adapter for layer in layers.values() for adapter in layer.scaling})
@@ -102,33 +108,38 @@ def lora_pairs(model: nn.Module, adapter_name: str) -> list[LoraPair]:
 def squeeze_pair(
     pair: LoraPair, rank: int, *, shrink: bool, new_scale: float | None = None, optimizer: Projection | None = None
 ) -> None:
-    """Gives a pair the best approximation of its update that has a smaller rank, in balanced factors.
+    """Replaces the factors by balanced factors of the best approximation of a lower rank.
 
     Args:
-        pair: The factors.
-        rank: Directions to keep, at most `pair.size`; with `pair.rank` nothing is lost.
-        shrink: Whether the tensors get smaller; otherwise the rest is set to zero in both factors, which training with
-            SGD, Adam, AdamW or Adafactor leaves at zero, since the gradient of one is proportional to the other.
-        new_scale: Scale of the new product; None keeps the old one.
-        optimizer: What to do with the optimizer's state of the two parameters.
+        pair: Factors of one module.
+        rank: Rank to keep, at most `pair.size`; `pair.rank` keeps the update unchanged.
+        shrink: Whether the tensors become smaller. Otherwise the other directions are set to zero in both factors, and
+            stay zero under SGD, Adam, AdamW and Adafactor since each factor's gradient is proportional to the other.
+        new_scale: Scale of the new update; None keeps the old scale.
+        optimizer: Adapts the optimizer's state of the two parameters; None leaves it.
     """
     old_scale, scale = pair.scale, kept_scale(pair.scale) if new_scale is None else new_scale
     B, A = pair.matrices()
     low = truncate_factors(B, A, rank, scale=old_scale, new_scale=scale)
     new_B, new_A, left, right = low.B, low.A, low.left, low.right
     if not shrink:
-        room = (0, pair.size - rank)  # zeros for the other directions
-        new_B, left = nn.functional.pad(new_B, room), nn.functional.pad(left, room)
-        new_A, right = nn.functional.pad(new_A, (0, 0, *room)), nn.functional.pad(right, (0, 0, *room))
+        padding = (0, pair.size - rank)
+        new_B, left = nn.functional.pad(new_B, padding), nn.functional.pad(left, padding)
+        new_A, right = nn.functional.pad(new_A, (0, 0, *padding)), nn.functional.pad(right, (0, 0, *padding))
     if optimizer is not None:
         optimizer.follow(pair, left, right, scale / old_scale if old_scale else 0.0)
     write_factors(pair, new_B, new_A, scale)
 
 
-def drop_dead_directions(pair: LoraPair, new_scale: float | None = None) -> None:
-    """Takes the directions out of the tensors that are zero in both factors; the update stays what it was."""
+def drop_zero_directions(pair: LoraPair, new_scale: float | None = None) -> None:
+    """Removes the directions that are zero in both factors from the tensors; the update does not change.
+
+    Args:
+        pair: Factors of one module.
+        new_scale: Scale of the new factors; None keeps the old scale.
+    """
     alive = pair.live()
-    alive[0] |= not alive.any()  # a module keeps one
+    alive[0] |= not alive.any()  # a layer needs a rank of at least 1
     B, A = pair.matrices()
     scale = kept_scale(pair.scale) if new_scale is None else new_scale
     ratio = pair.scale / scale
@@ -138,7 +149,14 @@ def drop_dead_directions(pair: LoraPair, new_scale: float | None = None) -> None
 
 @torch.no_grad()
 def write_factors(pair: LoraPair, B: Tensor, A: Tensor, scale: float) -> None:
-    """Puts new factors into the same Parameter objects, and what peft knows of their rank into the layer."""
+    """Writes new factors into the same Parameter objects and updates rank, scale and alpha of the layer.
+
+    Args:
+        pair: Factors of one module.
+        B: New factor, `(out, r)`.
+        A: New factor, `(r, in)`.
+        scale: Scale of the new factors.
+    """
     layer, name, rank = pair.layer, pair.adapter, len(A)
     scale_bias(pair, pair.scale / scale)
     pair.B.grad = pair.A.grad = None
@@ -161,17 +179,17 @@ def write_factors(pair: LoraPair, B: Tensor, A: Tensor, scale: float) -> None:
 
 
 def scale_bias(pair: LoraPair, ratio: float) -> None:
-    """Multiplies the bias of B, if there is one: peft scales it too, so it takes the inverse of a change of scale."""
+    """Multiplies the bias of B, if any, by `ratio`: peft applies the scale to it too, so a new scale must be undone."""
     bias = getattr(pair.layer.lora_B[pair.adapter], "bias", None) if pair.adapter in pair.layer.lora_B else None
     if bias is not None:
         bias.data *= ratio
 
 
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Gives a parameter data of another shape.
+    """Replaces a parameter's data by data of another shape.
 
-    A loss that is still held keeps the parameter's gradient accumulator alive, which remembers the old shape and fails
-    the next backward pass. Autograd drops it when the dtype changes, hence the detour.
+    A loss that is still referenced keeps the parameter's gradient accumulator alive, which expects the old shape and
+    fails in the next backward pass. Autograd drops the accumulator when the dtype changes, so it is changed twice.
     """
     dtype = parameter.dtype
     parameter.data = torch.empty(
@@ -181,12 +199,15 @@ def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
 
 
 class Projection:
-    """Lets an optimizer's state follow the factors.
+    """Adapts an optimizer's state to new factors.
 
     Args:
         optimizer: The optimizer, possibly wrapped by accelerate.
-        mode: `"project"` maps the moments of torch's Adam and AdamW; the state of every other optimizer, and of all
-            with `"reset"`, is dropped, and the optimizer starts those two tensors anew at its next step.
+        mode: `"project"` maps the moments of torch's Adam and AdamW and resets the state of other optimizers;
+            `"reset"` deletes the state of the two parameters, so the optimizer initializes it at its next step.
+
+    Attributes:
+        was_reset: Whether state was deleted although mode is `"project"`.
     """
 
     MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"})
@@ -195,17 +216,17 @@ class Projection:
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
         self.optimizer, self.mode = optimizer, mode
-        self.was_reset = False  # whether state was dropped that should have followed
+        self.was_reset = False
 
     @torch.no_grad()
     def follow(self, pair: LoraPair, left: Tensor, right: Tensor, ratio: float) -> None:
-        """Maps the state of a pair's parameters, before they are written.
+        """Maps or deletes the state of a pair's parameters; call it before the new factors are written.
 
         Args:
-            pair: With the factors as they were.
-            left: `(R, r)`, `B' = B left`.
-            right: `(r, R)`, `A' = right A`.
-            ratio: New scale over old.
+            pair: Old factors of one module.
+            left: `(R, r)` with `B' = B left`.
+            right: `(r, R)` with `A' = right A`.
+            ratio: New scale divided by the old scale.
         """
         for parameter, over_columns, small in ((pair.B, True, ratio * right.mT), (pair.A, False, ratio * left.mT)):
             state = self.optimizer.state.get(parameter)
@@ -218,6 +239,7 @@ class Projection:
             _map_moments(state, over_columns, small)
 
     def _is_adam(self, parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
+        """Whether the state consists of the floating-point moments of torch's Adam or AdamW."""
         floats = all(v.shape == parameter.shape and v.is_floating_point() for k, v in state.items() if k != "step")
         return (
             isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW))
@@ -227,7 +249,13 @@ class Projection:
 
 
 def _map_moments(state: dict[str, Tensor], over_columns: bool, small: Tensor) -> None:
-    """Replaces Adam's moments of one factor; `small` is `(R, r)` for B, `(r, R)` for A."""
+    """Maps Adam's moments of one factor.
+
+    Args:
+        state: Optimizer state of the parameter, changed in place.
+        over_columns: True for B, whose moments are multiplied from the right; False for A.
+        small: `(R, r)` for B, `(r, R)` for A.
+    """
 
     def mapped(moment: Tensor, matrix: Tensor) -> Tensor:
         wide = moment.reshape(len(moment), -1).double()
@@ -251,8 +279,9 @@ def _map_moments(state: dict[str, Tensor], over_columns: bool, small: Tensor) ->
 
 
 def _pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
+    """Factors of one layer; raises if its update is not `s * B A` or the factors are merged or sharded."""
     variant = layer.lora_variant.get(adapter)
-    if isinstance(layer, ParamWrapper) or (variant is not None and type(variant).__name__ not in PLAIN):
+    if isinstance(layer, ParamWrapper) or (variant is not None and type(variant).__name__ not in PLAIN_VARIANTS):
         kind = "a targeted parameter" if isinstance(layer, ParamWrapper) else type(variant).__name__
         raise NotImplementedError(f"{name} is {kind}: its update is not one product of two factors, so its rank stays.")
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
@@ -277,10 +306,7 @@ def _pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
 
 
 def _plain_name(name: str) -> str:
-    """The name inside the base model, without what peft, DDP and torch.compile put before it."""
+    """Module name in the base model, without the prefixes of peft, DDP and torch.compile."""
     for wrapper in ("module.", "_orig_mod.", "base_model.model."):
         name = name.removeprefix(wrapper)
     return name
-
-
-__all__: list[str] = []

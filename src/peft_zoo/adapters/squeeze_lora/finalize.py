@@ -1,8 +1,9 @@
-"""From a LoRA whose squeezed directions are zero to the small, plain LoRA that stock peft loads."""
+"""Removes squeezed directions from a LoRA's tensors, so that it becomes a smaller plain LoRA for stock peft."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,38 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_zoo.adapters.squeeze_lora.factors import LoraPair, drop_dead_directions, lora_pairs, write_factors
+from peft_zoo.adapters.squeeze_lora.factors import LoraPair, drop_zero_directions, lora_pairs, write_factors
 from peft_zoo.io.lora_ranks import CHANGES_BASE, RankAndScale, rank_fields
 
 
 def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: str = "auto") -> dict[str, int]:
-    """Takes squeezed directions out of the tensors and makes the adapter a plain LoRA; its output does not change.
+    """Removes directions that are zero in both factors and makes the adapter a plain LoRA; outputs do not change.
 
     Args:
-        model: A `PeftModel`, or any model with LoRA layers; DDP's wrapper may be around it.
-        adapter_name: The adapter.
-        scaling: `"keep"` leaves the scale as it is, so alpha follows the rank; `"fold"` puts the scale into the
-            factors, so that alpha equals the rank, which loaders that ignore patterns want; `"auto"` keeps it where
-            all ranks are equal, and folds it elsewhere.
+        model: A `PeftModel`, or any model with LoRA layers, possibly inside `DistributedDataParallel`.
+        adapter_name: Name of the adapter.
+        scaling: `"keep"` leaves every scale, so alpha follows the rank; `"fold"` multiplies the scale into the factors,
+            so alpha equals the rank, for loaders that ignore patterns; `"auto"` (default) keeps if all ranks are equal
+            and folds otherwise.
 
     Returns:
-        The rank of each module.
+        Rank of each module by name.
 
     Raises:
-        ValueError: If there is no such adapter, it is merged, its tensors are sharded, or `scaling` is unknown.
-        NotImplementedError: If a module's update is not a plain product of two factors.
+        ValueError: If the adapter is missing, merged or sharded, or `scaling` is unknown.
+        NotImplementedError: If a module's update is not `s * B A`.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo.squeeze_lora import finalize_squeeze
+        >>> config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), config)
+        >>> layer = model.base_model.model[0]
+        >>> layer.lora_A["default"].weight.data[3:] = 0
+        >>> layer.lora_B["default"].weight.data[:, 3:] = 0
+        >>> finalize_squeeze(model)
+        {'0': 3}
     """
     if scaling not in ("auto", "keep", "fold"):
         raise ValueError(f"scaling={scaling!r} is unknown; use one of auto, keep, fold.")
@@ -43,26 +56,28 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
     for pair in pairs:
         if not (keep and uniform):
             pair.layer.use_rslora[adapter_name] = False
-        drop_dead_directions(pair, None if keep else 1.0)
+        drop_zero_directions(pair, None if keep else 1.0)
     configs[adapter_name] = _plain(configs[adapter_name])
-    write_ranks(configs[adapter_name], pairs)
+    write_ranks(model, adapter_name, pairs)
     return ranks
 
 
-def write_ranks(config: LoraConfig, pairs: Sequence[LoraPair]) -> None:
-    """Puts the present ranks and scales of an adapter's layers into its configuration."""
+def write_ranks(model: nn.Module, adapter_name: str, pairs: Sequence[LoraPair]) -> None:
+    """Updates the adapter's configuration in the model to the ranks and scales of its layers.
+
+    The model gets a changed copy: the configuration object may be the user's and serve other models.
+    """
     use_rslora = {bool(pair.layer.use_rslora.get(pair.adapter)) for pair in pairs} == {True}
     found = {pair.name: RankAndScale(pair.size, pair.scale) for pair in pairs}
-    for name, value in {**rank_fields(found, use_rslora), "use_rslora": use_rslora}.items():
-        setattr(config, name, value)
+    _update_config(model, adapter_name, {**rank_fields(found, use_rslora), "use_rslora": use_rslora})
 
 
 def config_table(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """The dict in which the model keeps the configuration of an adapter.
+    """Dictionary in which the model keeps the configurations of its adapters.
 
     Raises:
-        ValueError: If no part of the model has one, or the adapter began with a change of the base weights, which its
-            new rank would not undo when it is loaded again.
+        ValueError: If the adapter has no `LoraConfig` in it, or its initialization changed the base weights, which
+            loading it with another rank would not undo.
     """
     for module in model.modules():
         table = getattr(module, "peft_config", None)
@@ -79,10 +94,15 @@ def config_table(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 
 def resize_to(model: nn.Module, checkpoint: Path, adapter_name: str) -> None:
-    """Gives the factors in a model the ranks and scales of a saved adapter; their values are left to who loads it.
+    """Gives the factors in a model the ranks and scales of a saved adapter; loading their values is left to the caller.
+
+    Args:
+        model: A `PeftModel`, or any model with LoRA layers.
+        checkpoint: Folder of the adapter, or folder that contains a folder `adapter_name`.
+        adapter_name: Name of the adapter in the model.
 
     Raises:
-        ValueError: If the folder holds no LoRA, or the adapter cannot take its ranks.
+        ValueError: If the folder contains no LoRA, or a rank is larger than that in the model.
     """
     folder = checkpoint if (checkpoint / CONFIG_NAME).is_file() else checkpoint / adapter_name
     if not (folder / CONFIG_NAME).is_file():
@@ -90,30 +110,35 @@ def resize_to(model: nn.Module, checkpoint: Path, adapter_name: str) -> None:
     saved: Any = PeftConfig.from_pretrained(str(folder))
     if not isinstance(saved, LoraConfig):
         raise ValueError(f"checkpoint {str(checkpoint)!r} holds a {type(saved).__name__}: give that of a LoRA.")
-    config = config_table(model, adapter_name)[adapter_name]
+    config_table(model, adapter_name)
     for pair in lora_pairs(model, adapter_name):
-        rank = _matching(saved.rank_pattern, pair.name, saved.r)
+        rank = _pattern_value(saved.rank_pattern, pair.name, saved.r)
         if rank > pair.size:
             raise ValueError(
                 f"{pair.name} has rank {pair.size}, the checkpoint {rank}: make the adapter as the first run did."
             )
-        alpha = _matching(saved.alpha_pattern, pair.name, saved.lora_alpha)
+        alpha = _pattern_value(saved.alpha_pattern, pair.name, saved.lora_alpha)
         pair.layer.use_rslora[adapter_name] = saved.use_rslora
         B, A = pair.matrices()
         write_factors(pair, B[:, :rank], A[:rank], alpha / (rank**0.5 if saved.use_rslora else rank))
-    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
-        setattr(config, name, getattr(saved, name))
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+    _update_config(model, adapter_name, {name: getattr(saved, name) for name in names})
 
 
-def _matching(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """What a pattern says of a module, read as peft reads it."""
+def _update_config(model: nn.Module, adapter_name: str, changes: Mapping[str, Any]) -> None:
+    """Replaces the adapter's configuration in the model by a copy with changed fields."""
+    table = config_table(model, adapter_name)
+    config = copy.copy(table[adapter_name])
+    vars(config).update(changes)
+    table[adapter_name] = config
+
+
+def _pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """Value of a pattern for a module name, matched as peft matches it."""
     return (pattern or {}).get(get_pattern_key(list(pattern or {}), name), default)
 
 
 def _plain(config: LoraConfig) -> LoraConfig:
-    """The same configuration as peft's own class. How the factors began no longer matters."""
+    """Copy of the configuration as peft's own class, without the fields of initializations."""
     values = {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init}
     return LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})
-
-
-__all__ = ["finalize_squeeze"]

@@ -1,19 +1,18 @@
-"""LoRA-Squeeze: a LoRA that starts with a high rank and is compressed while it trains.
+"""LoRA-Squeeze: a LoRA that starts with a high rank, which is lowered during training.
 
-    W x + s B A x        with rank R, falling to r < R by a schedule (Alg. 2)
-    s B A = U S V^T      through QR or Gram matrices of the factors, never formed
+    W x + s B A x        with rank R, lowered to r < R by a schedule (Alg. 2)
+    s B A = U S V^T      from QR or Gram matrices of the factors, never formed
     B' = U_r S_r^(1/2)   A' = S_r^(1/2) V_r^T
 
-A high rank finds a good subspace, and its best part is kept: at equal steps and equal final size the paper reports
-better results than training at the low rank from the start. What is left at the end is a plain LoRA for stock peft.
+The paper reports better results than training at the low rank from the start, at equal steps and final size. At the
+end the adapter is a plain LoRA for stock peft.
 
-Cost: a LoRA of rank R while the mask mode trains, of the present rank in shrink mode; a squeeze reads the factors
-twice. Use it where the final size matters (serving many adapters, limits on the rank) and the training budget allows
-the rank R at first. Compressing once at the end (Post-Squeeze) can lose much at extreme ratios; leave some steps after
-the last squeeze.
+Cost: a LoRA of rank R during training in mask mode, of the present rank in shrink mode; a squeeze reads the factors
+twice. Use it where the final size matters (serving many adapters, limits on the rank) and training can afford rank R.
+Squeezing once at the end (Post-Squeeze) can lose much at extreme ratios; train some steps after the last squeeze.
 
 Source: LoRA-Squeeze (Vulić, Grycner, de Laroussilhe, Pfeiffer, arXiv 2602.10993). It leaves open how singular values
-are split, what happens to alpha and to the optimizer; the choices made here are fields of the configuration.
+are split, and what happens to alpha and the optimizer; these choices are fields of the configuration.
 """
 
 from __future__ import annotations
@@ -28,17 +27,27 @@ from peft_zoo import registration
 from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
 from peft_zoo.adapters.squeeze_lora.callback import SqueezeCallback
 from peft_zoo.adapters.squeeze_lora.schedule import SqueezeConfig
+from peft_zoo.common.checks import require
 
 
 @dataclass
 class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
-    """Configuration of a LoRA that is compressed while it trains; every field of peft's `LoraConfig`, and the schedule.
+    """Configuration of LoRA-Squeeze: a LoRA whose rank is lowered during training by a schedule.
 
-    The schedule travels with the adapter; `SqueezeCallback` (for `Trainer`) or `LoraSqueezer` (for other loops)
-    carries it out. Without a target it is the LoRA it began as.
+    It has the fields of peft's `LoraConfig` and of `SqueezeConfig`, and is saved with the adapter. `SqueezeCallback` (for
+    `transformers.Trainer`) or `LoraSqueezer` (for other loops) executes the schedule. Without a target it is a LoRA.
 
     Raises:
-        ValueError: For every field with a value that cannot work, naming the field, the value and the fix.
+        ValueError: If a field is invalid; names the field, its value and the fix.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_zoo import SqueezeLoraConfig
+        >>> config = SqueezeLoraConfig(r=64, target_rank=8, num_stages=3, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), config)
+        >>> model.print_trainable_parameters()
+        trainable params: 8,192 || all params: 12,352 || trainable%: 66.3212
     """
 
     method_name: ClassVar[str] = "squeeze_lora"
@@ -46,25 +55,25 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     def __post_init__(self) -> None:
         LoraConfig.__post_init__(self)
         SqueezeConfig.__post_init__(self)
-        self._require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
+        require(type(self.r) is int and self.r > 0, self, "r", "use an integer of at least 1")
         self.peft_type = registration.peft_type_of(type(self))
 
     def check_steps(self, total_steps: int) -> None:
-        """As `SqueezeConfig`, and whether there is a rank to lower.
+        """Checks that the schedule fits the number of optimizer steps and the rank.
 
         Raises:
-            ValueError: If the schedule does not fit the number of steps, or `target_rank` is not below every rank.
+            ValueError: If a stage would be shorter than `min_stage_steps`, a step is after the end of the run, or no
+                rank is above `target_rank`.
         """
         super().check_steps(total_steps)
         ranks = (self.r, *(self.rank_pattern or {}).values())
-        self._require(
-            self.target_rank is None or self.target_rank < max(ranks), "target_rank", f"use less than r={self.r}"
-        )
+        lowers = self.target_rank is None or self.target_rank < max(ranks)
+        require(lowers, self, "target_rank", f"use less than r={self.r}")
 
 
 @registration.register(
     SqueezeLoraConfig,
-    summary="LoRA-Squeeze: a LoRA whose rank falls while it trains; what is saved at the end is a plain LoRA.",
+    summary="LoRA-Squeeze: a LoRA whose rank is lowered during training; the result is a plain LoRA.",
     parameters="r·(in + out), r falling",
     memory="as LoRA: T·r",
     flops="as LoRA: 4·T·in·out + 6·T·r·(in + out)",
@@ -72,7 +81,4 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     callback=lambda model: SqueezeCallback(adapter_name=model.active_adapter),
 )
 class SqueezeLoraModel(SavedInsideFsdp, LoraModel):
-    """peft's LoRA, found under the type of `SqueezeLoraConfig`."""
-
-
-__all__ = ["SqueezeLoraConfig", "SqueezeLoraModel"]
+    """peft's LoRA model, registered for `SqueezeLoraConfig`."""

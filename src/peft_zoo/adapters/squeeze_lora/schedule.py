@@ -1,4 +1,4 @@
-"""When the rank falls during training, and to what: the settings of a squeeze and the steps that follow from them.
+"""Configuration of a squeeze during training: target, schedule and optimizer steps at which the rank falls.
 
 With T optimizer steps, a start value R (a rank, or a number of parameters) and a target r, between ``start_ratio`` and
 ``end_ratio`` of training, at ``u = clip((t - t_start) / (t_end - t_start), 0, 1)``::
@@ -6,10 +6,10 @@ With T optimizer steps, a start value R (a rank, or a number of parameters) and 
     linear     R - (R - r) u                       cosine    r + (R - r) (1 + cos(pi u)) / 2
     geometric  R (r / R)^u                         cubic     r + (R - r) (1 - u)^3                (AdaLoRA's)
 
-With ``num_stages = K`` there are K squeezes, ``t_k = T end_ratio k / K``: K = 1 is Cont-Squeeze, more is In-Squeeze.
+With ``num_stages = K`` there are K squeezes, at ``t_k = T end_ratio k / K``: K = 1 is Cont-Squeeze, K > 1 In-Squeeze.
 
-Source: LoRA-Squeeze (arXiv 2602.10993), which holds the number of steps fixed and gives every rank at least 200 of
-them; the cubic curve is that of AdaLoRA (arXiv 2303.10512, eq. 12).
+Source: LoRA-Squeeze (arXiv 2602.10993), which fixes the number of steps and trains each rank for at least 200 of them;
+the cubic curve is that of AdaLoRA (arXiv 2303.10512, eq. 12).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_zoo.adapters.base.config import option
-from peft_zoo.common.checks import check_count
+from peft_zoo.common.checks import check_count, require
 from peft_zoo.kernels.planning.ranks import RankTarget, parse_budget
 
 CURVES: dict[str, Callable[[float, float, float], float]] = {
@@ -29,114 +29,125 @@ CURVES: dict[str, Callable[[float, float, float], float]] = {
     "cosine": lambda start, target, u: target + (start - target) * (1 + math.cos(math.pi * u)) / 2,
     "cubic": lambda start, target, u: target + (start - target) * (1 - u) ** 3,
 }
-SCHEDULES = (*CURVES, "step")
-MODES = ("mask", "shrink")
-OPTIMIZER_STATES = ("project", "reset")
-SCALINGS = ("auto", "keep", "fold")
+CHOICES = {
+    "schedule": (*CURVES, "step"),
+    "mode": ("mask", "shrink"),
+    "optimizer_state": ("project", "reset"),
+    "scaling": ("auto", "keep", "fold"),
+}
 
 
 @dataclass
 class SqueezeConfig:
-    """Compression of a LoRA while it trains. Without a target nothing is compressed.
+    """Schedule for lowering the rank of any LoRA during training; without a target nothing is squeezed.
+
+    Pass it to `SqueezeCallback` or `LoraSqueezer` for an adapter with peft's `LoraConfig`; `SqueezeLoraConfig` has the
+    same fields.
 
     Raises:
-        ValueError: For every field with a value that cannot work, naming the field, the value and the fix.
+        ValueError: If a field is invalid; names the field, its value and the fix.
+
+    Examples:
+        >>> from peft_zoo.squeeze_lora import SqueezeConfig
+        >>> SqueezeConfig(target_rank=8, num_stages=3).stages(start=64, total_steps=800)
+        {200: 32, 400: 16, 600: 8}
     """
 
-    target_rank: int | None = option(None, "Rank of every module at the end. One of three targets.")
+    target_rank: int | None = option(None, "Final rank of every module. One of three targets.")
     energy: float | None = option(
         None, "In (0, 1]: share of squared singular values each module keeps, in one squeeze. One of three targets."
     )
     budget: int | str | None = option(
-        None, "Parameters (int) or size ('24MB') of all factors together; ranks then differ. One of three targets."
+        None, "Final parameters (int) or size ('24MB') of all factors together; ranks may differ. One of three targets."
     )
-    schedule: str = option("geometric", "How the rank falls: geometric, linear, cosine, cubic, or step (explicit).")
-    rank_at_step: dict[int, int] = option(dict, "For schedule='step': the rank from each optimizer step on.")
+    schedule: str = option("geometric", "Curve of the rank: geometric, linear, cosine, cubic, or step (explicit).")
+    rank_at_step: dict[int, int] = option(dict, "For schedule='step': new rank by optimizer step.")
     num_stages: int | None = option(
         None, "Number of squeezes, evenly spread up to end_ratio; None follows the curve every `interval` steps."
     )
-    interval: int | None = option(None, "Optimizer steps between two looks at the curve; None: min_stage_steps.")
-    start_ratio: float = option(0.1, "Share of training before the curve starts; num_stages has no use for it.")
-    end_ratio: float = option(0.75, "Share of training after which the target is reached.")
-    min_stage_steps: int = option(200, "Fewest optimizer steps that a rank may get when num_stages is given.")
+    interval: int | None = option(None, "Optimizer steps between evaluations of the curve; None: min_stage_steps.")
+    start_ratio: float = option(0.1, "Share of training at which the curve starts; not used with num_stages.")
+    end_ratio: float = option(0.75, "Share of training at which the target is reached.")
+    min_stage_steps: int = option(200, "Fewest optimizer steps between two squeezes with num_stages.")
     mode: str = option(
-        "mask", "mask: squeezed directions are zeroed and stay zero, shapes stay; shrink: the tensors get smaller."
+        "mask", "mask: squeezed directions are zeroed and stay zero, shapes stay; shrink: tensors become smaller."
     )
     optimizer_state: str = option(
-        "project", "project: Adam's moments follow the factors; reset: they start anew. Other optimizers are reset."
+        "project", "project: Adam's moments are mapped to the new factors, other optimizers reset; reset: all reset."
     )
-    rewarmup_steps: int = option(0, "Steps over which the learning rate rises again after each squeeze.")
+    rewarmup_steps: int = option(0, "Optimizer steps over which the learning rate rises again after each squeeze.")
     scaling: str = option(
-        "auto", "keep: the scale stays, alpha follows the rank; fold: alpha = rank; auto: keep where ranks are equal."
+        "auto", "keep: scales stay, alpha follows the rank; fold: alpha = rank; auto: keep if all ranks are equal."
     )
-    rank_multiple_of: int = option(1, "Ranks are multiples of this, rounded up.")
-    min_rank: int = option(1, "Smallest rank of a module under a budget or an energy.")
-    finalize: bool = option(True, "Whether the end of training leaves a plain, small LoRA.")
+    rank_multiple_of: int = option(1, "Round ranks up to multiples of this.")
+    min_rank: int = option(1, "Smallest rank of a module with a budget or an energy.")
+    finalize: bool = option(True, "Make the adapter a smaller plain LoRA at the end of training.")
 
     def __post_init__(self) -> None:
-        # JSON has text for keys.
+        # JSON turns the keys into text.
         self.rank_at_step = {int(step): rank for step, rank in (self.rank_at_step or {}).items()}
-        self.check_squeeze()
-
-    def check_squeeze(self) -> None:
-        """Validate the fields of the squeeze.
-
-        Raises:
-            ValueError: Naming the field, its value and the fix.
-        """
-        for name, choices in (
-            ("schedule", SCHEDULES),
-            ("mode", MODES),
-            ("optimizer_state", OPTIMIZER_STATES),
-            ("scaling", SCALINGS),
-        ):
-            self._require(getattr(self, name) in choices, name, f"use one of {', '.join(choices)}")
-        for name in ("target_rank", "num_stages", "interval", "min_stage_steps", "rank_multiple_of"):
+        for name, choices in CHOICES.items():
+            require(getattr(self, name) in choices, self, name, f"use one of {', '.join(choices)}")
+        for name in ("target_rank", "num_stages", "interval", "min_stage_steps", "rank_multiple_of", "min_rank"):
             check_count(name, getattr(self, name))
-        check_count("min_rank", self.min_rank)
         check_count("rewarmup_steps", self.rewarmup_steps, least=0)
-        self._require(0 <= self.start_ratio < 1, "start_ratio", "use a share of training in [0, 1)")
-        self._require(0 < self.end_ratio <= 1, "end_ratio", "use a share of training in (0, 1]")
-        if self.num_stages is None:
-            self._require(
-                self.start_ratio < self.end_ratio, "end_ratio", f"use more than start_ratio={self.start_ratio}"
-            )
-        self._check_steps()
+        require(0 <= self.start_ratio < 1, self, "start_ratio", "use a share of training in [0, 1)")
+        require(0 < self.end_ratio <= 1, self, "end_ratio", "use a share of training in (0, 1]")
+        in_order = self.num_stages is not None or self.start_ratio < self.end_ratio
+        require(in_order, self, "end_ratio", f"use more than start_ratio={self.start_ratio}")
+        self._check_explicit()
         if self.has_target:
             self.target()
-        self._require(
-            self.energy is None or (self.num_stages or 1) == 1,
-            "num_stages",
-            "an energy is reached in one squeeze; leave it out",
-        )
+        one_stage = self.energy is None or (self.num_stages or 1) == 1
+        require(one_stage, self, "num_stages", "an energy is reached in one squeeze; leave it out")
+
+    def _check_explicit(self) -> None:
+        """Validates `rank_at_step` and derives `target_rank` from it."""
+        steps = dict(sorted(self.rank_at_step.items()))
+        if self.schedule != "step":
+            require(not steps, self, "rank_at_step", "use it with schedule='step' only")
+            return
+        ranks = list(steps.values())
+        falling = all(type(rank) is int and rank > 0 for rank in ranks) and ranks == sorted(set(ranks), reverse=True)
+        fix = "give falling ranks by step, as in {200: 16, 400: 8}"
+        require(bool(steps) and falling and min(steps) > 0, self, "rank_at_step", fix)
+        require(self.num_stages is None, self, "num_stages", "leave it out: rank_at_step defines the stages")
+        if not self.has_target:
+            self.target_rank = ranks[-1]
+        fix = f"leave it out: rank_at_step ends with {ranks[-1]}"
+        require(self.target_rank == ranks[-1], self, "target_rank", fix)
 
     @property
     def has_target(self) -> bool:
-        """Whether there is anything to compress to."""
+        """Whether a target rank, energy or budget is given."""
         return (self.target_rank, self.energy, self.budget) != (None, None, None)
 
     def target(self, **changes: Any) -> RankTarget:
-        """What the ranks are to be at the end, or with `changes` (such as `rank=16`) on the way there."""
+        """Rank target at the end of training, or of an earlier stage.
+
+        Args:
+            **changes: Values of the earlier stage, such as `rank=16`.
+        """
         fields = {"rank": self.target_rank, "energy": self.energy, "budget": self.budget}
-        unit = self.rank_multiple_of if self.target_rank is None else 1  # `stages` rounds ranks itself
+        unit = self.rank_multiple_of if self.target_rank is None else 1  # `stages` has rounded the ranks
         return RankTarget(**{**fields, **changes}, rank_multiple_of=unit, min_rank=self.min_rank)
 
     def stages(self, start: int, total_steps: int) -> dict[int, int]:
-        """Optimizer steps after which the rank (or the number of parameters) falls, and to what.
+        """Optimizer steps after which the adapter is squeezed, and the new rank (or number of parameters) at each.
 
         Args:
-            start: Value that training starts from: the largest rank, or all parameters of the factors.
+            start: Value at the start of training: the largest rank, or the size of all factors.
             total_steps: Optimizer steps of the whole run.
 
         Returns:
-            Increasing steps, at most `total_steps`, with decreasing values, the last of which is the target. Of an
-            energy the value is 0: each module finds its own rank.
+            Increasing steps, at most `total_steps`, with decreasing values that end with the target. For an energy the
+            value is 0: each module has a rank of its own.
 
         Raises:
             ValueError: If a stage would be shorter than `min_stage_steps`, or the target is not below `start`.
         """
         if self.energy is not None:
-            return {self._share(self.end_ratio, total_steps): 0}
+            return {self._step_at(self.end_ratio, total_steps): 0}
         goal = self.target_rank or (parse_budget(self.budget)[0] if self.budget is not None else 0)
         if goal >= start:
             what = "rank" if self.budget is None else "budget"
@@ -157,10 +168,10 @@ class SqueezeConfig:
         return found
 
     def check_steps(self, total_steps: int) -> None:
-        """Says before a model is there whether the schedule fits the number of optimizer steps.
+        """Checks that the schedule fits the number of optimizer steps, before there is a model.
 
         Raises:
-            ValueError: If a stage would be shorter than `min_stage_steps`, or a step lies beyond the run.
+            ValueError: If a stage would be shorter than `min_stage_steps`, or a step is after the end of the run.
         """
         if self.schedule == "step":
             self._explicit(total_steps)
@@ -168,8 +179,8 @@ class SqueezeConfig:
             self._points(total_steps)
 
     def _points(self, total_steps: int) -> dict[int, float]:
-        """Optimizer steps at which the curve is looked at, each with its u."""
-        end = self._share(self.end_ratio, total_steps)
+        """Optimizer steps at which the curve is evaluated, each with its u."""
+        end = self._step_at(self.end_ratio, total_steps)
         if self.num_stages is not None:
             length = end // self.num_stages
             if length < self.min_stage_steps:
@@ -177,13 +188,14 @@ class SqueezeConfig:
                     f"schedule has {self.num_stages} stages but only {end} steps: {length} steps per stage < "
                     f"min_stage_steps={self.min_stage_steps}. Train longer, or lower num_stages or min_stage_steps."
                 )
-            return {self._share(self.end_ratio * k / self.num_stages, total_steps): k / self.num_stages
-                    for k in range(1, self.num_stages + 1)}  # fmt: skip
+            count = self.num_stages
+            return {self._step_at(self.end_ratio * k / count, total_steps): k / count for k in range(1, count + 1)}
         begin = int(self.start_ratio * total_steps)
         steps = [*range(begin, end, self.interval or self.min_stage_steps)][1:]
         return {step: (step - begin) / (end - begin) for step in steps} | {end: 1.0}
 
     def _explicit(self, total_steps: int) -> dict[int, int]:
+        """Stages of `rank_at_step`."""
         last = max(self.rank_at_step)
         if last > total_steps:
             raise ValueError(
@@ -192,28 +204,6 @@ class SqueezeConfig:
             )
         return dict(sorted(self.rank_at_step.items()))
 
-    def _check_steps(self) -> None:
-        steps = dict(sorted(self.rank_at_step.items()))
-        if self.schedule != "step":
-            self._require(not steps, "rank_at_step", "it belongs to schedule='step'")
-            return
-        ranks = list(steps.values())
-        falling = all(type(rank) is int and rank > 0 for rank in ranks) and ranks == sorted(set(ranks), reverse=True)
-        self._require(
-            bool(steps) and falling and min(steps) > 0, "rank_at_step", "give falling ranks, as in {200: 16, 400: 8}"
-        )
-        self._require(self.num_stages is None, "num_stages", "schedule='step' says the stages itself; leave it out")
-        if not self.has_target:
-            self.target_rank = ranks[-1]
-        self._require(self.target_rank == ranks[-1], "target_rank", f"rank_at_step ends with {ranks[-1]}; leave it out")
-
-    def _share(self, ratio: float, total_steps: int) -> int:
-        """A share of training as a number of optimizer steps, at least one."""
+    def _step_at(self, ratio: float, total_steps: int) -> int:
+        """Optimizer step at a share of training, at least 1."""
         return max(1, round(ratio * total_steps))
-
-    def _require(self, condition: bool, name: str, fix: str) -> None:
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} cannot be used; {fix}.")
-
-
-__all__ = ["SqueezeConfig"]

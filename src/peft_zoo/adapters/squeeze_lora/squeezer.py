@@ -1,4 +1,4 @@
-"""Lowers the rank of a LoRA in a training loop, step by step of a schedule; and balances factors."""
+"""Lowers the rank of a LoRA in a training loop by a schedule, and balances its factors."""
 
 from __future__ import annotations
 
@@ -20,27 +20,46 @@ logger = logging.getLogger("peft_zoo")
 
 
 class LoraSqueezer:
-    """Squeezes one adapter after the optimizer steps that its schedule names.
+    """Squeezes one adapter after the optimizer steps of its schedule; call `step` in the training loop.
 
-    In mask mode parameters keep identity and shape: DDP, torch.compile and learning rate schedules need not know of
-    it, and a run that resumes finds the ranks in the weights. With several processes the first
-    decides and all take its bits, since singular vectors are not the same to the last bit everywhere.
+    In mask mode parameters keep identity and shape, so DDP, torch.compile and learning rate schedules are unaffected,
+    and a resumed run reads the ranks from the weights. With several processes the result of the first is broadcast,
+    since singular vectors differ in their last bits between machines.
 
     Args:
-        model: A `PeftModel`, or any model with LoRA layers; DDP's wrapper may be around it.
+        model: A `PeftModel`, or any model with LoRA layers, possibly inside `DistributedDataParallel`.
         total_steps: Optimizer steps of the whole run.
-        config: The schedule; None takes it from the adapter's `SqueezeLoraConfig`.
-        adapter_name: The adapter; every other one is left alone.
-        start: What the schedule starts from, a rank or a budget; None takes what the model has now. A run that resumes
-            in shrink mode gives the rank that the first run started from.
+        config: The schedule; None uses the adapter's `SqueezeLoraConfig`.
+        adapter_name: Name of the adapter; others are not changed.
+        start: Rank (or size in the unit of the budget) at which the schedule starts; None measures the adapter. A run
+            resumed in shrink mode passes the value of the first run.
 
     Attributes:
-        stages: Steps after which the rank (or the budget) falls, and to what.
-        start: As above.
+        stages: New rank (or size) by the optimizer step after which it applies; 0 for an energy.
+        start: Rank or size at which the schedule starts.
 
     Raises:
-        ValueError: If the schedule does not fit the adapter, the number of steps or the way of training.
-        NotImplementedError: If a module's update is not a plain product of two factors.
+        ValueError: If the schedule does not fit the adapter, the number of steps or the kind of training.
+        NotImplementedError: If a module's update is not `s * B A`.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_zoo import SqueezeLoraConfig
+        >>> from peft_zoo.squeeze_lora import LoraSqueezer
+        >>> config = SqueezeLoraConfig(r=8, target_rank=2, num_stages=2, min_stage_steps=1, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), config)
+        >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        >>> squeezer = LoraSqueezer(model, total_steps=8)
+        >>> squeezer.stages
+        {3: 4, 6: 2}
+        >>> for step in range(1, 9):
+        ...     model(torch.ones(1, 16)).sum().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     _ = squeezer.step(step, optimizer)
+        >>> squeezer.finalize()
+        {'0': 2}
     """
 
     def __init__(
@@ -68,18 +87,18 @@ class LoraSqueezer:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Present rank of each module."""
+        """Present rank of each module by name."""
         return {pair.name: pair.rank for pair in self.pairs}
 
     def step(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Squeezes if the schedule says so; call it after optimizer step `step`, its gradients cleared.
+        """Squeezes if the schedule has a stage at this step; call it after `optimizer.step()` and `zero_grad()`.
 
         Args:
-            step: 1-based number of the optimizer step that was just taken.
-            optimizer: Its state follows the factors.
+            step: Number of the optimizer step just taken, from 1.
+            optimizer: Optimizer whose state is adapted to the new factors; None if there is none.
 
         Returns:
-            Whether anything was squeezed.
+            Whether the adapter was squeezed.
         """
         if step not in self.stages:
             return False
@@ -87,7 +106,12 @@ class LoraSqueezer:
         return True
 
     def squeeze(self, value: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Squeezes now, to a rank or a budget (an energy needs no value)."""
+        """Squeezes the adapter now.
+
+        Args:
+            value: New rank, or new size in the unit of the budget; ignored for an energy.
+            optimizer: Optimizer whose state is adapted to the new factors; None if there is none.
+        """
         shrink = self.config.mode == "shrink"
         ranks = self._plan(value)
         projection = None if optimizer is None else Projection(optimizer, self.config.optimizer_state)
@@ -95,23 +119,32 @@ class LoraSqueezer:
         for pair, rank in zip(self.pairs, ranks, strict=True):
             squeeze_pair(pair, rank, shrink=shrink, new_scale=1.0 if fold else None, optimizer=projection)
         if shrink:
-            self._shrunk(fold)
+            for pair in self.pairs if fold else ():
+                pair.layer.use_rslora[self.adapter_name] = False
+            write_ranks(self.model, self.adapter_name, self.pairs)
         _agree(self.pairs, optimizer)
         self._warn(projection)
         logger.info("Squeezed %d modules to ranks %d to %d.", len(ranks), min(ranks), max(ranks))
 
     def finalize(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
-        """Reaches the target if it is not reached yet, then makes the adapter a plain LoRA (`finalize_squeeze`)."""
+        """Squeezes to the target if it is not reached yet, then makes the adapter a plain LoRA (`finalize_squeeze`).
+
+        Args:
+            optimizer: Optimizer whose state of the factors is deleted, since their shapes change.
+
+        Returns:
+            Rank of each module by name.
+        """
         if self.stages and not self._reached():
             self.squeeze(list(self.stages.values())[-1], optimizer)
-        if optimizer is not None:  # its state has the old sizes
+        if optimizer is not None:
             for pair in self.pairs:
                 for parameter in (pair.A, pair.B):
                     Projection(optimizer, "reset").optimizer.state.pop(parameter, None)
         return finalize_squeeze(self.model, self.adapter_name, self.config.scaling)
 
     def _plan(self, value: int) -> list[int]:
-        """A rank for every pair, the same list in every process."""
+        """New rank of every pair, equal in all processes."""
         config = self.config
         if config.target_rank is not None:
             target = config.target(rank=value)
@@ -128,34 +161,29 @@ class LoraSqueezer:
         return ranks[0]
 
     def _budget(self, value: int) -> int | str:
+        """Budget of `value` in the unit of the configured budget."""
         unit = parse_budget(self.config.budget or 1)[1]
         return value if unit == "parameters" else f"{value}B"
 
     def _reached(self) -> bool:
-        """Whether the target holds. An energy is reached once something was squeezed: it says nothing of the result."""
+        """Whether the target is reached; for an energy, whether the adapter was squeezed at all."""
         size = self._measure()
         return size < self.start if self.config.energy is not None else size <= list(self.stages.values())[-1]
 
     def _measure(self) -> int:
-        """The largest rank, or the size of all factors in the budget's unit."""
+        """Largest rank, or the size of all factors in the unit of the budget."""
         if self.config.budget is None:
             return max(pair.rank for pair in self.pairs)
         in_bytes = parse_budget(self.config.budget)[1] == "bytes"
         return sum(pair.rank * pair.parameters * (pair.B.element_size() if in_bytes else 1) for pair in self.pairs)
 
-    def _shrunk(self, fold: bool) -> None:
-        if fold:
-            for pair in self.pairs:
-                pair.layer.use_rslora[self.adapter_name] = False
-        write_ranks(config_table(self.model, self.adapter_name)[self.adapter_name], self.pairs)
-
     def _warn(self, projection: Projection | None) -> None:
+        """Warns once if the optimizer's state could not be mapped."""
         if projection is not None and projection.was_reset and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{type(projection.optimizer).__name__} keeps a state that cannot follow the factors; it starts anew "
-                "for them after each squeeze. Use torch's Adam or AdamW to keep it, or optimizer_state='reset' to "
-                "silence this.",
+                f"The state of {type(projection.optimizer).__name__} cannot be mapped to new factors, so each squeeze "
+                "resets it. Use torch's Adam or AdamW to keep it, or optimizer_state='reset' to silence this.",
                 stacklevel=3,
             )
 
@@ -168,19 +196,30 @@ def refactorize_(
 ) -> None:
     """Balances the factors of an adapter in place: same update and rank, `B^T B = A A^T` diagonal.
 
-    Unequal factors learn at unequal speeds; after this both have the singular values' roots.
+    Factors of unequal size learn at unequal speeds; balanced factors have equal singular values.
 
     Args:
         model: A `PeftModel`, or any model with LoRA layers.
-        adapter_name: The adapter.
-        optimizer: Its state follows the factors, or starts anew.
-        optimizer_state: `"project"` or `"reset"`.
+        adapter_name: Name of the adapter.
+        optimizer: Optimizer whose state is adapted; None if there is none.
+        optimizer_state: `"project"` (default) maps Adam's moments, `"reset"` deletes them.
 
     Raises:
-        ValueError: If there is no such adapter, it is merged, its tensors are sharded, or `optimizer_state` is unknown.
-        NotImplementedError: If a module's update is not a plain product of two factors.
+        ValueError: If the adapter is missing, merged or sharded, or `optimizer_state` is unknown.
+        NotImplementedError: If a module's update is not `s * B A`.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo.squeeze_lora import refactorize_
+        >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config)
+        >>> refactorize_(model)
+        >>> B, A = (model.get_submodule(f"base_model.model.0.lora_{name}.default").weight for name in "BA")
+        >>> torch.allclose(B.T @ B, A @ A.T, atol=1e-5)
+        True
     """
-    SqueezeConfig(optimizer_state=optimizer_state)  # checks it
+    SqueezeConfig(optimizer_state=optimizer_state)  # validates it
     pairs = lora_pairs(model, adapter_name)
     projection = None if optimizer is None else Projection(optimizer, optimizer_state)
     for pair in pairs:
@@ -189,7 +228,7 @@ def refactorize_(
 
 
 def _agree(pairs: Sequence[LoraPair], optimizer: torch.optim.Optimizer | None) -> None:
-    """Gives every process the bits of the first."""
+    """Broadcasts factors and optimizer moments of the first process, so that all are equal to the last bit."""
     if _processes() == 1:
         return
     state = {} if optimizer is None else Projection(optimizer, "project").optimizer.state
@@ -202,7 +241,5 @@ def _agree(pairs: Sequence[LoraPair], optimizer: torch.optim.Optimizer | None) -
 
 
 def _processes() -> int:
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-__all__ = ["LoraSqueezer", "refactorize_"]

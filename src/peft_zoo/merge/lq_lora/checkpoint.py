@@ -35,9 +35,9 @@ from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, oriented
 from peft_zoo.adapters.lq_lora.plan import decompose, rank_of, refuse_budget, spend, table, without_tables
 from peft_zoo.adapters.lq_lora.targets import check_values, named, targets
 from peft_zoo.calibration.fisher import ATTRIBUTE, Weights, uses
-from peft_zoo.common.atomic import check_new_folder
+from peft_zoo.common.atomic import check_new_folder, new_file, new_folder
 from peft_zoo.common.progress import Progress, silent
-from peft_zoo.io import TensorFile, TensorInfo, new_file, new_folder, read_json, write_tensors
+from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint, write_shards
 from peft_zoo.kernels.normal_float.quantize import packed_bits
 from peft_zoo.kernels.planning.bits import BitChoice, MatrixErrors
@@ -281,9 +281,10 @@ class _Job:
             rank = rank_of(self.config, name, layer)
             found = decompose(self.config, way, oriented(layer), rank, *uses(self.config, name, layer))
             tensors = {**found.Q._asdict(), **dict(zip(NFLinear.INITIAL, (found.B, found.A), strict=True))}
-            infos = {part: TensorInfo(tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
-            with new_file(self._path(name)) as draft:
-                write_tensors(draft, infos, tensors.__getitem__, {"error": repr(found.error)})
+            infos = {part: TensorInfo.of(tensor) for part, tensor in tensors.items()}
+            with TensorWriter(self._path(name), infos, {"error": repr(found.error)}) as writer:
+                for part, tensor in tensors.items():
+                    writer.write(part, tensor)
         with TensorFile(self._path(name)) as file:
             rank = file.tensors["initial_A"].shape[0]
             bits = packed_bits(way, numbers) / numbers
@@ -307,14 +308,14 @@ class _Job:
                     infos[new], origin[new] = its, (path, part)
                 ranks[owner[key]] = file.tensors["initial_A"].shape[0]
 
-        def produce(key: str) -> Tensor | Iterator[Tensor]:
+        def read(key: str) -> tuple[str, Tensor | Iterator[Tensor]]:
             if key not in origin:
-                return source.pieces(key)
+                return key, source.pieces(key)
             path, part = origin[key]
             with TensorFile(path) as file:
-                return file.read(part)
+                return key, file.read(part)
 
-        write_shards(folder, infos, produce, max_bytes)
+        write_shards(folder, infos, map(read, infos), max_bytes)
         quantization = NFkConfig(modules=modules, ranks=ranks).to_dict()
         content = json.dumps({**source.config, "quantization_config": quantization}, indent=2, sort_keys=True)
         (folder / CONFIG).write_text(content, encoding="utf-8")

@@ -12,6 +12,7 @@ Source: the same difference of factors is how PiSSA (arXiv 2404.02948), section 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig
 from peft_zoo.adapters.lq_lora.nf_linear import NF8_CONFIG, Factors, NFLinear, nf8_rank, unpack_factors
-from peft_zoo.io import LoraAdapter, Role, TensorFile, TensorInfo, new_folder, read_json, write_tensors
+from peft_zoo.common.atomic import new_folder
+from peft_zoo.io import LoraAdapter, TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.lora_config import write_config
 from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME
 from peft_zoo.io.lora_ranks import RankAndScale
@@ -78,62 +80,63 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
             "save_base='quantized' in its configuration, and save it again."
         )
     with TensorFile(source / WEIGHTS_NAME) as file:
-        content = _Content(LoraAdapter(file, {**config, "peft_type": "LORA"}))
+        adapter = LoraAdapter(file, {**config, "peft_type": "LORA"})
+        modules = {name: _new_rank_and_scale(adapter, name) for name in adapter.modules}
         with new_folder(out_dir) as new:
-            write_tensors(new / WEIGHTS_NAME, content.infos, content.produce, {"format": "pt"})
-            write_config(new, config, content.modules, content.modules)
+            _write_tensors(new / WEIGHTS_NAME, adapter, modules)
+            write_config(new, config, modules, modules)
     return Path(out_dir)
 
 
-class _Content:
-    """The tensors of the new file: what they will be, and each when it is asked for."""
+def _new_rank_and_scale(adapter: LoraAdapter, name: str) -> RankAndScale:
+    """Rank and scale of a module in the exported LoRA; those of the adapter if its base layer is not quantized."""
+    module = adapter.modules[name]
+    if not _is_quantized(adapter, name):
+        return RankAndScale(module.rank, module.scale)
+    return RankAndScale(module.rank + _first_rank(adapter, name), 1.0)
 
-    def __init__(self, adapter: LoraAdapter) -> None:
-        self.adapter = adapter
-        self.infos: dict[str, TensorInfo] = {}
-        self.modules: dict[str, RankAndScale] = {}
-        self.owner: dict[str, str] = {}  # the quantized module of a factor, by the factor's key
-        self.ready: dict[str, Tensor] = {}  # the other factor of the module that was made last
-        tensors = adapter.file.tensors
-        dropped = {_key(name, part) for name in adapter.modules for part in NFLinear.ALL}
-        for name, module in adapter.modules.items():
-            self.infos |= {key: tensors[key] for key in module.keys.values()}
-            self.modules[name] = RankAndScale(module.rank, module.scale)
-            if _key(name, "codes") not in tensors:
-                continue  # a plain LoRA
-            rank = module.rank + _first_rank(adapter, name)
-            self.modules[name] = RankAndScale(rank, 1.0)
-            self.infos |= adapter.restored_infos(name, rank)
-            self.owner |= {key: name for role, key in module.keys.items() if role in (Role.A, Role.B, Role.BIAS)}
-        self.infos |= {key: tensors[key] for key in adapter.other_keys if key not in dropped}
 
-    def produce(self, key: str) -> Tensor:
-        """One tensor."""
-        name = self.owner.get(key)
-        if name is None:
-            return self.adapter.read(key)
-        module = self.adapter.modules[name]
-        if key == module.keys.get(Role.BIAS):  # multiplied by the scale as the factors are
-            old = self.adapter.read(key)
-            return (old.double() * module.scale).to(old.dtype)
-        if key not in self.ready:
-            self.ready = self.adapter.restore(name, *self._factors(name))
-        return self.ready.pop(key)
+def _write_tensors(path: Path, adapter: LoraAdapter, modules: Mapping[str, RankAndScale]) -> None:
+    """Writes the tensors of the exported LoRA, one module at a time."""
+    dropped = {_key(name, part) for name in modules for part in NFLinear.ALL}
+    copied = [key for key in adapter.other_keys if key not in dropped]
+    infos: dict[str, TensorInfo] = {}
+    for name, new in modules.items():
+        if _is_quantized(adapter, name):
+            infos |= adapter.new_infos(name, *new)
+        else:
+            copied += adapter.modules[name].keys.values()
+    infos |= {key: adapter.file.tensors[key] for key in copied}
+    with TensorWriter(path, infos, {"format": "pt"}) as writer:
+        for key in copied:
+            writer.write(key, adapter.read(key))
+        for name, new in modules.items():
+            if _is_quantized(adapter, name):
+                for key, tensor in adapter.new_tensors(name, *_difference(adapter, name), new.scale).items():
+                    writer.write(key, tensor)
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        B, A = self.adapter.factors(name)
-        module = self.adapter.modules[name]
-        first_B, first_A = self._first_factors(name, (module.out_features, module.in_features))
-        scale = module.scale
-        return torch.cat([scale * B.float(), -first_B], 1), torch.cat([A.float(), first_A])
 
-    def _first_factors(self, name: str, shape: tuple[int, int]) -> Factors:
-        """What was split off a module."""
-        if _key(name, NFLinear.INITIAL[0]) in self.adapter.file.tensors:
-            first_B, first_A = (self.adapter.read(_key(name, part)).float() for part in NFLinear.INITIAL)
-            return first_B, first_A
-        packed = NFTensor(*(self.adapter.read(_key(name, part)) for part in NFLinear.INITIAL_NF8))
-        return unpack_factors(packed, shape)
+def _difference(adapter: LoraAdapter, name: str) -> tuple[Tensor, Tensor]:
+    """Factors B and A of `s B A - B0 A0` of a quantized module, in float32."""
+    B, A = adapter.factors(name)
+    module = adapter.modules[name]
+    first_B, first_A = _initial_factors(adapter, name)
+    return torch.cat([module.scale * B.float(), -first_B], 1), torch.cat([A.float(), first_A])
+
+
+def _initial_factors(adapter: LoraAdapter, name: str) -> Factors:
+    """Initial factors B0 and A0 of a quantized module, in float32."""
+    if _key(name, NFLinear.INITIAL[0]) in adapter.file.tensors:
+        first_B, first_A = (adapter.read(_key(name, part)).float() for part in NFLinear.INITIAL)
+        return first_B, first_A
+    packed = NFTensor(*(adapter.read(_key(name, part)) for part in NFLinear.INITIAL_NF8))
+    module = adapter.modules[name]
+    return unpack_factors(packed, (module.out_features, module.in_features))
+
+
+def _is_quantized(adapter: LoraAdapter, name: str) -> bool:
+    """Whether the base layer of a module is quantized."""
+    return _key(name, "codes") in adapter.file.tensors
 
 
 def _key(name: str, part: str) -> str:

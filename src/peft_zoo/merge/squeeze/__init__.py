@@ -1,1 +1,1 @@
-"""LoRA-Squeeze for adapter files and models: lowers the rank of a trained LoRA."""
+"""LoRA-Squeeze for adapter files and models: lowers the ranks of a trained LoRA."""

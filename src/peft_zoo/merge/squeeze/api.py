@@ -1,11 +1,11 @@
-"""Post-Squeeze: a trained LoRA with lower ranks, from its files alone or inside a model.
+"""Post-Squeeze: lowers the ranks of a trained LoRA, in adapter files without the base model or inside a model.
 
-Each module's update `s B A` becomes its best approximation of a lower rank, exactly, without forming it
-(`peft_zoo.kernels.low_rank.factored`); the ranks follow from one number for all, an energy, a ratio, or a budget that
-all modules share (`peft_zoo.kernels.planning.ranks`). The result is a plain LoRA.
+Each module's update `s B A` becomes its best approximation of a lower rank, computed exactly from the factors
+(`peft_zoo.kernels.low_rank.factored`). The ranks follow from one rank for all modules, an energy, a ratio of singular
+values, or a budget that all modules share (`peft_zoo.kernels.planning.ranks`). The result is a plain LoRA.
 
-Files are read twice, a module at a time: to find the singular values, and to write. Peak memory is one module and a
-pair of R x R maps for each.
+Files are read twice, one module at a time: for the singular values and for writing. Peak memory is one module and two
+R x R matrices for each module.
 
 Source: LoRA-Squeeze (arXiv 2602.10993), Alg. 2, which leaves the split of the singular values and the scale open.
 """
@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from peft_zoo.calibration.moments import Moments
 from peft_zoo.common.checks import check_count
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io import open_adapter
@@ -29,33 +30,25 @@ from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, plan_ranks
 from peft_zoo.merge.squeeze.file_source import FileSource
 from peft_zoo.merge.squeeze.model_source import ModelSource
 from peft_zoo.merge.squeeze.report import ModuleReport, RankReport, SqueezeReport
-from peft_zoo.merge.squeeze.source import Source
+from peft_zoo.merge.squeeze.source import SqueezeSource
 
 SCALINGS = ("auto", "keep", "fold")
 SCORES = ("absolute", "relative", "activation")
 
 
-class HasInputs(Protocol):
-    """What `peft_zoo.calibration.moments.calibrate` finds for a module."""
-
-    @property
-    def inputs(self) -> Tensor | None:
-        """Second moment of the module's inputs."""
-
-
 @dataclass(frozen=True)
 class SqueezeOptions:
-    """How to compress; see `squeeze_adapter`, whose arguments these are.
+    """Options of `squeeze_adapter` besides the target ranks, documented there.
 
     Raises:
-        ValueError: If a value is none of those allowed.
+        ValueError: If a value is unknown, or moments and score do not go together.
     """
 
     scaling: str = "auto"
     balance: Balance = "sqrt"
     method: Method = "gram"
     score: str = "absolute"
-    moments: Mapping[str, Tensor | HasInputs] | None = None
+    moments: Mapping[str, Tensor | Moments] | None = None
 
     def __post_init__(self) -> None:
         choices = {"scaling": SCALINGS, "score": SCORES, "balance": get_args(Balance), "method": get_args(Method)}
@@ -64,21 +57,21 @@ class SqueezeOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
         if (self.score == "activation") != (self.moments is not None):
             raise ValueError(
-                f"score={self.score!r} with moments {'given' if self.moments is not None else 'missing'}: activation "
-                "scores need the moments that peft_zoo.calibration.moments.calibrate finds, and nothing else uses them."
+                f"score={self.score!r} with moments {'given' if self.moments is not None else 'missing'}: pass "
+                "moments=calibrate(...) of peft_zoo.calibration together with score='activation', or neither."
             )
 
-    def moment(self, name: str) -> Tensor | None:
-        """The second moment of a module's inputs, where it is wanted.
+    def input_moment(self, name: str) -> Tensor | None:
+        """Second moment of a module's inputs for activation scores; None for other scores.
 
         Raises:
-            ValueError: If the module has none.
+            ValueError: If it is missing.
         """
         if self.moments is None:
             return None
         found = self.moments.get(name)
-        found = getattr(found, "inputs", found)
-        if not isinstance(found, Tensor):
+        found = found.inputs if isinstance(found, Moments) else found
+        if found is None:
             raise ValueError(f"moments has no inputs of module {name}; calibrate all modules of the adapter.")
         return found
 
@@ -93,35 +86,48 @@ def squeeze_adapter(
     progress: Progress | None = None,
     **options: Any,
 ) -> SqueezeReport:
-    """Compresses a saved LoRA; its base model is not needed.
+    """Lowers the ranks of a saved LoRA without its base model.
 
     Args:
-        in_dir: A folder that peft saved, or a `.safetensors` file of sd-scripts or diffusers.
-        out_dir: A folder or file that does not exist yet; it appears whole or not at all.
-        rank: The same rank for all modules. Exactly one of `rank`, `energy`, `budget`, `sv_ratio` and `sv_fro` is
-            given.
+        in_dir: Folder saved by peft, or `.safetensors` file of sd-scripts or diffusers.
+        out_dir: Folder or file to create; it appears complete or not at all.
+        rank: Rank of all modules. Exactly one of `rank`, `energy`, `budget`, `sv_ratio` and `sv_fro` is given.
         energy: Share of squared singular values that every module keeps, in (0, 1].
-        budget: Parameters of all factors (int), or size of the file (`"24MB"`, `"8 MiB"`), shared by all modules so
-            that the error is smallest.
-        progress: Wraps the loops over modules.
-        **options: More fields of `RankTarget` (`sv_ratio`, `sv_fro`, `rank_multiple_of`, `min_rank`, `max_rank`), and
+        budget: Number of parameters of all factors (int) or size of the file (`"24MB"`, `"8 MiB"`), shared by all
+            modules so that the total error is smallest.
+        progress: Wraps the loop over module names, such as a progress bar; None shows nothing.
+        **options: Further fields of `RankTarget` (`sv_ratio`, `sv_fro`, `rank_multiple_of`, `min_rank`, `max_rank`), and
 
-            * `scaling`: `"keep"` leaves every scale as it is, so alpha follows the rank; `"fold"` puts the scale into
-              the factors, so that alpha equals the rank, as loaders that ignore patterns want; `"auto"` (default) keeps
-              where all new ranks are equal, and folds elsewhere.
-            * `balance`: `"sqrt"` (default) for factors of equal size, as further training wants; `"up"` for
-              orthonormal A.
+            * `scaling`: `"keep"` leaves every scale, so alpha follows the rank; `"fold"` multiplies the scale into the
+              factors, so alpha equals the rank, for loaders that ignore patterns; `"auto"` (default) keeps if all new
+              ranks are equal and folds otherwise.
+            * `balance`: `"sqrt"` (default) gives both factors the same norms, for further training; `"up"` makes A
+              orthonormal.
             * `method`: `"gram"` (default) or `"qr"`, see `peft_zoo.kernels.low_rank.factored.truncate_factors`.
-            * `score`: `"absolute"` (default), or `"activation"` to minimise the error of the outputs on data.
-            * `moments`: for activation scores, second moments of inputs by module.
+            * `score`: `"absolute"` (default) minimizes the error of the updates, `"activation"` that of their outputs
+              on calibration data.
+            * `moments`: second moments of inputs by module name, for activation scores, from
+              `peft_zoo.calibration.calibrate`.
 
     Returns:
-        What happened to each module.
+        Ranks and errors of every module.
 
     Raises:
-        ValueError: If an argument cannot be used, a file is damaged or is no LoRA, nothing would get smaller, or the
-            budget is too small. Nothing has been written then.
-        NotImplementedError: If a module's update is not a plain product of two factors, naming the module.
+        ValueError: If an argument or file is invalid, no rank would become lower, or the budget is too small. Nothing
+            is written then.
+        NotImplementedError: If a module's update is not `s * B A`; names the module.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo.merge import squeeze_adapter
+        >>> config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/large")
+        ...     report = squeeze_adapter(f"{folder}/large", f"{folder}/small", rank=6)
+        >>> report.params_before, report.params_after
+        (256, 192)
     """
     target, how = _options(rank=rank, energy=energy, budget=budget, **options)
     if how.score == "relative":
@@ -141,26 +147,37 @@ def squeeze_model(
     progress: Progress | None = None,
     **options: Any,
 ) -> SqueezeReport:
-    """Compresses a LoRA in a model.
+    """Lowers the ranks of a LoRA in a model, in place or as a new adapter.
 
     Args:
         model: A `PeftModel`, or any model with LoRA layers if `into` is None.
-        adapter_name: The adapter.
-        into: Name of a new adapter for the result; None replaces the old factors. An optimizer that trained these does
-            not know of it.
-        rank: As in `squeeze_adapter`, like all that follow.
-        energy: Likewise.
-        budget: Likewise; a size is that of the factors.
-        progress: Likewise.
-        **options: Likewise; and `score="relative"` measures singular values in units of the norm of the module's
-        weight.
+        adapter_name: Name of the adapter.
+        into: Name of a new adapter for the result; None replaces the factors in place. The state of an existing
+            optimizer is not adapted; use `LoraSqueezer` during training.
+        rank: Rank of all modules. Exactly one of `rank`, `energy`, `budget`, `sv_ratio` and `sv_fro` is given.
+        energy: Share of squared singular values that every module keeps, in (0, 1].
+        budget: Number of parameters (int) or size (`"24MB"`) of all factors, shared by all modules.
+        progress: Wraps the loop over module names, such as a progress bar; None shows nothing.
+        **options: As for `squeeze_adapter`; `score="relative"` also divides the singular values of each module by the
+            norm of its base weight.
 
     Returns:
-        What happened to each module; with DoRA also the error of the outputs on random inputs.
+        Ranks and errors of every module; with DoRA also the output error on random inputs.
 
     Raises:
-        ValueError: As `squeeze_adapter`; or if the adapter is not there or is merged, or `into` is taken.
-        NotImplementedError: If a module's update is not a plain product of two factors, naming the module.
+        ValueError: As `squeeze_adapter`; or if the adapter is missing or merged, or `into` exists.
+        NotImplementedError: If a module's update is not `s * B A`; names the module.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo.merge import squeeze_model
+        >>> config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), config)
+        >>> report = squeeze_model(model, rank=6, into="small")
+        >>> model.set_adapter("small")
+        >>> model.peft_config["small"].r
+        6
     """
     target, how = _options(rank=rank, energy=energy, budget=budget, **options)
     return _squeeze(ModelSource(model, adapter_name, into), target, how, progress or silent)
@@ -171,34 +188,47 @@ def rank_report(
     ranks: Sequence[int] = (4, 8, 16, 32),
     adapter_name: str = "default",
     *,
-    moments: Mapping[str, Tensor | HasInputs] | None = None,
+    moments: Mapping[str, Tensor | Moments] | None = None,
     progress: Progress | None = None,
 ) -> RankReport:
-    """How much each module would keep at some ranks; nothing is written or changed.
+    """Measures how much of each module's update several ranks would keep; changes nothing.
 
     Args:
-        model_or_path: A model with LoRA layers, or what `squeeze_adapter` reads.
-        ranks: The ranks to look at, positive.
-        adapter_name: The adapter in a model.
-        moments: Second moments of inputs by module, to measure on activations.
-        progress: Wraps the loop over modules.
+        model_or_path: A model with LoRA layers, or a path as for `squeeze_adapter`.
+        ranks: Ranks to report, positive.
+        adapter_name: Name of the adapter if a model is given.
+        moments: Second moments of inputs by module name, to measure the outputs on calibration data instead.
+        progress: Wraps the loop over module names, such as a progress bar; None shows nothing.
+
+    Returns:
+        Singular values of every module, and the share of their squares that each rank keeps.
 
     Raises:
-        ValueError: As `squeeze_adapter`.
-        NotImplementedError: Likewise.
+        ValueError: If an argument or file is invalid.
+        NotImplementedError: If a module's update is not `s * B A`; names the module.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo.merge import rank_report
+        >>> config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), config)
+        >>> report = rank_report(model, ranks=(4, 8))
+        >>> report.energy("0", 4) < report.energy("0", 8)
+        True
     """
     for rank in ranks:
         check_count("ranks", rank)
     how = SqueezeOptions(score="absolute" if moments is None else "activation", moments=moments)
     if isinstance(model_or_path, nn.Module):
-        return _look(ModelSource(model_or_path, adapter_name, None), tuple(ranks), how, progress or silent)
+        return _measure(ModelSource(model_or_path, adapter_name, None), tuple(ranks), how, progress or silent)
     with open_adapter(model_or_path) as adapter:
-        return _look(FileSource(adapter, Path(model_or_path), None), tuple(ranks), how, progress or silent)
+        return _measure(FileSource(adapter, Path(model_or_path), None), tuple(ranks), how, progress or silent)
 
 
 @dataclass(frozen=True)
 class _Analysis:
-    """One module, decomposed."""
+    """Singular value decomposition of one module's update."""
 
     svd: FactoredSvd
     spectrum: Spectrum
@@ -206,10 +236,10 @@ class _Analysis:
 
 
 def _options(**given: Any) -> tuple[RankTarget, SqueezeOptions]:
-    """Arguments by whom they concern.
+    """Splits keyword arguments into the target ranks and the other options.
 
     Raises:
-        ValueError: If one is unknown or cannot be used.
+        ValueError: If an argument is unknown or invalid.
     """
     known = {cls: {item.name for item in fields(cls)} for cls in (RankTarget, SqueezeOptions)}
     unknown = sorted(given.keys() - set().union(*known.values()))
@@ -221,33 +251,38 @@ def _options(**given: Any) -> tuple[RankTarget, SqueezeOptions]:
     return RankTarget(**target), SqueezeOptions(**how)
 
 
-def _squeeze(source: Source, target: RankTarget, how: SqueezeOptions, progress: Progress) -> SqueezeReport:
-    found = {name: _analyse(source, name, how) for name in progress(source.names, "decompose")}
+def _squeeze(
+    source: SqueezeSource, target: RankTarget, how: SqueezeOptions, progress: Progress
+) -> SqueezeReport:
+    """Decomposes all modules, plans their ranks and writes the new factors."""
+    found = {name: _decompose(source, name, how) for name in progress(source.names, "decompose")}
     _check_gain(found, target)
     modules, keep = _plan(source, found, target, how.scaling)
     _check_nested(modules)
 
-    def make(name: str) -> tuple[Tensor, Tensor]:
+    def truncated(name: str) -> tuple[str, Tensor, Tensor]:
         B, A = source.factors(name)[:2]
         rank, scale = modules[name]
         low = found[name].svd.truncate(B, A, rank, new_scale=scale, balance=how.balance)
-        return low.B, low.A
+        return name, low.B, low.A
 
-    errors = source.write(modules, make)
+    errors = source.write(modules, map(truncated, [name for name, new in modules.items() if new.rank]))
     rows = tuple(_row(name, one, modules[name].rank, errors.get(name)) for name, one in found.items())
     report = SqueezeReport(rows, "keep" if keep else "fold", how.score)
     _warn(report)
     return report
 
 
-def _look(source: Source, ranks: tuple[int, ...], how: SqueezeOptions, progress: Progress) -> RankReport:
-    found = {name: _analyse(source, name, how) for name in progress(source.names, "decompose")}
+def _measure(source: SqueezeSource, ranks: tuple[int, ...], how: SqueezeOptions, progress: Progress) -> RankReport:
+    """Decomposes all modules and reports their singular values."""
+    found = {name: _decompose(source, name, how) for name in progress(source.names, "decompose")}
     return RankReport(ranks, tuple(_row(name, one, one.spectrum.rank, None) for name, one in found.items()))
 
 
-def _analyse(source: Source, name: str, how: SqueezeOptions) -> _Analysis:
+def _decompose(source: SqueezeSource, name: str, how: SqueezeOptions) -> _Analysis:
+    """Decomposes the update of one module."""
     B, A, scale, min_rank = source.factors(name)
-    svd = factored_svd(B, A, scale=scale, method=how.method, input_moment=how.moment(name))
+    svd = factored_svd(B, A, scale=scale, method=how.method, input_moment=how.input_moment(name))
     norm = source.weight_norm(name) if how.score == "relative" else 1.0
     itemsize = max(B.element_size(), A.element_size())
     spectrum = Spectrum(svd.singular_values / norm, len(A), len(B) + A.shape[1], itemsize, min_rank)
@@ -255,12 +290,12 @@ def _analyse(source: Source, name: str, how: SqueezeOptions) -> _Analysis:
 
 
 def _plan(
-    source: Source, found: Mapping[str, _Analysis], target: RankTarget, scaling: str
+    source: SqueezeSource, found: Mapping[str, _Analysis], target: RankTarget, scaling: str
 ) -> tuple[dict[str, RankAndScale], bool]:
-    """New ranks and scales, and whether the scales are the old ones.
+    """Plans new ranks and scales; also returns whether the scales are kept.
 
-    A size also has to hold what a file needs besides factors, and that depends on the ranks: hence the loop. It ends
-    because what is set aside only grows, up to what the worst ranks need.
+    A budget in bytes includes the header and other tensors of the file, whose size depends on the ranks: hence the
+    loop. It terminates because `reserved` only grows, up to the overhead of the worst ranks.
     """
     spectra = {name: one.spectrum for name, one in found.items()}
     reserved = 0
@@ -279,6 +314,7 @@ def _plan(
 
 
 def _check_gain(found: Mapping[str, _Analysis], target: RankTarget) -> None:
+    """Raises a ValueError if no module has a rank above the target rank."""
     largest = max(one.spectrum.rank for one in found.values())
     if target.rank is not None and target.rank >= largest:
         raise ValueError(
@@ -288,7 +324,10 @@ def _check_gain(found: Mapping[str, _Analysis], target: RankTarget) -> None:
 
 
 def _check_nested(modules: Mapping[str, RankAndScale]) -> None:
-    """A layer inside an adapted one, attention's projection, has its rank and alpha: no pattern tells them apart."""
+    """Raises if `out_proj` inside an adapted attention layer got another rank or scale than that layer.
+
+    peft matches patterns with the name of the outer layer only.
+    """
     nested = [name for name in modules if ".base_layer." in name]
     if nested and len(set(modules.values())) > 1:
         raise NotImplementedError(
@@ -297,6 +336,7 @@ def _check_nested(modules: Mapping[str, RankAndScale]) -> None:
 
 
 def _row(name: str, one: _Analysis, rank: int, output_error: float | None) -> ModuleReport:
+    """Report of one module at a new rank."""
     spectrum, svd = one.spectrum, one.svd
     return ModuleReport(
         name=name,
@@ -313,6 +353,7 @@ def _row(name: str, one: _Analysis, rank: int, output_error: float | None) -> Mo
 
 
 def _warn(report: SqueezeReport) -> None:
+    """Warns about untrained modules, and about the worst module if it keeps less than half of its energy."""
     untrained = [module.name for module in report.modules if module.untrained]
     if untrained:
         warnings.warn(
@@ -325,6 +366,3 @@ def _warn(report: SqueezeReport) -> None:
             "train on after the squeeze (SqueezeLoraConfig).",
             stacklevel=4,
         )
-
-
-__all__ = ["RankReport", "SqueezeReport", "rank_report", "squeeze_adapter", "squeeze_model"]

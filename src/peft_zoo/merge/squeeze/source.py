@@ -1,26 +1,23 @@
-"""Where the modules to compress come from, and where the result goes: the contract of files and models."""
+"""Interface between Post-Squeeze and its two kinds of input and output: adapter files and models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from peft_zoo.io.lora_ranks import RankAndScale
 
-Make = Callable[[str], tuple[Tensor, Tensor]]
-"""Gives the new factors of a module, B `(out, r)` and A `(r, in)`."""
 
-
-class Factors(NamedTuple):
-    """One module.
+class SqueezeFactors(NamedTuple):
+    """Factors of one module.
 
     Attributes:
         B: `(out, R)`.
         A: `(R, in)`.
-        scale: Factor of their product.
-        min_rank: Smallest rank that the module can have; with 0 it can be dropped.
+        scale: Scale s of the update `s * B @ A`.
+        min_rank: Smallest rank allowed for the module; 0 if it may be dropped.
     """
 
     B: Tensor
@@ -29,19 +26,29 @@ class Factors(NamedTuple):
     min_rank: int
 
 
-class Source(Protocol):
-    """The modules of one adapter."""
+class SqueezeSource(Protocol):
+    """Modules of one adapter, read and replaced one at a time; `names` lists them."""
 
     names: Sequence[str]
 
     def overhead(self, modules: Mapping[str, RankAndScale]) -> int:
-        """Bytes that the result has at most besides factors; a rank of 0 drops a module."""
+        """Upper bound for the size of the result without factors, in bytes; modules of rank 0 are dropped."""
 
-    def factors(self, name: str) -> Factors:
-        """One module, read now."""
+    def factors(self, name: str) -> SqueezeFactors:
+        """Reads the factors of one module."""
 
     def weight_norm(self, name: str) -> float:
-        """Frobenius norm of the module's base weight."""
+        """Frobenius norm of the base weight of one module."""
 
-    def write(self, modules: Mapping[str, RankAndScale], make: Make) -> dict[str, float]:
-        """Takes new factors; returns the errors of outputs by module, where they were measured."""
+    def write(
+        self, modules: Mapping[str, RankAndScale], factors: Iterable[tuple[str, Tensor, Tensor]]
+    ) -> dict[str, float]:
+        """Replaces the factors of every module.
+
+        Args:
+            modules: New rank and scale of every module by name; modules of rank 0 are dropped.
+            factors: Name, new B `(out, r)` and new A `(r, in)` of every module that is not dropped.
+
+        Returns:
+            Relative output error on random inputs by module name, for modules with DoRA in a model.
+        """

@@ -1,0 +1,74 @@
+"""Reads JSON objects from untrusted files; rejects what `json.loads` accepts beyond the standard."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+MAX_JSON = 16 << 20  # bytes
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Args:
+        text: UTF-8.
+
+    Raises:
+        ValueError: If it is invalid JSON, no object, nested too deeply, repeats a key or has a non-finite number.
+    """
+    try:
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_finite_number,
+            parse_float=_finite_number,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads the JSON object in a file.
+
+    Args:
+        path: A file of at most 16 MB.
+
+    Raises:
+        ValueError: If the file is missing, too large or rejected by `parse_json`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file; give an existing JSON file.")
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"{path}: larger than {MAX_JSON} bytes; this is no configuration.")
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Dictionary of key-value pairs; raises a ValueError if a key is repeated."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {reprlib.repr(repeated)} occurs twice")
+    return result
+
+
+def _finite_number(text: str) -> float:
+    """Parses a number; raises a ValueError if it is NaN, infinite or overflows to infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {reprlib.repr(text)} is not finite")
+    return number
