@@ -21,17 +21,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft import LoraConfig
-from peft.tuners.lora import LoraModel
-
 from peft_zoo import registration
-from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
+from peft_zoo.adapters.base import ZooLoraConfig, ZooLoraModel
 from peft_zoo.adapters.squeeze_lora.callback import SqueezeCallback
 from peft_zoo.adapters.squeeze_lora.schedule import SqueezeConfig
 
 
 @dataclass
-class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
+class SqueezeLoraConfig(SqueezeConfig, ZooLoraConfig):
     """Configuration of a LoRA that is compressed while it trains; every field of peft's `LoraConfig`, and the schedule.
 
     The schedule travels with the adapter; `SqueezeCallback` (for `Trainer`) or `LoraSqueezer` (for other loops)
@@ -44,10 +41,17 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     method_name: ClassVar[str] = "squeeze_lora"
 
     def __post_init__(self) -> None:
-        LoraConfig.__post_init__(self)
+        ZooLoraConfig.__post_init__(self)
         SqueezeConfig.__post_init__(self)
-        self._require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
-        self.peft_type = registration.peft_type_of(type(self))
+
+    def for_training(self, steps: int) -> SqueezeLoraConfig:
+        """Returns the configuration itself, after checking that its schedule fits into `steps` optimizer steps.
+
+        Raises:
+            ValueError: As `check_steps`.
+        """
+        self.check_steps(steps)
+        return self
 
     def check_steps(self, total_steps: int) -> None:
         """As `SqueezeConfig`, and whether there is a rank to lower.
@@ -71,7 +75,7 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     paper="LoRA-Squeeze, arXiv 2602.10993",
     callback=lambda model: SqueezeCallback(adapter_name=model.active_adapter),
 )
-class SqueezeLoraModel(SavedInsideFsdp, LoraModel):
+class SqueezeLoraModel(ZooLoraModel):
     """peft's LoRA, found under the type of `SqueezeLoraConfig`."""
 
 
