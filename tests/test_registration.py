@@ -323,5 +323,5 @@ class TestRegister:
 
     def test_an_unregistered_configuration_says_so(self) -> None:
         config_cls = type("Config", (peft.PeftConfig,), {"method_name": "nobodys"})
-        with pytest.raises(ValueError, match="peft_type=ZOO_NOBODYS belongs to nobody, so Config is not registered"):
+        with pytest.raises(ValueError, match="peft_type=ZOO_NOBODYS belongs to no class, so Config is not registered"):
             registration.peft_type_of(config_cls)

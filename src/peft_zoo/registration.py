@@ -1,12 +1,12 @@
-"""Adds adapter types to peft; the only module that knows how peft keeps its registry.
+"""Registers adapter types in peft; the only module that uses the internals of peft's registry.
 
-`peft.register_peft_method` accepts a method from outside once the enum `PeftType` has a member for it. `PeftType`
-cannot be subclassed, so the member is made here and entered in the enum's own tables; everything else goes through
-peft's function.
+`peft.register_peft_method` accepts a method of another package once the enum `PeftType` has a member for it. `PeftType`
+cannot be subclassed, so the member is added to the enum's tables here; everything else is peft's function.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 import warnings
@@ -29,20 +29,26 @@ _methods: dict[str, Method] = {}
 
 @dataclass(frozen=True)
 class Method:
-    """One registered adapter method, with what it costs.
+    """A registered adapter method and its costs.
 
     Attributes:
-        name: Short lower-case name, as in `--method snell`.
-        peft_type: Value of the enum member, as saved in `adapter_config.json`.
-        config_cls: The configuration class a user instantiates.
-        tuner_cls: The tuner that peft builds from it.
-        summary: What the method is, in one line.
-        parameters: Trainable parameters of one adapted `(out, in)` matrix.
-        memory: Bytes saved for the backward pass of one such matrix, beyond the frozen layer's own.
-        flops: Cost of one training step over T tokens in matrix-multiplication FLOPs, the frozen layer included.
-        paper: Where the method comes from.
-        callback: Makes the `transformers.TrainerCallback` the method wants during training, from the model; None if it
-            wants none.
+        name: Short lower-case name, as in `peft-zoo train --method snell`.
+        peft_type: Value of the member of `peft.PeftType`, as saved in `adapter_config.json`.
+        config_cls: Configuration class.
+        tuner_cls: Tuner class, which peft makes from a configuration.
+        summary: One line that says what the method is.
+        parameters: Formula for the trainable parameters of one adapted `(out, in)` matrix.
+        memory: Formula for the bytes saved for the backward pass of one such matrix, without the frozen layer's.
+        flops: Formula for the matrix-multiplication FLOPs of a training step over T tokens, with the frozen layer's.
+        paper: Reference, such as an arXiv number.
+        callback: Function from the model to the `transformers.TrainerCallback` that the method needs during training;
+            None if it needs none.
+
+    Examples:
+        >>> from peft_zoo import methods
+        >>> method = methods()["snell"]
+        >>> method.peft_type, method.parameters
+        ('ZOO_SNELL', 'r·(in + out)')
     """
 
     name: str
@@ -58,12 +64,17 @@ class Method:
 
     @property
     def trainable(self) -> bool:
-        """Whether there is something to train; a recipe (`trainable = False` in its configuration) has no weights."""
+        """Whether the method has weights to train; False for a recipe (`trainable = False` in its configuration)."""
         return getattr(self.config_cls, "trainable", True)
 
 
 def methods() -> dict[str, Method]:
-    """The registered methods by short name, in alphabetical order."""
+    """Returns the registered methods by short name, in alphabetical order.
+
+    Examples:
+        >>> methods()["snell"].config_cls.__name__
+        'SnellConfig'
+    """
     with _lock:
         return dict(sorted(_methods.items()))
 
@@ -78,25 +89,25 @@ def register(
     paper: str,
     callback: Callable[[Any], Any] | None = None,
 ) -> Callable[[Tuner], Tuner]:
-    """Class decorator that makes a tuner and its configuration known to peft.
+    """Class decorator that registers a tuner class and its configuration class in peft.
 
-    The type's value is `ZOO_` and the upper-case `method_name` of `config_cls`; the parameter prefix is the lower-case
-    value and an underscore, because transformers derives it so. A tuner that derives from peft's `LoraModel` keeps
-    `lora_`: its tensors are those of a LoRA. Registering a class again (a reload) replaces the old
-    one. If another package or a later peft owns the value, nothing is overridden: the method stays unregistered and one
-    warning names the owner.
+    The value of the type is `ZOO_` and the upper-case `method_name` of `config_cls`. The prefix of the parameters is
+    the lower-case value and an underscore, as transformers assumes; a tuner on peft's `LoraModel` keeps `lora_`, since
+    its tensors are those of a LoRA. Registering a class again (a reload) replaces it. If another package or a later
+    peft owns the value, the method is not registered and one warning names the owner.
 
     Args:
-        config_cls: Configuration class with a class attribute `method_name`, such as `"snell"`.
-        summary: See `Method`, as for all that follow.
-        parameters: Formula.
-        memory: Formula.
-        flops: Formula.
-        paper: Reference.
-        callback: Factory.
+        config_cls: Configuration class with a class attribute `method_name`, such as `"snell"`; its fields are added to
+            its docstring.
+        summary: As in `Method`.
+        parameters: As in `Method`.
+        memory: As in `Method`.
+        flops: As in `Method`.
+        paper: As in `Method`.
+        callback: As in `Method`.
 
     Raises:
-        ValueError: If `method_name` is not a lower-case name, or `tuner_cls.prefix` does not match it.
+        ValueError: If `method_name` is not a lower-case name, or the tuner's `prefix` does not match it.
     """
     name = config_cls.method_name  # type: ignore[attr-defined]
     value = f"{NAMESPACE}{name}".upper()
@@ -130,15 +141,15 @@ def register(
 
 
 def peft_type_of(config_cls: type[PeftConfig]) -> PeftType:
-    """The enum member under which `config_cls` is registered.
+    """Returns the member of `PeftType` under which `config_cls` is registered.
 
     Raises:
-        ValueError: If the value belongs to somebody else, naming the owner.
+        ValueError: If another class is registered under the value, naming that class.
     """
     value = f"{NAMESPACE}{config_cls.method_name}".upper()  # type: ignore[attr-defined]
     owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(value)  # type: ignore[call-overload]
     if owner is None or not any(_same_class(owner, cls) for cls in config_cls.__mro__):
-        holder = "nobody" if owner is None else f"{owner.__module__}.{owner.__qualname__}"
+        holder = "no class" if owner is None else f"{owner.__module__}.{owner.__qualname__}"
         raise ValueError(
             f"peft_type={value} belongs to {holder}, so {config_cls.__name__} is not registered. Use that class "
             "instead, or uninstall the package it comes from."
@@ -147,21 +158,24 @@ def peft_type_of(config_cls: type[PeftConfig]) -> PeftType:
 
 
 def _same_class(one: type, other: type) -> bool:
-    """Whether two class objects are the same definition, possibly imported twice."""
+    """Whether two class objects have the same definition, possibly imported twice."""
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def _document(config_cls: type[PeftConfig]) -> None:
-    """List every field in the docstring, from its help text: `help(config_cls)` then says what the code says."""
-    lines = [f"    {f.name} (`{f.type}`): {f.metadata.get('help', '')}" for f in fields(config_cls)]
-    config_cls.__doc__ = "\n".join([(config_cls.__doc__ or "").split("\n\nArgs:")[0], "", "Args:", *lines])
+    """Appends the fields and their help texts to the docstring: the method's own first, those of peft last."""
+    homes = {name: cls for cls in reversed(config_cls.__mro__) for name in inspect.get_annotations(cls)}
+    listed = sorted(fields(config_cls), key=lambda f: config_cls.__mro__.index(homes.get(f.name, config_cls)))
+    lines = [f"    {f.name} (`{f.type}`): {f.metadata.get('help', '')}" for f in listed]
+    described = inspect.cleandoc(config_cls.__doc__ or "").split("\n\nArgs:")[0]
+    config_cls.__doc__ = "\n".join([described, "", "Args:", *lines])
 
 
 def _add_member(value: str) -> PeftType:
-    """Return `PeftType[value]`, made and entered in the enum's tables if it is not there yet.
+    """Returns `PeftType[value]`, after adding it to the tables of the enum if it is missing.
 
-    `EnumType` offers no way to add a member, and forbids setting one as an attribute; hence `type.__setattr__`. Which
-    tables there are depends on the Python version (`_hashable_values_` came with 3.12).
+    `EnumType` cannot add a member and forbids setting one as an attribute; hence `type.__setattr__`. The tables depend
+    on the Python version (`_hashable_values_` is new in 3.12).
     """
     existing = PeftType._value2member_map_.get(value)
     if existing is not None:

@@ -1,14 +1,15 @@
-"""Tiny but real architectures, built from configurations without a download, and helpers for every adapter test."""
+"""Tiny real architectures, built from configurations without a download, and helpers for every adapter test."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from peft import PeftConfig, get_peft_model
@@ -18,16 +19,34 @@ from torch import Tensor, nn
 import peft_zoo
 from peft_zoo.adapters.base import ZooModel
 
-# A method that is a LoRA with something more keeps peft's own layers: what they do is tested by peft's own test-suite.
+# A method that extends peft's LoRA uses peft's own layers, which peft's own test-suite covers.
 METHODS = [method for method in peft_zoo.methods().values() if issubclass(method.tuner_cls, ZooModel)]
 VOCABULARY = 40
 WIDE = {"initializer_range": 0.3}  # so that a change in one layer is well above rounding in the output
 TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
+def spread(values: Iterable[Any], shift: int = 0) -> list[Any]:
+    """Rows (method, value) for `parametrize`: enough for each method and each value to occur; the others are `full`.
+
+    Args:
+        values: Second element of the rows; its text is the id.
+        shift: Changes which value meets which method, so that the tests of a file have different pairs.
+    """
+    values = list(values)
+    quick = {((i + shift) % len(METHODS), i % len(values)) for i in range(max(len(METHODS), len(values)))}
+    return [
+        pytest.param(
+            method, value, id=f"{method.name}-{value}", marks=[] if (row, column) in quick else [pytest.mark.full]
+        )
+        for row, method in enumerate(METHODS)
+        for column, value in enumerate(values)
+    ]
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """One model: how to build it, an input for it, and which modules of it are adapted."""
+    """A model to build, an input for it, and the names of the modules to adapt."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
@@ -196,7 +215,7 @@ def fresh(name: str) -> nn.Module:
 
 
 def config(method: peft_zoo.Method, **changes: Any) -> Any:
-    """A configuration that changes the output from the start, whatever the method: small rank and a random update."""
+    """A configuration with a small rank and a random update, so that a new adapter changes the output."""
     known = {field.name for field in fields(method.config_cls)}
     general = {"r": 4, "init_weights": False}
     return method.config_cls(**{key: value for key, value in general.items() if key in known} | changes)
@@ -220,7 +239,7 @@ def first(result: Any) -> Tensor:
 
 @torch.no_grad()
 def output(model: nn.Module, name: str) -> Tensor:
-    """What a model gives for the architecture's batch."""
+    """The output of a model for the architecture's batch."""
     return first(model(**inputs(name)))
 
 
@@ -251,7 +270,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All that adding an adapter may change: module tree, parameters, which of them train, and the configurations."""
+    """The module tree, the parameters with `requires_grad`, buffers, configurations and the active adapter."""
     return {
         "modules": [(name, id(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(p), p.requires_grad, bits(p).tolist()) for name, p in model.named_parameters()],
@@ -281,11 +300,11 @@ def check_against_definition(layer: Any, x: Tensor, delta: Tensor, *, output: fl
     """Compare a linear layer's output and all gradients with those of its base layer and an update ΔW (out, in).
 
     Args:
-        layer: Adapted, with one active adapter.
-        x: Its input, which requires a gradient.
-        delta: ΔW as the definition has it, differentiable in the layer's parameters.
+        layer: Adapted linear layer with one active adapter.
+        x: Input of the layer that requires a gradient.
+        delta: ΔW by the definition, `(out, in)`, differentiable in the layer's parameters.
         output: Relative and absolute tolerance of the output.
-        gradients: Tolerance of each gradient, relative and beside its largest entry.
+        gradients: Tolerance of each gradient, relative and as a share of its largest entry.
     """
     trained = [p for p in layer.parameters() if p.requires_grad]
     outcome, expected = layer(x), layer.base_layer(x) + x @ delta.t()

@@ -1,4 +1,4 @@
-"""What an adapter does to a forward and a backward pass, for every method and on every architecture."""
+"""Forward and backward passes of an adapted model, for each method and each architecture."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ from tests.adapters.models import (
     is_adapter,
     layers,
     output,
+    spread,
     wrap,
 )
 
-HALVES = [torch.bfloat16, torch.float16]
-
 
 def backward(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Gradients of a fixed linear function of the output, by parameter."""
+    """Gradients of a fixed linear function of the output, by parameter name."""
     model.zero_grad()
     result = first(model(**inputs(name))).float()
     weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
@@ -44,8 +43,8 @@ def backward(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_adapter_changes_the_output_and_disabling_it_restores_the_base(method: Method, name: str) -> None:
+@pytest.mark.parametrize(("method", "name"), spread(ARCHITECTURES))
+def test_an_adapter_changes_the_output_and_trains(method: Method, name: str) -> None:
     base = output(fresh(name), name)
     model = adapted(method, name)
     changed = output(model, name)
@@ -54,12 +53,7 @@ def test_an_adapter_changes_the_output_and_disabling_it_restores_the_base(method
     with model.disable_adapter():
         assert torch.equal(output(model, name), base)
     assert torch.equal(output(model, name), changed)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_reach_every_adapter_parameter_and_nothing_else(method: Method, name: str) -> None:
-    model = adapted(method, name).train()
-    gradients = backward(model, name)
+    gradients = backward(model.train(), name)
     for key, parameter in model.named_parameters():
         assert parameter.requires_grad == is_adapter(key, model.active_peft_config), key
         assert (key in gradients) == parameter.requires_grad, key
@@ -68,7 +62,7 @@ def test_gradients_reach_every_adapter_parameter_and_nothing_else(method: Method
         assert gradient.abs().sum() > 0, key
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "name"), spread(ARCHITECTURES, shift=1))
 def test_a_step_along_the_gradient_changes_the_output(method: Method, name: str) -> None:
     model = adapted(method, name, init_weights=True).train()
     before = output(model, name)
@@ -117,8 +111,7 @@ def test_deleting_the_active_adapter_activates_what_is_left(method: Method) -> N
     assert [layer.active_adapters for layer in layers(model)] == [["default"]] * 4
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("upcast", [True, False])
+@pytest.mark.parametrize(("dtype", "upcast"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_16_bit_base_layers(method: Method, dtype: torch.dtype, upcast: bool) -> None:
     base = nn.Linear(24, 16, dtype=dtype)
     model = get_peft_model(nn.Sequential(base), config(method, target_modules=["0"]), autocast_adapter_dtype=upcast)
@@ -135,9 +128,9 @@ def test_16_bit_base_layers(method: Method, dtype: torch.dtype, upcast: bool) ->
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
-def test_16_bit_models(method: Method, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("method", "name"), spread(["llama", "gpt2", "unet"]))
+def test_16_bit_models(method: Method, name: str) -> None:
+    dtype = torch.float16 if name == "gpt2" else torch.bfloat16
     model = adapted(method, name, fresh(name).to(dtype))
     batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs(name).items()}
     result = first(model(**batch))
@@ -161,12 +154,11 @@ def test_autocast_computes_the_update_in_16_bits_and_keeps_fp32_gradients(method
     assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(method: Method, name: str, reentrant: bool) -> None:
+@pytest.mark.parametrize(("method", "name"), spread(["llama", "bert", "vit"]))
+def test_gradient_checkpointing_changes_no_gradient(method: Method, name: str) -> None:
     model = adapted(method, name).train()
     plain = backward(model, name)
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": name == "bert"})
     model.base_model.model.enable_input_require_grads()
     checkpointed = backward(model, name)
     assert plain.keys() == checkpointed.keys()
@@ -181,8 +173,13 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize(("method", "kind"), spread([*COMPILED, "llama"]))
 def test_torch_compile_gives_one_graph_with_the_same_results(method: Method, kind: str) -> None:
+    if kind == "llama":
+        model = adapted(method, kind)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(output(compiled, kind), output(model, kind))
+        return
     build, example = COMPILED[kind]
     model, x = wrap(method, build()).train(), example()
     model.add_adapter("other", config(method, target_modules=["layer"]))
@@ -197,14 +194,9 @@ def test_torch_compile_gives_one_graph_with_the_same_results(method: Method, kin
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_torch_compile_of_a_whole_model(method: Method) -> None:
-    model = adapted(method, "llama")
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(output(compiled, "llama"), output(model, "llama"))
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("duplicate", "merged"), [(copy.deepcopy, True), (lambda model: pickle.loads(pickle.dumps(model)), False)]
+)
 def test_a_copy_is_equal_and_independent(method: Method, duplicate: Callable[[Any], Any], merged: bool) -> None:
     model = adapted(method, "llama")
     base = {key: bits(p) for key, p in model.named_parameters()}
@@ -260,10 +252,10 @@ def cost(model: nn.Module, x: Tensor) -> tuple[int, int]:
         nonlocal calls
         calls += event in ("call", "c_call")
 
-    model(x)  # whatever happens only once
+    model(x)  # the first call allocates caches
     with CountOperators() as operators:
         model(x)
-    gc.collect()  # what earlier tests left has finalizers, whose calls would be counted
+    gc.collect()  # or finalizers of objects of earlier tests would be counted
     gc.disable()
     sys.setprofile(profile)
     model(x)
@@ -285,7 +277,7 @@ def test_inactive_adapters_cost_nothing(method: Method, mode: str) -> None:
         with model.disable_adapter() if mode == "disabled" else nullcontext():
             return cost(model, x)
 
-    assert measured(29) == measured(0) > (0, 0)
+    assert measured(4) == measured(0) > (0, 0)
 
 
 def test_repr_names_package_method_shape_and_adapters(method: Method) -> None:

@@ -1,4 +1,4 @@
-"""Merging equals the forward pass and rounds once; unmerging restores the bits: every kind of layer, every dtype."""
+"""Merging equals the forward pass and rounds once, unmerging restores the bits: each kind of layer and each dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import Method
-from tests.adapters.models import ARCHITECTURES, adapted, bits, config, fresh, layers, output, wrap
+from tests.adapters.models import ARCHITECTURES, adapted, bits, config, fresh, layers, output, spread, wrap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Example = tuple[nn.Module, Tensor]
@@ -25,6 +25,10 @@ LAYERS: dict[str, Callable[[], Example]] = {
     "embedding": lambda: (nn.Embedding(9, 10), torch.tensor([[0, 8, 3]])),
     "convolution": lambda: (nn.Conv2d(4, 6, 3, groups=2), torch.randn(2, 4, 6, 6)),
 }
+# Each kind of layer with one dtype; the hypothesis test draws all combinations.
+KIND_AND_DTYPE = pytest.mark.parametrize(
+    ("kind", "dtype"), zip(LAYERS, [torch.float16, torch.bfloat16, torch.float32, torch.bfloat16], strict=True)
+)
 
 
 @st.composite
@@ -81,9 +85,8 @@ def rounded_once(layer: Any, original: Tensor, names: list[str]) -> Tensor:
     return exact.to(original.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=25)
-@given(example=st.one_of(linears(), embeddings(), convolutions()))
+@settings(max_examples=40)
+@given(example=st.one_of(linears(), embeddings(), convolutions()), dtype=st.sampled_from(DTYPES))
 def test_merged_layer_equals_adapted_layer(method: Method, dtype: torch.dtype, example: Example) -> None:
     base, x = in_dtype(example, dtype)
     original, before = base.weight.detach().clone(), bits(base.weight)
@@ -100,8 +103,7 @@ def test_merged_layer_equals_adapted_layer(method: Method, dtype: torch.dtype, e
     assert torch.equal(bits(base.weight), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("kind", LAYERS)
+@KIND_AND_DTYPE
 def test_merged_and_adapted_agree_in_16_bits(method: Method, kind: str, dtype: torch.dtype) -> None:
     base, x = in_dtype(LAYERS[kind](), dtype)
     exact_base, exact_x = in_dtype(LAYERS[kind](), torch.float32)
@@ -120,7 +122,7 @@ def test_merged_and_adapted_agree_in_16_bits(method: Method, kind: str, dtype: t
         torch.testing.assert_close(result, exact, rtol=0, atol=3 * torch.finfo(dtype).eps * size)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "name"), spread(ARCHITECTURES))
 def test_merging_and_unloading_keeps_the_outputs(method: Method, name: str) -> None:
     base = fresh(name)
     before, tree = output(base, name), [(key, id(module)) for key, module in base.named_modules()]
@@ -134,7 +136,7 @@ def test_merging_and_unloading_keeps_the_outputs(method: Method, name: str) -> N
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "name"), spread(ARCHITECTURES, shift=1))
 def test_unloading_gives_the_base_model_back(method: Method, name: str) -> None:
     base = fresh(name)
     before, tree = output(base, name), [(key, id(module)) for key, module in base.named_modules()]
@@ -146,16 +148,15 @@ def test_unloading_gives_the_base_model_back(method: Method, name: str) -> None:
     assert torch.equal(output(unloaded, name), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", LAYERS)
-def test_a_hundred_cycles_restore_the_bits_in_place(method: Method, kind: str, dtype: torch.dtype) -> None:
+@KIND_AND_DTYPE
+def test_cycles_restore_the_bits_in_place(method: Method, kind: str, dtype: torch.dtype) -> None:
     base, _ = in_dtype(LAYERS[kind](), dtype)
     before, address = bits(base.weight), base.weight.data_ptr()
     model, layer = two_adapters(method, base)
     model.merge_adapter()
     merged = bits(base.weight)
     assert not torch.equal(merged, before)
-    for _ in range(100):
+    for _ in range(5):
         layer.unmerge()
         assert torch.equal(bits(base.weight), before)
         layer.merge()
@@ -167,8 +168,7 @@ def test_a_hundred_cycles_restore_the_bits_in_place(method: Method, kind: str, d
 
 
 @additionally
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", LAYERS)
+@KIND_AND_DTYPE
 def test_merging_one_after_the_other_equals_merging_at_once(method: Method, kind: str, dtype: torch.dtype) -> None:
     base, _ = in_dtype(LAYERS[kind](), dtype)
     before = bits(base.weight)
@@ -188,7 +188,7 @@ def test_merging_one_after_the_other_equals_merging_at_once(method: Method, kind
 def test_merging_names_what_is_already_merged(method: Method) -> None:
     _, layer = two_adapters(method, nn.Linear(5, 4))
     layer.merge(adapter_names=["default"])
-    with pytest.warns(UserWarning, match="were merged default. You are now additionally merging other"):
+    with pytest.warns(UserWarning, match="additionally merging other"):
         layer.merge()
     assert layer.merged_adapters == ["default", "other"]
     layer.unmerge()
@@ -197,9 +197,15 @@ def test_merging_names_what_is_already_merged(method: Method) -> None:
 
 
 @additionally
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("already_merged", [[], ["default"]])
+@pytest.mark.parametrize(
+    ("kind", "value", "already_merged"),
+    [
+        ("linear", float("nan"), []),
+        ("conv1d of gpt2", float("inf"), ["default"]),
+        ("embedding", float("nan"), ["default"]),
+        ("convolution", float("inf"), []),
+    ],
+)
 def test_safe_merge_refuses_and_leaves_the_weight_alone(
     method: Method, kind: str, value: float, already_merged: list[str]
 ) -> None:
@@ -212,7 +218,7 @@ def test_safe_merge_refuses_and_leaves_the_weight_alone(
     if already_merged:
         layer.merge(adapter_names=already_merged)
     before = bits(base.weight)
-    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter other seems to be broken"):
+    with pytest.raises(ValueError, match="adapter other"):
         layer.merge(safe_merge=True, adapter_names=["other"])
     assert layer.merged_adapters == already_merged
     assert torch.equal(bits(base.weight), before)

@@ -1,4 +1,4 @@
-"""Batches in which every sample has an adapter of its own."""
+"""Batches in which each sample has its own adapter."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.adapters.models import (
     inputs,
     layers,
     output,
+    spread,
     wrap,
 )
 
@@ -37,7 +38,7 @@ def sample(batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 
 def alone(model: Any, adapter: str, call: Any) -> Tensor:
-    """What `call` gives with one adapter active, or with none."""
+    """The result of `call` with one adapter active, or with none."""
     if adapter == "__base__":
         with model.disable_adapter():
             return call()
@@ -47,7 +48,7 @@ def alone(model: Any, adapter: str, call: Any) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize(("method", "name"), spread(BATCHED))
 def test_each_sample_gets_its_own_adapter(method: Method, name: str) -> None:
     model, batch = two_adapters(method, name), inputs(name)
     with torch.no_grad():
@@ -67,8 +68,9 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), zip(LAYERS, [torch.bfloat16, torch.float32, torch.bfloat16], strict=True)
+)
 def test_every_kind_of_layer(method: Method, kind: str, dtype: torch.dtype) -> None:
     build, example = LAYERS[kind]
     model, x = wrap(method, build().to(dtype)), example()
@@ -77,7 +79,7 @@ def test_every_kind_of_layer(method: Method, kind: str, dtype: torch.dtype) -> N
     mixed = model(x, adapter_names=NAMES)
     assert mixed.dtype == dtype
     for index, adapter in enumerate(NAMES):
-        # As many tokens as the adapter has in the batch: for more a method may take a way that rounds differently.
+        # With the number of tokens that the adapter has in the batch: for more, a method may choose another algorithm.
         expected = alone(model, adapter, lambda index=index: model(x[index : index + 1]))
         torch.testing.assert_close(mixed[index], expected[0])
 
@@ -120,12 +122,11 @@ def test_modules_to_save_follow_the_sample(method: Method) -> None:
             torch.testing.assert_close(mixed[index], expected[index])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_with_beams(method: Method, name: str, beams: int) -> None:
-    model = two_adapters(method, name)
+@pytest.mark.parametrize(("method", "name"), spread(["llama", "t5", "gpt2"]))
+def test_generate_with_beams(method: Method, name: str) -> None:
+    model, beams = two_adapters(method, name), 1 if name == "gpt2" else 3
     batch = {key: value for key, value in inputs(name).items() if not key.startswith("decoder")}
-    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams}
+    options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "num_beams": beams}
     scores = {"output_scores": True, "return_dict_in_generate": True}
 
     def generate(**more: Any) -> Any:

@@ -11,7 +11,19 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_zoo import Method
-from tests.adapters.models import adapted, bits, config, first, fresh, inputs, is_adapter, layers, output, unchanged
+from tests.adapters.models import (
+    adapted,
+    bits,
+    config,
+    first,
+    fresh,
+    inputs,
+    is_adapter,
+    layers,
+    output,
+    spread,
+    unchanged,
+)
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -38,8 +50,9 @@ def on_experts(method: Method, experts: Experts, names: list[str], **changes: An
     return get_peft_model(nn.Sequential(experts), chosen).eval()
 
 
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("names", [["up"], ["down"], ["up", "down"]], ids=str)
+@pytest.mark.parametrize(
+    ("names", "is_transposed"), [(["up"], False), (["up"], True), (["down"], False), (["up", "down"], True)], ids=str
+)
 def test_the_module_runs_with_the_updated_parameter(method: Method, is_transposed: bool, names: list[str]) -> None:
     experts, x = Experts(is_transposed), torch.randn(5, 6)
     base, originals = experts(x), {name: bits(getattr(experts, name)) for name in ("up", "down")}
@@ -113,7 +126,7 @@ def test_parameters_alone_need_no_target_modules(method: Method) -> None:
     assert "parameter_name='gate_up_proj', in_features=16, out_features=72" in repr(layers(model)[1])
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(("method", "reentrant"), spread([True, False]))
 def test_gradient_checkpointing_runs_the_module_with_the_same_parameter(method: Method, reentrant: bool) -> None:
     model = adapted(method, "mixtral", target_modules=None, target_parameters=EXPERTS).train()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_zoo import LqLoraConfig, Method
 from peft_zoo.lq_lora import NFLinear, standalone
-from tests.adapters.models import adapted, bits, config, first, inputs, layers, output, wrap
+from tests.adapters.models import adapted, bits, config, first, inputs, layers, output, spread, wrap
 
 NAMES = ["other", "__base__", "default"]
 
@@ -57,7 +57,7 @@ def _quantize_torchao(weight: Tensor) -> Any:
 
 
 def _standalone(folder: Path) -> Path:
-    """A folder with the same model in the standalone form, with something of low rank beside each matrix."""
+    """A folder with the same model in the standalone form, with a low-rank part for each matrix."""
     target = folder.with_name(f"{folder.name}-nfk")
     if not target.exists():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -66,7 +66,7 @@ def _standalone(folder: Path) -> Path:
     return target
 
 
-# How a model is loaded, and what a weight becomes; None for what comes from a folder of its own.
+# Quantization config of transformers (None: the model is loaded from its own folder), and the quantizer of a weight.
 KINDS: dict[str, tuple[Callable[[], Any] | None, Callable[[Tensor], Any]]] = {
     "8bit": (_eight_bits, _quantize_8),
     "4bit": (_four_bits, _quantize_4),
@@ -85,10 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    """A way to quantize."""
-    return request.param
+each_kind = pytest.mark.parametrize(("method", "kind"), spread(KINDS))
+each_kind_shifted = pytest.mark.parametrize(("method", "kind"), spread(KINDS, shift=1))
 
 
 @pytest.fixture
@@ -134,6 +132,7 @@ def two_adapters(method: Method, base: nn.Module) -> Any:
     return model
 
 
+@each_kind
 def test_the_update_is_added_and_trained(method: Method, base: Any) -> None:
     model = adapted(method, "llama", base)
     result = output(model, "llama")
@@ -150,6 +149,7 @@ def test_the_update_is_added_and_trained(method: Method, base: Any) -> None:
     assert not layer.get_base_layer().weight.requires_grad
 
 
+@each_kind_shifted
 def test_merging_quantizes_the_sum_once_and_unmerging_restores_the_bits(method: Method, base: Any, kind: str) -> None:
     model = two_adapters(method, base)
     with model.disable_adapter():
@@ -177,6 +177,7 @@ def test_merging_quantizes_the_sum_once_and_unmerging_restores_the_bits(method: 
         assert torch.equal(output(model, "llama"), before)
 
 
+@each_kind
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
 def test_one_after_the_other_equals_at_once(method: Method, base: Any) -> None:
     model = two_adapters(method, base)
@@ -191,9 +192,10 @@ def test_one_after_the_other_equals_at_once(method: Method, base: Any) -> None:
     assert all(same(one, other) for one, other in zip(weights_of(model), originals, strict=True))
 
 
+@each_kind_shifted
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
-@pytest.mark.parametrize("already_merged", [[], ["default"]])
-def test_safe_merge_leaves_the_weights_alone(method: Method, base: Any, already_merged: list[str]) -> None:
+def test_safe_merge_leaves_the_weights_alone(method: Method, base: Any, kind: str) -> None:
+    already_merged = ["default"] if kind in ("8bit", "nfk") else []
     model = two_adapters(method, base)
     layer, *_ = layers(model)
     for key, parameter in layer.named_parameters():
@@ -212,6 +214,7 @@ def test_safe_merge_leaves_the_weights_alone(method: Method, base: Any, already_
     assert all(same(one, other) for one, other in zip(weights_of(model), originals, strict=True))
 
 
+@each_kind
 def test_merge_and_unload(method: Method, base: Any) -> None:
     model = adapted(method, "llama", base)
     model.merge_adapter()
@@ -222,6 +225,7 @@ def test_merge_and_unload(method: Method, base: Any) -> None:
     assert torch.equal(output(merged, "llama"), expected)
 
 
+@each_kind_shifted
 def test_mixed_batches(method: Method, base: Any) -> None:
     model, batch = two_adapters(method, base), inputs("llama")
     with torch.no_grad():
@@ -236,6 +240,7 @@ def test_mixed_batches(method: Method, base: Any) -> None:
             torch.testing.assert_close(mixed[index], expected[index])
 
 
+@each_kind
 def test_saving_and_loading(method: Method, base: Any, folder: Path, tmp_path: Path) -> None:
     model = adapted(method, "llama", base)
     expected = output(model, "llama")

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_zoo import Method
-from tests.adapters.models import ARCHITECTURES, adapted, bits, config, fresh, is_adapter, layers, output
+from tests.adapters.models import ARCHITECTURES, adapted, bits, config, fresh, is_adapter, layers, output, spread
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -42,7 +42,7 @@ def assert_same_state(one: Any, other: Any) -> None:
         assert torch.equal(bits(value), bits(theirs[key])), key
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "name"), spread(ARCHITECTURES))
 def test_a_saved_adapter_loads_with_the_same_outputs(method: Method, name: str, tmp_path: Path) -> None:
     model = adapted(method, name)
     expected = output(model, name)
@@ -118,7 +118,7 @@ def test_a_loaded_adapter_goes_on_training(method: Method, tmp_path: Path) -> No
     assert trained == {k for k, _ in loaded.named_parameters() if is_adapter(k, loaded.active_peft_config)} != set()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "dtype"), spread([torch.bfloat16, torch.float16]))
 def test_16_bit_adapters_keep_their_bits(method: Method, dtype: torch.dtype, tmp_path: Path) -> None:
     chosen = config(method, target_modules=["q_proj"])
     model = get_peft_model(fresh("llama").to(dtype), chosen, autocast_adapter_dtype=False).eval()
@@ -185,7 +185,7 @@ def test_transformers_own_adapter_methods(method: Method, base_folder: Path, tmp
     assert not any(method.tuner_cls.prefix in key for key in other.state_dict())
 
 
-@pytest.mark.parametrize("name", ["llama", "unet"])
+@pytest.mark.parametrize(("method", "name"), spread(["llama", "unet"]))
 def test_injection_and_state_dicts(method: Method, name: str) -> None:
     base = fresh(name)
     before = output(base, name)

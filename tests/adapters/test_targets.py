@@ -1,4 +1,4 @@
-"""Which modules a configuration reaches, and what else of the model it trains."""
+"""The modules that a configuration targets, and the other parameters that it trains."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.adapters.models import (
     is_adapter,
     layers,
     output,
+    spread,
     wrap,
 )
 
@@ -66,7 +67,7 @@ SELECTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", SELECTIONS)
+@pytest.mark.parametrize(("method", "case"), spread(SELECTIONS))
 def test_selection(method: Method, case: str) -> None:
     changes, expected = SELECTIONS[case]
     model = adapted(method, "llama", **changes)
@@ -76,7 +77,7 @@ def test_selection(method: Method, case: str) -> None:
     assert not torch.equal(output(model, "llama"), base)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5", "mixtral"])
+@pytest.mark.parametrize(("method", "name"), spread(["gpt2", "opt", "bert", "t5", "mixtral"]))
 def test_peft_s_choice_exists_for_every_language_model(method: Method, name: str) -> None:
     chosen, everything = (layers(adapted(method, name, target_modules=t)) for t in (None, "all-linear"))
     assert 2 <= len(chosen) < len(everything)

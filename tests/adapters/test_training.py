@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_zoo import Method
-from tests.adapters.models import adapted, bits, fresh, inputs, is_adapter, output
+from tests.adapters.models import adapted, bits, fresh, inputs, is_adapter, output, spread
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -99,7 +99,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(method: Method, tmp_path: Path
     assert torch.equal(output(run.model.eval(), "llama"), output(loaded, "llama"))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(("method", "reentrant"), spread([True, False]))
 def test_with_gradient_checkpointing(method: Method, reentrant: bool, tmp_path: Path) -> None:
     plain = trainer(method, tmp_path / "plain", 2)
     plain.train()

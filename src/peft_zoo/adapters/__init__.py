@@ -9,16 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def method_names() -> list[str]:
-    """Names of the modules and packages of this folder that hold a method, in alphabetical order."""
-    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+def method_modules() -> list[str]:
+    """Returns the full names of the modules and packages of this folder that define a method, in alphabetical order."""
+    return sorted(f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__) if info.name != "base")
 
 
 def public_names() -> dict[str, list[str]]:
-    """Maps the module of each method to the names in its `__all__`, which is read without importing the method."""
+    """Maps each method's module to the names in its `__all__`, which is read without importing the module."""
     found = {}
-    for method in method_names():
-        module = f"{__name__}.{method}"
+    for module in method_modules():
         spec = find_spec(module)
         assert spec is not None and spec.origin is not None
         found[module] = _listed(Path(spec.origin))
@@ -26,13 +25,13 @@ def public_names() -> dict[str, list[str]]:
 
 
 def register_methods() -> None:
-    """Imports every method; importing one registers it in peft."""
-    for method in method_names():
-        importlib.import_module(f"{__name__}.{method}")
+    """Imports each method's module, which registers the method in peft."""
+    for module in method_modules():
+        importlib.import_module(module)
 
 
 def _listed(path: Path) -> list[str]:
-    """The literal `__all__` of a source file."""
+    """Returns the literal `__all__` of a source file, or an empty list."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
             return list(ast.literal_eval(node.value))

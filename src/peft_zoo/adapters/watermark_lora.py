@@ -28,15 +28,13 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.lora import LoraModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_zoo import registration
+from peft_zoo.adapters.base import Conformance, ZooLoraConfig, ZooLoraModel, option
 from peft_zoo.adapters.base.card import add_to_card
-from peft_zoo.adapters.base.config import option
-from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
 
 __all__ = ["WatermarkLoraConfig"]
 
@@ -55,7 +53,7 @@ bits). As a file of its own it protects nothing: who leaves it out has images wi
 
 
 @dataclass
-class WatermarkLoraConfig(LoraConfig):
+class WatermarkLoraConfig(ZooLoraConfig):
     """Configuration of a watermark: public facts only. Key, message and decoder are never fields, which get published.
 
     Every field of peft's `LoraConfig` works as there, with another default rank and alpha; `target_modules` may also be
@@ -66,6 +64,8 @@ class WatermarkLoraConfig(LoraConfig):
     """
 
     method_name: ClassVar[str] = "watermark_lora"
+    #: The ranks of peft's tests are multiples of the groups of their convolutions.
+    conformance: ClassVar[Conformance] = Conformance(arguments={"r": 8})
 
     r: int = option(4, "Rank, at least 1.")
     lora_alpha: int = option(32, "The update is multiplied by alpha / r.")
@@ -88,7 +88,6 @@ class WatermarkLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = registration.peft_type_of(type(self))
         self._check_choices()
         for name in ("r", "num_bits", "num_filters", "batch_size", "steps"):
             self._require(_is_count(getattr(self, name)), name, "use an integer of at least 1")
@@ -171,7 +170,7 @@ class WatermarkLoraConfig(LoraConfig):
     flops="as LoRA: 4·T·in·out + 6·T·r·(in + out)",
     paper="EW-LoRA, arXiv 2410.20202",
 )
-class WatermarkLoraModel(SavedInsideFsdp, LoraModel):
+class WatermarkLoraModel(ZooLoraModel):
     """peft's LoRA, found under the type of `WatermarkLoraConfig`; knows the last up block of an autoencoder."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:

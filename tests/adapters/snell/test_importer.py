@@ -1,4 +1,4 @@
-"""Checkpoints of the released code, as far as their layout is known: the same update comes out."""
+"""Checkpoints in the layout of the released code give the same update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_zoo.snell import import_snell_checkpoint
 
 
 def released(suffix: str = "", mixed: bool = False) -> dict[str, Tensor]:
-    """A checkpoint with adapters of `attn.q` (8 to 8) and `mlp.fc1` (8 to 12), and what surrounds them."""
+    """A checkpoint with adapters of `attn.q` (8 to 8) and `mlp.fc1` (8 to 12), and other tensors."""
     state = {"blocks.0.attn.q.weight": torch.randn(8, 8), "head.weight": torch.randn(3, 8)}
     for site, name, out in (("blocks.0.attn", "q", 8), ("blocks.0.mlp", "fc1", 12)):
         prefix = f"{site}.additional_{name}.learnable."
@@ -33,8 +33,7 @@ def rename(name: str) -> str:
     return f"block.{name.rpartition('.')[2]}"
 
 
-@pytest.mark.parametrize("suffix", ["", "_1"])
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("suffix", "mixed"), [("", False), ("_1", True)])
 def test_the_update_is_that_of_the_released_code(suffix: str, mixed: bool) -> None:
     state = released(suffix, mixed)
     loaded = model(kernel="mix_k" if mixed else "piecewise_linear")
@@ -57,9 +56,9 @@ def test_each_module_may_have_its_own_share() -> None:
 
 
 def test_what_cannot_be_read_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"checkpoint: no key like"):
+    with pytest.raises(ValueError, match="checkpoint: no key"):
         import_snell_checkpoint({"head.weight": torch.zeros(1)}, 0.5)
-    with pytest.raises(ValueError, match=r"sparsity has no entry for block\.fc1"):
+    with pytest.raises(ValueError, match=r"sparsity .* block\.fc1"):
         import_snell_checkpoint(released(), {"block.q": 0.5}, rename)
     broken = released(mixed=True)
     del broken["blocks.0.mlp.additional_fc1.learnable.beta"]

@@ -1,4 +1,4 @@
-"""What a model card says of a watermark."""
+"""Sections and tags that are added to the model card of an adapter."""
 
 from __future__ import annotations
 
@@ -8,21 +8,48 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-__all__: list[str] = []
+WATERMARK_HEADING = "## Watermark"
+LOADING_HEADING = "## How to load this adapter"
+LOADING = """This adapter needs [peft-zoo](https://pypi.org/project/peft-zoo) (`pip install peft-zoo`):
 
-TITLE = "## Watermark"
+```python
+import peft_zoo  # registers the adapter type
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path or Hub id of this adapter")
+```"""
+
+
+def complete_model_card(path: Path, tag: str) -> None:
+    """Adds a method's tag and a loading snippet to a model card; a card that has both is left unchanged.
+
+    Args:
+        path: Model card, `README.md`; nothing happens if it does not exist.
+        tag: Tag to add to the metadata, such as `zoo_snell`.
+    """
+    if not path.exists():
+        return
+    card = ModelCard.load(path)
+    tags = list(card.data.tags or [])
+    if tag in tags and LOADING_HEADING in card.text:
+        return
+    card.data.tags = tags + [new for new in ("peft-zoo", tag) if new not in tags]
+    if LOADING_HEADING not in card.text:
+        # without a newline at the end: peft removes it when it writes the card again
+        card.text = card.text.rstrip() + f"\n\n{LOADING_HEADING}\n\n{LOADING}"
+    card.save(path)
 
 
 def add_to_card(path: Path, texts: Sequence[str]) -> None:
-    """Add a part on the watermark to a model card, and two tags; once, however often it is called.
+    """Adds a section on the watermark and two tags to a model card; does nothing if the section is there.
 
     Args:
-        path: Of the card, which is made if there is none.
-        texts: Paragraphs.
+        path: Model card, `README.md`; created if it does not exist.
+        texts: Paragraphs of the section.
     """
     card: Any = ModelCard.load(path) if path.is_file() else ModelCard("---\ntags: []\n---\n")
     card.data.tags = sorted({*(card.data.tags or []), "watermark", "peft-zoo"})
-    part = "\n\n".join([TITLE, *texts])
-    if part not in card.text:
-        card.text = f"{card.text.strip()}\n\n{part}".lstrip() + "\n"
+    section = "\n\n".join([WATERMARK_HEADING, *texts])
+    if section not in card.text:
+        card.text = f"{card.text.strip()}\n\n{section}".lstrip() + "\n"
     card.save(path)

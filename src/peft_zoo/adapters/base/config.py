@@ -1,41 +1,93 @@
-"""The configuration that every method shares."""
+"""The configuration that every method shares, and what a configuration class says about its method."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from huggingface_hub import ModelCard
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from peft_zoo import registration
+from peft_zoo.adapters.base.card import complete_model_card
+from peft_zoo.common import checks
+
+Config = TypeVar("Config", bound="MethodConfig")
 
 
 def option(default: Any, help_text: str) -> Any:
-    """A dataclass field with a default (a factory if it is a type) and its help text."""
+    """Returns a dataclass field with help text.
+
+    Args:
+        default: Default value; a type such as `dict` is called to make a new value for each instance.
+        help_text: One or two sentences for the docstring, the documentation page and `peft-zoo`.
+    """
     kind = {"default_factory": default} if isinstance(default, type) else {"default": default}
     return field(**kind, metadata={"help": help_text})
 
 
+@dataclass(frozen=True)
+class Conformance:
+    """Settings for running peft's own test-suite on a method; `tests/conformance_list.py` reads them.
+
+    Attributes:
+        arguments: Arguments of the configuration for the tiny models and large SGD steps of peft's tests.
+        skips: Maps a regular expression, searched in the id of a test, to the reason for skipping that test.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    skips: Mapping[str, str] = field(default_factory=dict)
+
+
+class MethodConfig:
+    """Mixin for a configuration class: what the rest of the package asks of a method.
+
+    The tuner's costs and its `transformers.Trainer` callback are arguments of `registration.register`.
+    """
+
+    #: Short lower-case name; `ZOO_<NAME>` is the registered type.
+    method_name: ClassVar[str]
+    #: Whether the method has weights to train; False for a recipe that combines trained adapters.
+    trainable: ClassVar[bool] = True
+    #: Arguments with which a new adapter leaves the output unchanged; empty if the defaults do.
+    identity: ClassVar[dict[str, Any]] = {}
+    #: Initial learning rate to try with AdamW; None if rates that suit LoRA do.
+    suggested_learning_rate: ClassVar[float | None] = None
+    #: How peft's own tests are run on the method.
+    conformance: ClassVar[Conformance] = Conformance()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # of PeftConfig, which follows in a subclass
+        self.peft_type = registration.peft_type_of(type(self))  # type: ignore[type-var]
+
+    def require(self, condition: bool, name: str, fix: str) -> None:
+        """Raises a ValueError that names field `name`, its value and `fix`, unless `condition` holds."""
+        checks.require(condition, self, name, fix)
+
+    def for_training(self: Config, steps: int) -> Config:
+        """Returns the configuration for a training run of `steps` optimizer steps; here the object itself.
+
+        A method with a schedule returns a copy with the number of steps filled in.
+
+        Raises:
+            ValueError: If the schedule does not fit into `steps`.
+        """
+        return self
+
+
 @dataclass
-class ZooConfig(PeftConfig):
+class ZooConfig(MethodConfig, PeftConfig):
     """Fields and checks that every method shares; a method adds its own fields and its own `check`.
 
     Raises:
-        ValueError: For every field with a value that cannot work, naming the field, the value and the fix.
+        ValueError: For each field with an invalid value, naming the field, the value and the fix.
     """
 
-    #: Short lower-case name; `ZOO_<NAME>` is the registered type and `zoo_<name>_` the prefix of every parameter.
-    method_name: ClassVar[str]
-    #: Fields that give per-module values, and the field whose value they replace.
+    #: Maps each field that gives per-module values to the field that it overrides.
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
-    #: Arguments with which a new adapter leaves the output exactly as it was; empty where the defaults do.
-    identity: ClassVar[dict[str, Any]] = {}
-    #: Where to start looking for AdamW's learning rate; None where LoRA's usual ones do.
-    suggested_learning_rate: ClassVar[float | None] = None
 
     r: int = option(8, "Rank, at least 1.")
     target_modules: list[str] | str | None = option(
@@ -52,15 +104,16 @@ class ZooConfig(PeftConfig):
         None, "Rows of the embedding to train and to save with the adapter."
     )
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; 0 is a valid index.")
-    layers_pattern: list[str] | str | None = option(None, "Name of the list of layers, where it is not the usual one.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the list of layers, if it is not a usual one.")
     rank_pattern: dict[str, int] = option(dict, "Ranks for modules whose name matches the key.")
-    bias: str = option("none", "Which biases to train: none, all, or zoo_<method>_only for those of adapted layers.")
-    fan_in_fan_out: bool = option(False, "For compatibility; a weight's orientation is read off the layer's type.")
+    bias: str = option("none", "Biases to train: none, all, or zoo_<method>_only for those of adapted layers.")
+    fan_in_fan_out: bool = option(
+        False, "Ignored, for compatibility; the orientation of a weight follows from the type of its layer."
+    )
     init_weights: bool | str = option(True, "True: the method's initialization; False: a random, non-zero update.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = registration.peft_type_of(type(self))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -68,25 +121,24 @@ class ZooConfig(PeftConfig):
         self.check()
 
     def check(self) -> None:
-        """Validate the method's own fields; the place for a subclass's `ValueError`s."""
+        """Validates the method's own fields; a subclass raises its `ValueError`s here."""
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an input element of the update: field `<method>_dropout`, if the method has one."""
+        """Dropout probability of the update's input: field `<method>_dropout`, or 0 without such a field."""
         return getattr(self, f"{self.method_name}_dropout", 0.0)
 
     @property
     def drop_path(self) -> float:
-        """Probability of dropping a sample's whole update: the field `<method>_drop_path`, if the method has one."""
+        """Probability of dropping the update of a sample: field `<method>_drop_path`, or 0 without such a field."""
         return getattr(self, f"{self.method_name}_drop_path", 0.0)
 
-    def require(self, condition: bool, name: str, fix: str) -> None:
-        """Raise a ValueError that names field `name`, its value and the fix, unless `condition` holds."""
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} cannot be used; {fix}.")
-
     def for_module(self, module_name: str) -> ZooConfig:
-        """The configuration as it applies to one module: patterns that match its name are filled in and checked."""
+        """Returns the configuration for one module: values of patterns that match its name are filled in a copy.
+
+        Raises:
+            ValueError: If a value of a pattern is invalid for the field that it overrides.
+        """
         changes = {}
         for pattern_name, target in self.patterns.items():
             pattern = getattr(self, pattern_name)
@@ -102,7 +154,7 @@ class ZooConfig(PeftConfig):
         return resolved
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as peft does, then add the tag and a way to load to the model card that peft has written there."""
+        """Saves as peft does, then adds tags and loading instructions to the model card that peft has written."""
         super().save_pretrained(save_directory, **kwargs)
         complete_model_card(Path(save_directory) / "README.md", f"{registration.NAMESPACE.lower()}{self.method_name}")
 
@@ -126,35 +178,3 @@ class ZooConfig(PeftConfig):
             self.require(
                 isinstance(getattr(self, pattern_name), dict), pattern_name, "use a dict from module name to value"
             )
-
-
-HEADING = "## How to load this adapter"
-
-
-def complete_model_card(path: Path, tag: str) -> None:
-    """Add the method's tag and a working snippet to a model card; a card that has them already stays as it is.
-
-    Args:
-        path: The card. Nothing happens if there is none.
-        tag: Tag to add to the metadata, such as `zoo_snell`.
-    """
-    if not path.exists():
-        return
-    card = ModelCard.load(path)
-    tags = list(card.data.tags or [])
-    if tag in tags and HEADING in card.text:
-        return
-    card.data.tags = tags + [new for new in ("peft-zoo", tag) if new not in tags]
-    if HEADING not in card.text:
-        card.text = card.text.rstrip() + f"\n\n{HEADING}\n\n{LOADING}"  # no newline: peft would take it away again
-    card.save(path)
-
-
-LOADING = """This adapter needs [peft-zoo](https://pypi.org/project/peft-zoo) (`pip install peft-zoo`):
-
-```python
-import peft_zoo  # registers the adapter type
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path or Hub id of this adapter")
-```"""

@@ -1,4 +1,4 @@
-"""The layer that every method shares: all that an adapted layer does whatever the method's mathematics."""
+"""The adapter layer that every method shares: everything but the mathematics of the update."""
 
 from __future__ import annotations
 
@@ -17,52 +17,33 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig
+from peft_zoo.adapters.base.factors import FactorDict
 from peft_zoo.adapters.base.layout import SUPPORTED, Layout, ParameterLayout, layout_of
 from peft_zoo.adapters.base.snapshot import Snapshot
 
 logger = logging.getLogger("peft_zoo")
 
-BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
-
-
-class FactorDict(nn.ParameterDict):
-    """The parameters of one kind, keyed by adapter.
-
-    A leaf module with a trainable `.weight` is what peft's FSDP wrap policy looks for, so that frozen and trainable
-    parameters never share a flat parameter (FSDP1 with `use_orig_params=False`). A wrapped module may only be read
-    through its forward pass, which is why `ZooLayer.factor` calls it there.
-    """
-
-    __call__ = nn.Module.__call__  # an `nn.ParameterDict` refuses to be called
-
-    @property
-    def weight(self) -> Tensor | None:
-        """A trainable parameter if there is one, else any, else None."""
-        parameters = sorted(self.values(), key=lambda p: not p.requires_grad)
-        return parameters[0] if parameters else None
-
-    def forward(self, name: str) -> Tensor:
-        """The adapter's parameter, as a tensor that outlives the gathered storage it is read from."""
-        return self[name].clone()
+BASE = "__base__"  # peft's name for the base model in a batch of mixed adapters
 
 
 class ZooLayer(nn.Module, BaseTunerLayer):
-    """A frozen layer and, for each adapter, an update ΔW of its weight, with all that peft expects of such a layer.
+    """A frozen base layer with an update ΔW of its weight for each adapter.
 
-    A method names its containers in `adapter_layer_names` (parameters) and `other_param_names` (persistent buffers) and
-    supplies
+    A method names its containers in `adapter_layer_names` (parameters, each a `FactorDict`) and `other_param_names`
+    (persistent buffers, each a `BufferDict`), and implements
 
-    * `init_adapter(name, config)`: create its parameters and buffers;
-    * `delta_weight(name)`: ΔW of shape `(out_features, in_features)`, in fp32, differentiable;
-    * `delta_output(name, x)`, optional: what ΔW adds to the output, without forming it;
-    * `fused_output(name, x)`, optional: the output of base layer and update together, `scaling` included.
+    * `init_adapter(name, config)`: creates the parameters and buffers of an adapter;
+    * `delta_weight(name)`: ΔW of shape `(out_features, in_features)` in fp32, differentiable;
+    * `delta_output(name, x)`, optional: ΔW applied to an input without forming ΔW;
+    * `fused_output(name, x)`, optional: output of base layer and scaled update in one product.
 
     Attributes:
-        in_features, out_features: Shape of ΔW; for a convolution `in` is in/groups times the kernel's size, for an
-            embedding `in` is the number of rows.
-        configs: For each adapter, its configuration as it applies to this module.
-        scaling: For each adapter, the factor on its update.
-        path: Name of the module in its model, for messages; empty for a layer made by hand.
+        out_features: Rows of ΔW.
+        in_features: Columns of ΔW: in/groups times the size of the kernel for a convolution, the number of rows for an
+            embedding.
+        configs: Configuration of each adapter, with the patterns that match this module filled in.
+        scaling: Factor on the update of each adapter.
+        path: Name of the module in its model, for error messages; empty for a layer built directly.
     """
 
     ParamWrapper: ClassVar[type[ZooLayer]]
@@ -71,7 +52,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not cls._targets_parameter:  # peft knows a wrapper of nn.Parameters by the name of its class
+        if not cls._targets_parameter:  # peft detects a layer for an nn.Parameter by the class name
             namespace = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.ParamWrapper"}
             cls.ParamWrapper = type("ParamWrapper", (ParameterTarget, cls), namespace)
 
@@ -80,7 +61,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         base: Any = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
-        if hasattr(base, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack a 4-bit weight, losing bits of it
+        if hasattr(base, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weight, losing bits
             base.support_avx512bf16_for_cpu = False
         self.layout = self._find_layout()
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
@@ -95,32 +76,35 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._snapshot: Snapshot | None = None
 
-    # ---- what a method supplies ----
+    # ---- implemented by a method ----
 
     def init_adapter(self, name: str, config: ZooConfig) -> None:
-        """Create the parameters and buffers of adapter `name`; must also work on the meta device."""
+        """Creates the parameters and buffers of adapter `name`; must also work on the meta device."""
         raise NotImplementedError
 
     def delta_weight(self, name: str) -> Tensor:
-        """ΔW of adapter `name`, `(out_features, in_features)` in fp32, differentiable, without `scaling`."""
+        """Returns ΔW of adapter `name` without `scaling`: `(out_features, in_features)`, fp32, differentiable."""
         raise NotImplementedError
 
     def delta_output(self, name: str, x: Tensor) -> Tensor:
-        """What ΔW adds to the output for input `x`, without `scaling`; here by forming ΔW."""
+        """Returns the change of the output for input `x`, without `scaling`. By default ΔW is formed."""
         return self.layout.apply(self.get_base_layer(), x, self.delta_weight(name))
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
-        """Output of base layer and scaled update in one pass, or None to add the two; asked where `can_fuse` holds."""
+        """Returns the output of base layer and scaled update together, or None to compute them separately.
+
+        Called only if `can_fuse` holds. By default None.
+        """
         return None
 
     def initial_scaling(self, config: ZooConfig) -> float:
-        """The factor on the update before any `scale_layer`; 1 unless the method has an alpha."""
+        """Returns the factor on the update before any `scale_layer`; 1 for a method without an alpha."""
         return 1.0
 
     # ---- adapters ----
 
     def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
-        """Create adapter `name`, put it where the base layer is, and make it trainable if it is active."""
+        """Creates adapter `name` on the device of the base layer, trainable if it is active and not for inference."""
         self.init_adapter(name, config)
         self.configs[name] = config
         self.scaling[name] = self.initial_scaling(config)
@@ -128,7 +112,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; one that is merged is taken out of the base weight first."""
+        """Deletes an adapter; if it is merged, its update is first removed from the base weight."""
         if adapter_name in self.merged_adapters:
             others = [name for name in self.merged_adapters if name != adapter_name]
             self.unmerge()
@@ -136,35 +120,42 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def factor(self, container: str, name: str) -> Tensor:
-        """The parameter of adapter `name` in a container; the way to read one in the mathematics of a method."""
+        """Returns the parameter of adapter `name` in a container, gathered under FSDP1; use it in `delta_weight`."""
         factors = getattr(self, container)
         return factors[name] if type(factors) is FactorDict else factors(name)
 
     def parameter(self, container: str, name: str) -> nn.Parameter:
-        """What the optimizer steps for `factor`: where FSDP1 has flattened the container, its flat parameter."""
+        """Returns the parameter that the optimizer updates: the flat parameter if FSDP1 has flattened the container."""
         factors = getattr(self, container)
         parameter = factors[name]
         return parameter if isinstance(parameter, nn.Parameter) else next(factors.parameters())
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the factor on the update of `adapter` to `scale` times its initial value; ignores unknown adapters."""
+        """Sets the factor on the update of `adapter` to `scale` times its initial value; ignores unknown adapters."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.initial_scaling(self.configs[adapter])
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the factor on the update of every active adapter by `scale`."""
+        """Multiplies the factor on the update of each active adapter by `scale`."""
         for name in self._here(self.active_adapters):
             self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the factor of every active adapter by `scale`, or reset it to its initial value."""
+        """Divides the factor of each active adapter by `scale`; None resets it to its initial value."""
         for name in self._here(self.active_adapters):
             self.scaling[name] = self.scaling[name] / scale if scale else self.initial_scaling(self.configs[name])
 
     # ---- forward ----
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Base layer plus the updates of the active adapters, or with `adapter_names` of one adapter per sample."""
+        """Returns the output of the base layer plus the scaled updates of the active adapters.
+
+        Args:
+            x: Input of the base layer.
+            *args: Further arguments of the base layer, as `**kwargs`.
+            adapter_names: One adapter name for each sample, or `"__base__"` for none; default: the active adapters.
+            **kwargs: Further arguments of the base layer.
+        """
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if self.disable_adapters:
@@ -197,20 +188,20 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _update(self, name: str, x: Tensor) -> Tensor:
-        """Scaled update of one adapter for input `x`, with the method's dropouts."""
+        """Returns the scaled change of the output by one adapter, with the method's dropouts in training mode."""
         config, device = self.configs[name], x.device.type
         if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
             x = x.to(torch.get_autocast_dtype(device))
         if x.is_floating_point():
             x = F.dropout(x, config.dropout, self.training)
         update = self.delta_output(name, x)
-        if config.drop_path and self.training:  # drops the update of whole samples, and keeps its expectation
+        if config.drop_path and self.training:  # for whole samples; the expectation stays
             keep = torch.rand(len(x), *[1] * (update.dim() - 1), device=x.device) >= config.drop_path
             update = update * keep / (1 - config.drop_path)
         return update if self.scaling[name] == 1.0 else update * self.scaling[name]
 
     def can_fuse(self, name: str, x: Tensor) -> bool:
-        """Whether the base layer's weight may be used directly: plain, frozen, no hooks, dropout, autocast or cast."""
+        """Whether `fused_output` may read the base weight: plain frozen layer, no hooks, dropout, autocast or cast."""
         base, config = self.base_layer, self.configs[name]
         weight = getattr(base, "weight", None)
         return (
@@ -238,19 +229,19 @@ class ZooLayer(nn.Module, BaseTunerLayer):
     # ---- merging ----
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Scaled ΔW of `adapter` in the shape of the base layer's weight, in fp32."""
+        """Returns the scaled ΔW of `adapter` in the shape of the base layer's weight, in fp32."""
         return self.layout.to_base(self.delta_weight(adapter) * self.scaling[adapter])
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates of the adapters (default: the active ones) to the base weight, in fp32, rounded once.
+        """Adds the updates of adapters to the base weight, in fp32 and rounded once.
 
-        All merged adapters are added to the original weight, so merging one after the other equals merging them at
-        once.
+        All merged adapters are added to the original weight, so merging them one after the other equals merging them
+        at once.
 
         Args:
-            safe_merge: Check the result first and leave the weight alone if it is not finite.
-            adapter_names: Adapters to merge.
+            safe_merge: Whether to leave the weight unchanged and raise if the result is not finite.
+            adapter_names: Adapters to merge; default: the active ones.
 
         Raises:
             ValueError: With `safe_merge`, if the merged weight is not finite.
@@ -278,7 +269,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the base weight back exactly the bits it had before the first merge."""
+        """Restores the bits that the base weight had before the first merge."""
         if self._snapshot is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -287,10 +278,10 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether peft may approximate the update by a LoRA; true unless a method says otherwise."""
+        """Whether peft may approximate the update by a LoRA; True unless a method overrides it."""
         return True
 
-    # ---- odds and ends ----
+    # ---- helpers ----
 
     def _find_layout(self) -> Layout:
         base = self.get_base_layer()
@@ -300,11 +291,11 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         return layout
 
     def _here(self, names: Any) -> list[str]:
-        """Those of `names` that this layer has an adapter for, in order."""
+        """Returns the names in `names` that this layer has an adapter for, in order."""
         return [name for name in names if name in self.scaling]
 
     def extra_repr(self) -> str:
-        """Shape of ΔW and the adapters, beside what peft prints."""
+        """Describes the shape of ΔW and the adapters, followed by peft's text on quantization."""
         own = f"in_features={self.in_features}, out_features={self.out_features}, adapters={list(self.scaling)}"
         return ", ".join(filter(None, (own, quantization_extra_repr(self))))
 
@@ -313,11 +304,10 @@ class ZooLayer(nn.Module, BaseTunerLayer):
 
 
 class ParameterTarget(ZooLayer):
-    """Mixin for a layer that adapts one `nn.Parameter` of a module instead of the module's weight
-    (`target_parameters`).
+    """Mixin for a layer that adapts one `nn.Parameter` of a module (`target_parameters`).
 
-    The parameter is replaced by its updated value while the module runs, so nothing is assumed of what the module does
-    with it. Several parameters of a module are adapted by nesting, as in peft.
+    The parameter is replaced by its updated value during the module's forward pass, which works for any module. Several
+    parameters of a module are adapted by nested layers, as in peft.
     """
 
     _targets_parameter = True
@@ -327,7 +317,11 @@ class ParameterTarget(ZooLayer):
         super().__init__(base_layer, **quantization)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Run the module with the parameter's updated value; no mixed batches: it is one for all samples."""
+        """Runs the module with the updated parameter.
+
+        Raises:
+            ValueError: If `adapter_names` is given: a parameter has one value for all samples.
+        """
         if adapter_names is not None:
             raise ValueError(
                 "`adapter_names` cannot be used with `target_parameters`: a parameter has one value for all samples."
@@ -345,7 +339,11 @@ class ParameterTarget(ZooLayer):
         return torch.func.functional_call(self.base_layer, {f"{path}{name}": value}, (x, *args), kwargs)
 
     def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
-        """As for any layer; dropouts are refused, as a parameter's value cannot drop parts of an input."""
+        """Creates adapter `name` as in any layer.
+
+        Raises:
+            ValueError: If the configuration has a dropout: the value of a parameter cannot drop parts of an input.
+        """
         for kind in ("dropout", "drop_path"):
             fix = "use 0 with `target_parameters`: a parameter's value cannot drop parts of an input"
             config.require(not getattr(config, kind), f"{config.method_name}_{kind}", fix)
@@ -354,7 +352,7 @@ class ParameterTarget(ZooLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module without its wrappers, each of them merged first if asked."""
+        """Returns the module without its nested layers, which are merged first if `merge` is True."""
         layer: nn.Module = self
         while isinstance(layer, ZooLayer):
             if merge:
@@ -366,7 +364,7 @@ class ParameterTarget(ZooLayer):
         return ParameterLayout(self.get_base_layer(), self.parameter_name)
 
     def _path_to(self, module: nn.Module) -> str:
-        """Prefix of the module's parameters as seen from `base_layer`, past the wrappers in between."""
+        """Returns the prefix of the module's parameters as seen from `base_layer`, through nested layers."""
         path = ""
         layer: Any = self.base_layer
         while layer is not module:
@@ -378,17 +376,17 @@ class ParameterTarget(ZooLayer):
         return parameter.device, parameter.dtype
 
     def get_base_weight(self) -> Tensor:
-        """The targeted parameter's data."""
+        """Returns the data of the targeted parameter."""
         return getattr(self.get_base_layer(), self.parameter_name).data
 
     def extra_repr(self) -> str:
-        """The parameter's name first."""
+        """Describes the layer, with the name of the parameter first."""
         return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
 
 
 @functools.cache
 def _note_rounding(layer: str, dtype: torch.dtype) -> None:
-    """Say once that a 16-bit weight cannot hold a small update exactly."""
+    """Logs once for each layer class and dtype that a 16-bit weight cannot hold a small update exactly."""
     logger.warning(
         "%s: merging into %s weights rounds the update to their precision; small updates may vanish. "
         "Keep the adapter unmerged, or merge into float32 weights, if that matters.",

@@ -1,4 +1,4 @@
-"""The tuner that every method shares: finds the modules to adapt and puts a method's layers in their place."""
+"""The tuner that every method shares: replaces the targeted modules by a method's adapter layers."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig
 from peft_zoo.adapters.base.layer import BASE, ZooLayer
-from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
+from peft_zoo.adapters.base.tuner import MethodTuner
 
 
-class ZooModel(SavedInsideFsdp):
-    """Base of every method's tuner; a method only names its layer class in `tuner_layer_cls` and its `prefix`.
+class ZooModel(MethodTuner):
+    """Base of a method's tuner; a method sets its layer class `tuner_layer_cls` and its `prefix`.
 
-    Beyond peft's `BaseTuner`: adding an adapter either succeeds or leaves the model as it was, batches may mix adapters
-    (`adapter_names=`, with beams and encoder-decoder models), and parameters can be targeted (`target_parameters`).
+    Beyond peft's `BaseTuner`: if adding an adapter fails, the model stays unchanged; batches may mix adapters
+    (`adapter_names=`, also with beam search and encoder-decoder models); parameters can be targeted
+    (`target_parameters`).
     """
 
     tuner_layer_cls: type[ZooLayer]
-    peft_config: dict[str, Any]
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject as peft does; if it fails half-way, undo what was done.
+        """Injects as peft does; if that fails, restores the model.
 
         Raises:
-            ValueError: If a targeted module cannot be adapted, with its path and type.
+            ValueError: If a targeted module cannot be adapted, naming its path and type.
         """
-        with _undone_on_error(self, adapter_name):
+        with _restored_on_error(self, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_unused_patterns(self.peft_config[adapter_name])
 
@@ -69,11 +69,11 @@ class ZooModel(SavedInsideFsdp):
         layer.add_adapter(adapter_name, resolved, inference_mode=config.inference_mode)
 
     def _existing_layer(self, target: nn.Module, adapter_name: str, parameter_name: str | None) -> ZooLayer | None:
-        """The layer of ours to which the adapter is to be added, or None if there is none yet."""
+        """Returns the adapter layer at `target` that takes the adapter, or None if a new layer is needed."""
         if not isinstance(target, self.tuner_layer_cls):
             return None
         if parameter_name is not None and (target.parameter_name != parameter_name or adapter_name in target.scaling):
-            return None  # another parameter of the same module: nest
+            return None  # the target is another parameter of the same module: layers are nested
         return target
 
     def _new_layer(self, target: nn.Module, path: str, parameter_name: str | None) -> ZooLayer:
@@ -86,11 +86,11 @@ class ZooModel(SavedInsideFsdp):
             raise ValueError(f"Target module {path}: {error}. Take it out of `target_modules`.") from error
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a layer in the place of another; a layer of ours is already on the device of its base layer."""
+        """Replaces a module; unlike peft's, needs no move, as the layer is on the device of its base layer."""
         setattr(parent, child_name, new_module)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        """Let `target_modules` be None beside `target_parameters`; let "all-linear" find adapted layers too."""
+        """Fills in `target_modules` if no parameters are targeted; "all-linear" includes adapted layers."""
         if peft_config.target_modules is None and peft_config.target_parameters:
             return peft_config
         config: Any = super()._prepare_adapter_config(peft_config, model_config)
@@ -100,7 +100,7 @@ class ZooModel(SavedInsideFsdp):
         return config
 
     def _adapted_linear_layers(self) -> set[str]:
-        """Names of layers of ours around a linear layer; the output embedding is left out, as peft leaves it out."""
+        """Returns the names of adapter layers around linear layers, without the output embedding, as peft does."""
         get_head = getattr(self.model, "get_output_embeddings", lambda: None)
         head = get_head()
         return {
@@ -112,7 +112,11 @@ class ZooModel(SavedInsideFsdp):
         }
 
     def _check_new_adapter_config(self, config: Any) -> None:
-        """Adapters must target the same parameters: the place in the nesting is what names them in a file."""
+        """Checks as peft does, and that adapters target the same parameters: the keys in a file follow their nesting.
+
+        Raises:
+            ValueError: If `target_parameters` differs from that of another adapter.
+        """
         super()._check_new_adapter_config(config)
         wanted = set(config.target_parameters or ())
         for name, other in self.peft_config.items():
@@ -124,7 +128,7 @@ class ZooModel(SavedInsideFsdp):
                 )
 
     def _warn_about_unused_patterns(self, config: ZooConfig) -> None:
-        """Peft warns about `rank_pattern`; do the same for the patterns it does not know."""
+        """Warns about keys that match no module in the patterns that peft does not check itself."""
         for pattern_name in set(config.patterns) - {"rank_pattern", "alpha_pattern"}:
             unused = [
                 key
@@ -139,7 +143,7 @@ class ZooModel(SavedInsideFsdp):
                 )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge as peft does; if one layer refuses, the others go back to what they were.
+        """Merges as peft does; if one layer fails, restores the others.
 
         Raises:
             ValueError: With `safe_merge`, if a merged weight would not be finite.
@@ -158,7 +162,7 @@ class ZooModel(SavedInsideFsdp):
             stack.pop_all()
 
     def _check_merge_allowed(self) -> None:
-        """Warn about every weight that others share; peft knows only those with the usual names."""
+        """Warns about weights that other modules share; peft checks only those with the usual names."""
         super()._check_merge_allowed()
         if self._get_tied_target_modules(self.model):
             return
@@ -178,10 +182,10 @@ class ZooModel(SavedInsideFsdp):
         return [module for module in self.modules() if isinstance(module, ZooLayer)]
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not defined for a general update.
+        """Not supported: the update is not linear in its parameters.
 
         Raises:
-            TypeError: Always, with what to do instead.
+            TypeError: Always, with the alternative.
         """
         raise TypeError(
             f"{type(self).__name__} cannot combine adapters into a weighted one, as its update is not linear in its "
@@ -190,7 +194,7 @@ class ZooModel(SavedInsideFsdp):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` to every layer for the duration of one forward pass or `generate`."""
+        """Passes `adapter_names` to each adapter layer for one forward pass or `generate`."""
         if kwargs.get("alora_offsets") is not None:
             raise ValueError("`alora_offsets` belongs to activated LoRA; remove it.")
         names = kwargs.get("adapter_names")
@@ -199,9 +203,9 @@ class ZooModel(SavedInsideFsdp):
             return
         self._check_mixed_batch(names)
         beams = kwargs.get("num_beams") or 1
-        handles = _hand_over(self.model, [name for name in names for _ in range(beams)])
-        if beams > 1:  # the encoder runs before the samples are repeated for the beams; its later hook wins
-            handles += _hand_over(_encoder_of(self.model), list(names))
+        handles = _pass_adapter_names(self.model, [name for name in names for _ in range(beams)])
+        if beams > 1:  # the encoder runs before samples are repeated; its second hook overrides
+            handles += _pass_adapter_names(_encoder_of(self.model), list(names))
         try:
             yield
         finally:
@@ -219,8 +223,8 @@ class ZooModel(SavedInsideFsdp):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
 
-def _hand_over(model: nn.Module | None, names: list[str]) -> list[Any]:
-    """Hooks that pass `adapter_names=names` to every adapter layer of the model."""
+def _pass_adapter_names(model: nn.Module | None, names: list[str]) -> list[Any]:
+    """Registers hooks that pass `adapter_names=names` to each adapter layer; returns their handles."""
     if model is None:
         return []
     hook = partial(_add_adapter_names, names=names)
@@ -235,16 +239,16 @@ def _add_adapter_names(
 
 
 def _encoder_of(model: Any) -> nn.Module | None:
-    """The encoder of an encoder-decoder model; transformers returns the model itself where there is none."""
+    """Returns the encoder of an encoder-decoder model, or None; transformers returns a decoder-only model itself."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     return None if encoder is model else encoder
 
 
 @contextmanager
-def _undone_on_error(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
-    """Give every module its attributes and children back, and every parameter its trainable flag, if the block raises.
+def _restored_on_error(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
+    """Restores the attributes and children of all modules and every `requires_grad` if the block raises.
 
-    Only a merge stays undone: peft unmerges a model, with a warning, before it adds an adapter.
+    A model that was merged stays unmerged: peft unmerges it, with a warning, before it adds an adapter.
     """
     is_new = not any(isinstance(m, ZooLayer) and adapter_name in m.scaling for m in tuner.modules())
     attributes = [(vars(module), _copy_of(vars(module))) for module in tuner.modules()]
@@ -276,7 +280,7 @@ _MERGE_STATE = {"merged_adapters", "_snapshot"}
 
 
 def _copy_of(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Each attribute, with a copy of its content if it is a container: others may share it, so it is filled again."""
+    """Returns each attribute, and a copy of its content if it is a container: other objects may share containers."""
     return {
         key: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
         for key, value in attributes.items()

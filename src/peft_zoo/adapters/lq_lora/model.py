@@ -25,11 +25,10 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from peft_zoo import registration
-from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
+from peft_zoo.adapters.base import ZooLoraModel, expand_all_linear
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear, beside, empty_nf_linear
@@ -53,7 +52,7 @@ from peft_zoo.kernels.normal_float.quantize import NFConfig
     flops="as LoRA: 4·T·in·out + 6·T·r·(in + out), and the weight restored twice",
     paper="LQ-LoRA, arXiv 2311.12023",
 )
-class LqLoraModel(SavedInsideFsdp, LoraModel):
+class LqLoraModel(ZooLoraModel):
     """peft's LoRA on linear layers that it quantizes first."""
 
     _rebuilt: dict[str, NFLinear]  # from `_prepare_model` until they take their places
@@ -99,7 +98,7 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
                 peft_config.qconfig_map = {**ways, **(peft_config.qconfig_map or {})}
             return
         # Other adapters count on the matrices as they are: a further one quantizes nothing.
-        expanded = _maybe_include_all_linear_layers(peft_config, model)
+        expanded = expand_all_linear(peft_config, model)
         own = {name: layer for name, layer in layers.items() if self._check_target_module_exists(expanded, name)}
         warn_of_missed(layers, layers.keys() - own.keys())
         peft_config.qconfig_map = {name: list(layer.quantized.config) for name, layer in own.items()}
@@ -116,7 +115,7 @@ class LqLoraModel(SavedInsideFsdp, LoraModel):
 
     def _ways_alone(self, config: LqLoraConfig, model: nn.Module) -> dict[str, list[Any]]:
         """How the targeted matrices are quantized that are so already, in a model of the standalone form."""
-        expanded = _maybe_include_all_linear_layers(config, model)
+        expanded = expand_all_linear(config, model)
         ways, given = {}, config.qconfig_map or {}
         for name, layer in _alone(model):
             if not self._check_target_module_exists(expanded, name):

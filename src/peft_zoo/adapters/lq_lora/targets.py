@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_zoo.adapters.base import expand_all_linear
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear
 
@@ -35,7 +36,7 @@ def targets(
         ValueError: If a weight has values that are not finite or that are not loaded, or is quantized already in a way
             that is not ours, naming the module.
     """
-    expanded: Any = _maybe_include_all_linear_layers(config, model)
+    expanded: Any = expand_all_linear(config, model)
     module: Any
     for name, module in outside_adapters(model):
         if not targeted(expanded, name):

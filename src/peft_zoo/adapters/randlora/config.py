@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_zoo.adapters.base import ZooConfig, option
+from peft_zoo.adapters.base import Conformance, ZooConfig, option
 from peft_zoo.kernels.random_matrix.basis import UNIFORM
 from peft_zoo.kernels.random_matrix.shared import STORAGES
 
@@ -23,6 +23,8 @@ class RandLoraConfig(ZooConfig):
     method_name: ClassVar[str] = "randlora"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "randlora_alpha"}
     suggested_learning_rate: ClassVar[float | None] = 3e-4
+    #: peft's tests take SGD steps of 0.5 and lower them to 0.01 for peft's own RandLoRA; a smaller scale does as much.
+    conformance: ClassVar[Conformance] = Conformance(arguments={"randlora_alpha": 32})
 
     r: int = option(32, "Rank of one base, at least 1; a smaller one has more bases and trains more parameters.")
     randlora_alpha: float | None = option(

@@ -29,11 +29,10 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_zoo.adapters.base import FactorDict, LinearLayout, ZooLayer, ZooModel
+from peft_zoo.adapters.base import BufferDict, FactorDict, LinearLayout, ZooLayer, ZooModel
 from peft_zoo.adapters.base.layout import layout_of
 from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import PeftProjection, draw, usual_dtype

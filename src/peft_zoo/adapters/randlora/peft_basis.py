@@ -11,8 +11,9 @@ import math
 
 import torch
 from accelerate.utils import is_bf16_available
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
+
+from peft_zoo.adapters.base import BufferDict
 
 __all__: list[str] = []
 

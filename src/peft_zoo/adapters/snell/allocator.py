@@ -1,7 +1,6 @@
-"""SNELLA's budget during training: which matrix keeps how many weights, from step to step.
+"""SNELLA's allocation during training: how many weights of each matrix are kept, from step to step.
 
-The mathematics is in `kernels.budget`; the layers and the configuration are in `snell`.
-Source: SNELLA (arXiv 2510.24037) with its released code.
+`kernels.planning.sparsity` has the mathematics. Source: SNELLA (arXiv:2510.24037) and its released code.
 """
 
 from __future__ import annotations
@@ -16,18 +15,31 @@ from torch import Tensor, nn
 from peft_zoo.adapters.base import StepCallback
 from peft_zoo.kernels.planning.sparsity import ImportanceTracker, budget_at, kept_count, water_fill
 
-__all__ = ["SnellAllocator", "SnellCallback"]
-
 
 class SnellAllocator:
-    """SNELLA's budget: counts what each matrix contributes and gives the kept weights to those that matter.
+    """Divides SNELLA's budget of kept weights among the matrices by their importance.
 
-    Works on any model with SNELL layers, also when they were injected without a `PeftModel`. Processes agree on every
-    allocation, however the parameters are sharded.
+    Works on any model with SNELL layers, also without a `PeftModel` (`inject_adapter_in_model`); with one, use
+    `SnellModel.update_and_allocate` or `SnellCallback`. All processes compute the same allocation, also with sharded
+    parameters.
 
     Args:
         model: Model with the adapter.
-        adapter_name: The adapter; its configuration must have `target_sparsity`.
+        adapter_name: Name of the adapter; its configuration has `target_sparsity` and `total_step`.
+
+    Raises:
+        ValueError: If no SNELL layer has the adapter.
+
+    Examples:
+        >>> import torch
+        >>> from peft import inject_adapter_in_model
+        >>> from peft_zoo import SnellConfig
+        >>> config = SnellConfig(r=4, sparsity=0.5, target_sparsity=0.9, total_step=2, target_modules=["0"])
+        >>> model = inject_adapter_in_model(config, torch.nn.Sequential(torch.nn.Linear(10, 10)))
+        >>> allocator = SnellAllocator(model, "default")
+        >>> model(torch.randn(3, 10)).square().sum().backward()
+        >>> allocator.step(1)  # after each optimizer.step(), before zero_grad()
+        True
     """
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
@@ -43,16 +55,20 @@ class SnellAllocator:
 
     @cached_property
     def tracker(self) -> ImportanceTracker:
-        """The averages; made at the first step, as FSDP replaces the parameters before."""
+        """Moving averages of the importance; made at the first step, after FSDP has replaced the parameters."""
         names = ("zoo_snell_A", "zoo_snell_B")
         factors = {key: [layer.parameter(n, self.adapter_name) for n in names] for key, layer in self.layers.items()}
         return ImportanceTracker(factors, self.config.beta1, self.config.beta2, self.config.importance)
 
     def step(self, global_step: int) -> bool:
-        """Take in the gradients of optimizer step `global_step` (1-based, still in `.grad`) and allocate if it is due.
+        """Updates the importance from the gradients of an optimizer step and allocates if an allocation is due.
+
+        Args:
+            global_step: Number of optimizer steps completed, including this one; its gradients are still in `.grad`.
 
         Returns:
-            Whether the budget was allocated anew. Never in the last `tfinal` steps, so the final pattern is trained.
+            Whether the numbers of kept weights were allocated again. False in the last `tfinal` steps, so that the
+            final pattern is trained.
         """
         config = self.config
         if config.target_sparsity is None or global_step >= (config.total_step or 0) - config.tfinal:
@@ -69,21 +85,31 @@ class SnellAllocator:
         return due
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, and the budget of the start."""
+        """Returns the moving averages and the initial budget."""
         return {"initial": torch.tensor(self.initial), **self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the averages and the budget of the start."""
+        """Restores what `state_dict` returned."""
         self.initial = int(state["initial"])
         self.tracker.load_state_dict({key: value for key, value in state.items() if key != "initial"})
 
 
 class SnellCallback(StepCallback):
-    """Runs SNELLA's allocation inside `transformers.Trainer`, and keeps its state in the checkpoints.
+    """Runs SNELLA's allocation in `transformers.Trainer` and saves its state in each checkpoint.
 
     Args:
-        model: The model that is trained, with one trainable adapter that has `target_sparsity`.
-        adapter_name: The adapter; by default the active one.
+        model: Model to train, with one trainable adapter that has `target_sparsity`.
+        adapter_name: Name of the adapter; default: the active one.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_zoo import SnellConfig
+        >>> config = SnellConfig(r=4, target_sparsity=0.95, total_step=100, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(10, 10)), config)
+        >>> callback = SnellCallback(model)  # Trainer(model, ..., callbacks=[callback])
+        >>> callback.stepper.adapter_name
+        'default'
     """
 
     file_name = "snell_allocator.safetensors"

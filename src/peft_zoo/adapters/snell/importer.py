@@ -1,9 +1,9 @@
-"""Reads adapters trained with the released code of SNELL and SNELLA into the format of `SnellConfig`.
+"""Converts adapters trained with the released code of SNELL and SNELLA to the keys of `SnellConfig`.
 
-There, the adapter of a linear layer `<site>.<name>` is a module `<site>.additional_<name>.learnable`. It has the
-factors `In_Qs` (G, in, r/G) and `Out_Qs` (G, out, r/G), whose names end in `_1` in some models, and for the mixed
-kernel `alpha`, `gamma` and `beta` (1,). What share of a matrix is zero stands in no checkpoint: it is an argument of
-the script, or for SNELLA in the file of the allocator beside it.
+In the released code the adapter of a linear layer `<site>.<name>` is a module `<site>.additional_<name>.learnable` with
+the factors `In_Qs` (G, in, r/G) and `Out_Qs` (G, out, r/G), whose names end in `_1` in some models, and for the mixed
+kernel `alpha`, `gamma` and `beta` (1,). Its checkpoints do not contain the sparsity: it is an argument of the training
+script, or for SNELLA in the allocator's file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from peft_zoo.kernels.planning.sparsity import kept_count
 
-__all__ = ["import_snell_checkpoint"]
-
 _KEY = re.compile(r"(?P<site>.+)\.additional_(?P<name>[^.]+)\.learnable\.(?P<part>In_Qs|Out_Qs|alpha|gamma|beta)(_1)?")
 _MIXED = ("alpha", "gamma", "beta")  # in the order of `zoo_snell_kernel_params`
 
@@ -27,19 +25,27 @@ def import_snell_checkpoint(
     sparsity: float | Mapping[str, float],
     rename: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """Convert the adapters of a released checkpoint; load the result with `peft.set_peft_model_state_dict`.
+    """Converts the adapters of a released checkpoint; load the result with `peft.set_peft_model_state_dict`.
 
     Args:
-        checkpoint: State dict of the released code's model; tensors that belong to no adapter are passed over.
-        sparsity: Share of zeros in [0, 1), one for all matrices or one for each module by its new name. For adapters
-            without competition (KLoRA, MixK) give 0 and load with `sparsify="none"`.
-        rename: Maps `<site>.<name>`, such as `blocks.0.attn.q`, to the module's path in your model.
+        checkpoint: State dict of the released code's model; tensors that belong to no adapter are ignored.
+        sparsity: Share of zeros in [0, 1), for all matrices or by new module name. For adapters without sparsity
+            (KLoRA, MixK) use 0 and load with `sparsify="none"`.
+        rename: Maps `<site>.<name>`, such as `blocks.0.attn.q`, to the name of the module in your model; default: the
+            same name.
 
     Returns:
-        `base_model.model.<module>.zoo_snell_A` (G, in, r/G) and so on for every adapted module.
+        State dict with `base_model.model.<module>.zoo_snell_A` (G, in, r/G) and the other tensors of each module.
 
     Raises:
-        ValueError: If the checkpoint has no adapter, one is incomplete, or a module has no sparsity.
+        ValueError: If the checkpoint has no adapter, an adapter is incomplete, or a module has no sparsity.
+
+    Examples:
+        >>> import torch
+        >>> part = "blocks.0.attn.additional_q.learnable."
+        >>> released = {part + "In_Qs": torch.randn(2, 8, 4), part + "Out_Qs": torch.randn(2, 8, 4)}
+        >>> [key.rpartition(".")[2] for key in import_snell_checkpoint(released, sparsity=0.9)]
+        ['zoo_snell_A', 'zoo_snell_B', 'zoo_snell_num_kept']
     """
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in checkpoint.items():
@@ -48,22 +54,22 @@ def import_snell_checkpoint(
             modules.setdefault(rename(f"{found['site']}.{found['name']}"), {})[found["part"]] = value
     if not modules:
         raise ValueError(
-            "checkpoint: no key like <site>.additional_<name>.learnable.In_Qs; give the model's state dict."
+            "checkpoint: no key like <site>.additional_<name>.learnable.In_Qs; give the state dict of the model."
         )
-    converted = {}
-    for module, parts in modules.items():
-        for name, value in _convert(module, parts, sparsity).items():
-            converted[f"base_model.model.{module}.zoo_snell_{name}"] = value
-    return converted
+    return {
+        f"base_model.model.{module}.zoo_snell_{name}": value
+        for module, parts in modules.items()
+        for name, value in _convert(module, parts, sparsity).items()
+    }
 
 
 def _convert(module: str, parts: Mapping[str, Tensor], sparsity: float | Mapping[str, float]) -> dict[str, Tensor]:
-    """The tensors of one module by our names."""
+    """Returns the tensors of one module by the suffixes of their new keys."""
     missing = {"In_Qs", "Out_Qs"} - parts.keys() or (parts.keys() & set(_MIXED) and set(_MIXED) - parts.keys())
     if missing:
         raise ValueError(f"checkpoint: the adapter of {module} lacks {sorted(missing)}; the file is incomplete.")
     if isinstance(sparsity, Mapping) and module not in sparsity:
-        raise ValueError(f"sparsity has no entry for {module}; give one, or a single number for all.")
+        raise ValueError(f"sparsity has no entry for {module}; add one, or give one value for all modules.")
     share = sparsity[module] if isinstance(sparsity, Mapping) else sparsity
     A, B = parts["In_Qs"].float(), parts["Out_Qs"].float()
     tensors = {"A": A, "B": B, "num_kept": torch.tensor(kept_count(share, A.shape[1] * B.shape[1]))}

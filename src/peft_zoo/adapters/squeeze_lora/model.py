@@ -20,18 +20,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft import LoraConfig
-from peft.tuners.lora import LoraModel
-
 from peft_zoo import registration
-from peft_zoo.adapters.base.state_dict import SavedInsideFsdp
+from peft_zoo.adapters.base import ZooLoraConfig, ZooLoraModel
 from peft_zoo.adapters.squeeze_lora.callback import SqueezeCallback
 from peft_zoo.adapters.squeeze_lora.schedule import SqueezeConfig
 from peft_zoo.common.checks import require
 
 
 @dataclass
-class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
+class SqueezeLoraConfig(SqueezeConfig, ZooLoraConfig):
     """Configuration of LoRA-Squeeze: a LoRA whose rank is lowered during training by a schedule.
 
     It has the fields of peft's `LoraConfig` and of `SqueezeConfig`, and is saved with the adapter. `SqueezeCallback` (for
@@ -53,10 +50,17 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     method_name: ClassVar[str] = "squeeze_lora"
 
     def __post_init__(self) -> None:
-        LoraConfig.__post_init__(self)
+        ZooLoraConfig.__post_init__(self)
         SqueezeConfig.__post_init__(self)
-        require(type(self.r) is int and self.r > 0, self, "r", "use an integer of at least 1")
-        self.peft_type = registration.peft_type_of(type(self))
+
+    def for_training(self, steps: int) -> SqueezeLoraConfig:
+        """Returns the configuration itself, after checking that its schedule fits into `steps` optimizer steps.
+
+        Raises:
+            ValueError: As `check_steps`.
+        """
+        self.check_steps(steps)
+        return self
 
     def check_steps(self, total_steps: int) -> None:
         """Checks that the schedule fits the number of optimizer steps and the rank.
@@ -80,5 +84,5 @@ class SqueezeLoraConfig(SqueezeConfig, LoraConfig):
     paper="LoRA-Squeeze, arXiv 2602.10993",
     callback=lambda model: SqueezeCallback(adapter_name=model.active_adapter),
 )
-class SqueezeLoraModel(SavedInsideFsdp, LoraModel):
+class SqueezeLoraModel(ZooLoraModel):
     """peft's LoRA model, registered for `SqueezeLoraConfig`."""

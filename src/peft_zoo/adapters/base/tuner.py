@@ -1,0 +1,36 @@
+"""What the tuners of all methods share, also of those built on peft's LoRA."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+
+class MethodTuner(BaseTuner):
+    """Mixin for a tuner: each adapter gets its own copy of its configuration, and saving works inside FSDP1."""
+
+    peft_config: dict[str, Any]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Injects as peft does, with a copy of the configuration.
+
+        peft fills in fields such as `target_modules` while it injects, and sets `inference_mode` when it saves. On the
+        object of the user they would change what a second model gets from it.
+        """
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Selects as peft does, by the names of modules, without the part that FSDP1 inserts in them.
+
+        The keys of the state dict lack that part; peft 0.21 does not account for it.
+        """
+        names = ((name.split("."), module) for name, module in model.named_modules())
+        modules = [(".".join(n for n in name if n != "_fsdp_wrapped_module"), module) for name, module in names]
+        renamed: Any = SimpleNamespace(named_modules=lambda: modules)
+        return super()._get_adapter_state_dict(renamed, *args, **kwargs)
