@@ -55,21 +55,36 @@ def check_new_folder(target: Path, field: str = "out_dir") -> None:
 
 
 @contextmanager
-def new_file(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
+def new_file(target: str | Path, field: str = "out_dir", *, private: bool = False) -> Iterator[Path]:
     """Gives the path of a temporary file, to be made in the block, that takes the place of `target` when it ends.
 
     Args:
         target: A path where there is nothing.
         field: The caller's name for `target`, for the error message.
+        private: As in `replaced_file`.
 
     Raises:
         ValueError: If there is something at `target`.
     """
-    target = Path(os.path.abspath(target))
     if os.path.lexists(target):
         raise ValueError(f"{field}={str(target)!r} exists; give a new name.")
+    with replaced_file(target, private=private) as work:
+        yield work
+
+
+@contextmanager
+def replaced_file(target: str | Path, *, private: bool = False) -> Iterator[Path]:
+    """Yields a temporary path; the file written there replaces `target`, or creates it, when the block ends.
+
+    Args:
+        target: Path of a file; it may exist.
+        private: Whether only the owner may read the file: mode 0600, set before anything is written. Default False.
+    """
+    target = Path(os.path.abspath(target))
     work = _beside(target)
     try:
+        if private:
+            work.touch(mode=0o600, exist_ok=False)
         yield work
         _sync(work)
         os.replace(work, target)
