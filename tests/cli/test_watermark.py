@@ -179,7 +179,7 @@ def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], words: list[st
     ("changes", "more", "sentence"),
     [
         ({"vae": "photos"}, [], "has no config.json"),
-        ({"photos": "vae"}, [], "has no pictures"),
+        ({"photos": "vae"}, [], "has no images"),
         ({"out": "photos"}, [], "is not an empty folder"),
         ({"32": "16"}, [], "16 x 16 pixels"),
         ({"32": "0"}, [], "--size cannot be 0"),
@@ -225,7 +225,7 @@ def test_pictures_that_cannot_be_tested(here: Path, capsys: pytest.CaptureFixtur
         ("two", "give 3, as an odd number never splits in half"),
         ("small", "images are of 20 x 20 pixels: give them at least 32"),
         ("broken", "cannot identify image file"),
-        ("vae", "has no pictures"),
+        ("vae", "has no images"),
     ):
         assert main(["watermark", "verify", "--images", folder, "--key", "owner.key", "--fpr", "0.004"]) == 2
         error = capsys.readouterr().err
@@ -240,4 +240,4 @@ def test_pictures_are_read_when_they_are_looked_at(here: Path) -> None:
     Path("photos", "004.png").unlink()
     with pytest.raises(FileNotFoundError):
         found[4]
-    assert load_images("photos", 32).dtype == torch.float32 and torch.equal(load_images("photos", 32)[3], found[3])
+    assert found[3].dtype == torch.float32 and torch.equal(load_images("photos", 32)[3], found[3])

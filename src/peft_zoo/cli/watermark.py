@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from peft_zoo.cli.shared import pairs, plain_warnings, sentence
 from peft_zoo.common.values import SettingError, parse_value
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
     from peft_zoo.tasks.watermark.decoder import KeyedDecoder
@@ -33,7 +33,6 @@ embed writes to --output has the mark merged into the weights and is for publish
 the trained decoder makes of the pictures, nothing is written and the status is 1, as it is of verify without a mark."""
 
 ACTIONS = ("new-key", "embed", "verify")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FLAGS = {
     "new-key": ("--num-bits", "--payload", "--errors"),
     "embed": ("--vae", "--images", "--key", "--output", "--size", "--device", "--checkpoint", "--set"),
@@ -201,51 +200,16 @@ def load_images(place: str, size: int | None = None) -> Any:
         size: Pixels of a square that each is cropped and scaled to; None leaves them as they are.
 
     Returns:
-        `(N, 3, size, size)` in [0, 1]; without `size`, `Pictures`.
+        The images, each `(3, height, width)` in [0, 1], read when they are looked at.
 
     Raises:
         SettingError: If there are no pictures, the size is not positive, or Pillow is not installed.
     """
-    import torch
-
     if find_spec("PIL") is None:
         raise SettingError("pictures need Pillow: pip install 'peft-zoo[vision]'.")
-    if size is not None and size < 1:
-        raise SettingError(f"--size cannot be {size}: give the pixels of a side, such as 256.")
-    root = Path(place)
-    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise SettingError(f"--images {place!r} has no pictures: give a folder with {', '.join(SUFFIXES)} files.")
-    return Pictures(paths) if size is None else torch.stack([_pixels(path, size) for path in paths]).float() / 255
+    from peft_zoo.tasks.base.images import ImageFiles
 
-
-class Pictures(Sequence[Any]):
-    """Pictures that are read each time one is looked at, `(3, H, W)` in [0, 1]: any number of them fits into memory.
-
-    Args:
-        paths: Their files.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, place: Any) -> Any:
-        return _pixels(self.paths[place]).float() / 255
-
-
-def _pixels(path: Path, size: int | None = None) -> Tensor:
-    """`(3, H, W)`, uint8."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
-    picture = picture if size is None else ImageOps.fit(picture, (size, size))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return ImageFiles(place, size)
 
 
 def _facts(report: EmbedReport) -> dict[str, str]:

@@ -55,21 +55,36 @@ def check_new_folder(target: Path, field: str = "out_dir") -> None:
 
 
 @contextmanager
-def new_file(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
+def new_file(target: str | Path, field: str = "out_dir", *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path; the file created there is flushed to disk and renamed to `target` when the block ends.
 
     Args:
         target: Path that does not exist.
         field: Name of the caller's argument, for the error message.
+        private: Whether only the owner may read the file, as for `replaced_file`. Default False.
 
     Raises:
         ValueError: If `target` exists.
     """
-    target = Path(os.path.abspath(target))
     if os.path.lexists(target):
         raise ValueError(f"{field}={str(target)!r} exists; give a new name.")
+    with replaced_file(target, private=private) as work:
+        yield work
+
+
+@contextmanager
+def replaced_file(target: str | Path, *, private: bool = False) -> Iterator[Path]:
+    """Yields a temporary path; the file written there replaces `target`, or creates it, when the block ends.
+
+    Args:
+        target: Path of a file; it may exist.
+        private: Whether only the owner may read the file: mode 0600, set before anything is written. Default False.
+    """
+    target = Path(os.path.abspath(target))
     work = _unfinished_path(target)
     try:
+        if private:
+            work.touch(mode=0o600, exist_ok=False)
         yield work
         _sync(work)
         os.replace(work, target)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from peft_zoo.common.values import SettingError, unknown
 
 BUILT_IN = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}  # Debian package dataset-fashion-mnist
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 LAYOUTS = (
     "a folder or .zip file with train/CLASS/*.jpg and test/CLASS/*.jpg, "
     "an .npz file with x_train, y_train, x_test, y_test, or a folder with the four files of the MNIST format"
@@ -63,6 +63,50 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.pixels[index], self.labels[index]
+
+
+class ImageFiles(Sequence[Tensor]):
+    """Images that are read from their files on each access, so that any number of them fits into memory.
+
+    An item is float32 `(3, height, width)` with RGB values in [0, 1].
+
+    Args:
+        place: Image file, or a folder; images of its subfolders count too. The order is that of the paths.
+        size: Pixels of the square that each image is cropped and scaled to; None keeps its size.
+
+    Raises:
+        SettingError: If there is no image at `place`, or `size` is below 1.
+    """
+
+    def __init__(self, place: str | Path, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise SettingError(f"--size cannot be {size}: give the pixels of a side, such as 256.")
+        root, self.size = Path(place), size
+        self.paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.paths:
+            raise SettingError(
+                f"--images {str(place)!r} has no images: give a folder with {', '.join(sorted(SUFFIXES))} files."
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        with Image.open(self.paths[index]) as image:
+            return read_pixels(image, self.size).float() / 255
+
+
+def read_pixels(image: Image.Image, size: int | None = None) -> Tensor:
+    """Returns the RGB values of an image as uint8 `(3, height, width)`.
+
+    Args:
+        image: Image of any mode.
+        size: Pixels of the square that it is cropped to at its centre and scaled to (bicubic); None keeps its size.
+    """
+    image = image.convert("RGB")
+    if size is not None:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def open_source(name: str) -> Source:
@@ -130,10 +174,9 @@ def _read_images(items: list[Item], open_image: Callable[[Any], Image.Image], si
     pixels = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
     for row, (key, _) in enumerate(items):
         try:
-            image = ImageOps.fit(open_image(key).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            pixels[row] = read_pixels(open_image(key), size)
         except (OSError, UnidentifiedImageError) as error:
             raise SettingError(f"image {str(key)!r} cannot be read ({error}): remove or replace it.") from error
-        pixels[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return Images(pixels, [label for _, label in items])
 
 
