@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks import common
 from peft_zoo import CachedLoraConfig, compose
-from peft_zoo.composition import Composition
+from peft_zoo.adapters.cached_lora.composition import Composition
 
 PAGE = common.ROOT / "docs" / "methods" / "cached_lora.md"
 ALONE = "one adapter alone"

@@ -198,7 +198,7 @@ def test_a_diffusers_without_knowledge_of_blocks_falls_back(monkeypatch: pytest.
     real = builtins.__import__
 
     def old(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "diffusers.hooks._helpers":
+        if name == "diffusers.hooks.first_block_cache":
             raise ImportError(name)
         return real(name, *args, **kwargs)
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from peft_zoo import CachedLoraConfig, compose
-from peft_zoo.composition import CachedLoraModel
+from peft_zoo.adapters.cached_lora.model import CachedLoraModel
 from tests.adapters.cached_lora.samples import KINDS, NAMES, SCHEDULERS, add_loras, call, denoiser, generate, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

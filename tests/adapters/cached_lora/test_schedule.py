@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from peft_zoo import CachedLoraConfig
 from peft_zoo.adapters.cached_lora.schedule import Plan, Planner
-from peft_zoo.adapters.cached_lora.steps import MOST_CALLS, Clock, remaining
+from peft_zoo.adapters.cached_lora.steps import MOST_CALLS, Clock, remaining_steps
 
 NAMES = ["a", "b", "c"]
 
@@ -102,7 +102,7 @@ def ticks(*calls: float | tuple[float, str], clock: Clock | None = None, **more:
     found = []
     for call in calls:
         t, name = call if isinstance(call, tuple) else (call, None)
-        tick = clock.tick(t, name, **more)
+        tick = clock.observe(t, name, **more)
         found.append((tick.context, tick.step, tick.begins))
     return found
 
@@ -170,11 +170,11 @@ def test_another_schedule_begins_a_generation() -> None:
 
 def test_progress_is_counted_or_read_off_the_timesteps() -> None:
     clock = Clock()
-    assert [clock.tick(t, None) and clock.progress(0, None) for t in (800.0, 600.0, 200.0)] == [0, 0.25, 0.75]
+    assert [clock.observe(t, None) and clock.progress(0, None) for t in (800.0, 600.0, 200.0)] == [0, 0.25, 0.75]
     assert clock.progress(3, 12) == 0.25 and clock.progress(99, 12) < 1
     for rise in ((0.0, 0.25, 0.75), (0.0, 250.0, 750.0)):
         clock = Clock()
-        assert [clock.tick(t, None) and clock.progress(0, None) for t in rise] == [0, 0.25, 0.75]
+        assert [clock.observe(t, None) and clock.progress(0, None) for t in rise] == [0, 0.25, 0.75]
 
 
 @pytest.mark.parametrize(
@@ -199,4 +199,4 @@ def test_progress_is_counted_or_read_off_the_timesteps() -> None:
 def test_what_remains_of_a_schedule(
     timesteps: list[float], first: float, left: int | None, rising: bool | None
 ) -> None:
-    assert remaining(timesteps, first, rising) == left
+    assert remaining_steps(timesteps, first, rising) == left

@@ -1,4 +1,4 @@
-"""What a composition does not work with, each with a sentence: it is refused, or runs without a cache."""
+"""Checks of pipelines, denoisers and calls: what cannot be composed, and what can only be composed without a cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from peft_zoo.adapters.cached_lora.config import CachedLoraConfig, Roles
 from peft_zoo.adapters.cached_lora.patches import BEHIND_HOOKS, owner_of
 
-RESIDUALS = (  # of ControlNet and T2I-Adapter
+RESIDUALS = (  # arguments of ControlNet and T2I-Adapter
     "down_block_additional_residuals",
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
@@ -26,7 +26,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encod
 
 
 def denoiser_of(target: Any) -> nn.Module:
-    """The module that predicts the noise: of a pipeline, of a PeftModel, or the module itself.
+    """Returns the module that predicts the noise, given a pipeline, a PeftModel or the module itself.
 
     Raises:
         ValueError: If there is none.
@@ -46,101 +46,84 @@ def denoiser_of(target: Any) -> nn.Module:
 
 
 def check_denoiser(denoiser: nn.Module) -> None:
-    """Whether hooks can do their work on a denoiser.
-
-    Raises:
-        ValueError: If it is compiled or in training mode, or another cache is at work.
-    """
+    """Raises a ValueError if a denoiser is compiled, in training mode, or has a cache of diffusers enabled."""
     name = type(denoiser).__name__
-    if hasattr(denoiser, "_orig_mod") or any(map(_compiled, denoiser.modules())):
-        raise ValueError(f"{name} is compiled, and its adapters change at every step: compose the model without it.")
+    if hasattr(denoiser, "_orig_mod") or any(map(_is_compiled, denoiser.modules())):
+        raise ValueError(f"{name} is compiled, but its active adapters change at every step: do not compile it.")
     if getattr(denoiser, "is_cache_enabled", False):
-        raise ValueError(
-            f"{name} has a cache of diffusers, which would mix up the adapters: call disable_cache() before."
-        )
-    if any(isinstance(m, nn.Dropout) and m.training and m.p for m in denoiser.modules()):  # of LoRAs that came later
-        raise ValueError(f"{name} has dropout in training mode, which would act in every pass: call .eval().")
+        raise ValueError(f"{name} has a cache of diffusers, which would mix adapters: call disable_cache() before.")
+    if any(isinstance(m, nn.Dropout) and m.training and m.p for m in denoiser.modules()):  # of LoRAs added later
+        raise ValueError(f"{name} has dropout in training mode: call .eval().")
     check_mode(denoiser)
 
 
 def check_mode(denoiser: nn.Module) -> None:
-    """Whether a denoiser is in evaluation mode: `lora_dropout` would act otherwise, at random in every pass.
-
-    Raises:
-        ValueError: If it is in training mode.
-    """
+    """Raises a ValueError if a denoiser is in training mode, in which `lora_dropout` changes every pass at random."""
     if denoiser.training:
-        raise ValueError(f"{type(denoiser).__name__} is in training mode, where LoRAs have dropout: call .eval().")
+        raise ValueError(f"{type(denoiser).__name__} is in training mode, in which LoRAs have dropout: call .eval().")
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Whether the weights of a pipeline are those of its base.
-
-    Raises:
-        ValueError: If LoRAs are fused into the pipeline, also those that are no longer on the denoiser.
-    """
+    """Raises a ValueError if LoRAs are fused into a pipeline, even if they are no longer on the denoiser."""
     if getattr(pipe, "num_fused_loras", 0):
         raise ValueError(
             f"{type(pipe).__name__} has LoRAs fused into its weights, which would act in every pass: call "
-            "pipe.unfuse_lora(); or, if that is meant, save the pipeline and load it again."
+            "pipe.unfuse_lora(), or, to keep them fused, save the pipeline and load it again."
         )
 
 
-def unreached(pipe: Any, denoiser: nn.Module, config: CachedLoraConfig, roles: Roles) -> Iterator[str]:
-    """What to warn of where a composition does not reach all LoRAs of a pipeline.
+def scope_warnings(pipe: Any, denoiser: nn.Module, config: CachedLoraConfig, roles: Roles) -> Iterator[str]:
+    """Yields warnings about LoRAs of a pipeline that a composition does not control.
 
     Args:
         pipe: The pipeline, or None.
-        denoiser: That part of it which is composed.
+        denoiser: The part of it that is composed.
         config: The recipe.
-        roles: What it says about the adapters.
+        roles: Its adapters by role.
     """
     encoders = [name for name in TEXT_ENCODERS if _has_lora(getattr(pipe, name, None))]
     if encoders and config.method != "w_switch" and set(roles.weights.values()) != {1.0}:
         yield (
-            f"weights={roles.weights} do not reach the LoRAs on {', '.join(encoders)}, which act as "
-            "pipe.set_adapters() has them: set their scales there."
+            f"weights={roles.weights} do not scale the LoRAs on {', '.join(encoders)}: set those scales with "
+            "pipe.set_adapters()."
         )
     for name in DENOISERS:
         part = getattr(pipe, name, None)
         if _has_lora(part) and denoiser_of(part) is not denoiser and owner_of(denoiser_of(part)) is None:
             yield (
-                f"the LoRAs on {name} act as pipe.set_adapters() has them, and are not composed: enter "
-                f"compose(pipe.{name}, ..., scheduler=pipe) before this one."
+                f"the LoRAs on {name} are not composed and act as pipe.set_adapters() has set them: enter "
+                f"compose(pipe.{name}, ..., scheduler=pipe) before this composition."
             )
 
 
-def _has_lora(part: Any) -> bool:
-    """Whether a part of a pipeline, which may not have it, has LoRAs."""
-    return isinstance(part, nn.Module) and any(isinstance(module, LoraLayer) for module in part.modules())
-
-
-def _compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled in place, or its forward is."""
-    forwards = (getattr(module, place, None) for place in (BEHIND_HOOKS, "forward"))
-    return getattr(module, "_compiled_call_impl", None) is not None or any(
-        # A function that is kept out of compilation has the first attribute, too.
-        hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
-        for forward in forwards
-    )
-
-
-def unusual(denoiser: nn.Module, call: Mapping[str, Any]) -> str | None:
-    """Why nothing may be cached in a call of the denoiser, or None.
+def why_not_cacheable(denoiser: nn.Module, call: Mapping[str, Any]) -> str | None:
+    """Returns why features of one call of the denoiser cannot be cached, or None if they can.
 
     Args:
         denoiser: The module.
-        call: Its arguments by name.
+        call: Arguments of the call by name.
     """
     residuals = [name for name in RESIDUALS if call.get(name) is not None]
     if residuals:
-        return f"{residuals[0]} is given (ControlNet or T2I-Adapter), for blocks that a cached pass leaves out"
+        return f"{residuals[0]} is given (ControlNet or T2I-Adapter), for blocks that a cached pass skips"
     if any(getattr(block, "b1", None) for block in getattr(denoiser, "up_blocks", ())):
-        return "FreeU is on, which changes what is cached"
+        return "FreeU is on, which changes cached features"
     hooks = (vars(module).get("_diffusers_hook") for module in denoiser.modules())
     if any("group_offloading" in hook.hooks for hook in hooks if hook is not None):
-        return "group offloading counts on every block to run"
+        return "group offloading needs every block to run"
     return None
 
 
-__all__: list[str] = []
+def _has_lora(part: Any) -> bool:
+    """Returns whether a part of a pipeline is a module with LoRAs."""
+    return isinstance(part, nn.Module) and any(isinstance(module, LoraLayer) for module in part.modules())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Returns whether a module is compiled in place, or its forward is."""
+    forwards = (getattr(module, place, None) for place in (BEHIND_HOOKS, "forward"))
+    return getattr(module, "_compiled_call_impl", None) is not None or any(
+        # Functions excluded from compilation have the first attribute, too.
+        hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+        for forward in forwards
+    )

@@ -1,8 +1,7 @@
-"""The runtime: in place of one noise prediction, the weighted sum of one for each LoRA.
+"""Runs a recipe inside the forward of a denoiser, whose noise prediction becomes the weighted sum over its LoRAs.
 
-Guidance is linear in the noise predictions, and so is the sum over adapters: to sum what the denoiser returns, before
-guidance, is to sum after it. All of this therefore happens in one place, the forward of the denoiser, and pipelines and
-schedulers need not know.
+Guidance is linear in the noise predictions, and so is the sum over adapters: summing what the denoiser returns, before
+guidance, equals summing after it. Pipelines and schedulers therefore need no change.
 """
 
 from __future__ import annotations
@@ -10,48 +9,60 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_zoo.adapters.cached_lora.arguments import TIMESTEP, argument_names, call_arguments, noise_level
-from peft_zoo.adapters.cached_lora.checks import (
-    check_denoiser,
-    check_mode,
-    check_pipeline,
-    denoiser_of,
-    unreached,
-    unusual,
-)
+from peft_zoo.adapters.cached_lora import checks
 from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
-from peft_zoo.adapters.cached_lora.feature_cache import Blocks, find_blocks
+from peft_zoo.adapters.cached_lora.feature_cache import FeatureCache, feature_cache_for
 from peft_zoo.adapters.cached_lora.layers import AdapterLayers
-from peft_zoo.adapters.cached_lora.passes import Call, Passes, form_of
+from peft_zoo.adapters.cached_lora.passes import (
+    TIMESTEP_NAMES,
+    Passes,
+    argument_names,
+    call_arguments,
+    noise_level,
+    sample_spec,
+)
 from peft_zoo.adapters.cached_lora.patches import Patches, owner_of
 from peft_zoo.adapters.cached_lora.schedule import Planner
-from peft_zoo.adapters.cached_lora.steps import Clock, StepTrace, remaining
+from peft_zoo.adapters.cached_lora.steps import Clock, StepTrace, remaining_steps
+from peft_zoo.common.checks import check_count
 
 
 class Composition:
-    """A recipe at work on a denoiser, between `__enter__` and `__exit__`; made by `compose`.
+    """Context manager that runs a recipe on a denoiser; made by `compose`.
 
     Args:
-        denoiser: The module whose forward predicts the noise.
-        config: The recipe.
-        scheduler: A scheduler, or what will have one as its attribute `scheduler` when a generation begins; or None.
-        num_inference_steps: Calls of the denoiser in a generation.
-        pipe: The pipeline of the denoiser, if it has one.
+        denoiser: Module whose forward predicts the noise.
+        config: The recipe; never changed.
+        scheduler: Scheduler, or an object whose attribute `scheduler` will be one when a generation begins; or None.
+        num_inference_steps: Number of calls of the denoiser in a generation; None if unknown.
+        pipe: Pipeline of the denoiser, or None.
 
     Attributes:
         denoiser: The module.
         config: The recipe.
-        layers: Its LoRAs, as they were found last.
-        adapters: Names, in the order in which they take turns.
+        layers: LoRA layers of the denoiser when it was last validated.
+        adapters: Adapter names in the order in which they take turns.
 
     Raises:
-        ValueError: If the recipe and the denoiser do not go together, before anything is changed.
+        ValueError: If recipe and denoiser do not fit; the denoiser is left unchanged.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import UNet2DModel
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo.composition import CachedLoraConfig, Composition
+        >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+        >>> unet = UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+        >>> tuned = get_peft_model(unet, LoraConfig(target_modules=["conv1"]), "knight").eval()
+        >>> with torch.no_grad(), Composition(unet, CachedLoraConfig(method="switch")) as composition:
+        ...     noise = unet(torch.randn(1, 3, 8, 8), timestep=500).sample
+        >>> composition.trace()[0].dominant
+        'knight'
     """
 
     def __init__(
@@ -69,81 +80,79 @@ class Composition:
         self._warned: set[str] = set()
         self._context: str | None = None
         self._clock = Clock()
-        self._take_stock()
+        self._validate_and_bind()
         self.reset()
 
-    def _take_stock(self) -> None:
-        """Looks at the denoiser as it is now, says what is wrong with it, and changes nothing about it."""
-        check_denoiser(self.denoiser)
-        check_pipeline(self.pipe)
+    def _validate_and_bind(self) -> None:
+        """Checks the denoiser as it is now and binds the recipe to its LoRA layers, without changing it."""
+        checks.check_denoiser(self.denoiser)
+        checks.check_pipeline(self.pipe)
         layers = AdapterLayers(self.denoiser)
         roles = self.config.roles(layers.names)
-        for warning in unreached(self.pipe, self.denoiser, self.config, roles):
+        for warning in checks.scope_warnings(self.pipe, self.denoiser, self.config, roles):
             self._warn(warning)
-        dora = sorted(set(layers.with_dora()) & set(roles.order))
+        dora = layers.with_dora(roles.order)
         if self.config.batched and dora:
-            raise ValueError(f"batched=True cannot be used with DoRA ({dora}), of which peft mixes none: use False.")
+            raise ValueError(f"batched=True cannot be used with DoRA ({dora}), which peft cannot mix: use False.")
         names = argument_names(self.denoiser)
-        if not set(TIMESTEP) & set(names):
+        if not set(TIMESTEP_NAMES) & set(names):
             raise ValueError(f"{type(self.denoiser).__name__} is no denoiser: its forward has no timestep: {names}.")
         self.layers, self.roles, self.adapters = layers, roles, roles.order
-        passes = Passes(self.config, layers, self._find_blocks())
+        passes = Passes(self.config, layers, self._feature_cache(), len(roles.order))
         before: Passes | None = getattr(self, "passes", None)
-        if before and before.layers.form == layers.form:
+        if before and before.layers.ranks == layers.ranks:
             passes.macs = before.macs
         self.passes = passes
 
     def reset(self) -> None:
-        """Forgets what was cached and traced; the next call of the denoiser begins a generation."""
+        """Drops features and trace; the next call of the denoiser begins a generation."""
         self._clock.reset()
         self._begin()
 
     def trace(self) -> list[StepTrace]:
-        """What was done in the last generation, a record for each call of the denoiser.
+        """Returns a record for each call of the denoiser in the last generation.
 
-        Without a scheduler and without `num_inference_steps`, generations of one step each cannot be told from several
-        calls of one step, up to eight of them: call `reset` between.
+        Without a scheduler and without `num_inference_steps`, up to eight generations of one step each count as several
+        calls of one step: call `reset` between them.
         """
         return list(self._trace)
 
-    # ---- putting in and taking out ----
+    # ---- installing ----
 
     def __enter__(self) -> Composition:
         self.install()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.uninstall()
 
     def install(self) -> None:
-        """Takes the place of the denoiser's forward; a composition that is there already waits until `uninstall`.
+        """Overrides the denoiser's forward; a composition installed before pauses until `uninstall`.
 
         Raises:
-            ValueError: If this one is there already, or the denoiser is no longer fit for it.
+            ValueError: If this composition is installed already, or the denoiser does not fit any more.
         """
         outer = installed_on(self.denoiser)
         if outer is self:
-            raise ValueError("this composition is at work already: call compose() again for another one.")
-        self._take_stock()
+            raise ValueError("this composition is installed already: call compose() for another one.")
+        self._validate_and_bind()
         if outer:
             outer.uninstall()
         self._outer = outer
         self.layers.remember()
         try:
-            self.layers.scale(self._strengths())
+            self.layers.scale(self._scale_factors())
             self._patches.put(self.denoiser, "forward", self._forward)
             if hasattr(self.denoiser, "cache_context"):
-                self._patches.put(self.denoiser, "cache_context", self._named)
-            for module, function in self.passes.blocks.patches() if self.passes.blocks else ():
+                self._patches.put(self.denoiser, "cache_context", self._cache_context)
+            for module, function in self.passes.cache.overrides() if self.passes.cache else ():
                 self._patches.put(module, "forward", function)
         except BaseException:
             self.uninstall()
             raise
 
     def uninstall(self) -> None:
-        """Leaves the denoiser as it was found. The trace stays."""
+        """Restores the denoiser, and the composition installed before; the trace stays."""
         self.layers.restore()
         self.passes.forget()
         self._clock.reset()
@@ -154,30 +163,29 @@ class Composition:
             if outer:
                 outer.install()
 
-    def _strengths(self) -> dict[str, float]:
-        """By what each adapter's scale is multiplied."""
+    def _scale_factors(self) -> dict[str, float]:
+        """Returns the factor on the scale of each adapter."""
         weights = self.roles.weights
         if self.config.method == "w_switch":
-            return {}  # they are shares of the steps
+            return {}  # its weights are shares of the steps
         if self.config.method == "merge_normalized":
             norms = self.layers.norms(self.adapters)
             mean = sum(norms.values()) / len(norms)
             return {name: weights[name] * mean / norm for name, norm in norms.items()}
         return weights
 
-    def _find_blocks(self) -> Blocks | None:
-        """What a cached pass leaves out; None where nothing is cached."""
+    def _feature_cache(self) -> FeatureCache | None:
+        """Returns the hooks that cache features, None if the recipe or the denoiser does not allow caching."""
         if self.config.method != "cmlora" or not self.config.cache or len(self.adapters) == 1:
             return None
         try:
-            return find_blocks(self.denoiser)
+            return feature_cache_for(self.denoiser)
         except NotImplementedError as error:
-            name = type(self.denoiser).__name__
-            self._warn(f"{name} cannot be cached: {error}. Every pass is a full one.", 6)
+            self._warn(f"{type(self.denoiser).__name__} cannot be cached: {error}. Every pass is a full one.", 6)
             return None
 
     def _warn(self, text: str, stacklevel: int = 5) -> None:
-        """Warns, once."""
+        """Warns, once for each text."""
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=stacklevel)
@@ -185,8 +193,10 @@ class Composition:
     # ---- one call of the denoiser ----
 
     @contextmanager
-    def _named(self, method: Callable[..., AbstractContextManager[Any]], name: str, **kwargs: Any) -> Iterator[None]:
-        """Stands for `cache_context`, by which pipelines say which of several calls follows."""
+    def _cache_context(
+        self, method: Callable[..., AbstractContextManager[Any]], name: str, **kwargs: Any
+    ) -> Iterator[None]:
+        """Overrides `cache_context`, by which pipelines name the calls of one step."""
         self._context = name
         try:
             with method(name, **kwargs):
@@ -195,61 +205,62 @@ class Composition:
             self._context = None
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands for the denoiser's forward."""
+        """Overrides the denoiser's forward."""
         if not self._patches or not self.layers.enabled:
             return forward(*args, **kwargs)
-        check_mode(self.denoiser)
+        checks.check_mode(self.denoiser)
         if torch.is_grad_enabled():
-            raise ValueError("gradients are on, and a composition has none: use torch.no_grad() or inference_mode().")
+            raise ValueError("gradients are enabled, and a composition has none: use torch.no_grad().")
         arguments = call_arguments(self.denoiser, args, kwargs)
         timestep, several = noise_level(self.denoiser, arguments)
         if several:
-            self._warn("the timesteps of one call differ: the greatest counts as that of the step.")
+            self._warn("the timesteps of one call differ: the largest counts as that of the step.")
         try:
-            form = form_of(next(iter(arguments.values())))
-            schedule = self._schedule()
-            mark = schedule if schedule is self._schedule() else None  # one made when asked for marks nothing
-            tick = self._clock.tick(timestep, self._context, form, mark, self.num_inference_steps)
-            if tick.begins:
-                check_denoiser(self.denoiser)
-                if AdapterLayers(self.denoiser).form != self.layers.form:
-                    raise ValueError("LoRAs came or went since the composition began: make such changes before that.")
-                self._begin(schedule)
-            progress = self._clock.progress(tick.step, self._total())
-            planner = self._planners.setdefault(tick.context, Planner(self.config, self.roles))
-            plan = planner.plan(tick.step, progress)
-            call = Call(forward, arguments, next(iter(arguments)), tick.context, tick.step)
-            output, done = self.passes.run(call, plan, self._may_cache(arguments))
+            output, step = self._run(forward, arguments, timestep)
         except BaseException:
             self.reset()
             raise
-        now = (tick.step, tick.context, self._clock.last, progress)
-        self._trace.append(
-            StepTrace(*now, plan.dominant, plan.weights, done.passes, done.ages, done.forwards, done.macs)
-        )
+        self._trace.append(step)
         return output
 
+    def _run(self, forward: Callable[..., Any], arguments: dict[str, Any], timestep: float) -> tuple[Any, StepTrace]:
+        """Composes one call of the denoiser; returns its output and record."""
+        schedule = self._schedule()
+        # A property that makes new timesteps on every access does not mark a generation.
+        mark = schedule if schedule is self._schedule() else None
+        steps = self.num_inference_steps
+        info = self._clock.observe(timestep, self._context, sample_spec(arguments), mark, steps)
+        if info.begins:
+            checks.check_denoiser(self.denoiser)
+            if AdapterLayers(self.denoiser).ranks != self.layers.ranks:
+                raise ValueError("LoRAs were added or removed inside the composition: do that before entering it.")
+            self._begin(schedule)
+        total = steps or remaining_steps(self._timesteps, self._clock.first, self._clock.rising)
+        progress = self._clock.progress(info.step, total)
+        planner = self._planners.setdefault(info.context, Planner(self.config, self.roles))
+        plan = planner.plan(info.step, progress)
+        output, stats = self.passes.run(forward, arguments, info, plan, self._may_cache(arguments))
+        place = (info.step, info.context, timestep, progress, plan.dominant, plan.weights)
+        return output, StepTrace(*place, **vars(stats))
+
     def _begin(self, schedule: Any = None) -> None:
-        """Begins a generation with the timesteps of a scheduler, if there are any."""
+        """Begins a generation with the timesteps of a scheduler, if there is one."""
         self._planners: dict[str, Planner] = {}
         self._trace: list[StepTrace] = []
         self.passes.forget()
         self._timesteps = [] if schedule is None else [float(t) for t in schedule]
 
     def _schedule(self) -> Any:
-        """The timesteps of the scheduler, which `set_timesteps` makes anew; None if there are none."""
+        """Returns the scheduler's timesteps, a new object after each `set_timesteps`; None without a scheduler."""
         return getattr(getattr(self.scheduler, "scheduler", self.scheduler), "timesteps", None)
 
-    def _total(self) -> int | None:
-        """The number of steps of the generation, if that is known."""
-        return self.num_inference_steps or remaining(self._timesteps, self._clock.first, self._clock.rising)
-
     def _may_cache(self, arguments: Mapping[str, Any]) -> bool:
-        if self.passes.blocks is None:
+        """Returns whether features of a call may be cached; warns if not."""
+        if self.passes.cache is None:
             return False
-        reason = unusual(self.denoiser, arguments) or self.passes.too_large
+        reason = checks.why_not_cacheable(self.denoiser, arguments) or self.passes.too_large
         if reason:
-            self._warn(f"{reason}: every pass is a full one.")
+            self._warn(f"{reason}: every pass is a full one.", 6)
         return not reason
 
 
@@ -260,37 +271,47 @@ def compose(
     scheduler: Any = None,
     num_inference_steps: int | None = None,
 ) -> Composition:
-    """Several LoRAs on one denoiser, each with a noise prediction of its own, for as long as the context lasts.
+    """Returns a context manager in which a denoiser combines the noise predictions of several LoRAs.
 
     Args:
-        target: A diffusers pipeline, a denoiser with LoRAs on it, or a PeftModel around one.
-        config: The recipe; None takes that of `get_peft_model(denoiser, CachedLoraConfig(...))`, or else cmlora with
-            all adapters that there are.
-        scheduler: Whose timesteps say how far a generation is; a pipeline has its own.
-        num_inference_steps: Or the number of calls of the denoiser. With neither, the progress is read off the
-            timesteps: `1 - t / first t` where they fall.
+        target: Diffusers pipeline, denoiser with LoRAs, or PeftModel around one.
+        config: The recipe, never changed. None takes that of `get_peft_model(denoiser, CachedLoraConfig(...))`, or
+            cmlora with all LoRAs on the denoiser.
+        scheduler: Scheduler whose timesteps give the progress of a generation; default that of the pipeline.
+        num_inference_steps: Number of calls of the denoiser in a generation. Without it and without a scheduler,
+            progress is read off the timesteps, `1 - t / first t` if they fall.
 
     Returns:
-        The context manager; with `trace()` for what was done.
+        The context manager, whose `trace()` has a record for each call of the denoiser.
 
     Raises:
-        ValueError: If recipe and denoiser do not go together, naming what is wrong and the fix.
+        ValueError: If recipe and denoiser do not fit; names the problem and the fix.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import UNet2DModel
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo import CachedLoraConfig, compose
+        >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+        >>> unet = UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+        >>> tuned = get_peft_model(unet, LoraConfig(target_modules=["conv1"]), "knight")
+        >>> tuned.add_adapter("watercolour", LoraConfig(target_modules=["conv1"]))
+        >>> recipe = CachedLoraConfig(adapters=["knight", "watercolour"], method="composite")
+        >>> with torch.no_grad(), compose(tuned.eval(), recipe) as composition:
+        ...     noise = tuned(torch.randn(1, 3, 8, 8), timestep=500).sample
+        >>> composition.trace()[0].weights
+        {'knight': 0.5, 'watercolour': 0.5}
     """
-    steps = num_inference_steps
-    if steps is not None and (type(steps) is not int or steps < 1):
-        raise ValueError(f"num_inference_steps={steps!r} cannot be used; use an integer of at least 1.")
-    denoiser = denoiser_of(target)
+    check_count("num_inference_steps", num_inference_steps)
+    denoiser = checks.denoiser_of(target)
     pipe = None if isinstance(target, nn.Module) else target
-    at_work = installed_on(denoiser)
     if config is None:
-        config = at_work.config if at_work else CachedLoraConfig()
-    return Composition(denoiser, config, pipe if scheduler is None else scheduler, steps, pipe)
+        installed = installed_on(denoiser)
+        config = installed.config if installed else CachedLoraConfig()
+    return Composition(denoiser, config, pipe if scheduler is None else scheduler, num_inference_steps, pipe)
 
 
 def installed_on(denoiser: nn.Module) -> Composition | None:
-    """The composition at work on a denoiser."""
+    """Returns the composition installed on a denoiser, or None."""
     owner = owner_of(denoiser)
     return owner if isinstance(owner, Composition) else None
-
-
-__all__ = ["Composition", "compose"]

@@ -1,11 +1,10 @@
-"""The recipe of a composition: which LoRAs, by which rule, in which order, with which cache."""
+"""Recipe of a composition: which LoRAs, how their predictions are combined, in which order, with which cache."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,27 +15,21 @@ from safetensors.torch import save_file
 
 from peft_zoo import registration
 from peft_zoo.adapters.base.config import option
+from peft_zoo.common.checks import is_number, require
 
-METHODS = ("merge", "merge_normalized", "switch", "w_switch", "composite", "cmlora")
 MERGES = ("merge", "merge_normalized")
-ABOVE_0, ABOVE_1 = math.nextafter(0, 1), math.nextafter(1, 2)
-RANGES = (  # of numbers: from the first, to below the second
-    ("phase_border", 0, ABOVE_1, "use a share from 0 to 1"),
-    ("dominance_decay", 0, 1, "use a number from 0 to below 1"),
-    ("dominance_floor", 0, math.inf, "use a number of at least 0: no weight is negative"),
-    ("dominance_init", ABOVE_0, math.inf, "use a positive number or None"),
-)
+METHODS = (*MERGES, "switch", "w_switch", "composite", "cmlora")
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What a recipe says about the adapters that are there, every name checked.
+    """Adapters of a recipe by role, with every name validated.
 
     Attributes:
-        order: The adapters, in the order in which they take turns.
-        high: Those that may dominate before the border of the phases.
-        low: Those that may after it.
-        weights: Strength of each adapter.
+        order: Adapter names in the order in which they take turns.
+        high: Adapters that may dominate before `phase_border`.
+        low: Adapters that may dominate after `phase_border`.
+        weights: Strength by adapter name.
     """
 
     order: tuple[str, ...]
@@ -47,206 +40,245 @@ class Roles:
 
 @dataclass
 class CachedLoraConfig(PeftConfig):
-    """A recipe for several LoRAs on one diffusers denoiser. It has no weights of its own, and nothing is trained.
+    """Recipe for composing several LoRAs on one diffusers denoiser; it has no weights of its own and trains nothing.
+
+    Pass it to `compose`, or to `get_peft_model` to load the LoRAs that it names and compose them in every forward.
 
     Raises:
-        ValueError: For every field with a value that cannot work, naming the field, the value and the fix.
+        ValueError: If a field has an invalid value; names the field, the value and the fix.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from diffusers import UNet2DModel
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo import CachedLoraConfig
+        >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+        >>> def unet():
+        ...     return UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+        >>> folders = {name: tempfile.mkdtemp() for name in ("knight", "watercolour")}
+        >>> for folder in folders.values():
+        ...     get_peft_model(unet(), LoraConfig(r=2, target_modules=["conv1"])).save_pretrained(folder)
+        >>> recipe = CachedLoraConfig(adapters=folders, method="composite")
+        >>> model = get_peft_model(unet(), recipe)
+        >>> with torch.no_grad():
+        ...     model(torch.randn(1, 3, 8, 8), timestep=500).sample.shape
+        torch.Size([1, 3, 8, 8])
+        >>> recipe.order
+        ['knight', 'watercolour']
     """
 
     method_name: ClassVar[str] = "cached_lora"
-    #: A recipe combines trained adapters: there is nothing in it to train.
+    #: A recipe combines trained adapters and has nothing to train.
     trainable: ClassVar[bool] = False
 
     adapters: dict[str, str | None] | list[str] | None = option(
         None,
-        "Name of each LoRA and its path or Hub id; a list of names where they are loaded already; None: all LoRAs on "
+        "Path or Hub id of each LoRA by adapter name; a list of names if they are loaded already; None: all LoRAs on "
         "the denoiser.",
     )
     method: str = option(
         "cmlora",
-        "merge, merge_normalized (updates of equal norm), switch, w_switch (turns in proportion to weights), composite "
-        "or cmlora.",
+        "merge, merge_normalized (updates scaled to equal norm), switch, w_switch (turns in proportion to weights), "
+        "composite or cmlora.",
     )
     weights: dict[str, float] | list[float] | None = option(
-        None, "Strength of each adapter, times the scale it has; for w_switch its share of the steps. None: 1."
+        None, "Factor on the scale of each adapter; for w_switch its share of the steps. None: 1."
     )
     order: list[str] | str = option(
-        "given", "In which order adapters take turns: a list of names, 'given' (as in adapters), or 'profile'."
+        "given", "Order in which adapters take turns: a list of names, 'given' (as in adapters), or 'profile'."
     )
     high: list[str] | None = option(
-        None, "cmlora: adapters that dominate before phase_border. None: from the profile, or the rest of low, or all."
+        None,
+        "cmlora: adapters that may dominate before phase_border. None: from the profile, or all that are not in low.",
     )
-    low: list[str] | None = option(None, "cmlora: adapters that dominate after phase_border, likewise.")
-    phase_border: float = option(0.545, "Share of the steps after which low dominates.")
-    switch_every: int = option(5, "Steps of one turn of switch, and on average of w_switch.")
+    low: list[str] | None = option(
+        None,
+        "cmlora: adapters that may dominate after phase_border. None: from the profile, or all that are not in high.",
+    )
+    phase_border: float = option(0.545, "cmlora: share of the steps after which adapters in low dominate.")
+    switch_every: int = option(5, "Steps per turn of switch; mean steps per turn of w_switch.")
     dominance_init: float | None = option(
-        None, "cmlora: how much more the dominant adapter counts than another, at first; None: their number - 0.5."
+        None,
+        "cmlora: initial weight of the dominant adapter relative to another one. None: number of adapters - 0.5.",
     )
-    dominance_decay: float = option(0.5, "What the k-th change of the dominant adapter takes off that, to the power k.")
-    dominance_floor: float = option(1.0, "What is always left of it; 1 is the mean of all.")
-    cache: bool = option(True, "cmlora: adapters other than the dominant one reuse their own deep features.")
-    cache_early: int = option(2, "Steps from one refresh to the next before the first and after the second border.")
-    cache_middle: int = option(3, "The same between the two borders.")
-    cache_borders: tuple[float, float] = option((0.375, 0.875), "The two borders, as shares of the steps.")
-    max_age: int = option(10, "Steps after which a feature is too old to be used; 0 refreshes everything always.")
-    batched: bool = option(False, "Passes of one step in one batch, with peft's mixed batches, instead of a loop.")
+    dominance_decay: float = option(
+        0.5, "cmlora: base d of the decrement d**k of that relative weight at the k-th change of the dominant adapter."
+    )
+    dominance_floor: float = option(1.0, "cmlora: lower bound of that relative weight; at 1 all adapters weigh equal.")
+    cache: bool = option(True, "cmlora: adapters that do not dominate reuse their own deep features.")
+    cache_early: int = option(2, "cmlora: steps between refreshes before the first and after the second cache border.")
+    cache_middle: int = option(3, "cmlora: steps between refreshes between the two cache borders.")
+    cache_borders: tuple[float, float] = option(
+        (0.375, 0.875), "cmlora: the two cache borders, as shares of the steps."
+    )
+    max_age: int = option(10, "cmlora: largest age in steps of a feature that is reused; 0 recomputes all features.")
+    batched: bool = option(False, "Run the passes of one step as one mixed batch of peft instead of in a loop.")
     profile: dict[str, float] | None = option(
-        None, "Measured share of high frequencies of each adapter (profile_frequency)."
+        None, "Measured share of high frequencies of each adapter, from profile_frequency."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = registration.peft_type_of(type(self))
         self._name_adapters()
-        self._check_values()
+        for field, (is_valid, fix) in RULES.items():
+            require(is_valid(getattr(self, field)), self, field, fix)
+        fix = "measure it with profile_frequency() and store() it in the recipe"
+        require(self.order != "profile" or bool(self.profile), self, "order", fix)
+        self._convert_numbers()
         if self.adapters:
             self.roles(list(self.adapters))
 
     @property
     def sources(self) -> dict[str, str | None]:
-        """Path or Hub id of each adapter that the recipe names."""
+        """Path or Hub id of each adapter that the recipe names; None for adapters that are loaded already."""
         return dict(self.adapters) if isinstance(self.adapters, dict) else {}
 
     def _name_adapters(self) -> None:
-        """Turns lists into dicts by name; the order goes into `order`, because saved JSON has its keys sorted."""
+        """Turns lists into dicts by adapter name; `order` keeps their order because peft sorts the keys it saves."""
         given = self.adapters
         if isinstance(given, list):
-            self._require(len(set(given)) == len(given), "adapters", "name each adapter once")
+            require(len(set(given)) == len(given), self, "adapters", "name each adapter once")
             self.adapters = given = dict.fromkeys(given)
         names = list(given or ())
         named = all(isinstance(name, str) and name and "." not in name for name in names)
-        self._require(given is None or (isinstance(given, dict) and named), "adapters", "use names without dots")
-        self._require(given is None or bool(given), "adapters", "name one, or use None for all that are loaded")
-        whence = all(source is None or (isinstance(source, str) and source) for source in self.sources.values())
-        self._require(whence, "adapters", "use a path or Hub id as text for each, or None where it is loaded")
+        require(given is None or (isinstance(given, dict) and named), self, "adapters", "use names without dots")
+        require(given is None or bool(given), self, "adapters", "name one, or use None for all that are loaded")
+        located = all(source is None or (isinstance(source, str) and source) for source in self.sources.values())
+        require(located, self, "adapters", "use a path or Hub id (str) for each adapter, or None if it is loaded")
         if isinstance(self.weights, list):
             fix = "give one weight for each of adapters, or a dict by name"
-            self._require(len(self.weights) == len(names), "weights", fix)
+            require(len(self.weights) == len(names), self, "weights", fix)
             self.weights = dict(zip(names, self.weights, strict=True))
-        self._require(self.weights is None or isinstance(self.weights, dict), "weights", "use a dict by name")
         if self.order == "given" and names:
             self.order = names
 
-    def _check_values(self) -> None:
-        self._require(self.method in METHODS, "method", f"use one of {', '.join(METHODS)}")
-        fix = "use 'given', 'profile' or a list of names"
-        named = _is_names(self.order) and len(self.order) > 0
-        self._require(named or self.order in ("given", "profile"), "order", fix)
-        for name in ("high", "low"):
-            self._require(getattr(self, name) is None or _is_names(getattr(self, name)), name, "use a list of names")
-        profile: Any = self.profile
-        measured = profile is None or (isinstance(profile, dict) and all(map(_is_number, profile.values())))
-        self._require(measured, "profile", "use a dict with a number for each adapter")
-        self.profile = profile and _floats(profile)
-        fix = "measure it with profile_frequency() and store() it in the recipe"
-        self._require(self.order != "profile" or bool(self.profile), "order", fix)
-        for name in ("switch_every", "cache_early", "cache_middle"):
+    def _convert_numbers(self) -> None:
+        """Converts numpy scalars to float and the list that JSON holds to a tuple."""
+        for name in ("phase_border", "dominance_init", "dominance_decay", "dominance_floor"):
             value = getattr(self, name)
-            self._require(type(value) is int and value > 0, name, "use an integer of at least 1")
-        self._require(type(self.max_age) is int and self.max_age >= 0, "max_age", "use an integer of at least 0")
-        for name in ("cache", "batched"):
-            self._require(type(getattr(self, name)) is bool, name, "use True or False")
-        weights: Any = self.weights
-        fix = "use a number for each adapter; set the scales of blocks with set_adapters()"
-        self._require(all(map(_is_number, (weights or {}).values())), "weights", fix)
-        self.weights = weights and _floats(weights)
-        fix = "use two shares from 0 to 1, the smaller one first"
-        borders: Any = self.cache_borders
-        pair = isinstance(borders, (list, tuple)) and len(borders) == 2 and all(map(_is_number, borders))
-        self._require(pair and 0 <= borders[0] <= borders[1] <= 1, "cache_borders", fix)
-        self.cache_borders = (float(borders[0]), float(borders[1]))  # JSON has only lists
-        for name, least, most, fix in RANGES:
-            value = getattr(self, name)
-            inside = _is_number(value) and least <= value < most
-            self._require(inside or (name == "dominance_init" and value is None), name, fix)
             setattr(self, name, None if value is None else float(value))
+        for name in ("weights", "profile"):
+            values = getattr(self, name)
+            setattr(self, name, values and {key: float(value) for key, value in values.items()})
+        self.cache_borders = (float(self.cache_borders[0]), float(self.cache_borders[1]))
 
     def roles(self, available: Sequence[str]) -> Roles:
-        """What the recipe says about the adapters of a denoiser.
+        """Resolves the recipe for the adapters of a denoiser.
 
         Args:
-            available: Names of the adapters that there are.
+            available: Names of the LoRAs on the denoiser.
 
         Raises:
-            ValueError: If the recipe names an adapter that is not there, or one twice, or leaves one out.
+            ValueError: If the recipe names a missing adapter, repeats a name, or omits one from `order` or `profile`.
         """
         names = list(self.adapters or available)
         self._check_names("adapters", names, available)
         order = names if self.order == "given" else self.order
         if order == "profile":
             shares = self.profile or {}
-            self._check_names("profile", shares, names, whole=True)
+            self._check_names("profile", shares, names, complete=True)
             order = sorted(names, key=lambda name: -shares[name])
-        self._check_names("order", order, names, whole=True)
+        self._check_names("order", order, names, complete=True)
         high, low = self._phases(list(order))
         given: Any = self.weights or {}
         weights = dict.fromkeys(names, 1.0) | given
         self._check_names("weights", weights, names)
+        fix = "w_switch shares out the steps: use weights of at least 0, not all of them 0"
         enough = self.method != "w_switch" or (min(weights.values()) >= 0 and sum(weights.values()) > 0)
-        self._require(enough, "weights", "w_switch shares the steps: use numbers of at least 0, not all of them 0")
+        require(enough, self, "weights", fix)
         return Roles(tuple(order), high, low, weights)
 
     def _phases(self, order: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Who dominates early and who late, each in the order of turns; a set that would be empty is all of them."""
+        """Returns the adapters that may dominate early and late, in the order of turns; an empty set becomes all."""
         high, low = self.high, self.low
         if high is None and low is None and self.order == "profile":
-            high, low = split(self.profile or {})
+            high, low = split_at_largest_gap(self.profile or {})
         self._check_names("high", high or (), order)
         self._check_names("low", low or (), order)
         if high is None:
             high = [name for name in order if name not in (low or ())]
         if low is None:
             low = [name for name in order if name not in high]
-        both = set(high) & set(low)
-        if both or set(high) | set(low) != set(order):
+        if set(high) & set(low) or set(high) | set(low) != set(order):
             raise ValueError(
-                f"CachedLoraConfig: high={high} and low={low} cannot be used; every one of {order} belongs to exactly "
-                "one of the two. Leave one of them out to give it the rest."
+                f"CachedLoraConfig: high={high} and low={low} cannot be used; each adapter of {order} must be in "
+                "exactly one of the two. Leave one field out to give it the remaining adapters."
             )
         return tuple(n for n in order if n in high or not high), tuple(n for n in order if n in low or not low)
 
-    def _check_names(self, field: str, names: Iterable[str], known: Sequence[str], whole: bool = False) -> None:
+    def _check_names(self, field: str, names: Iterable[str], known: Sequence[str], complete: bool = False) -> None:
+        """Raises a ValueError unless `names` are distinct and in `known`, and, if `complete`, are all of `known`."""
         names = list(names)
         unknown = [name for name in names if name not in known]
-        missing = [name for name in known if name not in names] if whole else []
+        missing = [name for name in known if name not in names] if complete else []
         if unknown or missing or len(set(names)) < len(names):
-            trouble = f"there is no adapter {unknown}" if unknown else f"{missing} is left out"
-            trouble = trouble if unknown or missing else "a name occurs twice"
+            problem = f"there is no adapter {unknown}" if unknown else f"{missing} is left out"
+            problem = problem if unknown or missing else "a name occurs twice"
             raise ValueError(
-                f"CachedLoraConfig: {field}={names} cannot be used; {trouble}. The adapters are {list(known)}."
+                f"CachedLoraConfig: {field}={names} cannot be used; {problem}. The adapters are {list(known)}."
             )
 
-    def _require(self, condition: bool, name: str, fix: str) -> None:
-        if not condition:
-            raise ValueError(f"CachedLoraConfig: {name}={getattr(self, name)!r} cannot be used; {fix}.")
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as peft does, with a file of no weights beside it: `PeftModel.from_pretrained` asks for one."""
+        """Saves as peft does, plus a weights file without tensors, because `PeftModel.from_pretrained` requires one."""
         super().save_pretrained(save_directory, **kwargs)
         weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
         if not weights.exists():
             save_file({}, weights, metadata={"format": "pt"})
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _floats(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of any kind, numpy's among them, as JSON has them."""
-    return {name: float(value) for name, value in values.items()}
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
-
-
-def split(shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Names with a high and with a low share, split at the largest gap between neighbours; one name alone is high."""
+def split_at_largest_gap(shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Splits names into those with a high and those with a low share, each in falling order; one name alone is high."""
     order = sorted(shares, key=lambda name: -shares[name])
     gaps = [shares[one] - shares[other] for one, other in itertools.pairwise(order)]
     cut = 1 + gaps.index(max(gaps)) if gaps else 1
     return order[:cut], order[cut:]
 
 
-__all__ = ["CachedLoraConfig"]
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _is_number_dict(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(is_number, value.values())))
+
+
+def _is_order(value: Any) -> bool:
+    return value in ("given", "profile") or (_is_names(value) and len(value) > 0)
+
+
+def _is_borders(value: Any) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
+    return pair and 0 <= value[0] <= value[1] <= 1
+
+
+def _in_range(least: float, below: float) -> Callable[[Any], bool]:
+    return lambda value: is_number(value) and least <= value < below
+
+
+_NAMES = (lambda value: value is None or _is_names(value), "use a list of adapter names or None")
+_COUNT = (lambda value: type(value) is int and value > 0, "use an int of at least 1")
+_FLAG = (lambda value: type(value) is bool, "use True or False")
+#: Whether a value of a field is valid, and how to fix one that is not.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "method": (lambda value: value in METHODS, f"use one of {', '.join(METHODS)}"),
+    "order": (_is_order, "use 'given', 'profile' or a list of adapter names"),
+    "high": _NAMES,
+    "low": _NAMES,
+    "weights": (_is_number_dict, "use a number for each adapter; for scales by block call pipe.set_adapters()"),
+    "profile": (_is_number_dict, "use a dict with a number for each adapter"),
+    "switch_every": _COUNT,
+    "cache_early": _COUNT,
+    "cache_middle": _COUNT,
+    "max_age": (lambda value: type(value) is int and value >= 0, "use an int of at least 0"),
+    "cache": _FLAG,
+    "batched": _FLAG,
+    "cache_borders": (_is_borders, "use two shares from 0 to 1, the smaller one first"),
+    "phase_border": (_in_range(0, math.nextafter(1, 2)), "use a share from 0 to 1"),
+    "dominance_decay": (_in_range(0, 1), "use a number from 0 to below 1"),
+    "dominance_floor": (_in_range(0, math.inf), "use a number of at least 0"),
+    "dominance_init": (
+        lambda value: value is None or _in_range(math.nextafter(0, 1), math.inf)(value),
+        "use a positive number or None",
+    ),
+}

@@ -1,104 +1,108 @@
-"""The LoRA layers of a denoiser: which adapters there are, which of them act, and at what strength."""
+"""LoRA layers of a denoiser: loading and removing adapters, choosing which are active, scaling them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
 class AdapterLayers:
-    """All layers of a denoiser that carry LoRAs.
+    """All LoRA layers of a denoiser.
 
     Args:
-        denoiser: A module with LoRAs, from `load_lora_weights`, `load_lora_adapter`, `add_adapter` or peft.
+        denoiser: Module with LoRAs from `load_lora_weights`, `load_lora_adapter`, `add_adapter` or peft.
 
     Attributes:
-        layers: The layers.
-        form: Each of them with the ranks of its adapters: all on which the work of a pass depends.
-        names: Of the adapters.
+        layers: The LoRA layers.
+        ranks: Each layer with the rank of each of its adapters; equal lists mean passes of equal cost.
+        names: Names of the adapters.
 
     Raises:
-        ValueError: If there are none, if they are fused, or if they bring whole modules along (`modules_to_save`).
+        ValueError: If there is no LoRA, if one is fused, or if one replaces whole modules (`modules_to_save`).
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
         if not self.layers:
             raise ValueError(
-                f"{type(denoiser).__name__} has no LoRA: load some with pipe.load_lora_weights(..., adapter_name=...) "
-                "first, or give the recipe paths or ids and use get_peft_model()."
+                f"{type(denoiser).__name__} has no LoRA: load some with pipe.load_lora_weights(..., adapter_name=...), "
+                "or put their paths or Hub ids into the recipe and call get_peft_model()."
             )
         fused = sorted({name for layer in self.layers for name in layer.merged_adapters})
         if fused:
             raise ValueError(
-                f"adapters {fused} are fused into the weights and cannot be taken apart: call pipe.unfuse_lora(), or "
-                "unmerge_adapter()."
+                f"adapters {fused} are fused into the base weights: call pipe.unfuse_lora() or unmerge_adapter()."
             )
         whole = [name for name, m in denoiser.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         if whole:
-            raise ValueError(f"modules_to_save={whole} cannot be composed: an adapter may change LoRA layers only.")
-        self.form = [(layer, dict(layer.r)) for layer in self.layers]
-        self.names = list(dict.fromkeys(name for layer in self.layers for name in layer.scaling))
+            raise ValueError(f"modules_to_save={whole} cannot be composed: use adapters that only have LoRA layers.")
+        self.ranks = [(layer, dict(layer.r)) for layer in self.layers]
+        self.names = lora_names(denoiser)
         self._before: list[tuple[LoraLayer, Any, dict[str, float]]] = []
 
     @property
     def enabled(self) -> bool:
-        """Whether the LoRAs act at all (`disable_lora`, `disable_adapter`)."""
+        """Whether no layer is disabled (by `disable_lora` or `disable_adapter`)."""
         return not any(layer.disable_adapters for layer in self.layers)
 
-    def with_dora(self) -> list[str]:
-        """Names of adapters that peft cannot mix within a batch."""
-        return sorted({name for layer in self.layers for name, used in layer.use_dora.items() if used})
+    def with_dora(self, names: Sequence[str]) -> list[str]:
+        """Returns those of `names` that are DoRA adapters, which peft cannot mix within a batch."""
+        return [name for name in names if any(layer.use_dora.get(name) for layer in self.layers)]
 
     def norms(self, names: Sequence[str]) -> dict[str, float]:
-        """Frobenius norm of the whole update of each adapter, its scale included.
+        """Returns the Frobenius norm of each adapter's update over all layers, scale included.
 
         Raises:
             ValueError: If an adapter's update is zero.
         """
         found = {}
         for name in names:
-            found[name] = sum(_square(layer, name) for layer in self.layers if name in layer.scaling) ** 0.5
+            found[name] = sum(_squared_norm(layer, name) for layer in self.layers if name in layer.scaling) ** 0.5
             if not found[name]:
-                raise ValueError(f"adapter {name!r} changes no weight, so it has no norm: train it, or leave it out.")
+                raise ValueError(f"adapter {name!r} has an update of zero norm: train it, or remove it from adapters.")
         return found
 
     def remember(self) -> None:
-        """Takes note of what is active and of all scales, for `restore`."""
+        """Records the active adapters and all scales for `restore`."""
         self._before = [(layer, layer._active_adapter, dict(layer.scaling)) for layer in self.layers]
 
     def restore(self) -> None:
-        """Makes active what was, at the scale it had; once."""
+        """Restores the active adapters and scales that `remember` recorded, and clears the record."""
         for layer, active, scaling in self._before:
             layer._active_adapter = active
             layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
         self._before = []
 
     def scale(self, factors: Mapping[str, float]) -> None:
-        """Multiplies the scales of adapters."""
+        """Multiplies the scale of each adapter in `factors` by its factor."""
         for layer in self.layers:
             for name, factor in factors.items():
                 if name in layer.scaling:
                     layer.scaling[name] *= factor
 
     @contextmanager
-    def acting(self, names: Sequence[str], together: bool) -> Iterator[None]:
-        """Lets some adapters act and no other: all on the whole batch, or each on its own equal part of it.
+    def activated(self, names: Sequence[str], together: bool) -> Iterator[None]:
+        """Activates exactly these adapters.
 
-        peft's own `set_adapter` would also make them trainable.
+        Args:
+            names: Adapter names.
+            together: True applies all of them to every row of the batch; False applies each to its own equal part, in
+                the order of `names`.
         """
         for layer in self.layers:
-            layer._active_adapter = list(names)
+            layer._active_adapter = list(names)  # peft's set_adapter would also make them trainable
         if together or len(names) == 1:
             yield
             return
-        hook = partial(_name_rows, tuple(names))
+        hook = partial(_pass_adapter_names, tuple(names))
         handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.layers]
         try:
             yield
@@ -107,26 +111,124 @@ class AdapterLayers:
                 handle.remove()
 
 
-def _square(layer: Any, name: str) -> float:
-    """Squared Frobenius norm of an adapter's update of one layer.
+def _squared_norm(layer: Any, name: str) -> float:
+    """Returns the squared Frobenius norm of one adapter's update of one layer.
 
-    That of B A is the trace of (B' B)(A A'), of which both are of the size of the rank. A convolution in groups has
-    such a product for each.
+    For linear and convolutional layers it is trace((B'B)(AA')), two matrices of the size of the rank, summed over the
+    groups of a convolution. Other layers build the update.
     """
     factors = [part[name] for part in (layer.lora_A, layer.lora_B) if name in part]
-    usual = all(isinstance(one, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) for one in factors)
-    if not factors or not usual or isinstance(layer, ParamWrapper):  # of an embedding, in blocks, or for each expert
+    is_product = all(isinstance(one, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) for one in factors)
+    if not factors or not is_product or isinstance(layer, ParamWrapper):
         return float(layer.get_delta_weight(name).detach().double().square().sum())
     groups = getattr(factors[1], "groups", 1)
     parts = [one.weight.detach().double().flatten(1).chunk(groups) for one in factors]
     squares = (float(((up.T @ up) * (down @ down.T)).sum()) for down, up in zip(*parts, strict=True))
-    return layer.scaling[name] ** 2 * max(0.0, sum(squares))  # rounded, nothing can be less than nothing
+    return layer.scaling[name] ** 2 * max(0.0, sum(squares))  # rounding can make the sum slightly negative
 
 
-def _name_rows(names: tuple[str, ...], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tells a layer which adapter is for which row of its input; the rows of one adapter lie together."""
+def _pass_adapter_names(
+    names: tuple[str, ...], _: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Pre-hook that tells a LoRA layer the adapter of each row of a mixed batch."""
     rows = len(args[0] if args else next(iter(kwargs.values()))) // len(names)
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(rows)]}
 
 
-__all__: list[str] = []
+# ---- loading and removing ----
+
+
+def lora_names(model: nn.Module) -> list[str]:
+    """Returns the names of the LoRAs on a model, in the order in which they were added."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return list(dict.fromkeys(name for layer in layers for name in layer.scaling))
+
+
+def load_adapters(model: nn.Module, adapters: Mapping[str, str | None]) -> None:
+    """Loads LoRAs for inference, from peft folders and repositories or from files in diffusers' format.
+
+    Args:
+        model: Denoiser, changed in place and put into evaluation mode.
+        adapters: Path or Hub id by adapter name; None for a LoRA that is loaded already.
+
+    Raises:
+        ValueError: If a name is taken or a source holds no LoRA for this model; names the adapter and its source.
+    """
+    wanted = {name: source for name, source in adapters.items() if source is not None}
+    taken = [name for name in lora_names(model) if name in wanted]
+    if taken:
+        raise ValueError(f"adapters {taken} are on {type(model).__name__} already: give None as their path.")
+    is_peft = {name: _is_peft_lora(name, source) for name, source in wanted.items()}
+    with warnings.catch_warnings():
+        # peft warns about several adapters on one model, which is what is wanted here.
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
+        for name, source in wanted.items():
+            if is_peft[name]:
+                PeftModel.from_pretrained(model, source, adapter_name=name)
+            else:
+                _load_diffusers_lora(model, name, source)
+    if wanted:
+        model.eval()  # new layers are in training mode and may have dropout
+
+
+def remove_adapters(model: nn.Module, keep: Collection[str]) -> None:
+    """Removes all LoRAs but those in `keep`; a layer without any becomes its base layer again."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for path, layer in layers:
+        layer._active_adapter = [name for name in layer.active_adapters if name in keep]
+        for name in set(layer.scaling) - set(keep):
+            layer.delete_adapter(name)
+        if not layer.scaling:
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    configs = vars(model).get("peft_config", {})
+    for name in set(configs) - set(keep):
+        del configs[name]
+    if not keep:
+        vars(model).pop("peft_config", None)
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Removes the LoRAs added inside and restores training mode and trainable flags if the block raises."""
+    before, training = lora_names(model), model.training
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        remove_adapters(model, before)
+        model.train(training)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _is_peft_lora(name: str, source: str) -> bool:
+    """Returns whether a path or Hub id has a peft config.
+
+    Raises:
+        ValueError: If the config is not that of a LoRA.
+    """
+    try:
+        config = PeftConfig.from_pretrained(source)
+    except ValueError:  # no config: another format, or nothing at all, which its loader reports
+        return False
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"adapters[{name!r}]={source!r} is a {type(config).__name__}: use a LoRA.")
+    return True
+
+
+def _load_diffusers_lora(model: nn.Module, name: str, source: str) -> None:
+    """Loads the denoiser's part of a LoRA file in diffusers' format."""
+    loader: Any = getattr(model, "load_lora_adapter", None)
+    if loader is None:
+        raise ValueError(
+            f"adapters[{name!r}]={source!r} has no adapter_config.json: {type(model).__name__} loads only peft folders."
+        )
+    prefix = "unet" if hasattr(model, "up_blocks") else "transformer"
+    loader(source, prefix=prefix, adapter_name=name)
+    if name not in lora_names(model):
+        raise ValueError(
+            f"adapters[{name!r}]={source!r} has no tensors for {type(model).__name__}: load it with "
+            "pipe.load_lora_weights(), which converts more formats, and compose() it by name."
+        )

@@ -1,50 +1,36 @@
-"""Carries a plan out: one pass through the denoiser for each adapter, in turn or in one batch, and their sum."""
+"""Runs the plan of one step: a pass through the denoiser per adapter, in a loop or as one batch, and a weighted sum."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_zoo.adapters.cached_lora.arguments import repeated
 from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
-from peft_zoo.adapters.cached_lora.feature_cache import Blocks, Features
+from peft_zoo.adapters.cached_lora.feature_cache import FeatureCache, Features, Mode
 from peft_zoo.adapters.cached_lora.layers import AdapterLayers
 from peft_zoo.adapters.cached_lora.schedule import Plan
+from peft_zoo.adapters.cached_lora.steps import StepInfo
 
 MOST_BYTES = 4 * 2**30
-"""Of all features together: SDXL keeps 42 MB for each LoRA, FLUX.1 27, a large video model three quarters of a GB.
+"""Limit on the bytes of all features. Per LoRA SDXL keeps 42 MB, FLUX.1 27 MB, a large video model 0.75 GB.
 
-It is no share of the free memory, so that what is drawn does not depend on what else is in there.
+It does not depend on the free memory, so that the result does not depend on what else is in there.
 """
-Mode = Literal["off", "store", "replay"]
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+PER_TOKEN = ("img_ids", "txt_ids")  # arguments with one row per token, not per sample
 Output = TypeVar("Output")
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of the denoiser: what computes, its arguments by name, which of them is the sample, and when it is."""
-
-    forward: Callable[..., Any]
-    arguments: dict[str, Any]
-    sample: str
-    context: str
-    step: int
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """What calls have in common that take the same work."""
-        return form_of(self.arguments[self.sample])
-
-
 @dataclass
-class Done:
-    """What the passes of one call were: see `StepTrace`."""
+class PassStats:
+    """Passes of one call of the denoiser; the fields are those of `StepTrace`."""
 
     passes: dict[str, str]
     ages: dict[str, int]
@@ -53,17 +39,19 @@ class Done:
 
 
 class Passes:
-    """Runs the passes of one plan after the other.
+    """Runs plans and keeps the features of their passes.
 
     Args:
         config: The recipe.
-        layers: The LoRAs.
-        blocks: What a cached pass leaves out; None where nothing is cached.
+        layers: LoRA layers of the denoiser.
+        cache: Hooks that store and replay deep features; None disables caching.
+        num_adapters: Number of adapters in the recipe.
     """
 
-    def __init__(self, config: CachedLoraConfig, layers: AdapterLayers, blocks: Blocks | None) -> None:
-        self.config, self.layers, self.blocks = config, layers, blocks
-        self.count = len(config.roles(layers.names).order)
+    def __init__(
+        self, config: CachedLoraConfig, layers: AdapterLayers, cache: FeatureCache | None, num_adapters: int
+    ) -> None:
+        self.config, self.layers, self.cache, self.num_adapters = config, layers, cache, num_adapters
         self.macs: dict[Any, int] = {}
         self.forget()
 
@@ -72,36 +60,43 @@ class Passes:
         self._features: dict[tuple[str, str], tuple[Features, int]] = {}
         self.too_large: str | None = None
 
-    def run(self, call: Call, plan: Plan, caching: bool) -> tuple[Any, Done]:
-        """What the denoiser returns, with the weighted sum for its noise prediction.
+    def run(
+        self, forward: Callable[..., Any], arguments: dict[str, Any], info: StepInfo, plan: Plan, caching: bool
+    ) -> tuple[Any, PassStats]:
+        """Runs the passes of one call of the denoiser.
 
         Args:
-            call: The call.
-            plan: What to do.
+            forward: The denoiser's own forward.
+            arguments: Its arguments by name; the first is the noisy sample.
+            info: Context and step of the call.
+            plan: Weights of the adapters and those that must run in full.
             caching: Whether features may be stored and reused.
+
+        Returns:
+            The denoiser's output with the weighted sum as its noise prediction, and statistics of the passes.
         """
-        ages = self._ages(call, plan) if caching else {}
-        done = Done({name: "cached" if name in ages else "full" for name in plan.weights}, ages)
+        ages = self._ages(info, plan) if caching else {}
+        stats = PassStats({name: "cached" if name in ages else "full" for name in plan.weights}, ages)
         total: Any = None
         output: Any = None
         for names, mode in self._groups(plan, ages, "store" if caching else "off"):
-            output, macs = self._pass(call, names, mode, plan.together)
+            output, macs = self._pass(forward, arguments, info, names, mode, plan.together)
             prediction = prediction_of(output)
             parts = [prediction] if plan.together else prediction.chunk(len(names))
-            for name, part in zip(names, parts, strict=False):  # where all act together there is one part
+            for name, part in zip(names, parts, strict=False):  # a merge has one part for all names
                 term = plan.weights[name] * part.to(torch.promote_types(part.dtype, torch.float32))
                 total = term if total is None else total + term
-            done.macs, done.forwards = done.macs + macs, done.forwards + len(parts)
-        return _with_prediction(output, total), done
+            stats.macs, stats.forwards = stats.macs + macs, stats.forwards + len(parts)
+        return _replace_prediction(output, total), stats
 
-    def _ages(self, call: Call, plan: Plan) -> dict[str, int]:
-        """Which adapters may reuse a feature, and how old it is."""
-        known = [name for name in plan.weights if (call.context, name) in self._features and name not in plan.refresh]
-        ages = {name: call.step - self._features[call.context, name][1] for name in known}
+    def _ages(self, info: StepInfo, plan: Plan) -> dict[str, int]:
+        """Returns the age in steps of each feature that may be reused, by adapter."""
+        known = [name for name in plan.weights if (info.context, name) in self._features and name not in plan.refresh]
+        ages = {name: info.step - self._features[info.context, name][1] for name in known}
         return {name: age for name, age in ages.items() if age <= self.config.max_age}
 
     def _groups(self, plan: Plan, ages: Mapping[str, int], full: Mode) -> Iterator[tuple[list[str], Mode]]:
-        """Adapters that go through the denoiser in one call, and what is cached of it."""
+        """Yields the adapters that share one call of the denoiser, and its cache mode."""
         modes: dict[str, Mode] = {name: "replay" if name in ages else full for name in plan.weights}
         if plan.together:
             yield list(modes), full
@@ -111,37 +106,45 @@ class Passes:
         else:
             yield from (([name], mode) for name, mode in modes.items())
 
-    def _pass(self, call: Call, names: list[str], mode: Mode, together: bool) -> tuple[Any, int]:
-        """One call of the real denoiser: its output, and the multiply-accumulates."""
-        times = 1 if together else len(names)
-        forward = partial(call.forward, **repeated(call.arguments, times))
-        with self.layers.acting(names, together):
-            if self.blocks is None:
-                return self._counted((call.form, *names, mode), forward)
+    def _pass(
+        self,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        info: StepInfo,
+        names: list[str],
+        mode: Mode,
+        together: bool,
+    ) -> tuple[Any, int]:
+        """Calls the denoiser once; returns its output and multiply-accumulates."""
+        run = partial(forward, **repeated(arguments, 1 if together else len(names)))
+        key = (sample_spec(arguments), *names, mode)
+        with self.layers.activated(names, together):
+            if self.cache is None:
+                return self._counted(key, run)
             if mode == "replay":
-                self.blocks.features = _joined([self._features[call.context, name][0] for name in names])
-            self.blocks.mode = mode
+                self.cache.features = _concatenated([self._features[info.context, name][0] for name in names])
+            self.cache.mode = mode
             try:
-                result = self._counted((call.form, *names, mode), forward)
-                if mode == "store" and self.blocks.features is not None:
-                    self._keep(call, names, self.blocks.features)
+                result = self._counted(key, run)
+                if mode == "store" and self.cache.features is not None:
+                    self._keep(info, names, self.cache.features)
                 return result
             finally:
-                self.blocks.mode, self.blocks.features = "off", None
+                self.cache.mode, self.cache.features = "off", None
 
-    def _keep(self, call: Call, names: list[str], features: Features) -> None:
-        """Keeps the features of a pass, unless those of all adapters and contexts would be too large."""
+    def _keep(self, info: StepInfo, names: list[str], features: Features) -> None:
+        """Keeps the features of a pass, unless those of all adapters and contexts would exceed `MOST_BYTES`."""
         size = sum(part.nbytes for part in features if part is not None) // len(names)
-        contexts = {call.context, *(context for context, _ in self._features)}
-        if size * self.count * len(contexts) > MOST_BYTES or self.too_large:
+        contexts = {info.context, *(context for context, _ in self._features)}
+        if size * self.num_adapters * len(contexts) > MOST_BYTES or self.too_large:
             self.forget()
-            self.too_large = f"the features of {self.count} adapters take more than {MOST_BYTES / 2**30:.3g} GiB"
+            self.too_large = f"the features of {self.num_adapters} adapters exceed {MOST_BYTES / 2**30:.3g} GiB"
             return
-        for name, part in zip(names, _parted(features, len(names)), strict=True):
-            self._features[call.context, name] = part, call.step
+        for name, part in zip(names, _split(features, len(names)), strict=True):
+            self._features[info.context, name] = part, info.step
 
     def _counted(self, key: Any, run: Callable[[], Output]) -> tuple[Output, int]:
-        """Runs, and counts multiply-accumulates: the first time only, since to count takes time."""
+        """Calls `run`; counts multiply-accumulates only the first time for each key, because counting is slow."""
         if key in self.macs:
             return run(), self.macs[key]
         with FlopCounterMode(display=False) as counter:
@@ -150,30 +153,77 @@ class Passes:
         return output, self.macs[key]
 
 
-def _joined(features: list[Features]) -> Features:
-    """The features of several adapters as those of one batch."""
+def _concatenated(features: list[Features]) -> Features:
+    """Concatenates the features of several adapters along the batch."""
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*features, strict=True))
 
 
-def _parted(features: Features, times: int) -> list[Features]:
-    """The other way round."""
+def _split(features: Features, times: int) -> list[Features]:
+    """Splits the features of a batch into those of its adapters; the inverse of `_concatenated`."""
     parts = [[None] * times if feature is None else feature.chunk(times) for feature in features]
     return list(zip(*parts, strict=True))
 
 
-def form_of(sample: Any) -> tuple[Any, ...]:
-    """What must be equal in samples for a feature of one to fit another.
+# ---- arguments and outputs of the denoiser ----
+
+
+def argument_names(denoiser: nn.Module) -> list[str]:
+    """Returns the argument names of a denoiser's forward; the first is the noisy sample."""
+    return list(inspect.signature(type(denoiser).forward).parameters)[1:]
+
+
+def call_arguments(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of one call of the denoiser by name, in the order of its signature."""
+    names = argument_names(denoiser)
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return {name: given[name] for name in (*(n for n in names if n in given), *(n for n in given if n not in names))}
+
+
+def noise_level(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[float, bool]:
+    """Returns the timestep of a call, and whether the call has several.
+
+    Video models can have one timestep per token or frame; conditioning tokens have 0, and the largest one counts.
 
     Raises:
-        ValueError: If the sample is no tensor, as the list of Z-Image is none.
+        ValueError: If the call has no timestep.
     """
+    timestep = next((arguments[name] for name in TIMESTEP_NAMES if arguments.get(name) is not None), None)
+    if timestep is None:
+        raise ValueError(f"{type(denoiser).__name__} was called without a timestep, from which steps are counted.")
+    levels = torch.as_tensor(timestep).unique().tolist()
+    return float(levels[-1]), len({*levels} - {0}) > 1
+
+
+def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
+    """Returns the arguments for `times` copies of each sample; lists are copied because UNets empty T2I-Adapter's."""
+    rows = len(next(iter(arguments.values())))
+
+    def repeat(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: repeat(key, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [repeat(name, item) for item in value]
+        if times == 1 or name in PER_TOKEN or not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
+            return value
+        return torch.cat([value] * times)
+
+    return {name: repeat(name, value) for name, value in arguments.items()}
+
+
+def sample_spec(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns shape, dtype and device of the noisy sample, the first argument; features fit samples of equal spec.
+
+    Raises:
+        ValueError: If the sample is not a tensor (Z-Image takes lists).
+    """
+    sample = next(iter(arguments.values()))
     if not isinstance(sample, Tensor):
-        raise ValueError(f"the denoiser takes samples in a {type(sample).__name__}: only a tensor can be composed.")
+        raise ValueError(f"the denoiser takes samples in a {type(sample).__name__}: only tensors can be composed.")
     return sample.shape, sample.dtype, sample.device
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The noise prediction in what a denoiser returns.
+    """Returns the noise prediction in a denoiser's output.
 
     Raises:
         ValueError: If there is none.
@@ -184,13 +234,10 @@ def prediction_of(output: Any) -> Tensor:
     return found
 
 
-def _with_prediction(output: Any, total: Tensor) -> Any:
-    """What the denoiser returned, with another noise prediction."""
+def _replace_prediction(output: Any, total: Tensor) -> Any:
+    """Returns a denoiser's output with another noise prediction, in the dtype of the old one."""
     total = total.to(prediction_of(output).dtype)
     if isinstance(output, tuple):
         return (total, *output[1:])
     output.sample = total
     return output
-
-
-__all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Takes the place of methods of a model, and gives it back; hooks of accelerate may come and go meanwhile."""
+"""Overrides methods of module instances and restores them, also when hooks of accelerate come and go in between."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ BEHIND_HOOKS = "_old_forward"
 
 
 class Patches:
-    """What stands for methods of a model, between `put` and `undo`.
+    """Overrides of methods, from `put` until `undo`; only attributes of instances are set, never those of a class.
 
-    A hook of accelerate keeps the forward of its module as `_old_forward`, and puts that back when it is removed, as
-    `enable_model_cpu_offload` does after every generation. What stands there stays through that.
+    A hook of accelerate keeps the forward of its module as `_old_forward` and restores it when it is removed, as
+    `enable_model_cpu_offload` does after every generation. The override is therefore placed there if a hook exists.
     """
 
     def __init__(self) -> None:
@@ -24,38 +24,35 @@ class Patches:
         return bool(self._made)
 
     def put(self, target: Any, name: str, function: Callable[..., Any]) -> None:
-        """Lets `function` stand for a method; it gets the method before the arguments of a call."""
+        """Overrides method `name` of `target`; `function` gets the old method before the arguments of a call."""
         place = BEHIND_HOOKS if name == "forward" and BEHIND_HOOKS in vars(target) else name
-        own = place in vars(target)
-        # Not a closure: a copy of the model then refers to the copy.
-        ours = partial(function, getattr(target, place))
-        setattr(target, place, ours)
-        self._made.append((target, name, ours, own))
+        is_own = place in vars(target)
+        # A partial, not a closure: a deep copy of the model then refers to the copy.
+        override = partial(function, getattr(target, place))
+        setattr(target, place, override)
+        self._made.append((target, name, override, is_own))
 
     def undo(self) -> None:
-        """Puts every method back. Where somebody took our place since, that stays, and there is a warning."""
-        taken = []
+        """Restores every method; warns about methods that were replaced by others since, and leaves those."""
+        replaced = []
         while self._made:
-            target, name, ours, own = self._made.pop()
-            place = next((place for place in (BEHIND_HOOKS, name) if vars(target).get(place) is ours), None)
+            target, name, override, is_own = self._made.pop()
+            place = next((place for place in (BEHIND_HOOKS, name) if vars(target).get(place) is override), None)
             if place is None:
-                taken.append(f"{name} of {type(target).__name__}")
-            elif own or place == BEHIND_HOOKS:
-                setattr(target, place, ours.args[-1])  # a partial of a partial is one
+                replaced.append(f"{name} of {type(target).__name__}")
+            elif is_own or place == BEHIND_HOOKS:
+                setattr(target, place, override.args[-1])  # a partial of a partial is flattened
             else:
                 delattr(target, place)
-        for name in taken:  # when all is done: a warning can be an error
+        for name in replaced:  # last, because a warning can be an error
             warnings.warn(
-                f"{name} was replaced while LoRAs were composed, which may have ended there: make such changes before.",
+                f"{name} was replaced while LoRAs were composed, which may have ended there: replace it before.",
                 stacklevel=4,
             )
 
 
 def owner_of(target: Any) -> Any:
-    """Whose method stands for the forward of a module; None if it is the module's own."""
-    standing = (vars(target).get(place) for place in (BEHIND_HOOKS, "forward"))
-    owners = (getattr(getattr(ours, "func", None), "__self__", None) for ours in standing)
+    """Returns the object whose method overrides the forward of a module, or None."""
+    overrides = (vars(target).get(place) for place in (BEHIND_HOOKS, "forward"))
+    owners = (getattr(getattr(override, "func", None), "__self__", None) for override in overrides)
     return next((owner for owner in owners if owner is not None), None)
-
-
-__all__: list[str] = []

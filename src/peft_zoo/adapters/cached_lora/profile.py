@@ -1,14 +1,15 @@
-"""Which LoRAs change fine structure and which change the large: measured, not read off their names.
+"""Measures which LoRAs change high and which change low frequencies of the noise prediction.
 
     d_i(x_t, t) = eps_i(x_t, t) - eps_base(x_t, t)       share_i = energy of d_i outside the central h of its spectrum
 
-The spectrum is the two-dimensional Fourier transform, with frequencies from -1/2 to 1/2 per pixel of the latent; its
-central part is where both are below h / 2. The share is the mean over a few noise levels of one generation of the base.
-CMLoRA (Zou et al., ICLR 2025) sorts LoRAs by categories of their names instead; h = 0.2 is theirs.
+The spectrum is the two-dimensional Fourier transform, with frequencies from -1/2 to 1/2 per pixel of the latent; in its
+central part both are below h / 2. The share is the mean over several noise levels of one generation without LoRAs.
+CMLoRA (Zou et al., ICLR 2025) sorts LoRAs by category names instead; h = 0.2 is theirs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,23 +19,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_zoo.adapters.cached_lora.arguments import call_arguments, repeated
 from peft_zoo.adapters.cached_lora.checks import check_denoiser, check_pipeline, denoiser_of
 from peft_zoo.adapters.cached_lora.composition import installed_on
-from peft_zoo.adapters.cached_lora.config import CachedLoraConfig, split
+from peft_zoo.adapters.cached_lora.config import CachedLoraConfig, split_at_largest_gap
 from peft_zoo.adapters.cached_lora.layers import AdapterLayers
-from peft_zoo.adapters.cached_lora.passes import prediction_of
+from peft_zoo.adapters.cached_lora.passes import call_arguments, prediction_of, repeated
 from peft_zoo.adapters.cached_lora.patches import Patches
+from peft_zoo.common.checks import check_count
 
 
 @dataclass(frozen=True)
 class FrequencyProfile:
-    """What a LoRA changes in the noise prediction, by frequency.
+    """Spectra of the changes that LoRAs make to the noise prediction.
 
     Attributes:
-        shares: For each adapter, the energy outside the central part of the spectrum, in [0, 1].
-        spectra: For each adapter, the mean amplitude of the change at radius 0, 1, 2, ... of the spectrum.
-        h: Which part is central.
+        shares: Energy outside the central part of the spectrum by adapter name, in [0, 1].
+        spectra: Mean amplitude at radius 0, 1, 2, ... of the spectrum, by adapter name.
+        h: Side of the central part, as a share of the spectrum's side.
+
+    Examples:
+        >>> from peft_zoo.composition import CachedLoraConfig, FrequencyProfile
+        >>> profile = FrequencyProfile({"ink": 0.7, "castle": 0.2, "knight": 0.3}, spectra={}, h=0.2)
+        >>> profile.high, profile.low
+        (['ink'], ['knight', 'castle'])
+        >>> profile.store(CachedLoraConfig(adapters=["castle", "ink", "knight"])).order
+        'profile'
     """
 
     shares: dict[str, float]
@@ -43,29 +52,29 @@ class FrequencyProfile:
 
     @property
     def order(self) -> list[str]:
-        """The adapters, that of the highest frequencies first."""
+        """Adapter names by falling share of high frequencies."""
         return sorted(self.shares, key=lambda name: -self.shares[name])
 
     @property
     def high(self) -> list[str]:
-        """The adapters above the largest gap between shares."""
-        return split(self.shares)[0]
+        """Names of the adapters above the largest gap between shares."""
+        return split_at_largest_gap(self.shares)[0]
 
     @property
     def low(self) -> list[str]:
-        """Those below it."""
-        return split(self.shares)[1]
+        """Names of the adapters below the largest gap between shares."""
+        return split_at_largest_gap(self.shares)[1]
 
     def store(self, config: CachedLoraConfig) -> CachedLoraConfig:
-        """A copy of a recipe that follows this profile.
+        """Returns a copy of a recipe whose order and phases follow this profile.
 
         Raises:
-            ValueError: If the recipe has other adapters than were measured.
+            ValueError: If the recipe has other adapters than the profile.
         """
         return replace(config, order="profile", profile=dict(self.shares), high=self.high, low=self.low)
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the spectra, each relative to its sum, on axes of matplotlib; returns the axes."""
+        """Plots the spectra, each divided by its sum, on matplotlib axes (default new ones); returns the axes."""
         from matplotlib import pyplot
 
         ax = pyplot.subplots()[1] if ax is None else ax
@@ -73,7 +82,7 @@ class FrequencyProfile:
             spectrum = torch.tensor(self.spectra[name])
             ax.semilogy(spectrum / spectrum.sum(), marker=".", label=f"{name}: {self.shares[name]:.2f} high")
         ax.set_xlabel("radius in the spectrum (periods per side)")
-        ax.set_ylabel("amplitude, share of all")
+        ax.set_ylabel("amplitude, share of the sum")
         ax.legend()
         return ax
 
@@ -90,119 +99,118 @@ def profile_frequency(
     seed: int | Sequence[int] = 0,
     **call: Any,
 ) -> FrequencyProfile:
-    """Measures what each LoRA changes, at a few noise levels of generations with the base alone.
+    """Measures what each LoRA changes in the noise predictions of generations without LoRAs.
 
-    Costs one more pass for each adapter at every `every`-th call of the denoiser.
+    Costs one more pass per adapter at every `every`-th call of the denoiser.
 
     Args:
-        target: A pipeline, a denoiser with LoRAs on it, or a PeftModel around one.
-        adapters: Names; None takes all.
-        run: Makes one generation or more, with any loop; for a pipeline `prompt` does instead.
-        prompt: What the pipeline is asked for; several prompts are one batch.
-        steps: With `prompt`: `num_inference_steps`.
-        every: Calls of the denoiser from one measurement to the next.
-        h: Central part of the spectrum, in (0, 1).
-        seed: With `prompt`: of the noise; several make a generation each.
-        **call: With `prompt`: more arguments for the pipeline.
+        target: Diffusers pipeline, denoiser with LoRAs, or PeftModel around one.
+        adapters: Adapter names; default all.
+        run: Function without arguments that runs one or more generations. Pipelines can take `prompt` instead.
+        prompt: Prompt, or prompts of one batch, that the pipeline is called with.
+        steps: `num_inference_steps` of the pipeline; only with `prompt`.
+        every: Calls of the denoiser between measurements, at least 1.
+        h: Side of the central part of the spectrum, in (0, 1).
+        seed: Seed of the noise, or one seed for each of several generations; only with `prompt`.
+        **call: More arguments of the pipeline; only with `prompt`.
 
     Raises:
-        ValueError: If an argument cannot be used, the denoiser is not fit for it, or an adapter changes nothing.
+        ValueError: If an argument is invalid, the denoiser does not fit, or an adapter changes no prediction.
+
+    Examples:
+        >>> import torch
+        >>> from diffusers import UNet2DModel
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo.composition import profile_frequency
+        >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+        >>> unet = UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+        >>> tuned = get_peft_model(unet, LoraConfig(target_modules=["conv1"], init_lora_weights=False), "ink").eval()
+        >>> noise = torch.randn(1, 3, 8, 8)
+        >>> profile = profile_frequency(unet, run=lambda: unet(noise, timestep=500))
+        >>> 0 < profile.shares["ink"] < 1
+        True
     """
     seeds = seed if isinstance(seed, Sequence) else [seed]
-    for name, value, ok, fix in (
-        ("h", h, 0 < h < 1, "0 < h < 1"),
-        ("every", every, type(every) is int and every > 0, "1 or more"),
-        ("seed", seed, bool(seeds), "at least one"),
-    ):
-        if not ok:
-            raise ValueError(f"{name}={value!r} cannot be used; use {fix}.")
+    check_count("every", every)
+    if not 0 < h < 1:
+        raise ValueError(f"h={h!r} cannot be used; use 0 < h < 1.")
+    if not seeds:
+        raise ValueError(f"seed={seed!r} cannot be used; use at least one.")
     if (run is None) == (prompt is None) or (run is None and isinstance(target, nn.Module)):
-        raise ValueError("give either a prompt, with a pipeline, or run=..., a function that makes one generation.")
+        raise ValueError("give either a prompt, with a pipeline, or run=..., a function that runs one generation.")
     if run is None:
         run = partial(_generate, target, prompt, seeds, num_inference_steps=steps, output_type="latent", **call)
     denoiser = denoiser_of(target)
     check_denoiser(denoiser)
     check_pipeline(target)
-    probe = _Probe(denoiser, adapters, every)
-    probe.watch(run)
-    if not probe.powers:
-        raise ValueError(f"run=... never called {type(denoiser).__name__}: let it make a generation with that.")
-    return probe.profile(h)
+    powers = _measure(denoiser, adapters, every, run)
+    if not powers:
+        raise ValueError(f"run=... never called {type(denoiser).__name__}: let it run a generation with that.")
+    shares, spectra = {}, {}
+    for name, found in powers.items():
+        if not all(one.sum() > 0 for one in found):
+            raise ValueError(f"adapter {name!r} changes no noise prediction: train it, or remove it from adapters.")
+        shares[name] = sum(high_share(one, h) for one in found) / len(found)
+        spectra[name] = tuple(torch.stack([radial(one) for one in found]).mean(0).tolist())
+    return FrequencyProfile(shares, spectra, h)
 
 
 def _generate(pipe: Any, prompt: Any, seeds: Sequence[int], **call: Any) -> None:
-    """Draws once for each seed."""
+    """Runs the pipeline once for each seed."""
     for seed in seeds:
         pipe(prompt, generator=torch.Generator().manual_seed(seed), **call)
 
 
-class _Probe:
-    """Stands for the forward of a denoiser during its generations."""
+@torch.no_grad()
+def _measure(
+    denoiser: nn.Module, adapters: Sequence[str] | None, every: int, run: Callable[[], Any]
+) -> dict[str, list[Tensor]]:
+    """Runs generations without LoRAs; returns the power spectra of the changes that each adapter would make."""
+    layers = AdapterLayers(denoiser)
+    names = CachedLoraConfig(adapters=list(adapters or layers.names)).roles(layers.names).order
+    powers: dict[str, list[Tensor]] = {}
+    calls = itertools.count()
 
-    def __init__(self, denoiser: nn.Module, adapters: Sequence[str] | None, every: int) -> None:
-        self.denoiser, self.layers, self.every, self.calls = denoiser, AdapterLayers(denoiser), every, 0
-        known = self.layers.names
-        self.names = CachedLoraConfig(adapters=list(adapters or known)).roles(known).order
-        self.powers: dict[str, list[Tensor]] = {}
-
-    @torch.no_grad()
-    def watch(self, run: Callable[[], Any]) -> None:
-        """Makes generations with the base, and measures on the way."""
-        with ExitStack() as after:
-            while at_work := installed_on(self.denoiser):
-                at_work.uninstall()
-                after.callback(at_work.install)
-            self.layers.remember()
-            after.callback(self.layers.restore)
-            patches = Patches()
-            after.callback(patches.undo)
-            patches.put(self.denoiser, "forward", self._forward)
-            run()
-
-    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        arguments = call_arguments(self.denoiser, args, kwargs)
-        with self.layers.acting([], together=True):
+    def probe(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments = call_arguments(denoiser, args, kwargs)
+        with layers.activated([], together=True):
             output = forward(**repeated(arguments, 1))
-        if self.calls % self.every == 0:
-            for name in self.names:
-                with self.layers.acting([name], together=True):
-                    change = prediction_of(forward(**repeated(arguments, 1))) - prediction_of(output)
-                self.powers.setdefault(name, []).append(power(_as_image(change, arguments)))
-        self.calls += 1
+        for name in names if next(calls) % every == 0 else ():
+            with layers.activated([name], together=True):
+                change = prediction_of(forward(**repeated(arguments, 1))) - prediction_of(output)
+            powers.setdefault(name, []).append(power(_as_image(change, arguments)))
         return output
 
-    def profile(self, h: float) -> FrequencyProfile:
-        """What was measured."""
-        shares, spectra = {}, {}
-        for name, powers in self.powers.items():
-            if not all(one.sum() > 0 for one in powers):
-                raise ValueError(f"adapter {name!r} changes no noise prediction: train it, or leave it out.")
-            shares[name] = sum(high_share(one, h) for one in powers) / len(powers)
-            spectra[name] = tuple(torch.stack([radial(one) for one in powers]).mean(0).tolist())
-        return FrequencyProfile(shares, spectra, h)
+    with ExitStack() as after:
+        while composition := installed_on(denoiser):
+            composition.uninstall()
+            after.callback(composition.install)
+        layers.remember()
+        after.callback(layers.restore)
+        patches = Patches()
+        after.callback(patches.undo)
+        patches.put(denoiser, "forward", probe)
+        run()
+    return powers
 
 
 def power(change: Tensor) -> Tensor:
-    """The mean over batch and channels of the squared amplitude of each frequency.
+    """Returns the power spectrum `(H, W)` of a change `(..., H, W)`, averaged over batch and channels.
 
-    Args:
-        change: `(..., H, W)`.
-
-    Returns:
-        `(H, W)` in float32 on the CPU, frequency 0 at `(H // 2, W // 2)`.
+    It is in float32 on the CPU, with frequency 0 at `(H // 2, W // 2)`.
     """
     spectrum = torch.fft.fftshift(torch.fft.fft2(change.float()), dim=(-2, -1))
     return spectrum.abs().square().flatten(0, -3).mean(0).cpu()
 
 
 def high_share(power: Tensor, h: float) -> float:
-    """The part of the energy that lies outside the central h of a spectrum."""
+    """Returns the share of energy outside the central `h` of a power spectrum."""
     rows, columns = (torch.fft.fftshift(torch.fft.fftfreq(size)).abs() < h / 2 for size in power.shape)
     return 1 - float(power[rows][:, columns].sum() / power.sum())
 
 
 def radial(power: Tensor) -> Tensor:
-    """Mean amplitude by distance from frequency 0, up to half of the shorter side."""
+    """Returns the mean amplitude by distance from frequency 0, up to half of the shorter side."""
     side = min(power.shape)
     y, x = (torch.fft.fftshift(torch.fft.fftfreq(size)) * side for size in power.shape)
     radius = (y[:, None].square() + x.square()).sqrt().round().long()
@@ -212,10 +220,10 @@ def radial(power: Tensor) -> Tensor:
 
 
 def _as_image(change: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """A change of tokens `(B, L, C)` as one of a picture; one of a picture or a video as it is.
+    """Returns a change of tokens `(B, L, C)` as `(B, C, H, W)`; a change of images or videos stays as it is.
 
     Raises:
-        ValueError: If there is no telling how tokens lie in the picture.
+        ValueError: If the tokens do not fill a rectangle that `img_ids` gives, or a square.
     """
     if change.ndim > 3:
         return change
@@ -225,8 +233,5 @@ def _as_image(change: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     else:
         height = width = round(change.shape[1] ** 0.5)
     if height * width != change.shape[1]:
-        raise ValueError(f"a prediction of {change.shape[1]} tokens cannot be laid out as a picture: use a square one.")
+        raise ValueError(f"a prediction of {change.shape[1]} tokens has no known layout: use a square image.")
     return change.transpose(1, 2).unflatten(2, (height, width))
-
-
-__all__ = ["FrequencyProfile", "profile_frequency"]

@@ -1,15 +1,16 @@
-"""Which adapter counts how much at a step, and which may reuse what it computed before: numbers only, no tensors.
+"""Plans of the steps of a generation: weight of each adapter's prediction, and which adapters must run in full.
 
-With N adapters, at a step one of which dominates by a factor c (LoRA Composite is c = 1)::
+With N adapters, of which the dominant one weighs c times as much as another (c = 1 is LoRA Composite)::
 
     eps = sum_i alpha_i eps_i        alpha_dominant = c / (c + N - 1)        alpha_other = 1 / (c + N - 1)
     c_0 = N - 1/2                    c_k = max(floor, c_{k-1} - decay^k)     at the k-th change of the dominant adapter
 
-A refresh is every `cache_early` steps before the first and after the second border, every `cache_middle` steps between
-them. At a refresh the next adapter of the phase becomes dominant and runs in full; all others reuse their features.
+A refresh happens every `cache_early` steps before the first and after the second cache border, and every `cache_middle`
+steps between them. At a refresh the next adapter of the phase becomes dominant and runs in full; all others reuse their
+features.
 
-Source: CMLoRA (Zou et al., ICLR 2025). With the floor at 1 the dominant adapter never counts less than another, to
-which the published decay leads after a few changes.
+Source: CMLoRA (Zou et al., ICLR 2025). The floor is ours: the published decay lets c fall below 1 after a few changes,
+so that the dominant adapter would weigh less than the others.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from peft_zoo.adapters.cached_lora.config import MERGES, CachedLoraConfig, Roles
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens at one step.
+    """Plan of one step.
 
     Attributes:
-        weights: Factor of each adapter's noise prediction; adapters that are not named do not run.
-        dominant: The adapter that counts most, where there is one.
-        refresh: Adapters that must run in full.
-        together: Whether all adapters act in one forward pass; the weights are then 1.
+        weights: Factor of each adapter's noise prediction; adapters without one do not run.
+        dominant: Name of the adapter with the largest weight, if the method has one.
+        refresh: Names of the adapters that must run in full.
+        together: Whether all adapters are active in one forward pass; the weights are then 1.
     """
 
     weights: dict[str, float]
@@ -39,11 +40,11 @@ class Plan:
 
 
 class Planner:
-    """Makes the plan of one step after the other, for one generation.
+    """Plans the steps of one generation, in order.
 
     Args:
         config: The recipe.
-        roles: What it says about the adapters.
+        roles: Its adapters by role.
     """
 
     def __init__(self, config: CachedLoraConfig, roles: Roles) -> None:
@@ -55,11 +56,11 @@ class Planner:
         self._zone, self._zone_start = -1, 0
 
     def plan(self, step: int, progress: float) -> Plan:
-        """The plan of a step; to be asked for in turn.
+        """Returns the plan of the next step.
 
         Args:
-            step: Number of the step, from 0.
-            progress: Share of the generation that lies behind, in [0, 1).
+            step: Index of the step, from 0.
+            progress: Completed share of the generation, in [0, 1).
         """
         order = self.roles.order
         if self.config.method in MERGES:
@@ -72,7 +73,7 @@ class Planner:
         return Plan({turn: 1.0}, turn)
 
     def _turn(self, step: int) -> str:
-        """Whose turn it is in a round in which each adapter has a number of steps, or a share of them."""
+        """Returns the adapter whose turn a step of `switch` or `w_switch` is."""
         order, length = self.roles.order, len(self.roles.order) * self.config.switch_every
         shares = [self.roles.weights[name] if self.config.method == "w_switch" else 1.0 for name in order]
         ends = list(accumulate(shares))
@@ -86,14 +87,14 @@ class Planner:
         interval = config.cache_middle if zone == 1 else config.cache_early
         due = (step - self._zone_start) % interval == 0
         if due:
-            self._pass_on(self.roles.high if progress < config.phase_border else self.roles.low)
+            self._change_dominant(self.roles.high if progress < config.phase_border else self.roles.low)
         dominant = self.dominant
         total = self.dominance + len(order) - 1
         weights = {name: (self.dominance if name == dominant else 1.0) / total for name in order}
         return Plan(weights, dominant, frozenset(name for name in order if due and name == dominant))
 
-    def _pass_on(self, pool: tuple[str, ...]) -> None:
-        """Makes the next adapter of the pool dominant; a pool that does not have the present one is begun anew."""
+    def _change_dominant(self, pool: tuple[str, ...]) -> None:
+        """Makes the next adapter of `pool` dominant, or the first if the present one is not in it."""
         place = pool.index(self.dominant) + 1 if self.dominant in pool else 0
         chosen = pool[place % len(pool)]
         if self.dominant not in (None, chosen):
@@ -101,6 +102,3 @@ class Planner:
             lower = self.dominance - self.config.dominance_decay**self.changes
             self.dominance = max(self.config.dominance_floor, lower)
         self.dominant = chosen
-
-
-__all__: list[str] = []

@@ -1,28 +1,35 @@
-"""Where a generation stands, read off the calls of the denoiser alone, and the record of what was done at each."""
+"""Steps of a generation, counted from the calls of the denoiser alone, and the record of each call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-MOST_CALLS = 8  # with one timestep; more of them are generations of one step each
-TRAINED = 1000.0  # noise levels, of every model that is told the number of one
+MOST_CALLS = 8  # calls with one timestep; more of them are generations of one step each
+TRAINED = 1000.0  # number of noise levels of all models whose timestep is an index
 
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What was done at one call of the denoiser.
+    """Record of one call of the denoiser.
 
     Attributes:
-        step: Number of the step, from 0; of the call, for a scheduler that calls twice a step.
-        context: Name that the pipeline gives the call (`cond`, `uncond`), or its number among those of a step.
-        timestep: As the denoiser got it; the greatest, where tokens have their own.
-        progress: Share of the generation that lay behind, in [0, 1).
-        dominant: The adapter that counted most, where one does.
-        weights: Factor of each adapter's noise prediction; in a merge all act in one, and each factor is 1.
-        passes: For each adapter that ran, `full` or `cached`.
-        ages: Of each feature that was used again, the steps since it was computed.
-        forwards: Passes through the denoiser, whole or cached.
-        macs: Multiply-accumulates of all of them in matrix products, convolutions and attention.
+        step: Index of the step, from 0; with a scheduler of second order, index of the call.
+        context: Name that the pipeline gives to the call (`cond`, `uncond`), or its index among the calls of the step.
+        timestep: Timestep of the call; the largest one if tokens have their own.
+        progress: Completed share of the generation, in [0, 1).
+        dominant: Name of the adapter with the largest weight, None if the method has none.
+        weights: Factor of each adapter's noise prediction; 1 for each adapter of a merge.
+        passes: `full` or `cached` for each adapter that ran.
+        ages: Age in steps of each reused feature, by adapter.
+        forwards: Number of passes through the denoiser, full or cached.
+        macs: Multiply-accumulates of all passes in matrix products, convolutions and attention.
+
+    Examples:
+        >>> from peft_zoo.composition import StepTrace
+        >>> weights, passes = {"knight": 0.6, "ink": 0.4}, {"knight": "full", "ink": "cached"}
+        >>> step = StepTrace(4, "cond", 801.0, 0.2, "knight", weights, passes, {"ink": 1}, forwards=2, macs=10**9)
+        >>> [name for name, kind in step.passes.items() if kind == "cached"]
+        ['ink']
     """
 
     step: int
@@ -38,8 +45,8 @@ class StepTrace:
 
 
 @dataclass(frozen=True)
-class Tick:
-    """One call of the denoiser: its context, the number of its step, and whether a generation begins with it."""
+class StepInfo:
+    """Place of one call of the denoiser: its context, the index of its step, and whether it begins a generation."""
 
     context: str
     step: int
@@ -47,19 +54,19 @@ class Tick:
 
 
 class Clock:
-    """Numbers the calls of a denoiser.
+    """Counts the calls of a denoiser.
 
-    Every call of one context is a step, so that Heun's two calls at one timestep are two. Calls without a name are told
-    apart by how many come with the first timestep of a generation.
+    Each call of one context is a step, so that the two calls of Heun at one timestep are two steps. Contexts without a
+    name are numbered by how many calls have the first timestep of a generation.
 
-    A generation begins with another schedule, which a scheduler makes for each, and with a sample of another form in
-    the same context. Else it begins where timesteps turn round: most models count them down, some (Lumina, Mochi) and
-    every inversion up, as the first two that differ show.
+    A generation begins when the scheduler has new timesteps, or when a context gets a sample of another shape, dtype or
+    device. Otherwise it begins where the timesteps change direction: they fall for most models, and rise for some
+    (Lumina, Mochi) and in every inversion; the first two that differ decide.
 
     Attributes:
-        first: Timestep with which the generation began.
+        first: First timestep of the generation.
         last: Timestep of the last call.
-        rising: Whether timesteps go up; None as long as that is not known.
+        rising: Whether timesteps rise; None until that is known.
     """
 
     def __init__(self) -> None:
@@ -67,7 +74,7 @@ class Clock:
         self.reset()
 
     def reset(self) -> None:
-        """Lets the next call begin a generation."""
+        """Makes the next call begin a generation."""
         self.rising: bool | None = None
         self._restart(0.0)
 
@@ -75,45 +82,46 @@ class Clock:
         self.first = self.last = timestep
         self._turned = turned
         self._counts: dict[str, int] = {}
-        self._forms: dict[str, object] = {}
+        self._specs: dict[str, object] = {}
         self._branch = self._branches = 0
 
-    def tick(
-        self, timestep: float, name: str | None, form: object = None, schedule: object = None, steps: int | None = None
-    ) -> Tick:
-        """Takes note of a call.
+    def observe(
+        self, timestep: float, name: str | None, spec: object = None, schedule: object = None, steps: int | None = None
+    ) -> StepInfo:
+        """Counts a call and returns its place in the generation.
 
         Args:
-            timestep: As the denoiser gets it.
-            name: Of the context, if the pipeline gives one.
-            form: Shape, dtype and device of the sample.
-            schedule: The object that is another one in the next generation, if there is a scheduler.
-            steps: How many calls of one context a generation has, if that is known.
+            timestep: Timestep that the denoiser is called with.
+            name: Name of the context, None if the pipeline gives none.
+            spec: Shape, dtype and device of the sample.
+            schedule: The scheduler's timesteps, an object that is replaced for each generation; None without scheduler.
+            steps: Number of calls of one context in a generation, None if unknown.
         """
         if schedule is not self._schedule:
             self.reset()
-        self._schedule = schedule  # kept, or another could be made in its place in memory
+        self._schedule = schedule  # kept alive, or a new schedule could get the same id
         context = name or self._unnamed(timestep)
-        apart = not self._counts or self._again(timestep, name, steps) or self._forms.get(context, form) != form
+        apart = not self._counts or self._repeats(timestep, name, steps) or self._specs.get(context, spec) != spec
         turned = not apart and self._turns(timestep)
         if apart or turned:
             self._restart(timestep, turned)
             context = name or self._unnamed(timestep)
         self.last = timestep
         step = self._counts.get(context, 0)
-        self._counts[context], self._forms[context] = step + 1, form
-        return Tick(context, step, apart or turned)
+        self._counts[context], self._specs[context] = step + 1, spec
+        return StepInfo(context, step, apart or turned)
 
-    def _again(self, timestep: float, name: str | None, steps: int | None) -> bool:
-        """Whether a call at the only timestep there was is no further call of that step."""
+    def _repeats(self, timestep: float, name: str | None, steps: int | None) -> bool:
+        """Returns whether a call with the only timestep so far begins another generation of one step."""
         most = 1 if steps == 1 else MOST_CALLS
         return timestep == self.first == self.last and (name in self._counts or self._branches > most)
 
     def _turns(self, timestep: float) -> bool:
-        """Whether timesteps go back.
+        """Returns whether timesteps change direction, which begins a generation.
 
-        Before their direction is known they may go up from noise, 0 or 1, or where a schedule says what belongs
-        together. If they went back a call ago, it was the direction that changed: an inversion follows a generation.
+        Until their direction is known they may rise from noise at 0 or 1, or under a schedule, which says which calls
+        belong together. A second change right after the first one means that the direction itself changed, as when an
+        inversion follows a generation.
         """
         if timestep == self.last:
             return False
@@ -124,6 +132,7 @@ class Clock:
         return rising != self.rising
 
     def _unnamed(self, timestep: float) -> str:
+        """Returns the index of a call among the calls of its step."""
         if timestep == self.first:
             self._branch = self._branches
             self._branches += 1
@@ -134,11 +143,11 @@ class Clock:
         return str(self._branch)
 
     def progress(self, step: int, total: int | None) -> float:
-        """Share of the generation that lies behind.
+        """Returns the completed share of the generation.
 
         Args:
-            step: Number of the step.
-            total: Of the steps; None reads the share off the timesteps, which suits those that are evenly spaced.
+            step: Index of the step.
+            total: Number of steps; None reads the share off the timesteps, assuming even spacing.
         """
         if total:
             share = step / total
@@ -148,16 +157,16 @@ class Clock:
         return min(max(share, 0.0), 1 - 1e-9)
 
 
-def remaining(timesteps: list[float], first: float, rising: bool | None = None) -> int | None:
-    """How many of a scheduler's timesteps a generation has that begins with the timestep `first`.
+def remaining_steps(timesteps: list[float], first: float, rising: bool | None = None) -> int | None:
+    """Returns how many of a scheduler's timesteps belong to a generation that begins with the timestep `first`.
 
-    A generation from a picture begins later than the first. Some pipelines divide timesteps by a thousand, and some
-    count them from the other end.
+    Image-to-image begins later than the first timestep. Some pipelines divide timesteps by 1000, and some subtract them
+    from the largest.
 
     Args:
-        timesteps: Of the scheduler.
-        first: As the denoiser got it.
-        rising: Whether those that the denoiser gets go up; None if that is not known.
+        timesteps: Timesteps of the scheduler; an empty list gives None.
+        first: First timestep that the denoiser was called with.
+        rising: Whether the denoiser's timesteps rise; None if unknown.
     """
     if not timesteps:
         return None
@@ -166,9 +175,6 @@ def remaining(timesteps: list[float], first: float, rising: bool | None = None) 
     scaled = first * TRAINED if first <= 1 < max(timesteps) else first
     if rising is not None and rising != (timesteps[0] < timesteps[-1]):
         scaled = TRAINED - scaled
-    # Where schedulers of second order have one twice, a generation from a picture begins with the later.
+    # Schedulers of second order repeat a timestep; image-to-image begins with the later one.
     start = min(reversed(range(len(timesteps))), key=lambda place: abs(timesteps[place] - scaled))
     return len(timesteps) - start
-
-
-__all__ = ["StepTrace"]
