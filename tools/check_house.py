@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,23 @@ def prefix_families(folder: Path) -> Iterator[str]:
             yield f"{path}: hides a folder in its name; move it into the folder"
 
 
+def circles(room: Path) -> Iterator[str]:
+    """Complains about folders of a room that import each other in a circle."""
+    imports: dict[str, set[str]] = {}
+    for path in sorted(room.rglob("*.py")):
+        package, families = (
+            path.relative_to(SOURCE).parts[:-1],
+            imports.setdefault(path.relative_to(room).parts[0], set()),
+        )
+        targets = [target for _, target in imported(ast.parse(path.read_text(encoding="utf-8")), package)]
+        families |= {target[2] for target in targets if target[:2] == (PACKAGE, room.name) and len(target) > 2}
+    graph = {name: {other for other in others if other != name} for name, others in imports.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield f"{room}: {' <- '.join(error.args[1])} import each other in a circle; move what they share into base"
+
+
 def main() -> int:
     files = [
         path for path in sorted(SOURCE.rglob("*.py")) if path.name.startswith("_peft_zoo") or PACKAGE in path.parts
@@ -104,6 +122,7 @@ def main() -> int:
     ]
     found = [line for path in files for line in complaints(path)]
     found += [line for folder in folders for line in prefix_families(folder)]
+    found += circles(SOURCE / PACKAGE / "kernels")
     print("\n".join(found) if found else "house: in order")
     return bool(found)
 
