@@ -1,4 +1,4 @@
-"""What holds for every test: no network, the same random numbers each time, and no GPU test where there is no GPU."""
+"""Rules of every test: no network, the same random numbers each time, `gpu` and `full` tests only where they belong."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ hypothesis.settings.register_profile("house", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("house")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starts the longest test first, so that no worker is left with it alone; skips `gpu` where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests marked `full` (make test-full)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Starts the longest test first, so that no worker ends with it alone; deselects `full` and skips `gpu` tests."""
     items.sort(key=lambda item: item.get_closest_marker("conformance") is None)
+    if not config.getoption("--full"):
+        deselected = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=deselected)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -44,3 +44,8 @@ def test_the_hub_is_offline() -> None:
 @pytest.mark.gpu
 def test_a_gpu_test_runs_only_where_there_is_a_gpu() -> None:
     assert torch.ones(1, device="cuda").item() == 1
+
+
+@pytest.mark.full
+def test_a_full_test_runs_only_with_its_option(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getoption("--full")
