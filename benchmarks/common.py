@@ -1,7 +1,6 @@
-"""What every benchmark shares: time, memory, bytes saved for backward, facts about the machine, and tables.
+"""Shared by all benchmarks: time, memory, bytes saved for backward, facts about the machine, and tables.
 
-Numbers of one table come from one run on one machine, its candidates taking turns, because only then may they be
-compared.
+All values of a table come from one run on one machine, with the candidates run in turn, so that they are comparable.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ Row = Mapping[str, Any]
 def interleaved(
     steps: Mapping[str, Step], repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Time every step `repeats` times, taking turns, so that a machine that slows down slows all of them alike.
+    """Times all steps in turn for `repeats` rounds, so that a machine that slows down affects all of them alike.
 
-    Every other round runs backwards: each step follows each neighbour, and none always finds the caches of another.
+    Every other round runs in reverse order, so that no step always runs after the same one.
 
     Args:
-        steps: What to time, by name.
-        repeats: Rounds that count.
-        device: Where the steps compute; an accelerator is waited for.
-        warmup: Rounds before, which do not count.
+        steps: Steps to time, by name.
+        repeats: Number of timed rounds.
+        device: Device of the steps; a GPU is synchronized before and after each step.
+        warmup: Number of rounds before that are not timed; default 1.
 
     Returns:
         Seconds of every round, by name. The n-th entries of all lists are of the same round.
@@ -66,7 +65,7 @@ def interleaved(
 
 
 def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
-    """Median over the rounds of how many times longer than the baseline a step took in the same round."""
+    """Returns the median over the rounds of a step's seconds divided by the baseline's of the same round."""
     return statistics.median(own / other for own, other in zip(seconds, baseline, strict=True))
 
 
@@ -79,24 +78,21 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most that is allocated at any moment of a step, beyond what was there before it.
+    """Returns the peak of the memory that a step allocates, in bytes beyond what was allocated before it.
 
-    On a GPU `torch.cuda.max_memory_allocated` says so. On a CPU every allocation and release is recorded by torch's
-    own allocator (`profile_memory`): exact to the byte, and it sees the temporaries inside of operators, which a
-    `TorchDispatchMode` does not. The resident size of a fresh process would see less sharply: it counts code, freed
-    memory that the C library keeps, and depends on what ran before. Not counted are the packing buffers of the
-    matrix-product library, which are the same for all.
+    On a GPU it is `torch.cuda.max_memory_allocated`. On a CPU torch's allocator records every allocation and release
+    (`profile_memory`): exact to the byte, including temporaries inside of operators, which a `TorchDispatchMode` does
+    not see. The resident size of a fresh process would be less exact: it includes code and freed memory that the C
+    library keeps, and depends on earlier steps. Packing buffers of the matrix-product library are not counted; they are
+    the same for all candidates.
 
     Args:
-        step: What to run once. It must release all that it allocates, as a training step does that ends by setting
+        step: Step to run once. It must release all that it allocates, as a training step does that ends by setting
             gradients to None, and must have run before, so that optimizer states exist.
-        device: Where it computes.
-
-    Returns:
-        Bytes.
+        device: Device of the step.
 
     Raises:
-        ValueError: If the step leaves memory behind.
+        ValueError: If memory is still allocated after the step.
     """
     if device.type == "cuda":
         return _peak_bytes_cuda(step, device)
@@ -130,30 +126,30 @@ def _peak_bytes_cuda(step: Step, device: torch.device) -> int:
 
 def _refuse_leftover(size: int) -> None:
     if size:
-        raise ValueError(f"The step leaves {size} bytes behind; run it once before, and let it release what it makes.")
+        raise ValueError(f"step: {size} bytes still allocated after it; run it once before and release its results.")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What autograd keeps from a forward pass for the backward pass, without what the model owns anyway.
+    """Tensors that autograd saves in a forward pass for the backward pass, without parameters and buffers.
 
     Attributes:
-        bytes: Size of all distinct storages.
-        elements: Elements of each of them, in the order in which they are saved.
+        bytes: Bytes of all distinct storages.
+        elements: Number of elements of each storage, in the order in which they are saved.
     """
 
     bytes: int
     elements: tuple[int, ...]
 
     def at_least(self, elements: int) -> int:
-        """How many of the tensors have at least so many elements."""
+        """Returns the number of storages with at least so many elements."""
         return sum(size >= elements for size in self.elements)
 
 
 def saved_for_backward(forward: Step, model: nn.Module) -> Saved:
-    """Run a forward pass and see what it saves; parameters and buffers of `model` do not count.
+    """Runs a forward pass and returns what it saves, without parameters and buffers of `model`.
 
-    A storage counts once and whole, whichever views of it are saved: the view keeps all of it alive.
+    A storage counts once and in full for any views of it that are saved, since a view keeps all of it alive.
     """
     owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, tuple[int, int]] = {}
@@ -175,7 +171,7 @@ def saved_for_backward(forward: Step, model: nn.Module) -> Saved:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Facts that a number depends on; nothing that names the machine or its user."""
+    """Returns hardware and versions that measurements depend on; nothing identifies the machine or its user."""
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": _cpu_model(),
@@ -197,7 +193,7 @@ def _cpu_model() -> str:
 
 
 def _revision() -> str | None:
-    """The commit, with a `+` if the working tree differs from it; None outside of a checkout."""
+    """Returns the commit, with a `+` if the working tree differs from it; None outside of a checkout."""
     try:
         commit = _git("rev-parse", "--short", "HEAD")
         return commit + ("+" if _git("status", "--porcelain", "--", "src", "benchmarks/*.py") else "")
@@ -211,7 +207,7 @@ def _git(*words: str) -> str:
 
 
 def describe(facts: Row) -> str:
-    """The facts of `machine` as one sentence."""
+    """Formats the facts of `machine` as one line."""
     device = "" if facts["device"] == "cpu" else f"{facts['device']}, "
     return (
         f"{device}{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['instructions']}, "
@@ -223,7 +219,7 @@ def describe(facts: Row) -> str:
 
 
 def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for a terminal: the first column flush left, the others flush right."""
+    """Formats a table for a terminal: the first column flush left, the others flush right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     padded = (
@@ -236,13 +232,13 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The same table in Markdown."""
+    """Formats a table in Markdown."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *rows))
 
 
 def write_json(path: Path, result: Row) -> None:
-    """Save a result, its folder made if need be; the file is the old one or the new one at every moment."""
+    """Writes a result atomically and creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -250,15 +246,15 @@ def write_json(path: Path, result: Row) -> None:
 
 
 def result_path(name: str, device: str) -> Path:
-    """Where a result of a benchmark on a device is saved; `device` as `machine` has it."""
+    """Returns the file of a benchmark's result on a device; `device` as in the facts of `machine`."""
     return RESULTS / f"{name}_{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"
 
 
 def replace_block(text: str, name: str, content: str) -> str:
-    """`text` with what lies between `<!-- begin: name -->` and `<!-- end: name -->` replaced by `content`.
+    """Replaces the lines between `<!-- begin: name -->` and `<!-- end: name -->` in `text` by `content`.
 
     Raises:
-        ValueError: If the two marks are not there, once each and in order.
+        ValueError: If the two marks do not occur once each and in this order.
     """
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
     head, found_begin, rest = text.partition(begin)

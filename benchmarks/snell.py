@@ -1,12 +1,12 @@
-"""SNELL and SNELLA beside peft's LoRA at equal trainable parameters, and beside the authors' algorithm written down
-densely: time of a training step, its peak memory, and what is saved for backward.
+"""Compares SNELL and SNELLA with peft's LoRA of equal trainable parameters and with a dense version of the authors'
+algorithm: time and peak memory of a training step, and bytes saved for backward.
 
     python -m benchmarks.snell                 measure, print, write benchmarks/results/snell_cpu.json (or _cuda)
     python -m benchmarks.snell --quick         the same at toy sizes, in seconds; writes nothing
-    python -m benchmarks.snell --markdown      put the saved results into docs/methods/snell.md; measures nothing
+    python -m benchmarks.snell --markdown      write the saved results into docs/methods/snell.md; measures nothing
 
 A method is only timed after its output, gradients and mask have been compared with the definition in float64, in this
-run and for these matrices. If one fails, its row has no number, nothing is saved and the exit status is 1.
+run and for these matrices. If one fails, its row has no values, nothing is saved and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from benchmarks.training import Case, Report, distance, training_step
 from peft_zoo import SnellConfig
 from peft_zoo.adapters.snell.layer import SnellLayer
 
-RANK = 8  # trainable parameters of an adapted layer: 8 (in + out) for LoRA and SNELL alike, 3 more for mix_k
+RANK = 8  # an adapted layer has 8 (in + out) trainable parameters with LoRA and SNELL, and 3 more with mix_k
 BASELINE, DENSE = "LoRA (peft)", "SNELL, dense autograd"
 
 
-# ---- what is compared ----
+# ---- candidates ----
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "SNELL fused": {"forward_mode": "fused"},
     "SNELL additive": {"forward_mode": "additive"},
-    # The budget is divided at every step; who divides once an epoch pays less.
+    # The budget is allocated at every step; allocating once an epoch costs less.
     "SNELLA fused": {"kernel": "mix_k", "sparsity": 0.5, "target_sparsity": 0.9, "total_step": 10**6},
     "KLoRA fused": {"sparsify": "none", "forward_mode": "fused"},
 }
 
 
 class DenseSnell(nn.Module):
-    """The released algorithm as it stands, without its checkpoint: every matrix dense, and left to autograd.
+    """The authors' released algorithm without gradient checkpointing: dense matrices, differentiated by autograd.
 
     Args:
-        base: The frozen layer.
-        A: Input factors (2, in, r/2).
-        B: Output factors (2, out, r/2).
-        config: `sparsify` is "none" or "signed_square", `kernel` "piecewise_linear" or "mix_k".
-        kernel_params: alpha, gamma, beta of `mix_k`.
+        base: Frozen base layer.
+        A: Input factors `(2, in, r/2)`.
+        B: Output factors `(2, out, r/2)`.
+        config: SNELL config with `sparsify` "none" or "signed_square" and `kernel` "piecewise_linear" or "mix_k".
+        kernel_params: `[alpha, gamma, beta]` of `mix_k`, else None.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DenseSnell(nn.Module):
         self.kernel_params = None if kernel_params is None else nn.Parameter(kernel_params)
 
     def dense(self) -> Tensor:
-        """The kernel matrix W (in, out)."""
+        """Computes the kernel matrix W, `(in, out)`."""
         W = self.config.kernel_scale * (torch.cdist(self.A[0], self.B[0]) - torch.cdist(self.A[1], self.B[1]))
         if self.kernel_params is None:
             return W
@@ -70,14 +70,14 @@ class DenseSnell(nn.Module):
         return W + alpha * torch.softmax(W / gamma, dim=1) + beta
 
     def mask(self, W: Tensor) -> Tensor:
-        """Which weights lie above the quantile, (in, out)."""
+        """Returns the mask of the entries above the quantile, `(in, out)`."""
         magnitude = W.detach().abs()
         if self.config.sparsify == "none":
             return torch.ones_like(W, dtype=torch.bool)
         return magnitude > float(_quantile(magnitude, self.config.sparsity))
 
     def update(self, W: Tensor, mask: Tensor) -> Tensor:
-        """S (in, out)."""
+        """Computes S, `(in, out)`."""
         return W if self.config.sparsify == "none" else W * (W.detach().abs() * mask)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ class DenseSnell(nn.Module):
 
 
 def _quantile(magnitude: Tensor, share: float) -> Tensor:
-    """`torch.quantile`, and where that refuses, beyond 2^24 elements, the sorting that it consists of."""
+    """Computes `torch.quantile`; by sorting for more than 2^24 elements, which that function refuses."""
     if magnitude.numel() <= 2**24:
         return torch.quantile(magnitude.flatten(), share)
     return magnitude.flatten().sort().values[int(share * (magnitude.numel() - 1))]
 
 
 class Block(nn.Module):
-    """A transformer block of ViT, its six linear layers apart, as the papers adapt them."""
+    """Transformer block of ViT with six separate linear layers, as the papers adapt them."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -111,7 +111,17 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is; the defaults are ViT-B/16 on eight images, and a layer of a 1-B language model."""
+    """Sizes of the cases; by default ViT-B/16 on eight images, and a linear layer of a language model with 1 B weights.
+
+    Attributes:
+        width: Input and output features of the linear layer.
+        tokens: Numbers of tokens of the linear layer, one case each.
+        block_width: Width of the ViT blocks.
+        heads: Attention heads of a block.
+        batch: Images.
+        patches: Tokens of an image.
+        blocks: ViT blocks.
+    """
 
     width: int = 2048
     tokens: tuple[int, ...] = (512, 4096)
@@ -122,7 +132,7 @@ class Sizes:
     blocks: int = 1
 
     def cases(self) -> list[Case]:
-        """One linear layer for every number of tokens, and the blocks."""
+        """Returns a case of the linear layer for each number of tokens, and one of the ViT blocks."""
         linear = [
             Case(f"linear {self.width} x {self.width}, {tokens} tokens", self._linear, (1, tokens, self.width))
             for tokens in self.tokens
@@ -141,7 +151,7 @@ QUICK = Sizes(width=64, tokens=(16,), block_width=48, heads=2, batch=2, patches=
 
 
 def build(name: str, base: nn.Module, device: torch.device) -> Any:
-    """`base` with every linear layer adapted, on a device."""
+    """Adapts every linear layer of `base` with the candidate `name` and moves the model to a device."""
     targets = [key for key, module in base.named_modules() if isinstance(module, nn.Linear)]
     if name == BASELINE:
         return get_peft_model(base, LoraConfig(r=RANK, target_modules=targets)).to(device)
@@ -162,18 +172,18 @@ def _dense_twin(layer: SnellLayer, dtype: torch.dtype = torch.float32) -> DenseS
     return DenseSnell(layer.base_layer, A, B, layer.configs["default"], params)
 
 
-# ---- is it right? ----
+# ---- correctness ----
 
 TOLERANCE = 1e-5
-"""Largest relative error (in the norm of a whole tensor) of float32 against float64: some tens of roundings."""
+"""Largest relative error of float32 against float64 in the norm of a whole tensor: some tens of roundings."""
 
 
 @functools.cache
 def check(name: str, shape: tuple[int, int], device: torch.device) -> str | None:
-    """Compare a method's layer of shape `(out, in)` with the definition in float64; says what is wrong, or None.
+    """Compares a candidate's layer of shape `(out, in)` with the definition in float64; returns an error text, or None.
 
     Weights that float32 cannot tell from the threshold may fall on either side of it: at most one, and one more in a
-    million. Everything else is compared for the mask that the layer has.
+    million. Output and gradients are compared for the mask that the layer has.
     """
     torch.manual_seed(0)
     fields = {**VARIANTS[name], "init_weights": False}  # at the usual start the update is too small to be seen
@@ -185,19 +195,19 @@ def check(name: str, shape: tuple[int, int], device: torch.device) -> str | None
     kept = adapted.get_delta_weight("default").detach().t() != 0
     moved = int((kept != _largest(W.detach().abs(), int(adapted.zoo_snell_num_kept["default"]))).sum())
     if moved > 2 * (1 + W.numel() // 10**6):
-        return f"{moved} weights are kept or dropped against the definition"
+        return f"the mask differs from the definition in {moved} weights"
     error = _error(ours, adapted, twin, twin.update(W, kept))
     return None if error < TOLERANCE else f"relative error {error:.1e}"
 
 
 def _largest(magnitude: Tensor, count: int) -> Tensor:
-    """Which elements are among the `count` largest."""
+    """Returns the mask of the `count` largest elements."""
     rank = magnitude.numel() - count
     return magnitude > (magnitude.flatten().sort().values[rank - 1] if rank else -1)
 
 
 def _error(ours: nn.Module, adapted: SnellLayer, twin: DenseSnell, S: Tensor) -> float:
-    """Largest relative error of the update's output and of the gradients of input and parameters."""
+    """Returns the largest relative error of the update's output and of the gradients of input and parameters."""
     x = torch.randn(64, adapted.in_features, device=S.device, requires_grad=True)
     dy = torch.randn(64, adapted.out_features, device=S.device)
     base: Any = adapted.base_layer
@@ -214,17 +224,14 @@ def _error(ours: nn.Module, adapted: SnellLayer, twin: DenseSnell, S: Tensor) ->
 
 
 def matrices_saved(model: nn.Module, case: Case, device: torch.device) -> int:
-    """How many tensors of the size of an adapted matrix are saved for backward.
-
-    Seen with four tokens, so that no activation is of that size.
-    """
+    """Counts saved tensors of at least the size of an adapted matrix; with four tokens no activation is as large."""
     x = torch.randn(1, 4, case.shape[2], device=device, requires_grad=True)
     smallest = min(m.weight.numel() for m in case.build().modules() if isinstance(m, nn.Linear))
     return common.saved_for_backward(lambda: model(x), model).at_least(smallest)
 
 
 def measure(repeats: int, case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of one case, peft's LoRA first."""
+    """Returns the rows of one case, peft's LoRA first."""
     shapes = {tuple(m.weight.shape) for m in case.build().modules() if isinstance(m, nn.Linear)}
     wrong = {name: "; ".join(filter(None, (check(name, shape, device) for shape in shapes))) for name in VARIANTS}
     models = {}
@@ -264,13 +271,13 @@ def _row(
     }
 
 
-# ---- showing ----
+# ---- output ----
 
 HEADER = ("", "parameters", "ms a step", "x LoRA", "peak MiB", "saved MiB", "matrices saved")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text; one that is wrong has no numbers."""
+    """Formats a row; a wrong one has no values."""
     name, parameters = row["method"], f"{row['parameters']:,}"
     if "wrong" in row:
         return name, parameters, "wrong", "-", "-", "-", "-"
@@ -284,7 +291,7 @@ REPORT = Report("snell", HEADER, cells)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = REPORT.parser(str(__doc__).split("\n\n")[0])
-    parser.add_argument("--blocks", type=int, default=1, help="ViT blocks (default 1)")
+    parser.add_argument("--blocks", type=int, default=1, help="number of ViT blocks (default 1)")
     options = parser.parse_args(arguments)
     if options.markdown:
         REPORT.write_page()

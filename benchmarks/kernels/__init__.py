@@ -1,1 +1,1 @@
-"""Times or estimates every operator, compiled or on torch's path."""
+"""Speed of every operator on a GPU, or estimates of it."""

@@ -1,22 +1,22 @@
-"""Every operator on an NVIDIA GPU: time, bandwidth, and how much faster than torch, torch.compile, cuBLAS or peft.
+"""Measures every operator on an NVIDIA GPU: time, bandwidth, and speed against torch, torch.compile, cuBLAS and peft.
 
     python -m benchmarks.kernels               measure, print, write benchmarks/results/kernels_<device>.json
     python -m benchmarks.kernels --no-compile  without torch.compile, which takes minutes for some definitions
     python -m benchmarks.kernels --quick       the same at small sizes; writes nothing
-    python -m benchmarks.kernels --estimate    only the least time that an H100 needs; all there is without a GPU
+    python -m benchmarks.kernels --estimate    only the least time that an H100 needs; the default without a GPU
     python -m benchmarks.kernels --markdown    only put the saved results into docs/kernels.md
 
 An operator is only timed after its result has been compared with its definition in float64, in this run and at this
-size. If that fails it has no number, nobody is compared with it, nothing is saved and the exit status is 1. While it
-measures, what there is lies in kernels_<device>.partial.json. A run that ends early, or finds something wrong, leaves
-it there; only a whole run in which all is right replaces the result.
+size. If that fails, it gets no time and no comparison, nothing is saved and the exit status is 1. During the run the
+results so far are in kernels_<device>.partial.json. A run that is interrupted or finds a wrong result leaves that file;
+only a complete run without wrong results replaces kernels_<device>.json.
 
 Times ("us") are medians of `triton.testing.do_bench`, which empties the L2 cache before every call. That hides the
-launches as far as they take no longer than the emptying; an operator called from Python often takes longer, and then
-the time is that of the launches. "us, graph" is the time inside a CUDA graph (`triton.testing.do_bench_cudagraph`),
-which launches everything at once: the device's work alone. The L2 cache is not emptied there, so what fits into it may
-be faster than memory. A step that waits for the device cannot be captured and has no such time. All are compared by
-"us". "% of copy" compares with what copying 1 GiB reaches in the same run, and counts only the bytes that the operator
+launches unless they take longer than the emptying, as they often do for an operator called from Python; then the time
+is that of the launches. "us, graph" is the time inside a CUDA graph (`triton.testing.do_bench_cudagraph`), which
+launches everything at once, so it is the device's work alone. The L2 cache is not emptied there, so data that fit into
+it may be read faster than memory. A step that waits for the device cannot be captured and has no such time. Comparisons
+are of "us". "% of copy" is relative to copying 1 GiB in the same run, and counts only the bytes that the operator
 cannot avoid.
 """
 
@@ -43,33 +43,39 @@ from peft_zoo.kernels.base.operator import Operator, all_operators, why_not_trit
 
 TRITON, TORCH = "Triton", "torch path"
 OURS = {TRITON: "triton", TORCH: "torch"}
-"""Our two ways, and the `PEFT_ZOO_KERNELS` that chooses them."""
+"""Our two paths, and the value of `PEFT_ZOO_KERNELS` that selects each."""
 
 COPY_BYTES = 2**30
 PAGE = common.ROOT / "docs" / "kernels.md"
 Row = dict[str, Any]
 Timer = Callable[[Step], Sequence[float]]
-"""Of a step the median, the fifth part and four fifths of its seconds."""
+"""Returns the median, the 20 % and the 80 % quantile of a step's seconds."""
 
 
 class Clock(NamedTuple):
-    """How steps are timed: one call after the other, and inside a CUDA graph; None where that cannot be."""
+    """Timers of a step.
+
+    Attributes:
+        calls: Times one call after the other.
+        graph: Times replays of a CUDA graph; returns None for a step that cannot be captured.
+    """
 
     calls: Timer
     graph: Callable[[Step], float | None]
 
 
 def do_bench(step: Step) -> Sequence[float]:
-    """Seconds of a step on the GPU: median, 20 % and 80 % quantile."""
+    """Returns median, 20 % and 80 % quantile of a step's seconds on the GPU."""
     from triton.testing import do_bench as bench
 
     return [milliseconds / 1e3 for milliseconds in bench(step, quantiles=[0.5, 0.2, 0.8])]
 
 
 def in_graph(step: Step) -> float | None:
-    """Seconds of a step inside a CUDA graph of about 10 ms, the mean of ten replays; None if it cannot be captured.
+    """Returns seconds of a step in a CUDA graph of about 10 ms, mean of ten replays; None if it cannot be captured.
 
-    A failed capture would leave torch's random generators unusable. So what waits for the device is found out before.
+    A failed capture would make torch's random generators unusable, so steps that wait for the device are detected
+    before.
     """
     from triton.testing import do_bench_cudagraph as bench
 
@@ -85,7 +91,7 @@ def in_graph(step: Step) -> float | None:
 
 
 def copy_rate(device: torch.device, timer: Timer) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Returns bytes per second, read and written, of a copy of 1 GiB."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / timer(lambda: target.copy_(source))[0]
@@ -93,7 +99,7 @@ def copy_rate(device: torch.device, timer: Timer) -> float:
 
 @contextlib.contextmanager
 def kernels(mode: str) -> Iterator[None]:
-    """Sets `PEFT_ZOO_KERNELS` for a while."""
+    """Sets `PEFT_ZOO_KERNELS` inside a `with` block."""
     before = os.environ.get("PEFT_ZOO_KERNELS")
     os.environ["PEFT_ZOO_KERNELS"] = mode
     try:
@@ -105,11 +111,11 @@ def kernels(mode: str) -> Iterator[None]:
             os.environ["PEFT_ZOO_KERNELS"] = before
 
 
-# ---- is it right? ----
+# ---- correctness ----
 
 
 def widened(value: Any) -> Any:
-    """An argument of an operator in float64, gradients still wanted where they were."""
+    """Converts an argument of an operator to float64, with `requires_grad` as before."""
     if isinstance(value, list):
         return [widened(v) for v in value]
     if isinstance(value, Tensor) and value.is_floating_point():
@@ -118,7 +124,7 @@ def widened(value: Any) -> Any:
 
 
 def private(operator: Operator, arguments: Arguments) -> Arguments:
-    """The arguments with those copied that the operator changes."""
+    """Copies the arguments that the operator changes in place."""
     names = [argument.name for argument in operator.op._opoverload._schema.arguments]
     if not operator.mutates:
         return arguments
@@ -126,7 +132,7 @@ def private(operator: Operator, arguments: Arguments) -> Arguments:
 
 
 def outcome(case: Case, operator: Operator, arguments: Arguments) -> list[Tensor]:
-    """What the case computes: results, or what it changes; the arguments stay as they are."""
+    """Returns the results of a case, or the tensors that it changes in place, as copies."""
     own = private(operator, arguments)
     result = (case.run or operator)(*own)
     return (
@@ -139,7 +145,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def what_is_wrong(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
-    """Compare results with those of the definition in float64; says how far the worst is off, or None."""
+    """Compares results with those of the definition in float64; returns the largest error as text, or None."""
     if [t.shape for t in got] != [t.shape for t in want]:
         return f"shapes {[tuple(t.shape) for t in got]}, should be {[tuple(t.shape) for t in want]}"
     for number, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -157,7 +163,7 @@ def what_is_wrong(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> 
 
 
 def reference_of(case: Case, operator: Operator) -> Callable[..., Any]:
-    """The definition of what the case computes."""
+    """Returns the definition of the results of a case."""
     return case.reference or operator.reference
 
 
@@ -165,7 +171,7 @@ def reference_of(case: Case, operator: Operator) -> Callable[..., Any]:
 
 
 def measure(case: Case, device: torch.device, clock: Clock, compiled: bool = True) -> list[Row]:
-    """The rows of a case: our two ways, and unless they are wrong the definition, compiled and not, and the peers."""
+    """Returns the rows of a case: our two paths and, unless one is wrong, definition, compiled definition, peers."""
     operator = all_operators()[case.operators[0]]
     arguments = case.make(device)
     want = _tensors(reference_of(case, operator)(*widened(list(arguments))))
@@ -179,7 +185,7 @@ def measure(case: Case, device: torch.device, clock: Clock, compiled: bool = Tru
     for name, build in _others(case, operator, compiled).items():
         try:
             rows.append(_timed(name, build(*arguments), clock))
-        except Exception as error:  # noqa: BLE001, others may fail in any way, and we are measured all the same
+        except Exception as error:  # noqa: BLE001, a peer's failure of any kind does not end the run
             rows.append({"method": name, "skipped": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"})
     return rows
 
@@ -225,7 +231,7 @@ def _others(case: Case, operator: Operator, compiled: bool) -> dict[str, Callabl
 
 
 def facts(device: torch.device) -> Row:
-    """Those of every benchmark, and what kernels depend on beside them."""
+    """Returns the facts of `common.machine` and the versions of Triton, CUDA and the driver."""
     own: Row = {"triton": None, "cuda": torch.version.cuda, "driver": None}
     with contextlib.suppress(PackageNotFoundError):
         own["triton"] = version("triton")
@@ -235,14 +241,20 @@ def facts(device: torch.device) -> Row:
     return common.machine(device) | own
 
 
-# ---- showing ----
+# ---- output ----
 
 HEADER = ("", "us", "20 %", "80 %", "us, graph", "GB/s", "% of copy", "x longer than ours")
 SUMMARY = ("us", "ours", "ours, graph", "torch path", "fastest other", "floor")
 
 
 def table(case: Case, rows: Sequence[Row], rate: float) -> str:
-    """The rows of a case as text; `rate` is that of a large copy. Compared with Triton, or the torch path without."""
+    """Formats the rows of a case, with ratios to Triton's time, or the torch path's without Triton.
+
+    Args:
+        case: The case.
+        rows: Result of `measure`.
+        rate: Bytes per second of a large copy.
+    """
     base = next((row["seconds"] for row in rows if row["method"] in OURS and "seconds" in row), None)
     return common.aligned((case.name, *HEADER[1:]), (_cells(case, row, base, rate) for row in rows))
 
@@ -263,7 +275,7 @@ def _microseconds(seconds: float | None) -> str:
 
 
 def markdown(results: Sequence[Row]) -> str:
-    """Saved results as Markdown, a row for each case: Triton, the torch path, and the fastest of all others."""
+    """Formats saved results as Markdown, with a row for each case: Triton, the torch path, and the fastest other."""
     floors, parts = {case.name: case.floor(H100)[0] for case in cases()}, []
     for result in results:
         machine, rows = result["machine"], []
@@ -280,19 +292,19 @@ def markdown(results: Sequence[Row]) -> str:
 
 
 def saved() -> list[Row]:
-    """What lies in benchmarks/results, without what a run has left unfinished."""
+    """Reads the complete results in benchmarks/results."""
     paths = [path for path in sorted(common.RESULTS.glob("kernels_*.json")) if ".partial" not in path.suffixes]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def write_page() -> None:
-    """Put the saved results into docs/kernels.md."""
+    """Writes the saved results into docs/kernels.md."""
     page = common.replace_block(PAGE.read_text(encoding="utf-8"), "results", markdown(saved()))
     PAGE.write_text(page, encoding="utf-8")
 
 
 def estimate(chosen: Sequence[Case]) -> str:
-    """The least time of every case on an H100, from its data sheet."""
+    """Formats the least time of every case on an H100, from its data sheet."""
     rows = []
     for case in chosen:
         seconds, bound = case.floor(H100)
@@ -306,16 +318,16 @@ def estimate(chosen: Sequence[Case]) -> str:
 
 
 def run(chosen: Sequence[Case], clock: Clock, compiled: bool, path: Path | None) -> int:
-    """Measure and print all cases, keep what there is after each, and save it at the end if no row is wrong.
+    """Measures and prints cases, saves a partial result after each, and the whole result if no row is wrong.
 
     Args:
-        chosen: The cases.
-        clock: How they are timed.
-        compiled: Whether `torch.compile` of the definitions is measured too.
-        path: Where to save; None to keep nothing.
+        chosen: Cases to measure.
+        clock: Timers of their steps.
+        compiled: Whether to measure `torch.compile` of the definitions too.
+        path: File to save; None to save nothing.
 
     Returns:
-        The exit status, 1 if a row is wrong.
+        Exit status: 1 if a row is wrong, else 0.
     """
     device = torch.device("cuda")
     result: Row = {
@@ -356,18 +368,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def partial_path(path: Path) -> Path:
-    """Where the results lie while it measures."""
+    """Returns the path of the results during a run."""
     return path.with_suffix(".partial.json")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.kernels.suite", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--estimate", action="store_true", help="only what an H100 needs at the least")
-    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--estimate", action="store_true", help="only print the least times on an H100")
+    parser.add_argument("--markdown", action="store_true", help="only write saved results into docs/kernels.md")
+    parser.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
     parser.add_argument("--quick", action="store_true", help="small sizes; writes no file unless --json is given")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their name; writes no file")
-    parser.add_argument("--json", type=Path, help="where to save (default benchmarks/results/kernels_<device>.json)")
+    parser.add_argument("--json", type=Path, help="result file (default benchmarks/results/kernels_<device>.json)")
     return parser.parse_args(arguments)
 
 

@@ -73,7 +73,7 @@ def test_a_mask_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = snell._largest
     monkeypatch.setattr(snell, "_largest", lambda magnitude, count: largest(magnitude, count + 10))
     wrong = snell.check.__wrapped__("SNELL additive", (40, 30), torch.device("cpu"))
-    assert wrong == "10 weights are kept or dropped against the definition"
+    assert wrong == "the mask differs from the definition in 10 weights"
 
 
 def test_the_docs_show_the_saved_results() -> None:
