@@ -1,4 +1,4 @@
-"""Inputs for the tests of the kernelized linear layer, and how far a result may be from the definition."""
+"""Inputs of the kernel tests, sets of parameters, and largest errors against the definitions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Case(NamedTuple):
-    """Arguments of one call; the trained ones require a gradient."""
+    """Arguments of one call of `kernelized_linear`; those that are trained require a gradient."""
 
     x: Tensor
     A: Tensor
@@ -88,7 +88,7 @@ def make(
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float, size: float | None = None) -> None:
-    """Largest error relative to the largest entry, or to `size`."""
+    """Asserts that the largest error is within `tolerance` of the largest entry, or of `size`."""
     assert found.shape == expected.shape and found.dtype == expected.dtype
     error = (found - expected).abs().max().item()
     size = max(expected.abs().max().item(), 1e-6) if size is None else size
@@ -109,17 +109,36 @@ def assert_parity(case: Case, fused: bool) -> None:
 
 
 def mass(case: Case, dy: Tensor) -> float:
-    """Sum of |dW|: the gradient of a kernel parameter adds up as many numbers of both signs, and rounds with them."""
+    """Sum of |dW|: the gradient of a kernel parameter sums as many values of both signs and rounds with them."""
     W = kernel_matrix(case.A, case.B, case.params, case.spec).detach().requires_grad_()
     y = case.x.detach() @ sparsify(W, case.num_kept, case.spec)
     return torch.autograd.grad(y, W, dy)[0].abs().sum().item()
 
 
-def each_shape_with(others: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> list[tuple[Any, ...]]:
-    """Pairs `(shape, other)`: all of them on a GPU. Triton's interpreter takes long over large shapes, so each of those
-    is paired with one of the others, in turn."""
-    pairs = []
-    for turn, shape in enumerate(shapes):
-        is_large = max(shape, default=1) >= 1000 and not torch.cuda.is_available()
-        pairs += [(shape, other) for other in ([others[turn % len(others)]] if is_large else others)]
-    return pairs
+def in_turn(*lists: Sequence[Any], start: int = 0) -> list[tuple[Any, ...]]:
+    """Returns combinations in which every value occurs: the i-th of each list, shorter lists repeated."""
+    length = max(map(len, lists))
+    return [tuple(values[(i + start * k) % len(values)] for k, values in enumerate(lists)) for i in range(length)]
+
+
+def full_only(*values: Any) -> list[Any]:
+    """Returns the values as parameters that run only with `--full`."""
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+def core_first(*lists: Sequence[Any], count: int | None = None) -> list[Any]:
+    """Returns all combinations; those outside of `in_turn`, or its first `count`, run only with `--full`."""
+    core = in_turn(*lists)[:count]
+    rest = [values for values in itertools.product(*lists) if values not in core]
+    return [*core, *(pytest.param(*values, marks=pytest.mark.full) for values in rest)]
+
+
+def each_shape_with(others: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    """Returns `core_first` of shapes and others for Triton's interpreter, which takes long for large shapes.
+
+    Each large shape (a size of 1000 or more) has one of the others, in turn, and is marked `full`. On a GPU it has all.
+    """
+    small = [shape for shape in shapes if max(shape, default=1) < 1000 or torch.cuda.is_available()]
+    large = [shape for shape in shapes if shape not in small]
+    pairs = [(shape, others[turn % len(others)]) for turn, shape in enumerate(large)]
+    return [*core_first(small, others), *(pytest.param(*pair, marks=pytest.mark.full) for pair in pairs)]

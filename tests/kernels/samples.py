@@ -123,7 +123,8 @@ def _mask_weight(dtype: torch.dtype) -> list[Arguments]:
 def _masked_linear(dtype: torch.dtype) -> list[Arguments]:
     x, weight, bias = _leaf(2, 3, 7, dtype=dtype), _leaf(9, 7, dtype=dtype), _leaf(9, dtype=dtype)
     mask = torch.rand(9, 7) > 0.5
-    return [(x, weight, mask, bias), (x, weight.detach(), mask, None), (x.detach(), weight, mask, None)]
+    transposed = torch.randn(7, 9, dtype=dtype).t().requires_grad_()
+    return [(x, weight, mask, bias), (x, weight.detach(), mask, None), (x.detach(), transposed, mask, None)]
 
 
 def _masked_linear_backward(dtype: torch.dtype) -> list[Arguments]:

@@ -1,7 +1,8 @@
-"""The Triton kernels against their definitions: in the interpreter on a CPU (`make test-kernels`), compiled on a GPU.
+"""The Triton kernels against their definitions: in Triton's interpreter on a CPU, compiled on a GPU.
 
-What runs is decided by the environment, before Triton is imported. Without an interpreter and without a GPU nothing
-here is collected, since it would test the torch path.
+`make test` interprets the core shapes, `make test-full` all of them. The environment selects the interpreter before
+Triton is imported. Without the interpreter and without a GPU nothing here is collected, since it would test the torch
+path.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it the library's products may refuse below
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may refuse to be deterministic
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("PEFT_ZOO_KERNELS") == "triton"
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -20,7 +21,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs compiled needs a GPU."""
+    """Marks all tests `gpu` unless they are interpreted."""
     here = os.path.dirname(__file__)
     for item in items:
         if not INTERPRETED and str(item.path).startswith(here):
@@ -33,14 +34,14 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def kernels_that_auto_leaves_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are tested as well."""
+def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs also the kernels for which `auto` prefers torch."""
     monkeypatch.setenv("PEFT_ZOO_KERNELS", "triton")
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` is filled with NaN, so that what a kernel forgets to write is seen."""
+    """Fills `torch.empty` with NaN, so that elements that a kernel does not write are detected."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""SNELL's kernels by Triton (K1, K2, K3 and the layer made of them) against their definitions."""
+"""SNELL's Triton kernels (matrix, threshold, gradient) and the layer composed of them against their definitions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from peft_zoo.kernels.snell.weight import (
     kernelized_threshold,
     kernelized_weight,
 )
-from tests.kernels.cases import SPECS
+from tests.kernels.cases import SPECS, core_first, full_only, in_turn
 
 TOLERANCE = 5e-6
-SHAPES = [(1, 1), (1, 63), (64, 1), (63, 64), (2, 300), (300, 2)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = [*((kernel, 2) for kernel in KERNELS), ("piecewise_linear", 1), ("mix_k", 1)]
+CORE = [KernelSpec(*kind, sparsify=mode) for kind, mode in in_turn(KINDS, SPARSIFY)]
+SPEC_SETS = [*CORE, *(pytest.param(spec, marks=pytest.mark.full) for spec in SPECS if spec not in CORE)]
+SHAPES = [(1, 1), (63, 64), (2, 300), (1, 63), (64, 1), (300, 2)]
 Factors = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -33,7 +37,7 @@ def make(spec: KernelSpec, features: tuple[int, int], device: str, groups: int =
 
 
 def gap(factors: Factors, spec: KernelSpec, density: float) -> tuple[Tensor, Tensor]:
-    """A number of kept weights and a threshold well between two magnitudes, so that rounding moves no weight."""
+    """Returns a number of kept weights and a threshold between two distant magnitudes, which no rounding crosses."""
     W = kernel_matrix(*map(_double, factors), spec).abs().flatten().sort().values
     around = len(W) - round(density * len(W))
     gaps = W.diff()[max(0, around - 20) : around + 20]
@@ -55,7 +59,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE, s
 
 
 def assert_kernels(factors: Factors, spec: KernelSpec, density: float = 0.2) -> None:
-    """K1 alone and added, K2 and K3 in float32 against float64."""
+    """Compares threshold, matrix (alone and added to a weight) and gradients in float32 with float64."""
     A, B, params = factors
     num_kept, between = gap(factors, spec, density)
     exact = tuple(map(_double, factors))
@@ -80,41 +84,42 @@ def assert_kernels(factors: Factors, spec: KernelSpec, density: float = 0.2) -> 
     expected = OPERATORS["kernelized_factor_grad"].reference(dS.double(), *exact, between.double(), *spec.fields)
     for k in range(2):
         assert_near(gradients[k], expected[k])
-    if params is not None:  # sums of numbers of both signs: they round with what is added, not with the sum
+    if params is not None:  # sums of values of both signs: the error scales with the summands, not with the sum
         assert_near(gradients[2], expected[2], size=float(dS.abs().sum()) * float(S.abs().max() + 1))
     if dS.numel() < 1000:
         assert all(map(torch.equal, gradients, factor_grad_operator(dS, A, B, params, between, *spec.fields)))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kernel}-{s.norm}-{s.sparsify}")
+@pytest.mark.parametrize("spec", SPEC_SETS, ids=lambda s: f"{s.kernel}-{s.norm}-{s.sparsify}")
 def test_every_kernel_and_mode(spec: KernelSpec, device: str) -> None:
     assert_kernels(make(spec, (37, 53), device), spec)
 
 
-@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
-@pytest.mark.parametrize("features", SHAPES, ids=str)
+@pytest.mark.parametrize(("features", "kernel"), core_first(SHAPES, ["piecewise_linear", "mix_k"], count=3), ids=str)
 def test_shapes(features: tuple[int, int], kernel: str, device: str) -> None:
     spec = KernelSpec(kernel)
     # Not rank 1, whose points lie so densely on a line that the sums of their gradient cancel.
     assert_kernels(make(spec, features, device, rank=2), spec)
 
 
-@pytest.mark.parametrize(("groups", "rank"), [(1, 1), (1, 128), (2, 1), (2, 32)])
+@pytest.mark.parametrize(
+    ("groups", "rank"), [*core_first([1, 2], [1, 32]), pytest.param(1, 128, marks=pytest.mark.full)]
+)
 def test_groups_and_ranks(groups: int, rank: int, device: str) -> None:
     spec = KernelSpec() if groups > 1 and rank > 1 else KernelSpec("sigmoid", sparsify="hard")
     assert_kernels(make(spec, (33, 20), device, groups, rank), spec)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kernel", "others", "axis"), [("piecewise_linear", 1, 1), ("mix_k", 2, 0)])
 def test_many_features(kernel: str, others: int, axis: int, device: str) -> None:
-    """With few on the other side and, since the interpreter takes its time, fewer in it."""
+    """Many features on one side and few on the other; fewer in the interpreter, which takes long."""
     spec, features = KernelSpec(kernel, sparsify="hard"), [others, others]
     features[axis] = 4097 if device == "cuda" else 1025
     assert_kernels(make(spec, (features[0], features[1]), device, rank=2), spec)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dtype", "transposed"), core_first(DTYPES, [True, False]), ids=str)
 def test_merging_rounds_once(dtype: torch.dtype, transposed: bool, device: str) -> None:
     spec = KernelSpec("mix_k")
     factors = make(spec, (70, 130), device)
@@ -130,9 +135,9 @@ def test_merging_rounds_once(dtype: torch.dtype, transposed: bool, device: str) 
     assert bool(((found.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["mix_k", *full_only("piecewise_linear", "linear", "sigmoid", "rbf")])
 def test_every_pass_sees_the_same_bits(kernel: str, device: str) -> None:
-    """The exact number is kept, whichever entry the threshold falls on; the threshold is one of the entries."""
+    """Keeps the exact number for thresholds on any entry; the threshold is one of the entries."""
     spec, dense = KernelSpec(kernel, sparsify="hard"), KernelSpec(kernel, sparsify="none")
     factors = make(spec, (45, 70), device)
     W = kernelized_weight(*factors, torch.tensor(0, device=device), dense)
@@ -143,8 +148,7 @@ def test_every_pass_sees_the_same_bits(kernel: str, device: str) -> None:
         assert int((W.abs() == t).sum()) == (num_kept < 3150)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
+@pytest.mark.parametrize(("kernel", "fused"), core_first(["piecewise_linear", "mix_k"], [False, True]))
 def test_layer_in_32_bits(kernel: str, fused: bool, device: str) -> None:
     spec = KernelSpec(kernel)
     factors = [t for t in make(spec, (37, 53), device) if t is not None]
@@ -171,9 +175,9 @@ def test_layer_in_32_bits(kernel: str, fused: bool, device: str) -> None:
         assert_near(a, b, size=float(dy.abs().sum()) if k == 4 else None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *full_only(torch.float16)], ids=str)
 def test_layer_in_16_bits(dtype: torch.dtype, device: str) -> None:
-    """Within the rounding of the products that the library computes in 16 bits."""
+    """Within the rounding of the products that cuBLAS computes in 16 bits."""
     spec = KernelSpec(sparsify="hard")
     A, B, _ = make(spec, (64, 96), device)
     num_kept, between = gap((A, B, None), spec, 0.3)
@@ -190,7 +194,7 @@ def test_layer_in_16_bits(dtype: torch.dtype, device: str) -> None:
         assert_near(a, b, tolerance=4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("mode", SPARSIFY)
+@pytest.mark.parametrize("mode", ["signed_square", *full_only("none", "product", "hard", "soft")])
 def test_points_that_coincide_have_no_gradient(mode: str, device: str) -> None:
     spec = KernelSpec(sparsify=mode)
     A = torch.randn(1, 33, 4, device=device)

@@ -1,4 +1,4 @@
-"""The masked linear layer with Triton's masking against its definition, interpreted on a CPU or compiled on a GPU."""
+"""The masked linear layer with Triton's mask kernel against its definition, interpreted or compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.kernels.cases import each_shape_with
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-"""Of the sum of magnitudes that make up an entry: the rounding of the result (16 bits) or of the sums (32 bits), as a
-library may sum in any order; twice that is allowed."""
+"""Error of an entry relative to the sum of the magnitudes of its products: rounding of the result (16 bits) or of the
+sums (32 bits), which a library may compute in any order. Twice that is allowed."""
 
 
 def values(*shape: int, dtype: torch.dtype) -> Tensor:

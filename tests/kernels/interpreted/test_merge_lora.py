@@ -1,4 +1,4 @@
-"""`merge_lora` by Triton: its definition bit for bit where the sums are the same, else within their rounding."""
+"""`merge_lora` by Triton: the bits of the definition for sums in the same order, else within their rounding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.base.operator import OPERATORS
 from peft_zoo.kernels.lora.merge import merge_lora, merge_lora_reference
-from tests.kernels.cases import each_shape_with
+from tests.kernels.cases import each_shape_with, full_only
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (63, 64), (64, 63), (63, 1000), (1000, 63), (3, 4097), (4097, 3)]
@@ -40,14 +40,14 @@ def test_equals_the_definition(shape: tuple[int, int], dtype: torch.dtype, devic
         assert_merged(merge_lora(*arguments), arguments)
 
 
-@pytest.mark.parametrize("ranks", [(1,), (4, 64), (128,), (1, 2, 3, 4, 5, 6, 7, 8)], ids=str)
+@pytest.mark.parametrize("ranks", [(1,), (4, 64), *full_only((128,), (1, 2, 3, 4, 5, 6, 7, 8))], ids=str)
 def test_ranks(ranks: tuple[int, ...], device: str) -> None:
     for dtype in DTYPES:
         arguments = make((70, 130), ranks, dtype, torch.bfloat16, device)
         assert_merged(merge_lora(*arguments), arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *full_only(torch.float32, torch.float16)], ids=str)
 def test_orientations_and_strides(dtype: torch.dtype, device: str) -> None:
     weight, A, B, scales = make((65, 130), (8, 2), dtype, torch.float32, device)
     transposed = weight.t().contiguous().t()
@@ -61,7 +61,7 @@ def test_orientations_and_strides(dtype: torch.dtype, device: str) -> None:
     assert merge_lora(transposed, A, B, scales).stride() == transposed.stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, *full_only(torch.float32, torch.bfloat16)], ids=str)
 def test_in_place(dtype: torch.dtype, device: str) -> None:
     weight, A, B, scales = make((65, 130), (8, 2), dtype, torch.float32, device)
     expected = merge_lora(weight, A, B, scales)

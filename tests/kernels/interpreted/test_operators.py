@@ -1,4 +1,4 @@
-"""What every operator owes torch, on the Triton path; the registry is enumerated."""
+"""Contracts of every registered operator with torch, on the Triton path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kernels.test_operators import changed, leaves
 
 
 def on(device: str, value: Any) -> Any:
-    """Arguments on a device, those that are trained still leaves."""
+    """Moves arguments to a device; those that require a gradient stay leaves."""
     if isinstance(value, (tuple, list)):
         return type(value)(on(device, item) for item in value)
     if isinstance(value, torch.Tensor):
@@ -23,6 +23,7 @@ def on(device: str, value: Any) -> Any:
     return value
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", sorted(all_operators()))
 def test_contracts_of_torch(name: str, device: str) -> None:
     for arguments in SAMPLES[name](torch.float32):

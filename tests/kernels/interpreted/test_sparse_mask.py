@@ -1,4 +1,4 @@
-"""Triton kernels of masks and masking against their definitions, interpreted on a CPU or compiled on a GPU."""
+"""Triton kernels of sparse masks against their definitions, interpreted on a CPU or compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.base.operator import OPERATORS
 from peft_zoo.kernels.sparse.mask import GROUPS, density_mask, density_mask_reference
-from tests.kernels.cases import each_shape_with
+from tests.kernels.cases import core_first, each_shape_with, full_only
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ CASES = [("contiguous", dtype) for dtype in DTYPES] + [(layout, torch.float32) f
 
 
 def agree(name: str, *arguments: Any) -> Tensor:
-    """The operator's result: by Triton, equal to the definition in every bit, dtype and stride, and so every time."""
+    """Returns the operator's result, computed twice by Triton, equal to the definition in bits, dtype and strides."""
     operator = OPERATORS[name]
     assert operator.why_not_triton(*arguments) is None
     found, again = operator(*arguments), operator(*arguments)
@@ -56,14 +56,13 @@ def test_masking(shape: tuple[int, ...], case: tuple[str, torch.dtype]) -> None:
     agree("magnitude_mask", weight, threshold)
 
 
-@pytest.mark.parametrize("source", DTYPES)
-@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize(("source", "target"), core_first(DTYPES, DTYPES[1:] + DTYPES[:1]))
 def test_casts_round_to_the_nearest(source: torch.dtype, target: torch.dtype) -> None:
     weight = values((63, 65), source)
     agree("mask_weight", weight, values((63, 65), source) > 0, None, None, target)
 
 
-def test_what_is_dropped_is_zero_whatever_it_was() -> None:
+def test_dropped_entries_are_zero_even_if_they_were_nan() -> None:
     weight = torch.tensor([-1.0, float("nan"), float("inf"), -float("inf")], device=DEVICE)
     found = agree("mask_weight", weight, torch.zeros(4, dtype=torch.bool, device=DEVICE), None, None, torch.bfloat16)
     assert not found.signbit().any()
@@ -73,7 +72,7 @@ def test_what_is_dropped_is_zero_whatever_it_was() -> None:
     assert above.tolist() == [False, False, True, True]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *full_only(torch.float32, torch.float16)])
 def test_gradients(dtype: torch.dtype) -> None:
     operator = OPERATORS["mask_weight"]
     mask, threshold = values((63, 100), dtype) > 0, torch.tensor(0.3, device=DEVICE)
@@ -87,9 +86,9 @@ def test_gradients(dtype: torch.dtype) -> None:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("layout, dtype", CASES)
-@pytest.mark.parametrize("m", GROUPS)
-def test_n_m(layout: str, m: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("m", "case"), core_first(GROUPS, CASES))
+def test_n_m(m: int, case: tuple[str, torch.dtype]) -> None:
+    layout, dtype = case
     for shape, dim in (((63, 64), 1), ((64, 63), 0), ((2, 32, 5), 1), ((m,), 0), ((1024, 3), 0), ((3, 1024), -1)):
         scores = LAYOUTS[layout](values(shape, dtype, distinct=len(shape) == 3))
         n = max(1, m // 2) if len(shape) > 1 else m
@@ -104,7 +103,7 @@ def test_n_m_with_nan_and_infinity() -> None:
         agree("n_m_mask", scores.t(), n, 8, 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *full_only(torch.bfloat16, torch.float16)])
 def test_density(dtype: torch.dtype) -> None:
     scores = values((63, 100), dtype)
     for density in (0.0, 0.3, 1.0):
@@ -115,7 +114,7 @@ def test_what_the_kernels_do_not_take() -> None:
     scores, threshold = values((6, 6), torch.float32), torch.tensor(0.3, device=DEVICE)
     refused = OPERATORS["n_m_mask"].why_not_triton
     assert "m=3" in str(refused(scores, 2, 3, 1)) and "float64" in str(refused(scores.double(), 1, 2, 1))
-    assert "nothing" in str(refused(scores[:0], 1, 2, 1))
+    assert "no elements" in str(refused(scores[:0], 1, 2, 1))
     refused = OPERATORS["mask_weight"].why_not_triton
     assert "float64" in str(refused(scores, None, threshold, None, torch.float64))
     assert "float64" in str(refused(scores, None, threshold, scores.double(), torch.float32))

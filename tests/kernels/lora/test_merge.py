@@ -1,4 +1,4 @@
-"""`merge_lora` with torch: one rounding, whatever the dtype, the layout and the number of adapters; refusals first."""
+"""`merge_lora` in torch: one rounding for any dtype, layout and number of adapters; stochastic rounding; bad input."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_zoo.kernels.lora import merge as module
 from peft_zoo.kernels.lora.merge import merge_lora, merge_lora_reference, stochastic_round
+from tests.kernels.cases import in_turn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Arguments = tuple[Tensor, list[Tensor], list[Tensor], list[float]]
@@ -40,8 +41,11 @@ def assert_merged(found: Tensor, arguments: Arguments) -> None:
     assert bool(((found.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (63, 64), (63, 1000), (1000, 63), (3, 4097), (4097, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    in_turn([(1, 1), (63, 64), (63, 1000), (1000, 63), (3, 4097), (4097, 3)], DTYPES),
+    ids=str,
+)
 def test_equals_the_definition(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for factors, ranks in itertools.product((torch.float32, dtype), ((1,), (8, 8), (128, 3, 1))):
         weight, *rest = make(shape, ranks, dtype, factors)
@@ -76,14 +80,14 @@ def test_what_is_one_product_and_what_is_not() -> None:
         (weight, A, B, [0.5, 0.6], None),
         (weight, A, B, [0.5, 0.5], 1),
         (weight, *half, [0.5, 0.5], None),
-        (weight.bfloat16(), *half, [0.5, 0.5], None),  # a library may round 16-bit products before they are added
+        (weight.bfloat16(), *half, [0.5, 0.5], None),  # a library may round 16-bit products before it adds them
         (weight, [], [], [], None),
     ]:
         assert not module._is_one_product(*arguments)
 
 
 def test_one_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 32-bit weights, unless products are asked to be less exact; of 16-bit weights never, as on a CPU."""
+    """Only for 32-bit weights and the highest precision of products."""
     for dtype, precision, expected in (
         (torch.float32, "highest", True),
         (torch.float32, "high", False),
@@ -98,7 +102,7 @@ def test_one_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fewer_roundings_than_pefts_merge() -> None:
-    """bf16: ours is the correctly rounded sum everywhere, theirs is not."""
+    """In bf16 ours is the correctly rounded sum everywhere, peft's is not."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 96, bias=False)).to(torch.bfloat16)
     original = base[0].weight.detach().clone()
@@ -143,15 +147,15 @@ def test_what_the_dtype_holds_is_not_rounded(dtype: torch.dtype) -> None:
 
 
 def test_small_updates_survive_stochastic_rounding() -> None:
-    """A thousand updates, each a fiftieth of the spacing: to the nearest they vanish, stochastically they arrive."""
-    start = torch.ones(16, 32, dtype=torch.bfloat16)
-    A, B = torch.ones(1, 32), torch.ones(16, 1)
+    """200 updates, each a fiftieth of the spacing: rounding to the nearest loses them, stochastic rounding does not."""
+    start = torch.ones(32, 64, dtype=torch.bfloat16)
+    A, B = torch.ones(1, 64), torch.ones(32, 1)
     nearest, stochastic = start.clone(), start.clone()
-    for seed in range(1000):
+    for seed in range(200):
         merge_lora(nearest, [A], [B], [0.0078125 / 50], inplace=True)
         merge_lora(stochastic, [A], [B], [0.0078125 / 50], seed=seed, inplace=True)
     assert torch.equal(nearest, start)
-    assert float(stochastic.double().mean()) == pytest.approx(1 + 1000 * 0.0078125 / 50, rel=0.005)
+    assert float(stochastic.double().mean()) - 1 == pytest.approx(200 * 0.0078125 / 50, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -162,22 +166,19 @@ def test_the_layout_does_not_change_the_bits(dtype: torch.dtype) -> None:
     assert torch.equal(merge_lora(weight.t().contiguous().t(), *rest, seed=11), expected)
 
 
-# --- refusals ---
+# --- bad input ---
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": torch.ones(3)}, r"weight is torch.float32 of shape \(3,\); it must be a float matrix"),
-        ({"weight": torch.ones(3, 4, dtype=torch.int8)}, r"weight is torch.int8"),
-        ({"scales": []}, "A, B and scales have 1, 1 and 0 entries"),
-        (
-            {"A": [torch.ones(2, 5)]},
-            r"A\[0\] has shape \(2, 5\) and B\[0\] \(3, 2\).*they must be \(r, 4\) and \(3, r\)",
-        ),
+        ({"weight": torch.ones(3)}, r"weight is torch.float32 of shape \(3,\)"),
+        ({"weight": torch.ones(3, 4, dtype=torch.int8)}, "weight is torch.int8"),
+        ({"scales": []}, "A, B and scales.*1, 1 and 0"),
+        ({"A": [torch.ones(2, 5)]}, r"A\[0\].*\(2, 5\).*B\[0\].*\(r, 4\)"),
         ({"B": [torch.ones(3, 1)]}, r"B\[0\] \(3, 1\)"),
-        ({"scales": [float("nan")]}, r"scales\[0\]=nan must be finite"),
-        ({"seed": 2**63}, "must be an integer of 64 bits"),
+        ({"scales": [float("nan")]}, r"scales\[0\]=nan"),
+        ({"seed": 2**63}, "seed="),
     ],
 )
 def test_bad_input_changes_nothing(changes: dict[str, Any], message: str) -> None:

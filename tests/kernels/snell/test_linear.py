@@ -1,4 +1,4 @@
-"""The layer that never saves its weight, against plain autograd through the weight; and everything torch does to it."""
+"""SNELL's linear layer in torch against autograd through its definition: values, gradients, memory, bad input."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from peft_zoo.kernels.snell.linear import kernelized_linear
 from peft_zoo.kernels.snell.matrix import kernel_matrix, reference_weight
 from peft_zoo.kernels.snell.tiles import TILE_ELEMENTS
 from peft_zoo.kernels.snell.weight import kernelized_threshold, kernelized_weight
-from tests.kernels.cases import SHAPES, SPECS, TOLERANCE, Case, assert_near, assert_parity, make, small_tiles  # noqa: F401
+from tests.kernels.cases import SHAPES, SPECS, TOLERANCE, Case, assert_near, assert_parity, in_turn, make, small_tiles  # noqa: F401
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kernel}-{s.norm}-{s.sparsify}")
-def test_equals_the_definition(spec: KernelSpec, dtype: torch.dtype) -> None:
+def test_equals_the_definition(spec: KernelSpec) -> None:
     for fused in (False, True):
-        assert_parity(make(spec, dtype=dtype), fused)
+        assert_parity(make(spec), fused)
 
 
-@pytest.mark.parametrize("kernel", ["piecewise_linear", "mix_k"])
-@pytest.mark.parametrize("features", SHAPES)
+@pytest.mark.parametrize(("features", "kernel"), in_turn(SHAPES, ["piecewise_linear", "mix_k"]))
 def test_shapes(features: tuple[int, int], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for tile, dtype in itertools.product((features[1] * features[0] // 5, 2**19), TOLERANCE):
         monkeypatch.setitem(TILE_ELEMENTS, "cpu", tile)
@@ -96,9 +94,12 @@ def test_weight_equals_the_definition(spec: KernelSpec) -> None:
         assert_near(gradient, definition, 1e-10)
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if s.sparsify != "product"], ids=str)
-def test_gradcheck(spec: KernelSpec) -> None:
-    """Against the numeric derivative, of which `signed_square` has half on purpose. (`product`: see its definition.)"""
+@pytest.mark.parametrize(
+    ("kernel", "norm", "mode"), in_turn([*KERNELS, "mix_k"], [2] * 5 + [1], ["none", "signed_square", "hard", "soft"])
+)
+def test_gradcheck(kernel: str, norm: int, mode: str) -> None:
+    """Compares with numeric derivatives; that of `signed_square` is half by definition, `product` is not one either."""
+    spec = KernelSpec(kernel, norm, sparsify=mode)
     case = make(spec, (6, 5), (3,), torch.float64, rank=2, density=0.5)
     # A threshold between two magnitudes, so that no entry crosses it in a small step.
     magnitudes = kernel_matrix(case.A, case.B, case.params, spec).detach().abs().flatten().sort().values
@@ -116,10 +117,12 @@ def test_gradcheck(spec: KernelSpec) -> None:
         assert torch.autograd.gradcheck(linear, case.trained())
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.995])
-@pytest.mark.parametrize("features", [(64, 64), (1000, 63), (63, 1000), (40, 7)])
-@pytest.mark.parametrize("mode", [m for m in SPARSIFY if m != "none"])
-def test_number_kept_is_exact(mode: str, features: tuple[int, int], sparsity: float) -> None:
+@pytest.mark.parametrize(
+    ("sparsity", "features", "mode"),
+    in_turn([0.0, 0.1, 0.5, 0.9, 0.995], [(64, 64), (1000, 63), (63, 1000), (40, 7)], SPARSIFY[1:])
+    + in_turn([0.0, 0.1, 0.5, 0.9, 0.995], [(64, 64), (1000, 63), (63, 1000), (40, 7)], SPARSIFY[1:], start=1),
+)
+def test_number_kept_is_exact(sparsity: float, features: tuple[int, int], mode: str) -> None:
     case = make(KernelSpec(sparsify=mode), features, density=1 - sparsity)
     S = kernelized_weight(case.A, case.B, None, case.num_kept, case.spec)
     assert int((S != 0).sum()) == int(case.num_kept)
@@ -153,8 +156,7 @@ def test_rank_exceeds_that_of_the_factors() -> None:
         assert int(torch.linalg.matrix_rank(S, rtol=1e-6)) > 8
 
 
-@pytest.mark.parametrize("mode", SPARSIFY)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "mode"), in_turn(KERNELS, SPARSIFY))
 def test_saves_nothing_of_the_size_of_the_weight(kernel: str, mode: str) -> None:
     case = make(KernelSpec(kernel, sparsify=mode), (128, 96), (3,))
     for fused in (False, True):
@@ -189,7 +191,7 @@ def test_only_what_needs_a_gradient_is_saved_and_computed() -> None:
 
 
 def test_products_run_only_for_the_gradients_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a frozen input there is no dx; with frozen factors nothing is gathered for them."""
+    """Computes no dx for a frozen input, and no gradients of frozen factors."""
     case = make()
     gathered = []
     add = module.FactorGradients.add
@@ -220,18 +222,18 @@ def test_nothing_kept_is_zero() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(4, 36)}, "its last dimension must be in=37"),
-        ({"x": torch.tensor(1.0)}, "its last dimension must be in=37"),
-        ({"A": torch.ones(37, 3)}, "must be \\(G, in, r/G\\)"),
-        ({"B": torch.ones(3, 53, 3)}, "must be \\(G, in, r/G\\)"),
-        ({"A": torch.ones(2, 37, 0), "B": torch.ones(2, 53, 0)}, "no dimension may be 0"),
-        ({"params": torch.ones(3)}, "has no parameters; pass None"),
-        ({"spec": KernelSpec("mix_k")}, "needs \\[alpha, gamma, beta\\]"),
-        ({"spec": KernelSpec("mix_k"), "params": torch.ones(2)}, "it must be \\(3,\\)"),
-        ({"weight": torch.ones(37, 53)}, "weight has shape \\(37, 53\\); it must be \\(53, 37\\)"),
-        ({"bias": torch.ones(37)}, "bias has shape \\(37,\\)"),
-        ({"weight": torch.ones(53, 37, requires_grad=True)}, "weight requires a gradient"),
-        ({"bias": torch.ones(53, requires_grad=True)}, "bias requires a gradient"),
+        ({"x": torch.ones(4, 36)}, r"x has shape \(4, 36\).*37"),
+        ({"x": torch.tensor(1.0)}, r"x has shape \(\)"),
+        ({"A": torch.ones(37, 3)}, r"A has shape \(37, 3\)"),
+        ({"B": torch.ones(3, 53, 3)}, r"B \(3, 53, 3\)"),
+        ({"A": torch.ones(2, 37, 0), "B": torch.ones(2, 53, 0)}, r"A has shape \(2, 37, 0\)"),
+        ({"params": torch.ones(3)}, "kernel_params is given"),
+        ({"spec": KernelSpec("mix_k")}, "kernel_params is None"),
+        ({"spec": KernelSpec("mix_k"), "params": torch.ones(2)}, r"kernel_params has shape \(2,\)"),
+        ({"weight": torch.ones(37, 53)}, r"weight has shape \(37, 53\)"),
+        ({"bias": torch.ones(37)}, r"bias has shape \(37,\)"),
+        ({"weight": torch.ones(53, 37, requires_grad=True)}, "weight requires"),
+        ({"bias": torch.ones(53, requires_grad=True)}, "bias requires"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

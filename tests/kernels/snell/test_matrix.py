@@ -1,4 +1,4 @@
-"""The definitions, against numbers worked out by hand and plain loops."""
+"""Definitions of SNELL's kernel matrix against values worked out by hand and plain loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_zoo.kernels.snell.matrix import kernel_matrix, reference_weight, spars
 
 
 def by_hand(A: Tensor, B: Tensor, params: list[float], spec: KernelSpec) -> Tensor:
-    """The head docstring of `kernel_matrix`, one number at a time."""
+    """The formulas in the head of `matrix.py`, one entry at a time."""
     alpha, gamma, beta = params
     groups, rows, columns = len(A), A.shape[1], B.shape[1]
     W = [[0.0] * columns for _ in range(rows)]
@@ -109,12 +109,12 @@ def test_reference_weight_is_finite_at_gamma_zero() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kernel": "cosine"}, "kernel='cosine' is unknown; choose one of piecewise_linear"),
-        ({"sparsify": "topk"}, "sparsify='topk' is unknown"),
-        ({"norm": 3}, "norm=3 is not supported; use 1 or 2"),
-        ({"kernel": "rbf", "norm": 1}, "norm=1 has no meaning for kernel='rbf'"),
-        ({"scale": 0.0}, "scale=0.0 must be positive"),
-        ({"scale": float("nan")}, "scale=nan must be positive"),
+        ({"kernel": "cosine"}, "kernel='cosine'.*piecewise_linear"),
+        ({"sparsify": "topk"}, "sparsify='topk'"),
+        ({"norm": 3}, "norm=3"),
+        ({"kernel": "rbf", "norm": 1}, "norm=1.*kernel='rbf'"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"scale": float("nan")}, "scale=nan"),
     ],
 )
 def test_bad_spec(fields: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Tiles of the kernel matrix: the same bits in every pass, exact where distances are small, whatever the settings."""
+"""Tiles of the kernel matrix: same bits in every pass, exact for small distances and any precision of matmul."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_every_pass_sees_the_same_bits(spec: KernelSpec, tile: int, monkeypatch:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 16])
-def test_float32_is_as_exact_as_its_numbers(spec: KernelSpec, rank: int) -> None:
-    """Also for close points, where a 32-bit matrix product would keep half of the digits."""
+def test_float32_is_as_exact_as_its_inputs(spec: KernelSpec, rank: int) -> None:
+    """Includes close points, for which a float32 matrix product would lose half of the digits."""
     A = torch.randn(2, 40, rank)
     B = torch.cat([A[:, :30] * (1 + 1e-5), torch.randn(2, 20, rank)], dim=1)
     params = params_of(spec)

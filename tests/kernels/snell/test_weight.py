@@ -1,4 +1,4 @@
-"""The sparse kernel matrix added to a weight, and its factors' gradient, with torch."""
+"""SNELL's sparse kernel matrix added to a weight, and the gradient of its factors, in torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from peft_zoo.kernels.snell.weight import (
     kernelized_threshold,
     kernelized_weight,
 )
-from tests.kernels.cases import TOLERANCE, assert_near, make, small_tiles  # noqa: F401
+from tests.kernels.cases import TOLERANCE, assert_near, in_turn, make, small_tiles  # noqa: F401
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), in_turn(KERNELS, [torch.float64, torch.float32, torch.bfloat16, torch.float16]), ids=str
+)
 def test_merging_rounds_once(kernel: str, dtype: torch.dtype) -> None:
     case = make(KernelSpec(kernel))
     A, B, params = case.A.detach(), case.B.detach(), None if case.params is None else case.params.detach()
@@ -50,13 +51,13 @@ def test_gradient_of_a_merge(kernel: str) -> None:
 def test_a_frozen_weight_that_does_not_fit_is_refused() -> None:
     case = make()
     arguments = case.A, case.B, None, case.num_kept, case.spec
-    with pytest.raises(ValueError, match=r"weight has shape \(37, 53\); it must be \(53, 37\)"):
+    with pytest.raises(ValueError, match=r"weight has shape \(37, 53\)"):
         kernelized_merge(case.weight.t(), *arguments)
-    with pytest.raises(ValueError, match="weight requires a gradient"):
+    with pytest.raises(ValueError, match="weight requires"):
         kernelized_merge(case.weight.requires_grad_(), *arguments)
 
 
-def test_what_is_remembered_is_the_threshold() -> None:
+def test_last_becomes_the_threshold() -> None:
     case = make()
     last = torch.tensor(float("nan"))
     kernelized_weight(case.A, case.B, None, case.num_kept, case.spec, last=last)
@@ -68,7 +69,7 @@ def test_what_is_remembered_is_the_threshold() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_threshold_that_is_given_is_what_the_definition_uses(kernel: str) -> None:
-    """Also one that lies between the magnitudes, where `product` and `soft` depend on its value."""
+    """For a threshold between two magnitudes, where the results of `product` and `soft` depend on its value."""
     for mode in ("product", "soft"):
         case = make(KernelSpec(kernel, sparsify=mode), dtype=torch.float64)
         given = kernelized_threshold(case.A, case.B, case.params, case.num_kept, case.spec) * 1.01

@@ -1,4 +1,4 @@
-"""The masked linear layer in torch against its definition: values, gradients, what is saved, tracing, bad input."""
+"""The masked linear layer in torch against its definition: values, gradients, saved tensors, bad input."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_zoo.kernels.base.operator import OPERATORS
 from peft_zoo.kernels.sparse.linear import masked_linear, masked_linear_backward_reference, masked_linear_reference
+from tests.kernels.cases import in_turn
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-"""Of the sum of magnitudes that make up an entry: the rounding of the result (16 bits) or of the sums (others), as a
-library may sum in any order; twice that is allowed."""
+"""Error of an entry relative to the sum of the magnitudes of its products: rounding of the result (16 bits) or of the
+sums (others), which a library may compute in any order. Twice that is allowed."""
 
 SHAPES = [((1,), 1), ((1000,), 63), ((2, 3, 64), 64), ((63, 5), 1000), ((0, 7), 3)]
-"""Of `x`, and `out`."""
+"""Shape of `x`, and `out`."""
+CASES = [case for start in (0, 1) for case in in_turn(SHAPES, list(TOLERANCE), [False, True], start=start)]
 
 
 def inputs(shape: tuple[int, ...], out: int, dtype: torch.dtype, bias: bool = True) -> list[Any]:
@@ -32,24 +33,23 @@ def close(found: Tensor, expected: Tensor, magnitudes: Tensor) -> bool:
 
 
 def magnitudes(f: Callable[..., Any], *tensors: Any) -> Any:
-    """The definition with every product positive."""
+    """The definition of the absolute values of all tensors."""
     return f(*(t.double().abs() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape, out", SHAPES)
-def test_equals_the_definition(shape: tuple[int, ...], out: int, bias: bool, dtype: torch.dtype) -> None:
-    arguments = inputs(shape, out, dtype, bias)
+@pytest.mark.parametrize(("sizes", "dtype", "bias"), CASES)
+def test_equals_the_definition(sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, bias: bool) -> None:
+    (shape, out), arguments = sizes, inputs(*sizes, dtype, bias)
     found = masked_linear(*arguments)
     assert found.dtype == dtype and found.shape == (*shape[:-1], out)
     assert close(found, masked_linear_reference(*arguments), magnitudes(masked_linear_reference, *arguments))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape, out", SHAPES)
-def test_gradients_equal_those_of_the_definition(shape: tuple[int, ...], out: int, dtype: torch.dtype) -> None:
-    x, weight, mask, bias = inputs(shape, out, dtype)
+@pytest.mark.parametrize(("sizes", "dtype", "_"), CASES)
+def test_gradients_equal_those_of_the_definition(
+    sizes: tuple[tuple[int, ...], int], dtype: torch.dtype, _: bool
+) -> None:
+    (shape, out), (x, weight, mask, bias) = sizes, inputs(*sizes, dtype)
     trained = [t.requires_grad_() for t in (x, weight, bias)]
     dy = torch.randn(*shape[:-1], out).to(dtype)
     found = torch.autograd.grad(masked_linear(x, weight, mask, bias), trained, dy)
@@ -64,11 +64,11 @@ def test_gradients_equal_those_of_the_definition(shape: tuple[int, ...], out: in
 
 
 def test_gradients_twice() -> None:
-    x, weight, mask, bias = inputs((2, 3, 5), 4, torch.float64)
+    x, weight, mask, bias = inputs((3, 4), 3, torch.float64)
     tensors = [t.requires_grad_() for t in (x, weight, bias)]
     run = lambda x, weight, bias: masked_linear(x, weight, mask, bias)  # noqa: E731
     assert torch.autograd.gradcheck(run, tensors) and torch.autograd.gradgradcheck(run, tensors)
-    for frozen in range(3):  # what is not wanted is not computed, which changes the paths
+    for frozen in range(3):  # unneeded gradients are not computed, which changes the paths
         some = [t.detach() if i == frozen else t for i, t in enumerate(tensors)]
         assert torch.autograd.gradcheck(run, some) and torch.autograd.gradgradcheck(run, some)
 
@@ -85,7 +85,7 @@ def test_any_layout() -> None:
     torch.testing.assert_close(grad, x.sum(0).expand(5, 8) * mask, rtol=1e-13, atol=1e-13)
 
 
-def test_what_is_masked_does_not_matter() -> None:
+def test_masked_weights_are_not_read() -> None:
     x, weight, mask, bias = inputs((3, 8), 5, torch.float32)
     poisoned = torch.where(mask, weight, torch.nan).requires_grad_()
     found = masked_linear(x, poisoned, mask, bias)
@@ -125,45 +125,19 @@ def test_the_product_of_weight_and_mask_is_not_saved() -> None:
     assert x.data_ptr() not in saved([x, weight.detach(), mask, bias])
 
 
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_operators_are_well_formed(needs: tuple[bool, bool]) -> None:
-    for shape in ((3, 8), (2, 3, 8)):
-        x, weight, mask, bias = inputs(shape, 5, torch.float32)
-        x.requires_grad_(needs[0]), weight.requires_grad_(needs[1])
-        torch.library.opcheck(OPERATORS["masked_linear"].op, (x, weight, mask, bias))
-        transposed = weight.detach().t().contiguous().t().requires_grad_(needs[1])
-        torch.library.opcheck(OPERATORS["masked_linear"].op, (x, transposed, mask, None))
-        dy = torch.randn(*shape[:-1], 5)
-        backward = (dy, x.detach() if needs[1] else None, weight.detach(), mask, needs[0])
-        torch.library.opcheck(OPERATORS["masked_linear_backward"].op, backward)
-
-
-def test_compiles_whole() -> None:
-    x, weight, mask, bias = inputs((2, 3, 8), 5, torch.float32)
-    tensors = [t.requires_grad_() for t in (x, weight, bias)]
-
-    def step(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return masked_linear(x, weight, mask, bias).square()
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    here, there = (torch.autograd.grad(f(*tensors).sum(), tensors) for f in (step, compiled))
-    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda x, w, m, b: (x, w[0], m, b), "weight is torch.float32 of shape"),
+        (lambda x, w, m, b: (x, w[0], m, b), r"weight is torch.float32 of shape \(8,\)"),
         (lambda x, w, m, b: (x, w.int(), m, b), "weight is torch.int32"),
-        (lambda x, w, m, b: (x[:, 1:], w, m, b), r"x is torch.float32 of shape \(3, 7\); .*\(..., 8\)"),
+        (lambda x, w, m, b: (x[:, 1:], w, m, b), r"x is torch.float32 of shape \(3, 7\)"),
         (lambda x, w, m, b: (x.int(), w, m, b), "x is torch.int32"),
         (lambda x, w, m, b: (x[0, 0], w, m, b), r"x is torch.float32 of shape \(\)"),
         (lambda x, w, m, b: (x, w, m[0], b), r"mask is torch.bool of shape \(8,\)"),
         (lambda x, w, m, b: (x, w, m.float(), b), "mask is torch.float32"),
         (lambda x, w, m, b: (x, w, m, b[1:]), r"bias is torch.float32 of shape \(4,\)"),
         (lambda x, w, m, b: (x, w, m, b.bool()), "bias is torch.bool"),
-        (lambda x, w, m, b: (x, w, m.to("meta"), b), "mask is on meta; move it to cpu"),
+        (lambda x, w, m, b: (x, w, m.to("meta"), b), "mask is on meta"),
     ],
 )
 def test_bad_input(change: Callable[..., Any], message: str) -> None:

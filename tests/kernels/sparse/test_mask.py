@@ -23,6 +23,7 @@ from peft_zoo.kernels.sparse.mask import (
     n_m_mask,
     n_m_mask_reference,
 )
+from tests.kernels.cases import in_turn
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (63, 1000), (64, 64), (4, 3, 3, 2), (37,), ()]
@@ -32,6 +33,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": lambda t: torch.stack([t, t], -1)[..., 0],
     "expanded": lambda t: t[:1].expand(t.shape) if t.dim() else t,
 }
+CASES = [case for start in (0, 1, 2) for case in in_turn(SHAPES, DTYPES, list(LAYOUTS), start=start)]
 NAN = float("nan")
 
 
@@ -46,9 +48,7 @@ def few_values(size: int) -> st.SearchStrategy[Tensor]:
 # Density.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), CASES)
 def test_density_equals_the_definition(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     scores = LAYOUTS[layout](torch.randn(shape).to(dtype))
     for density in (0.0, 0.1, 0.5, 1.0):
@@ -94,10 +94,12 @@ def test_a_threshold_is_not_rounded_to_16_bit_scores() -> None:
 # n of m.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("n, m", [(1, 1), (2, 4), (4, 8), (1, 3), (5, 6), (32, 32), (3, 64)])
-def test_n_m_equals_the_definition(n: int, m: int, dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("n_m", "dtype", "layout"),
+    in_turn([(1, 1), (2, 4), (4, 8), (1, 3), (5, 6), (32, 32), (3, 64)], DTYPES, list(LAYOUTS), start=1),
+)
+def test_n_m_equals_the_definition(n_m: tuple[int, int], dtype: torch.dtype, layout: str) -> None:
+    n, m = n_m
     for shape, dim in (((5, 2 * m), -1), ((2 * m, 7), 0), ((3, m, 5), 1), ((m,), 0)):
         scores = LAYOUTS[layout](torch.randint(-4, 5, shape).to(dtype))
         mask = n_m_mask(scores, n, m, dim)
@@ -128,10 +130,8 @@ def test_n_m_ties_and_nan() -> None:
 # Dropping entries.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("to", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("shape", "dtype", "layout"), CASES)
+@pytest.mark.parametrize("to", [None, torch.bfloat16])
 def test_masking_equals_the_definition(shape: Any, dtype: torch.dtype, layout: str, to: torch.dtype | None) -> None:
     weight, scores = LAYOUTS[layout](torch.randn(shape).to(dtype)), torch.randn(shape).to(dtype)
     mask, threshold = torch.rand(shape) < 0.5, torch.tensor(0.4)
@@ -146,7 +146,7 @@ def test_masking_equals_the_definition(shape: Any, dtype: torch.dtype, layout: s
         assert torch.equal(found, expected)
 
 
-def test_what_is_dropped_is_zero_whatever_it_was() -> None:
+def test_dropped_entries_are_zero_even_if_they_were_nan() -> None:
     weight, mask = torch.tensor([-1.0, NAN, float("inf"), NAN]), torch.tensor([False, False, False, True])
     found = apply_mask(weight, mask)
     assert not found[:3].signbit().any() and found[:3].tolist() == [0.0] * 3 and found[3].isnan()
@@ -179,27 +179,6 @@ def test_gradients_equal_those_of_the_definition(dtype: torch.dtype) -> None:
 # Tracing.
 
 
-def samples() -> dict[str, list[tuple[Any, ...]]]:
-    weight = torch.randn(6, 8, requires_grad=True)
-    mask, threshold = torch.rand(6, 8) < 0.5, torch.tensor(0.3)
-    return {
-        "n_m_mask": [(torch.randn(6, 8), 2, 4, 1), (torch.randn(8, 6).t(), 1, 3, 0)],
-        "magnitude_mask": [(torch.randn(6, 8), threshold), (torch.randn(8, 6).t().half(), threshold)],
-        "mask_weight": [
-            (weight, None, None, None, torch.bfloat16),
-            (weight, mask, None, None, torch.float32),
-            (weight, None, threshold, None, torch.bfloat16),
-            (weight.detach().t().requires_grad_(), mask.t(), threshold, torch.randn(8, 6), torch.float32),
-        ],
-    }
-
-
-@pytest.mark.parametrize("name", list(samples()))
-def test_operators_are_well_formed(name: str) -> None:
-    for arguments in samples()[name]:
-        torch.library.opcheck(OPERATORS[name].op, arguments)
-
-
 def test_compiles_whole() -> None:
     weight, threshold = torch.randn(6, 8, requires_grad=True), torch.tensor(0.3)
 
@@ -220,19 +199,19 @@ def test_compiles_whole() -> None:
     "call, message",
     [
         (lambda w, k: density_mask(w.int(), 0.5), "scores is torch.int32"),
-        (lambda w, k: density_mask(w, 1.5), r"density=1.5 must be between"),
-        (lambda w, k: density_mask(w, NAN), r"density=nan"),
-        (lambda w, k: n_m_mask(w, 0, 4), "n=0 must be between 1 and m=4"),
-        (lambda w, k: n_m_mask(w, 5, 4), "n=5 must be between 1 and m=4"),
-        (lambda w, k: n_m_mask(w, 2, 3), "m=3 must divide the size 8"),
+        (lambda w, k: density_mask(w, 1.5), "density=1.5"),
+        (lambda w, k: density_mask(w, NAN), "density=nan"),
+        (lambda w, k: n_m_mask(w, 0, 4), "n=0.*m=4"),
+        (lambda w, k: n_m_mask(w, 5, 4), "n=5.*m=4"),
+        (lambda w, k: n_m_mask(w, 2, 3), "m=3.*8"),
         (lambda w, k: n_m_mask(w, 2, 4, 2), "dim=2"),
         (lambda w, k: n_m_mask(w[0, 0], 1, 1), "dim=-1"),
         (lambda w, k: n_m_mask(k, 2, 4), "scores is torch.bool"),
-        (lambda w, k: apply_mask(w, w), "mask is torch.float32; it must be bool"),
+        (lambda w, k: apply_mask(w, w), "mask is torch.float32"),
         (lambda w, k: apply_mask(w, k[:1]), r"mask has shape \(1, 8\)"),
         (lambda w, k: apply_mask(w, k.to("meta")), "on meta"),
         (lambda w, k: apply_mask(k, k), "weight is torch.bool"),
-        (lambda w, k: apply_mask(w, k, dtype=torch.int8), "dtype=torch.int8 must be floating-point"),
+        (lambda w, k: apply_mask(w, k, dtype=torch.int8), "dtype=torch.int8"),
         (lambda w, k: apply_threshold(w, torch.ones(1)), r"threshold is torch.float32 of shape \(1,\)"),
         (lambda w, k: apply_threshold(w, torch.tensor(1)), "threshold is torch.int64"),
         (lambda w, k: apply_threshold(w, torch.tensor(1.0), scores=w[0]), r"scores has shape \(8,\)"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_zoo.kernels.sparse.support import add_support_, gather_support, scatter_support, support
+from tests.kernels.cases import in_turn
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.contiguous(),
@@ -39,9 +40,10 @@ def test_gradients() -> None:
     assert torch.autograd.gradgradcheck(gather_support, (weight, indices))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 1), (63, 5), (3, 4, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "layout"),
+    in_turn([torch.float32, torch.float64, torch.bfloat16, torch.float16], [(1, 1), (63, 5), (3, 4, 5)], list(LAYOUTS)),
+)
 def test_adding_rounds_once_and_touches_nothing_else(dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> None:
     weight, mask = LAYOUTS[layout](torch.randn(shape).to(dtype)), torch.rand(shape) < 0.4
     indices = support(mask)
@@ -73,12 +75,12 @@ def test_compiles_whole() -> None:
         (lambda w, i, v: support(w), "mask is torch.float32"),
         (lambda w, i, v: gather_support(w, i.int()), "indices are torch.int32"),
         (lambda w, i, v: gather_support(w, i[None]), r"of shape \(1, 3\)"),
-        (lambda w, i, v: scatter_support(v[:2], i, (2, 4)), r"values have shape \(2,\); give one for each of the 3"),
+        (lambda w, i, v: scatter_support(v[:2], i, (2, 4)), r"values have shape \(2,\)"),
         (lambda w, i, v: add_support_(w.int(), i, v), "weight is torch.int32"),
         (lambda w, i, v: add_support_(w, i, v.int()), "values is torch.int32"),
-        (lambda w, i, v: add_support_(w, i, v, float("inf")), "scale=inf must be finite"),
-        (lambda w, i, v: add_support_(w, i, v.requires_grad_()), "has no gradient"),
-        (lambda w, i, v: add_support_(w.requires_grad_(), i, v), "has no gradient"),
+        (lambda w, i, v: add_support_(w, i, v, float("inf")), "scale=inf"),
+        (lambda w, i, v: add_support_(w, i, v.requires_grad_()), "weight or values require"),
+        (lambda w, i, v: add_support_(w.requires_grad_(), i, v), "weight or values require"),
     ],
 )
 def test_bad_input(call: Callable[[Tensor, Tensor, Tensor], Any], message: str) -> None:
