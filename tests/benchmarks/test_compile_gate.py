@@ -1,4 +1,4 @@
-"""The compile gate reads what compilers say, and lets nothing through that is slower than it was."""
+"""The compile gate reads the output of compilers and reports broken limits and kernels that became worse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ configurations = gate.configurations
 
 @pytest.fixture(autouse=True)
 def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, CompileSpec]:
-    """What the gate believes to be all that is shipped."""
+    """The configurations that the gate finds."""
     kernels: dict[str, CompileSpec] = {KEY[0]: small(), "new": small()}
     monkeypatch.setattr(gate, "configurations", lambda: kernels)
     return kernels
@@ -47,7 +47,7 @@ def saved(result: gate.Measured = GOOD) -> dict[str, object]:
 
 def test_a_log_of_ptxas() -> None:
     assert gate.read_log(LOG) == (128, 16)
-    with pytest.raises(ValueError, match="no registers"):
+    with pytest.raises(ValueError, match="ptxas"):
         gate.read_log("ptxas info    : 0 bytes gmem")
 
 
@@ -190,7 +190,18 @@ def small(**changes: object) -> CompileSpec:
     return replace(shipped, **changes)
 
 
-@pytest.mark.parametrize("capability", gate.CAPABILITIES)
+def documented() -> object:
+    @triton.jit
+    def twice(out_ptr, x_ptr, rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Doubles one value."""
+        tl.store(out_ptr, 2 * tl.load(x_ptr))  # and writes it
+
+    return twice
+
+
+@pytest.mark.parametrize(
+    "capability", [90, pytest.param(80, marks=pytest.mark.full), pytest.param(100, marks=pytest.mark.full)]
+)
 def test_a_kernel_within_the_limits(capability: int) -> None:
     measured = gate.measure(small(), capability)
     assert gate.broken_limits(measured, capability) == []
@@ -245,6 +256,11 @@ def test_what_the_table_knows_is_not_compiled_again(
     assert len(compiled) == 6, "another compiler"
 
 
+def test_a_fingerprint_depends_on_code_and_not_on_comments() -> None:
+    assert gate.fingerprint(small(kernel=documented()), 90) == gate.fingerprint(small(kernel=twice), 90)
+    assert gate.fingerprint(small(), 90) != gate.fingerprint(small(kernel=twice), 90)
+
+
 def test_a_compiler_that_crashes_gets_a_line() -> None:
     future: Future[gate.Result] = Future()
     future.set_exception(BrokenProcessPool("terminated abruptly"))
@@ -254,7 +270,7 @@ def test_a_compiler_that_crashes_gets_a_line() -> None:
 def test_two_kernels_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     twins = SimpleNamespace(compile_specs=lambda: [small(), small(num_warps=8)])
     monkeypatch.setattr(gate.importlib, "import_module", lambda name: twins)
-    with pytest.raises(ValueError, match="a second configuration is named 'centre'"):
+    with pytest.raises(ValueError, match="'centre'"):
         configurations.__wrapped__()
 
 
