@@ -25,7 +25,7 @@ from peft_zoo.kernels.low_rank.quantized import Codebook, DecomposeOptions, quan
 from peft_zoo.kernels.normal_float.quantize import NFConfig, packed_bits, quantize
 from peft_zoo.kernels.planning.bits import GRIDS, fitting, matrix_errors, plan_bits
 from peft_zoo.lq_lora import NFLinear
-from tests.adapters.lq_lora.samples import TARGETS, TOKENS, adapted, base, layers, logits, train
+from tests.adapters.lq_lora.samples import GRID, TARGETS, TOKENS, adapted, base, layers, logits, train
 
 WITHOUT = "ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning"
 CLONED = "ignore:Without keep_init=True the initial factors:UserWarning"
@@ -421,7 +421,7 @@ def test_what_does_not_say_its_base_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_sha256": None, "lq_state": "decomposed"}))
     model = adapted()
     out = logits(model)
-    with pytest.raises(ValueError, match="base_sha256.*model"):
+    with pytest.raises(ValueError, match=r"base_sha256.*model"):
         model.load_adapter(tmp_path, "other")
     assert torch.equal(logits(model), out)
     with pytest.raises(ValueError, match="base_sha256=None"):
@@ -432,7 +432,7 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path) -> None:
     adapted(seed=1).save_pretrained(tmp_path)
     model = adapted()
     out, keys = logits(model), model.state_dict().keys()
-    with pytest.raises(ValueError, match="base_sha256.*model"):
+    with pytest.raises(ValueError, match=r"base_sha256.*model"):
         model.load_adapter(tmp_path, "other")
     assert model.state_dict().keys() == keys and torch.equal(logits(model), out)
 
@@ -497,7 +497,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         del tensors[name]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="v_proj: .*base_sha256" if damage == "flipped" else "codes is missing"):
+    with pytest.raises(ValueError, match=r"v_proj: .*base_sha256" if damage == "flipped" else "codes is missing"):
         PeftModel.from_pretrained(base(), tmp_path)
 
 
@@ -610,3 +610,29 @@ def test_a_base_that_others_have_quantized_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         PeftModel.from_pretrained(model, tmp_path)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+# ---- the user's configuration ----
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear", "keep_init": "nf8", "save_base": "none"},
+        {"budget_bits": 6.0, "budget_scope": "base+lora", "rank_options": [2, 4], "qconfig_grid": GRID},
+    ],
+    ids=str,
+)
+def test_using_a_configuration_does_not_change_it(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Nor does it make a second model another one than a fresh configuration would."""
+    config = LqLoraConfig(**{"r": 8, "target_modules": TARGETS, "keep_init": True, **fields})
+    before, models = copy.deepcopy(config), []
+    for seed, used in ((0, config), (1, config), (1, copy.deepcopy(config))):
+        models.append(get_peft_model(base(seed), used).eval())
+        train(models[-1], 1)
+        models[-1].save_pretrained(tmp_path / str(len(models)))
+        models[-1].add_adapter("other", config)
+        assert vars(used) == vars(before)
+    second, third = (model.peft_config["default"] for model in models[1:])
+    assert second == third and second.base_sha256 != models[0].peft_config["default"].base_sha256
+    assert torch.equal(logits(models[1]), logits(models[2]))

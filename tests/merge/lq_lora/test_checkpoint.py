@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on(stage: str, folder: Path, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(folder, tmp_path / "out", config())
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="out.partial"):
+    with pytest.raises(ValueError, match=r"out.partial"):
         quantize_checkpoint(folder, tmp_path / "out", config(r=4))
     quantize_checkpoint(folder, tmp_path / "out", config())
     assert len(calls) == 4 + 14 - 3
@@ -142,9 +142,9 @@ def test_weights_count(folder: Path, tmp_path: Path) -> None:
         quantize_checkpoint(folder, tmp_path / "out", config(), importance=found)
     with pytest.raises(ValueError, match="device='cuda:9'"):
         quantize_checkpoint(folder, tmp_path / "out", config(), device="cuda:9")
-    with pytest.raises(ValueError, match="^device='foo'"):
+    with pytest.raises(ValueError, match=r"^device='foo'"):
         quantize_checkpoint(folder, tmp_path / "out", config(), device="foo")
-    with pytest.raises(ValueError, match="importance of .* missing"):
+    with pytest.raises(ValueError, match=r"importance of .* missing"):
         quantize_checkpoint(folder, tmp_path / "out", config(**fields))
     quantize_checkpoint(folder, tmp_path / "out", config(**fields), importance=found)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

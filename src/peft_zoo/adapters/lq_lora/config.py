@@ -52,6 +52,10 @@ def nf_config(value: Any) -> NFConfig:
     return config
 
 
+def _default_qconfig() -> list[int | str]:
+    return [4, 4, "bf16", 32, 256]
+
+
 @dataclass
 class LqLoraConfig(ZooLoraConfig):
     """Configuration of LQ-LoRA: a LoRA whose base layers are quantized, and whose factors start at what that loses.
@@ -94,7 +98,7 @@ class LqLoraConfig(ZooLoraConfig):
         "base", "Weights that the budget counts: 'base', or 'base+lora' with A and B in 16 bits."
     )
     qconfig: str | list[int | str] = field(
-        default_factory=lambda: [4, 4, "bf16", 32, 256],
+        default_factory=_default_qconfig,
         metadata={
             "help": "Quantization config without a budget: 'nf3', 'nf4', or [bits, scale bits, dtype of group scales, "
             "block size, blocks per group]."

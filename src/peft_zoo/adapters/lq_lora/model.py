@@ -75,8 +75,8 @@ class LqLoraModel(ZooLoraModel):
         for name in digests if others else present:
             if present.get(name) != digests[name]:
                 raise ValueError(
-                    f"base_sha256: this adapter belongs to another quantized weight of {name} than the model's; load it "
-                    "onto its own base model."
+                    f"base_sha256: this adapter belongs to another quantized weight of {name} than the model's; load "
+                    "it onto its own base model."
                 )
         if others:
             warn_untargeted(dict(_layers(self.model)), present.keys() - digests.keys())
@@ -165,7 +165,7 @@ class LqLoraModel(ZooLoraModel):
         return self._rebuilt.pop(name, layer), None
 
     def _initial_factors(self, layer: LqLinear) -> Factors | None:
-        """Returns the factors that a further adapter starts from: the initial ones if kept, else the first adapter's."""
+        """Returns the factors that a further adapter starts from: initial ones if kept, else the first adapter's."""
         initial = layer.quantized.initial
         if initial is not None or not layer.lora_A:
             return initial
@@ -184,7 +184,7 @@ class LqLoraModel(ZooLoraModel):
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Injects as peft does, with the plan and checksums in a copy of the configuration that belongs to the model."""
+        """Injects as peft does; the plan and checksums go into the model's own copy of the configuration."""
         self._rebuilt = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -242,7 +242,7 @@ class LqLoraModel(ZooLoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Selects a LoRA's tensors plus the quantized weights, merged or not, or their hashes with `save_base="none"`."""
+        """Selects a LoRA's tensors and the quantized weights, also while merged, or hashes with `save_base="none"`."""
         config.check_save_base()
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix = PREFIX if isinstance(model, PeftModel) else ""

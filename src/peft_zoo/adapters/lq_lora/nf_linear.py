@@ -184,7 +184,7 @@ class NFLinear(nn.Linear):
         return layer
 
     def to_floating(self, weight: Tensor) -> nn.Module:
-        """Returns an `nn.Linear` or `Conv1D`, as before quantization, with this bias and a weight given as `(out, in)`."""
+        """Returns an `nn.Linear` or `Conv1D`, as before quantization, with this bias and a weight `(out, in)`."""
         layer: Any
         if self.transposed:
             layer = Conv1D(1, 1)
@@ -278,7 +278,7 @@ def unpack_initial_factors(packed: NFTensor, shape: tuple[int, int]) -> Factors:
 
 
 def nf8_rank(num_words: int, shape: tuple[int, int]) -> int:
-    """Returns the rank of 8-bit factors from the number of 32-bit words of their codes; up to three codes are padding."""
+    """Returns the rank of 8-bit factors whose codes take `num_words` 32-bit words, with up to three padding codes."""
     return 4 * num_words // sum(shape)
 
 

@@ -200,8 +200,8 @@ def _check_merge(tuner: BaseTuner) -> None:
         unsupported = isinstance(layer, BaseTunerLayer) and layer.quantization_backend is None
         if unsupported and not isinstance(layer, LqLinear) and isinstance(layer.get_base_layer(), NFLinear):
             raise ValueError(
-                f"{name}: peft cannot merge a {type(tuner).__name__} into a quantized weight; load the base again, call "
-                "its `.dequantize()`, and load the adapter onto it."
+                f"{name}: peft cannot merge a {type(tuner).__name__} into a quantized weight; load the base again, "
+                "call its `.dequantize()`, and load the adapter onto it."
             )
 
 

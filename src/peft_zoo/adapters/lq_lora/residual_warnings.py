@@ -53,7 +53,7 @@ def warn_weight_sum(layers: Layers, weights: Sequence[float]) -> None:
     """Warns that the weights of a combined adapter do not add up to 1."""
     if layers and abs(sum(weights) - 1) > 1e-6:
         warnings.warn(
-            f"weights={weights!r}: each adapter contains the low-rank part of the base weights, so the new one contains "
-            f"it {sum(weights):g} times; give weights that add up to 1.",
+            f"weights={weights!r}: each adapter contains the low-rank part of the base weights, so the new one has it "
+            f"{sum(weights):g} times; give weights that add up to 1.",
             stacklevel=3,
         )

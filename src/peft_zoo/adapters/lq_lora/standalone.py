@@ -1,6 +1,6 @@
 """Standalone quantized models: folders that transformers loads without the base model, once `peft_zoo` is imported.
 
-`standalone` converts a model with an LQ-LoRA adapter. Each target layer becomes Q, in packed bits, plus a low-rank part::
+`standalone` converts a model with an LQ-LoRA adapter. A target layer becomes Q, in packed bits, plus a low-rank part::
 
     y = x (Q + B A)^T + b
 
@@ -51,8 +51,8 @@ class NFkHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise ValueError(
-                "quantization_config=NFkConfig(...) quantizes nothing: load the model in floating-point, quantize it with "
-                "`get_peft_model(model, LqLoraConfig(...))`, and convert it with `peft_zoo.lq_lora.standalone`."
+                "quantization_config=NFkConfig(...) quantizes nothing: load the model in floating-point, quantize it "
+                "with `get_peft_model(model, LqLoraConfig(...))`, and convert it with `peft_zoo.lq_lora.standalone`."
             )
         self._expected: dict[str, Tensor] = {}  # tensors that files have to fill, by name in the model
 

@@ -83,7 +83,7 @@ def check_names(config: LqLoraConfig, quantized: Collection[str]) -> None:
     missing = sorted((config.base_sha256 or {}).keys() - set(quantized))
     if missing:
         raise ValueError(
-            f"base_sha256 names {missing[0]!r} (and {len(missing) - 1} more), which is no quantized linear layer of this model; "
+            f"base_sha256 names {missing[0]!r} (and {len(missing) - 1} more), which is no quantized layer here; "
             "load the adapter onto the base model that it was trained on."
         )
 

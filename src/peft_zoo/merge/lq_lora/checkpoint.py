@@ -64,8 +64,8 @@ def quantize_checkpoint(
 
     Args:
         folder: Model saved by transformers, in floating-point: `config.json` and safetensors, sharded or not.
-        out_dir: A folder that does not exist or is empty; written atomically. `from_pretrained` loads it once `peft_zoo`
-            is imported; tokenizer and other files are copied.
+        out_dir: A folder that does not exist or is empty; written atomically. `from_pretrained` loads it once
+            `peft_zoo` is imported; tokenizer and other files are copied.
         config: As for `get_peft_model`; unchanged. Fields of an adapter that is trained later have no effect here.
         importance: Importance weights by module name, from `preprocess_lq_lora`, if `config.weighting` needs them.
         device: Device of the decomposition.
@@ -152,7 +152,7 @@ def unquantized_summary(folder: str | Path) -> UnquantizedSummary:
         ...     model.save_pretrained(folder)
         ...     found = unquantized_summary(folder)
         >>> found.tensors, found.largest
-        (14, 'transformer.h.0.mlp.c_fc.weight')
+        (15, 'transformer.h.0.mlp.c_fc.weight')
     """
     with Checkpoint(folder) as source:
         tensors = {key: info for key, info in source.tensors.items() if key.rpartition(".")[2] not in NFLinear.ALL}
