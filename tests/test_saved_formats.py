@@ -33,7 +33,7 @@ from peft_zoo import (
     SqueezeLoraConfig,
     WatermarkLoraConfig,
 )
-from peft_zoo.calibration.fisher import load_weights
+from peft_zoo.calibration.fisher import load_importance
 from peft_zoo.calibration.moments import load_moments
 from peft_zoo.io import open_adapter
 from peft_zoo.kernels.random_matrix.basis import UNIFORM, fill_basis
@@ -280,7 +280,7 @@ def test_a_half_quantized_checkpoint_is_completed(copied: Callable[[str], Path])
     config = LqLoraConfig(r=4, target_modules=LINEAR, **fields)
     out = partial.with_name("half")
     if peft_zoo.__version__ != state["version"]:
-        with pytest.raises(ValueError, match="what another call left"):
+        with pytest.raises(ValueError, match="another model or other settings"):
             quantize_checkpoint(source, out, config, max_shard_bytes=20_000)
         (partial / "state.json").write_text(json.dumps({**state, "version": peft_zoo.__version__}))
     worked_on: list[tuple[str, str]] = []
@@ -308,12 +308,12 @@ def test_a_half_quantized_checkpoint_is_completed(copied: Callable[[str], Path])
 
 
 def test_importance_weights_load() -> None:
-    """`load_weights` gives the tensors that `save_weights` was given, and those of a real model."""
-    exact = load_weights(SAVED / "weights_exact.safetensors")
+    """`load_importance` gives the tensors that `save_importance` was given, and those of a real model."""
+    exact = load_importance(SAVED / "weights_exact.safetensors")
     assert list(exact) == ["a.b", "c"]
     for both in exact.values():
         assert_same_bits(both._asdict(), {"row": numbers(8, seed=1).abs(), "column": numbers(4, seed=2).abs()})
-    found = load_weights(SAVED / "weights.safetensors")
+    found = load_importance(SAVED / "weights.safetensors")
     parts = {f"{name}.{part}": tensor for name, both in found.items() for part, tensor in both._asdict().items()}
     assert_same_bits(parts, load_file(SAVED / "weights.safetensors"))
     assert {len(both.row) for both in found.values()} == {16}

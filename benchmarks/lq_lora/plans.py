@@ -89,21 +89,21 @@ def _shares(values: Tensor, configs: Sequence[NFConfig]) -> Any:
 def measure_plans(sizes: Sizes, repeats: int, highs_seconds: float) -> list[Row]:
     """A row for each budget: ours, and HiGHS unless it has no time or is not installed."""
     tables = synthetic_tables(sizes, WAYS)
-    numbers = sum(math.prod(shape) for shape in shapes(sizes).values())
+    num_weights = sum(math.prod(shape) for shape in shapes(sizes).values())
     rows = []
     for budget in BUDGETS:
-        choices, found = plan_bits(tables, budget, numbers)
+        choices, found = plan_bits(tables, budget, num_weights)
         error, bound = sum(choice.error for choice in choices.values()), -found.bound
         row: Row = {"method": f"plan_bits, {budget:g} bits", "matrices": len(tables), "budget": budget}
-        if wrong := wrong_plan(tables, choices, error, budget * numbers, (-found.value, bound)):
+        if wrong := wrong_plan(tables, choices, error, budget * num_weights, (-found.value, bound)):
             rows.append(row | {"wrong": wrong})
             continue
-        step = functools.partial(plan_bits, tables, budget, numbers)
+        step = functools.partial(plan_bits, tables, budget, num_weights)
         seconds = common.interleaved({"": step}, repeats, torch.device("cpu"))[""]
         row |= {"seconds": statistics.median(seconds), "seconds_best": min(seconds), "seconds_all": seconds}
-        row |= {"gap_percent": 100 * (error / bound - 1), "bits": _bits(choices) / numbers}
+        row |= {"gap_percent": 100 * (error / bound - 1), "bits": _bits(choices) / num_weights}
         if highs_seconds and importlib.util.find_spec("scipy"):
-            row["highs"] = highs(tables, budget, numbers, bound, highs_seconds)
+            row["highs"] = highs(tables, budget, num_weights, bound, highs_seconds)
         rows.append(row)
         print(*cells(row), sep="  ", file=sys.stderr, flush=True)
     return rows
@@ -133,7 +133,7 @@ def wrong_plan(
 
 
 def highs(
-    tables: Mapping[str, MatrixErrors], budget: float, numbers: int, bound: float, seconds: float
+    tables: Mapping[str, MatrixErrors], budget: float, num_weights: int, bound: float, seconds: float
 ) -> dict[str, Any]:
     """The plan of scipy's HiGHS, which has so many seconds; a binary variable for every choice."""
     import scipy.optimize
@@ -143,7 +143,7 @@ def highs(
         np.array([[getattr(c, key) for c in table] for table in tables.values()]) for key in ("error", "bits")
     )
     once = scipy.sparse.kron(scipy.sparse.eye_array(len(errors)), np.ones((1, errors.shape[1])), format="csr")
-    spent = scipy.sparse.csr_array(bits.reshape(1, -1) / numbers)  # near 1: the solver is content within 1e-6
+    spent = scipy.sparse.csr_array(bits.reshape(1, -1) / num_weights)  # near 1: the solver is content within 1e-6
     start = time.perf_counter()
     solution = scipy.optimize.milp(
         errors.ravel() * (1e3 / bound),
@@ -155,7 +155,7 @@ def highs(
     row: Row = {"seconds": time.perf_counter() - start, "finished": solution.status == 0, "gap_percent": None}
     if solution.x is not None:
         chosen = np.arange(len(errors)), solution.x.reshape(errors.shape).argmax(1)
-        row |= {"gap_percent": 100 * (errors[chosen].sum() / bound - 1), "bits": bits[chosen].sum() / numbers}
+        row |= {"gap_percent": 100 * (errors[chosen].sum() / bound - 1), "bits": bits[chosen].sum() / num_weights}
     return row
 
 
@@ -168,7 +168,7 @@ HEADER = (
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text; one that is wrong has no numbers."""
+    """A row as text; one that is wrong has no num_weights."""
     if "wrong" in row:
         return row["method"], "wrong", *["-"] * (len(HEADER) - 2)
     own = f"{row['seconds']:.3f}", f"{row['seconds_best']:.3f}", f"{row['gap_percent']:.4f}", f"{row['bits']:.5f}"

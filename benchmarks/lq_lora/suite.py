@@ -34,7 +34,7 @@ from benchmarks.kernels.case import H100, Case, Work, random_tensor
 from benchmarks.lq_lora import loftq
 from benchmarks.lq_lora import plans as lq_lora_plans
 from benchmarks.lq_lora.plans import QUICK, Row, Sizes, definition
-from peft_zoo.kernels.low_rank.quantized import quantized_low_rank
+from peft_zoo.kernels.low_rank.quantized import DecomposeOptions, quantized_low_rank
 from peft_zoo.kernels.normal_float.quantize import NFConfig, packed_bits
 from peft_zoo.kernels.planning.bits import GRIDS, MatrixErrors, matrix_errors
 
@@ -98,7 +98,8 @@ class Method:
 
 
 def _ours(iterations: int, **options: Any) -> Callable[[Tensor, int], Any]:
-    return lambda W, rank: quantized_low_rank(W, rank, NF4, iterations=iterations, **options)
+    chosen = DecomposeOptions(iterations=iterations, **options)
+    return lambda W, rank: quantized_low_rank(W, rank, NF4, chosen)
 
 
 def _read_ours(W: Tensor, found: Any) -> Parts:
@@ -205,7 +206,7 @@ def wrong_table(W: Tensor, rank: int, configs: Sequence[NFConfig], table: Matrix
     if [(c.config, c.bits) for c in table] != [(config, packed_bits(config, W.numel())) for config in configs]:
         return "its ways are not those of the grid"
     way = configs[-1]._replace(bits=4)
-    found = quantized_low_rank(W, rank, way, iterations=1)
+    found = quantized_low_rank(W, rank, way, DecomposeOptions(iterations=1))
     parts = Parts(definition(found.Q, way, W.shape), (found.B, found.A), 0.0)
     said, measured = table[configs.index(way)].error, parts.measured(W) * W.double().norm().item()
     right = math.isclose(math.sqrt(said), measured, rel_tol=1e-3)

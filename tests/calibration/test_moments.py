@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_zoo import SnellConfig
 from peft_zoo.calibration import moments as calibration
+from peft_zoo.calibration import rows as calibration_rows
 from peft_zoo.calibration.moments import Moments, calibrate, collect_moments, load_moments, merge_moments, save_moments
 from tests.adapters.models import Wrapped, fresh, inputs
 
@@ -167,7 +168,7 @@ def test_batches_one_by_one_are_one_big_batch(layer: nn.Module, kind: Any, monke
     model, x = wrapped(layer), torch.randn(7, 3, 5, 6)
     whole = calibrate(model, [x], kind=kind, outputs=True)
     assert_same(calibrate(model, x.split(2), kind=kind, outputs=True), whole)
-    monkeypatch.setattr(calibration, "CHUNK", 40)  # a few rows at a time, or one sample
+    monkeypatch.setattr(calibration_rows, "CHUNK", 40)  # a few rows at a time, or one sample
     assert_same(calibrate(model, [x], kind=kind, outputs=True), whole)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from peft_zoo import LqLoraConfig
 from peft_zoo.cli.main import main
-from peft_zoo.lq_lora import preprocess_lq_lora, save_weights
-from peft_zoo.merge.lq_lora.checkpoint import left_as_it_was, quantize_checkpoint
+from peft_zoo.lq_lora import preprocess_lq_lora, save_importance
+from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint, unquantized_summary
 from tests.adapters.lq_lora.samples import TOKENS, base
 from tests.cli.test_main import untouched_process
 
@@ -37,11 +37,11 @@ def test_it_writes_what_the_library_writes(here: Path, capsys: pytest.CaptureFix
     assert digest("out") == digest("again")
     worst = max(rows, key=lambda row: row.error)
     assert f"{worst.error:.4f}  {worst.bits:.2f} bits  {worst.name}" in text
-    bits = sum(row.bits * row.numbers for row in rows) / sum(row.numbers for row in rows)
-    left = left_as_it_was("out")
+    bits = sum(row.bits * row.num_weights for row in rows) / sum(row.num_weights for row in rows)
+    left = unquantized_summary("out")
     total = sum(p.numel() for p in base().parameters())
-    assert left.numbers == total - sum(row.numbers for row in rows) and left.nbytes == 4 * left.numbers
-    assert f"as it was   {left.numbers:,} numbers in 7 tensors, 0.0 MB; the largest is " in text
+    assert left.num_weights == total - sum(row.num_weights for row in rows) and left.nbytes == 4 * left.num_weights
+    assert f"as it was   {left.num_weights:,} weights in 7 tensors, 0.0 MB; the largest is " in text
     assert "matrices    14 with" in text and f"{bits:.3f} a number, and a part of rank 4" in text
 
 
@@ -62,7 +62,7 @@ def test_ways_can_be_said_in_words(here: Path) -> None:
 
 def test_weights_from_a_file(here: Path) -> None:
     config = LqLoraConfig(r=4, target_modules="all-linear", weighting="activation")
-    save_weights("w.safetensors", preprocess_lq_lora(base(), config, [{"input_ids": TOKENS}]))
+    save_importance("w.safetensors", preprocess_lq_lora(base(), config, [{"input_ids": TOKENS}]))
     fields = ["--set", "r=4", "--set", "weighting=activation"]
     assert main(["quantize", "model", "out", "--weights", "w.safetensors", *fields]) == 0
     assert main(["quantize", "model", "plain", "--set", "r=4"]) == 0
@@ -78,11 +78,11 @@ def test_weights_from_a_file(here: Path) -> None:
         (["model", "out", "--budget", "3"], "did you mean --budget-bits?"),
         (["model", "model"], "is not an empty folder"),
         (["nothing", "out"], "not a file"),
-        (["model", "out", "--weights", "model/config.json"], "was not written by save_weights"),
-        (["model", "out", "--device", "abacus"], "peft-zoo: device='abacus' is none that torch knows; use 'cpu' or"),
-        (["model", "out", "--set", "lq_state=decomposed"], "lq_state='decomposed': it is for loading"),
-        (["model", "out", "--set", 'base_sha256={"a": "b"}'], "it names matrices that are quantized already"),
-        (["model", "out", "--set", "init_lora_weights=false"], "it would quantize nothing"),
+        (["model", "out", "--weights", "model/config.json"], "was not written by save_importance"),
+        (["model", "out", "--device", "abacus"], "peft-zoo: device='abacus'"),
+        (["model", "out", "--set", "lq_state=decomposed"], "lq_state='decomposed'"),
+        (["model", "out", "--set", 'base_sha256={"a": "b"}'], "base_sha256="),
+        (["model", "out", "--set", "init_lora_weights=false"], "init_lora_weights=False"),
     ],
     ids=lambda value: None if isinstance(value, list) else value,
 )

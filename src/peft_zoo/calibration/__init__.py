@@ -2,4 +2,16 @@
 
 from peft_zoo.common.lazy import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, {"peft_zoo.calibration.moments": ["calibrate"]})
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "peft_zoo.calibration.moments": [
+            "Moments",
+            "calibrate",
+            "collect_moments",
+            "load_moments",
+            "merge_moments",
+            "save_moments",
+        ]
+    },
+)

@@ -1,4 +1,4 @@
-"""Second moments of what enters adapted modules and of what their adapters add, for compression that knows the data.
+"""Second moments of the inputs of adapted modules and of their adapters' outputs, for data-aware compression.
 
 Minimising `E|(ΔW − ΔW') x|²` instead of `|ΔW − ΔW'|²` takes `C = E[x xᵀ]` of each module's inputs: the error is
 `tr((ΔW − ΔW') C (ΔW − ΔW')ᵀ)`, as in CorDA (arXiv 2406.05223, sec. 3.2). Forward hooks sum x xᵀ while the model runs.
@@ -8,52 +8,52 @@ A row x is a token of a linear layer (transformers' `Conv1D` too), a patch of a 
 `ΔW x = s·B·A·x`, so only the (r, r) moment of z = A x is summed, and `E[ΔW x (ΔW x)ᵀ] = s² B E[z zᵀ] Bᵀ` in the end.
 
 Cost per row and module: n multiplications for the diagonal of n inputs, n² for all, n·r for outputs. Memory: float64
-sums of 8n or 8n² bytes a module (128 MiB for n = 4096), whatever the number of batches, and 64 MiB or one sample's
-patches in float32, which is what rows are multiplied in, whatever the precision of the model or of autocast.
+sums of 8n or 8n² bytes per module (128 MiB for n = 4096), whatever the number of batches, and 64 MiB or one sample's
+patches in float32, the precision of the products whatever the dtype of the model or of autocast.
 
 Several processes calibrate each on its own data with its own whole model, without the DDP wrapper; `merge_moments`
-joins what they find. Sharded parameters (FSDP, ZeRO-3) are not supported.
+joins their results. Sharded parameters (FSDP, ZeRO-3) are not supported.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peft_zoo.calibration.collector import Hook, Sums, adapted_layers, forward_hooks, full_precision
+from peft_zoo.calibration.rows import convolution_patches, linear_rows, select_rows
 from peft_zoo.common.modules import evaluation_mode
 
 Kind = Literal["diagonal", "full"]
 FIELDS = ("inputs", "outputs")
-CHUNK = 2**24  # elements that are widened to float32 at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What calibration finds for one module; float32.
+    """Second moments of one module, in float32, as `calibrate` returns them.
 
     Attributes:
-        inputs: E[x xᵀ], its diagonal `(in,)` or all of it `(in, in)`; `in` counts in · |kernel| for a convolution. Of
-            an embedding always the diagonal, the share of each token: the rest is zero. None if not asked for.
-        outputs: E[ΔW x (ΔW x)ᵀ], `(out,)` or `(out, out)`, with the scale and without any `lora_bias`. None likewise.
-        count: Rows seen.
+        inputs: E[x xᵀ]: its diagonal `(in,)`, or the whole matrix `(in, in)`; `in` is in · |kernel| for a convolution.
+            For an embedding always the diagonal, the share of each token: the rest is zero. None if not requested.
+        outputs: E[ΔW x (ΔW x)ᵀ], `(out,)` or `(out, out)`, including the scale but not `lora_bias`. None if not
+            requested.
+        count: Number of rows seen.
+
+    Examples:
+        >>> Moments(torch.ones(4), None, count=10).inputs.shape
+        torch.Size([4])
     """
 
     inputs: Tensor | None
@@ -73,12 +73,34 @@ def calibrate(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = "cpu",
 ) -> dict[str, Moments]:
-    """Run a model over batches, in evaluation mode and without gradients, and return its modules' moments.
+    """Runs a model over batches, in evaluation mode and without gradients, and returns moments by module name.
 
-    A batch is for `model(**batch)` if it is a mapping, `model(*batch)` if a tuple or list, else `model(batch)`, or for
-    `forward(model, batch)` if given; it is not moved to the model's device. A mapping's `attention_mask` of two
-    dimensions becomes `MomentCollector.mask`. Everything else is as in `collect_moments`, errors included. Afterwards,
-    errors included, each module is in the mode in which it was.
+    Args:
+        model: A `PeftModel`, or a model that peft has injected adapters into. Modules get their modes back, also when
+            an error is raised.
+        batches: Each is passed as `model(**batch)` if it is a mapping, `model(*batch)` if a tuple or list, else
+            `model(batch)`. Batches are not moved to the model's device. A mapping's two-dimensional `attention_mask`
+            becomes `MomentCollector.mask`.
+        kind: As in `collect_moments`.
+        inputs: As in `collect_moments`.
+        outputs: As in `collect_moments`.
+        modules: As in `collect_moments`.
+        adapter_name: As in `collect_moments`.
+        forward: Function `(model, batch)` that runs the model instead.
+        device: As in `collect_moments`.
+
+    Raises:
+        ValueError: As `collect_moments`.
+        NotImplementedError: As `collect_moments`.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_zoo import calibrate
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> found = calibrate(model, [torch.ones(5, 4)])
+        >>> found["0"].count, found["0"].inputs
+        (5, tensor([1., 1., 1., 1.]))
     """
     options: dict[str, Any] = {"kind": kind, "inputs": inputs, "outputs": outputs, "modules": modules}
     with (
@@ -104,111 +126,116 @@ def collect_moments(
     adapter_name: str = "default",
     device: torch.device | str | None = "cpu",
 ) -> Iterator[MomentCollector]:
-    """Collect moments while a block of code runs the model in its own way.
+    """Collects moments while a block of code runs the model.
 
     Args:
-        model: A `PeftModel`, or a model that peft has put adapters into. Factors should not change meanwhile.
-        kind: "diagonal" for the second moment of each feature, "full" for those of all pairs.
+        model: A `PeftModel`, or a model that peft has injected adapters into. The factors must not change meanwhile.
+        kind: `"diagonal"` for the second moment of each feature, `"full"` for those of all pairs of features.
         inputs: Whether to collect moments of inputs.
         outputs: Whether to collect moments of a LoRA's own outputs.
-        modules: Names of modules to watch, as in the result; None for all that the adapter has.
-        adapter_name: The adapter; it must be active, for with other adapters modules see other inputs.
-        device: Where sums are kept and results given; None for where each module runs, faster for full moments.
+        modules: Names of modules to collect from, as in the result; None for all modules that have the adapter.
+        adapter_name: The adapter; it must be active, since modules see other inputs with other adapters.
+        device: Device of the sums and results; None for the device of each module, faster for full moments.
 
     Yields:
-        What fills as the model runs. Its hooks are removed when the block ends, however it ends.
+        A collector whose `moments()` gives the result. Its hooks are removed when the block ends or raises.
 
     Raises:
-        ValueError: If an argument does not fit the model; as it runs, if a module meets NaN or infinity.
-        NotImplementedError: If a module's rows or outputs are not defined here; as it runs, if batches mix adapters.
+        ValueError: If an argument does not fit the model; in the block, if a module's inputs are not finite.
+        NotImplementedError: If a module's rows or outputs are not defined here; in the block, if a batch mixes
+            adapters.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> with collect_moments(model, kind="full") as collector:
+        ...     _ = model(torch.ones(5, 4))
+        >>> collector.moments()["0"].inputs.shape
+        torch.Size([4, 4])
     """
     if kind not in ("diagonal", "full"):
         raise ValueError(f"kind={kind!r}: use 'diagonal' or 'full'")
     if not (inputs or outputs):
         raise ValueError("inputs=False and outputs=False: there is nothing to collect; set one of them to True")
-    layers = _adapted_layers(model, adapter_name, modules)
-    sums = [_Sums(name, layer, adapter_name, kind, inputs, outputs, device) for name, layer in layers.items()]
+    layers = adapted_layers(model, adapter_name, modules)
+    sums = [_LayerMoments(name, layer, adapter_name, kind, inputs, outputs, device) for name, layer in layers.items()]
     collector = MomentCollector(sums)
-    handles = [each.layer.register_forward_hook(collector._hook(each), with_kwargs=True) for each in sums]
-    try:
+    with forward_hooks((each.layer, collector._hook(each)) for each in sums):
         yield collector
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class MomentCollector:
-    """What `collect_moments` yields.
+    """Collector of moments that `collect_moments` yields.
 
     Attributes:
-        mask: Which tokens of the batches that follow count: (batch, length), zero for padding; None for all of them.
+        mask: Which tokens of the following batches count: `(batch, length)`, zero for padding; None for all of them.
             It applies to rows laid out as (batch, length, …) or (batch · length, …), so not to pooled outputs or a
             decoder (unless it happens to be as long as the encoder), and never to convolutions.
     """
 
-    def __init__(self, sums: list[_Sums]) -> None:
+    def __init__(self, sums: list[_LayerMoments]) -> None:
         self._sums = sums
         self.mask: Tensor | None = None
 
     def moments(self) -> dict[str, Moments]:
-        """Moments so far by module's name in the base model; in an adapter file `base_model.model.` stands before it.
+        """Returns moments by module name in the base model; adapter files put `base_model.model.` before it.
 
         Raises:
             ValueError: If a module has seen no rows.
         """
         return {sums.name: sums.moments() for sums in self._sums}
 
-    def _hook(self, sums: _Sums) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _hook(self, sums: _LayerMoments) -> Hook:
+        def add_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["x"]
             if kwargs.get("adapter_names") is not None:
                 raise NotImplementedError(f"module {sums.name!r}: a batch mixes adapters; run one adapter at a time")
-            # Sums made in inference mode could not be added to outside; autocast would multiply in half precision.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                sums.see(x, self.mask)
+            with full_precision(x.device.type):
+                sums.add_rows(x, self.mask)
 
-        return see
+        return add_rows
 
 
-@dataclass
-class _Sums:
-    """Sums over the rows of one module: of x xᵀ, and as "core" of z zᵀ."""
+class _LayerMoments(Sums):
+    """Sums over the rows of one adapted layer: "inputs" of x xᵀ, and "core" of z zᵀ with z = A x."""
 
-    name: str
-    layer: Any
-    adapter: str
-    kind: Kind
-    inputs: bool
-    outputs: bool
-    device: torch.device | str | None
-    count: int = 0
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    convolution: Any = None
-
-    def __post_init__(self) -> None:
-        layer, base, adapter = self.layer, self.layer.get_base_layer(), self.adapter
-        refusal = f"module {self.name!r} ({type(base).__name__}) cannot be calibrated; leave it out with modules="
+    def __init__(
+        self,
+        name: str,
+        layer: Any,
+        adapter: str,
+        kind: Kind,
+        inputs: bool,
+        outputs: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__(name, device)
+        self.layer, self.adapter, self.kind, self.inputs, self.outputs = layer, adapter, kind, inputs, outputs
+        self.convolution: Any = None
+        base = layer.get_base_layer()
+        refusal = f"module {name!r} ({type(base).__name__}) cannot be calibrated; leave it out with modules="
         if hasattr(layer, "parameter_name") or isinstance(base, nn.MultiheadAttention):
             raise NotImplementedError(f"{refusal}: how it multiplies with the adapted parameters is not known here")
         is_lora = isinstance(layer, LoraLayer) and not hasattr(layer, "lora_E")  # AdaLoRA has one more factor
-        if self.outputs and (not is_lora or adapter in layer.lora_variant):
+        if outputs and (not is_lora or adapter in layer.lora_variant):
             raise NotImplementedError(f"{refusal}: outputs=True needs a plain LoRA, with ΔW = s·B·A (so no DoRA)")
         if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             if base.groups > 1:
-                raise NotImplementedError(f"{refusal}: with groups={base.groups}, outputs differ in what they read")
-            # What the LoRA itself reads: peft 0.21 gives its convolution neither dilation nor padding mode.
+                raise NotImplementedError(f"{refusal}: with groups={base.groups}, outputs differ in their inputs")
+            # The patches that the LoRA reads: peft 0.21 gives its convolution neither dilation nor padding mode.
             self.convolution = layer.lora_A[adapter] if is_lora else base
 
-    def see(self, x: Tensor, mask: Tensor | None) -> None:
-        """Add the rows of one call."""
+    def add_rows(self, x: Tensor, mask: Tensor | None) -> None:
+        """Adds the rows of one call of the layer."""
         base = self.layer.get_base_layer()
-        if isinstance(base, nn.Embedding):  # how often each token occurs says everything
-            tokens = _kept(x, mask, x.shape).flatten()
+        if isinstance(base, nn.Embedding):  # the moment of one-hot vectors is how often each token occurs
+            tokens = select_rows(x, mask, x.shape).flatten()
             self.count += len(tokens)
-            self._add("inputs", torch.bincount(tokens, minlength=base.num_embeddings))
+            self.add("inputs", torch.bincount(tokens, minlength=base.num_embeddings))
             return
         sums: dict[str, Any] = {}
-        for rows in _linear_rows(x, mask) if self.convolution is None else _patches(x, self.convolution):
+        for rows in linear_rows(x, mask) if self.convolution is None else convolution_patches(x, self.convolution):
             self.count += len(rows)
             if self.inputs:
                 moment = rows.square().sum(0) if self.kind == "diagonal" else rows.t() @ rows
@@ -217,25 +244,17 @@ class _Sums:
                 z = rows @ self._factors()[0].to(rows).t()
                 sums["core"] = sums.get("core", 0) + z.t() @ z
         for key, total in sums.items():
-            self._add(key, total)
-
-    def _add(self, key: str, total: Tensor) -> None:
-        if not torch.isfinite(total).all():
-            what = "inputs" if key == "inputs" else "inputs, or lora_A,"
-            raise ValueError(f"module {self.name!r}: its {what} are NaN, infinite or too large to square in float32")
-        total = total.to(self.device or total.device)
-        if key not in self.totals:
-            self.totals[key] = torch.zeros(total.shape, dtype=torch.float64, device=total.device)
-        self.totals[key] += total
+            self.add(key, total, "inputs" if key == "inputs" else "inputs, or lora_A,")
 
     def moments(self) -> Moments:
-        """The means."""
+        """Returns the means over all rows."""
         if not self.count:
             raise ValueError(f"module {self.name!r} has seen no rows: give data for it, or leave it out with modules=")
         inputs = (self.totals["inputs"] / self.count).float() if self.inputs else None
-        return Moments(inputs, self._expanded() if self.outputs else None, self.count)
+        return Moments(inputs, self._output_moment() if self.outputs else None, self.count)
 
-    def _expanded(self) -> Tensor:
+    def _output_moment(self) -> Tensor:
+        """Returns s² B E[z zᵀ] Bᵀ or its diagonal."""
         (A, B), scale = self._factors(), self.layer.scaling[self.adapter]
         if (core := self.totals.get("core")) is None:  # an embedding
             occurrences = self.totals["inputs"]
@@ -248,89 +267,34 @@ class _Sums:
         return ((half * B).sum(1).clamp_min(0) if self.kind == "diagonal" else half @ B.t()).float()
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """A `(r, in)` and B `(out, r)`."""
+        """Returns A `(r, in)` and B `(out, r)`."""
         layer, adapter = self.layer, self.adapter
         if adapter in layer.lora_embedding_A:
             return layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
         return layer.lora_A[adapter].weight.detach().flatten(1), layer.lora_B[adapter].weight.detach().flatten(1)
 
 
-def _kept(x: Tensor, mask: Tensor | None, leading: Sequence[int]) -> Tensor:
-    """The rows of x that the mask keeps, `leading` being the shape in which they are laid out."""
-    if mask is None:
-        return x
-    if mask.dim() != 2:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}: give (batch, length), zero for padding")
-    keep = mask.to(x.device) != 0
-    if tuple(leading[:2]) == tuple(keep.shape):
-        return x[keep]
-    return x[keep.flatten()] if tuple(leading) == (keep.numel(),) else x
-
-
-def _chunks(x: Tensor, per_item: int) -> Iterator[Tensor]:
-    """Pieces of x along its first dimension, in float32 at least."""
-    for piece in x.split(max(1, CHUNK // per_item)):
-        yield piece.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _linear_rows(x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    rows = _kept(x, mask, x.shape[:-1])
-    return _chunks(rows.reshape(-1, rows.shape[-1]), rows.shape[-1])
-
-
-def _patches(x: Tensor, convolution: Any) -> Iterator[Tensor]:
-    """Inputs `(batch, in, *size)` or `(in, *size)` as rows `(some, in · |kernel|)`, one for each output position."""
-    kernel, strides, dilations = convolution.kernel_size, convolution.stride, convolution.dilation
-    x = x if x.dim() == len(kernel) + 2 else x.unsqueeze(0)
-    mode = "constant" if convolution.padding_mode == "zeros" else convolution.padding_mode
-    for piece in _chunks(x, math.prod(x.shape[1:]) * math.prod(kernel) // math.prod(strides) + 1):
-        windows = F.pad(piece, convolution._reversed_padding_repeated_twice, mode)
-        for axis, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True), start=2):
-            windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        yield windows.movedim(1, len(kernel) + 1).flatten(0, len(kernel)).flatten(1)
-
-
-def _adapted_layers(model: nn.Module, adapter: str, modules: Collection[str] | None) -> dict[str, Any]:
-    """The layers that have the adapter, by name in the base model; only those in `modules` if given."""
-    root = model.base_model if isinstance(model, (PeftModel, PeftMixedModel)) else model
-    root = root.model if isinstance(root, BaseTuner) else root
-    if any(isinstance(module, (PeftModel, PeftMixedModel, BaseTuner)) for module in root.modules()):
-        raise ValueError(f"model is a {type(model).__name__} around an adapted model: give the adapted model itself")
-    found = [(name, layer) for name, layer in root.named_modules() if isinstance(layer, BaseTunerLayer)]
-    found = [(name, layer) for name, layer in found if not isinstance(layer, TrainableTokensLayer)]  # has no rows
-    layers: dict[str, Any] = {name: layer for name, layer in found if adapter in layer._get_available_adapters()}
-    if not layers:
-        available = sorted({name for _, layer in found for name in layer._get_available_adapters()})
-        raise ValueError(f"adapter_name={adapter!r} adapts no module of the model; available: {available}")
-    if modules is not None:
-        if isinstance(modules, str) or not modules:
-            raise ValueError(f"modules={modules!r}: give a list of names of modules, or None for all")
-        for name in modules:
-            if name not in layers:
-                near = difflib.get_close_matches(name, layers, cutoff=0)
-                raise ValueError(f"modules: {name!r} is none of the {len(layers)} adapted modules; nearest: {near}")
-        layers = {name: layer for name, layer in layers.items() if name in modules}
-    for name, layer in layers.items():
-        if adapter not in layer.active_adapters or layer.disable_adapters:
-            raise ValueError(f"adapter_name={adapter!r} is not active in module {name!r}; enable it with set_adapter")
-    return layers
-
-
 def _forward(model: nn.Module, batch: Any) -> Any:
+    """Runs a model on one batch."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def merge_moments(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
-    """Join what several processes or runs found: for each module the mean weighted by rows, and the sum of rows.
+    """Merges the moments of several processes or runs: means weighted by their numbers of rows.
 
     Args:
-        parts: What each found, as from `torch.distributed.all_gather_object`. A module that only some of them have is
-            taken from those.
+        parts: Moments of each process, such as from `torch.distributed.all_gather_object`. A module may be missing
+            from some of them.
 
     Raises:
-        ValueError: If there are no parts, or two of them disagree about what a module has or about a shape.
+        ValueError: If there are no parts, or two of them differ in a module's fields or shapes.
+
+    Examples:
+        >>> one, two = Moments(torch.ones(2), None, 1), Moments(torch.zeros(2), None, 3)
+        >>> merge_moments([{"0": one}, {"0": two}])["0"].inputs
+        tensor([0.2500, 0.2500])
     """
     if not parts:
         raise ValueError("parts is empty: give the moments of at least one process")
@@ -339,6 +303,7 @@ def merge_moments(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
 
 
 def _mean(name: str, found: list[Moments]) -> Moments:
+    """Merges the moments of one module."""
     count = sum(moments.count for moments in found)
 
     def mean(which: str) -> Tensor | None:
@@ -355,9 +320,18 @@ def _mean(name: str, found: list[Moments]) -> Moments:
 
 
 def save_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments]) -> None:
-    """Write moments to one safetensors file, in one step: a reader finds the old file or the new one.
+    """Writes moments to one safetensors file, atomically.
 
-    Tensors are named `<module>.inputs` and `<module>.outputs`; `counts` in the metadata is JSON, rows by module.
+    Args:
+        path: The file; an existing one is replaced.
+        moments: By module name. Tensors are named `<module>.inputs` and `<module>.outputs`; the entry `counts` of the
+            metadata is JSON with the number of rows by module.
+
+    Examples:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_moments(f"{folder}/moments.safetensors", {"0": Moments(torch.ones(4), None, 10)})
+        ...     load_moments(f"{folder}/moments.safetensors")["0"].count
+        10
     """
     found = {f"{name}.{which}": getattr(moments[name], which) for name in moments for which in FIELDS}
     tensors = {key: tensor.contiguous() for key, tensor in found.items() if tensor is not None}
@@ -368,10 +342,19 @@ def save_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments]) -
 
 
 def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
-    """Read what `save_moments` wrote, on the CPU.
+    """Reads a file of `save_moments`, onto the CPU.
+
+    Args:
+        path: The file.
 
     Raises:
-        ValueError: If the file is something else.
+        ValueError: If the file was not written by `save_moments`.
+
+    Examples:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_moments(f"{folder}/moments.safetensors", {"0": Moments(torch.ones(4), None, 10)})
+        ...     load_moments(f"{folder}/moments.safetensors")["0"].inputs
+        tensor([1., 1., 1., 1.])
     """
     try:
         with safe_open(os.fspath(path), "pt") as file:

@@ -11,7 +11,7 @@ from peft_zoo.cli.shared import pairs, plain_warnings, progress_bar, sentence
 from peft_zoo.common.values import SettingError
 
 if TYPE_CHECKING:
-    from peft_zoo.merge.lq_lora.checkpoint import Left
+    from peft_zoo.merge.lq_lora.checkpoint import UnquantizedSummary
     from peft_zoo.merge.lq_lora.export import QuantizedMatrix
 
 EPILOG = """examples:
@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", metavar="IN", help="a folder that transformers saved, in floating-point")
     parser.add_argument("target", metavar="OUT", help="a new folder")
     parser.add_argument("--budget-bits", metavar="X", help="average bits of a number in the quantized matrices")
-    parser.add_argument("--weights", metavar="FILE", help="what save_weights wrote, for --set weighting=fisher")
+    parser.add_argument("--weights", metavar="FILE", help="file of save_importance, for --set weighting=fisher")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="where matrices are decomposed (default cpu)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field; repeatable")
 
@@ -61,29 +61,29 @@ def run(options: argparse.Namespace) -> str:
     Raises:
         SettingError: If it cannot be done, in one sentence.
     """
-    from peft_zoo.calibration.fisher import load_weights
-    from peft_zoo.merge.lq_lora.checkpoint import left_as_it_was, quantize_checkpoint
+    from peft_zoo.calibration.fisher import load_importance
+    from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint, unquantized_summary
     from peft_zoo.tasks.base.methods import build_config
 
     budget = {} if options.budget_bits is None else {"budget_bits": options.budget_bits}
     config: Any = build_config("lq_lora", {**pairs(options.set), **budget}, {"target_modules": "all-linear"}, steps=0)
     with plain_warnings():
         try:
-            weights = None if options.weights is None else load_weights(options.weights)
-            more: dict[str, Any] = {"weights": weights, "device": options.device, "progress": progress_bar()}
+            importance = None if options.weights is None else load_importance(options.weights)
+            more: dict[str, Any] = {"importance": importance, "device": options.device, "progress": progress_bar()}
             rows = quantize_checkpoint(options.source, options.target, config, **more)
         except (ValueError, OSError, RuntimeError) as error:
             raise SettingError(sentence(error)) from error
-    return _summary(rows, left_as_it_was(options.target), options.source, options.target)
+    return _summary(rows, unquantized_summary(options.target), options.source, options.target)
 
 
-def _summary(rows: Sequence[QuantizedMatrix], unquantized: Left, source: str, target: str) -> str:
+def _summary(rows: Sequence[QuantizedMatrix], unquantized: UnquantizedSummary, source: str, target: str) -> str:
     """The budget as it was spent, and where most was lost."""
-    numbers = sum(row.numbers for row in rows)
-    bits = sum(row.bits * row.numbers for row in rows) / numbers
+    num_weights = sum(row.num_weights for row in rows)
+    bits = sum(row.bits * row.num_weights for row in rows) / num_weights
     left = sum(row.config is None for row in rows)
     facts = [
-        ("matrices", f"{len(rows):,} with {numbers:,} numbers" + (f", {left} as they were" if left else "")),
+        ("matrices", f"{len(rows):,} with {num_weights:,} weights" + (f", {left} as they were" if left else "")),
         ("bits", f"{bits:.3f} a number, and a part of rank {max(row.rank for row in rows)} beside it"),
         ("as it was", str(unquantized)),
         ("weights", f"{_megabytes(source)} → {_megabytes(target)}"),

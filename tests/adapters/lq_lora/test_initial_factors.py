@@ -1,4 +1,4 @@
-"""What was split off a base, kept in 8 bits: nothing that begins there differs from it."""
+"""Initial factors that are kept in 8 bits: everything that starts from them has the same bits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_zoo import LqLoraConfig
 from peft_zoo.adapters.lq_lora.layer import LqLinear
-from peft_zoo.adapters.lq_lora.nf_linear import NF8_CONFIG, kept, unpack_factors
+from peft_zoo.adapters.lq_lora.nf_linear import NF8_CONFIG, pack_initial_factors, unpack_initial_factors
 from peft_zoo.kernels.normal_float.quantize import dequantize, quantize
 from peft_zoo.lq_lora import NFLinear, standalone
 from tests.adapters.lq_lora.samples import TARGETS, adapted, base, layers, logits, train
 
-WITHOUT = "ignore:The adapter of LQ-LoRA holds a part of the base model:UserWarning"
+WITHOUT = "ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning"
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -57,9 +57,9 @@ def same(one: tuple[Tensor, ...] | None, other: tuple[Tensor, ...] | None) -> bo
 def test_any_rank_and_shape(rank: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     B, A = torch.randn(shape[0], rank), torch.randn(rank, shape[1])
-    packed: Any = kept((B, A), "nf8")
+    packed: Any = pack_initial_factors((B, A), "nf8")
     assert packed.codes.dtype == torch.int32 and packed.codes.numel() == -(-rank * sum(shape) // 4)
-    found = unpack_factors(packed, shape)
+    found = unpack_initial_factors(packed, shape)
     assert [factor.shape for factor in found] == [B.shape, A.shape]
     if rank:
         both = torch.cat([B.mT, A], 1)
@@ -71,8 +71,8 @@ def test_small_directions_are_not_lost_beside_large_ones() -> None:
     torch.manual_seed(0)
     sizes = torch.tensor([10.0, 3.0, 1.0])
     factors = torch.randn(64, 3) * sizes, torch.randn(3, 128) * sizes[:, None]
-    packed: Any = kept(factors, "nf8")
-    for found, factor, axis in zip(unpack_factors(packed, (64, 128)), factors, (0, 1), strict=True):
+    packed: Any = pack_initial_factors(factors, "nf8")
+    for found, factor, axis in zip(unpack_initial_factors(packed, (64, 128)), factors, (0, 1), strict=True):
         assert bool(((found - factor).norm(dim=axis) < 0.02 * factor.norm(dim=axis)).all())
 
 
@@ -97,7 +97,7 @@ def test_a_quarter_of_the_memory_and_of_the_file(tmp_path: Path) -> None:
 def test_a_fresh_adapter_is_what_is_kept() -> None:
     model = odd(keep_init="nf8")
     for layer in layers(model).values():
-        assert layer.quantized.keeps == "nf8" and layer.quantized.initial_B is None
+        assert layer.quantized.keep_init == "nf8" and layer.quantized.initial_B is None
         assert same(layer.factors("default"), layer.quantized.initial)
     fresh = logits(model)
     assert torch.equal(without(model), fresh)
@@ -127,11 +127,11 @@ def test_what_is_loaded_is_what_was_saved(
     train(model)
     out, start = logits(model), without(model)
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("peft_zoo.adapters.lq_lora.model.split", None)  # loading decomposes nothing
+    monkeypatch.setattr("peft_zoo.adapters.lq_lora.model.quantize_layer", None)  # loading decomposes nothing
     loaded = PeftModel.from_pretrained(plain(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
     assert torch.equal(logits(loaded), out) and torch.equal(without(loaded), start)
     assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
-    assert {layer.quantized.keeps for layer in layers(loaded).values()} == {"nf8"}
+    assert {layer.quantized.keep_init for layer in layers(loaded).values()} == {"nf8"}
     loaded.save_pretrained(tmp_path / "again")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
@@ -142,7 +142,7 @@ def test_a_cast_changes_nothing_that_is_kept() -> None:
     before = {name: layer.quantized.initial for name, layer in layers(model).items()}
     model.to(torch.bfloat16)
     for name, layer in layers(model).items():
-        kinds = {buffer.dtype for part, buffer in layer.quantized.saved() if part in NFLinear.INITIAL_NF8}
+        kinds = {buffer.dtype for part, buffer in layer.quantized.saved_tensors() if part in NFLinear.INITIAL_NF8}
         assert kinds == {torch.int32, torch.float32}
         assert same(layer.quantized.initial, before[name])
 
@@ -172,7 +172,7 @@ def test_a_second_adapter_starts_where_the_first_did(keep_init: bool | str, tmp_
     first = logits(model)
     second = LqLoraConfig(r=5, lora_alpha=5, target_modules=TARGETS, keep_init=False)
     model.add_adapter("second", second)
-    assert second.keep_init == keep_init and type(second.keep_init) is type(keep_init)
+    assert model.peft_config["second"].keep_init == keep_init and second.keep_init is False
     assert all(same(layer.factors("second"), fresh[name]) for name, layer in layers(model).items())
     model.set_adapter("second")
     assert torch.equal(logits(model), start)
@@ -199,7 +199,7 @@ def test_what_is_kept_stays_as_the_first_adapter_has_it(has: bool | str, comes: 
     model.set_adapter("other")
     assert torch.equal(logits(model), logits(other))
     for name, layer in layers(model).items():
-        assert layer.quantized.keeps == has
+        assert layer.quantized.keep_init == has
         assert not has or same(layer.quantized.initial, before[name])
     model.save_pretrained(tmp_path / "both", selected_adapters=["other"])
     again = PeftModel.from_pretrained(base(), tmp_path / "both" / "other").eval()
@@ -226,7 +226,7 @@ def test_other_factors_beside_the_same_matrices_do_not_replace_those_that_are_ke
 
 def test_an_adapter_where_nothing_stands(tmp_path: Path) -> None:
     """What is kept has the rank 0."""
-    with pytest.warns(UserWarning, match="missing without it"):
+    with pytest.warns(UserWarning, match="missing without the adapter"):
         bare = adapted().unload()
     before = logits(bare)
     model = get_peft_model(bare, LqLoraConfig(r=8, target_modules=TARGETS, keep_init="nf8")).eval()
@@ -262,4 +262,4 @@ def test_where_an_adapter_does_not_reach_what_is_kept_stands(tmp_path: Path) -> 
     loaded = type(base()).from_pretrained(tmp_path)
     torch.testing.assert_close(logits(loaded), out, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, LqLinear) for module in loaded.modules())
-    assert {module.keeps for module in loaded.modules() if isinstance(module, NFLinear)} == {True}
+    assert {module.keep_init for module in loaded.modules() if isinstance(module, NFLinear)} == {True}

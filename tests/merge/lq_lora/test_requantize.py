@@ -68,7 +68,7 @@ def test_a_budget_is_kept() -> None:
     model, expected = trained(qconfig="nf4", qconfig_grid=GRID)
     new, rows = merge_and_requantize(model, budget_bits=2.75)
     numbers = sum(W.numel() for W in expected.values())
-    assert 2.6 * numbers < sum(row.bits * row.numbers for row in rows) <= 2.75 * numbers
+    assert 2.6 * numbers < sum(row.bits * row.num_weights for row in rows) <= 2.75 * numbers
     assert len({row.config for row in rows}) > 1
     assert all(new.get_submodule(row.name).config == NFConfig(*(row.config or ())) for row in rows)
 

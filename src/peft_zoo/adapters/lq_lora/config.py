@@ -1,64 +1,82 @@
-"""The configuration of LQ-LoRA."""
+"""Configuration of LQ-LoRA."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from peft_zoo.adapters.base import Conformance, ZooLoraConfig, option
+from peft_zoo.kernels.low_rank.quantized import Codebook, DecomposeOptions, Svd
 from peft_zoo.kernels.normal_float.quantize import NFConfig
 from peft_zoo.kernels.planning.bits import GRIDS
 
 PRESETS = {"nf3": NFConfig(3, 8, "fp32", 64, 256), "nf4": NFConfig(4, 8, "fp32", 64, 256)}
-"""The ways of QLoRA's quantizer, 3.127 and 4.127 bits, as the paper's released code names them."""
+"""Quantization configs of QLoRA's quantizer, 3.127 and 4.127 bits, named as in the paper's released code."""
 
 NEEDS_DENSE = ("use_dora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
-"""Fields of peft's LoRA that read or change the weight, which is packed here."""
+"""Fields of peft's LoRA that need the base weight in floating-point."""
 
 CHOICES = {
     "budget_scope": ("base", "base+lora"),
-    "keep": ("best", "last"),
-    "svd": ("warm", "randomized", "exact"),
-    "codebook": ("nf", "lloyd"),
     "weighting": ("none", "fisher", "activation"),
-    "solver": ("greedy", "exact"),
     "heuristic": ("two-sided", "row", "col", "auto"),
     "save_base": ("quantized", "none"),
     "lq_state": ("new", "decomposed"),
 }
+DECOMPOSE_CHOICES = {
+    "svd": get_args(Svd),
+    "codebook": get_args(Codebook),
+    "keep": ("best",),
+    "solver": ("greedy",),
+}
+"""Choices of the decomposition, which loading an adapter does not use: files of version 0.1.0 may hold others."""
 
 
 def nf_config(value: Any) -> NFConfig:
-    """An `NFConfig` from how it stands in a file: one of `PRESETS`, or five values.
+    """Returns the `NFConfig` of a preset name or of five values, as files hold it.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the value is neither.
     """
     if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 5:
-        raise ValueError(f"{value!r} is no way to quantize: give {' or '.join(map(repr, PRESETS))}, or five values.")
+        raise ValueError(
+            f"{value!r} is no quantization config: give {', '.join(map(repr, PRESETS))} or [bits, scale bits, dtype of "
+            "group scales, block size, blocks per group]."
+        )
     config = NFConfig(*value)
     config.check()
     return config
 
 
-def _usual_way() -> list[int | str]:
+def _default_qconfig() -> list[int | str]:
     return [4, 4, "bf16", 32, 256]
 
 
 @dataclass
 class LqLoraConfig(ZooLoraConfig):
-    """Configuration of a LoRA on a base that is quantized with it: every field of peft's `LoraConfig`, and how.
+    """Configuration of LQ-LoRA: a LoRA whose base layers are quantized, and whose factors start at what that loses.
 
-    `get_peft_model` quantizes the targeted linear layers of the model, which therefore has to be loaded as it is
-    published. An adapter's folder holds the quantized matrices too, and loading one computes nothing, unless
-    `save_base="none"`.
+    `get_peft_model` quantizes the targeted linear layers, so the model has to be in floating-point. A saved adapter
+    contains the quantized weights, and loading it decomposes nothing, unless `save_base="none"`. The fields of peft's
+    `LoraConfig` apply too.
 
     Raises:
-        ValueError: For every field with a value that cannot work, naming the field, the value and the fix.
+        ValueError: If a field is invalid, naming the field, its value and the fix.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_zoo import LqLoraConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(model, LqLoraConfig(r=4, target_modules=["0"]))
+        >>> model.peft_config["default"].qconfig_map
+        {'0': [4, 4, 'bf16', 32, 256]}
+        >>> model(torch.randn(2, 64)).shape
+        torch.Size([2, 32])
     """
 
     method_name: ClassVar[str] = "lq_lora"
@@ -69,124 +87,138 @@ class LqLoraConfig(ZooLoraConfig):
         skips={r"::test_get_base_model_state_dict\[": "compares base weights with those before quantization"},
     )
 
-    r: int = option(64, "Rank of the part in full precision, at least 1; more than a matrix has is cut to that.")
+    r: int = option(64, "Rank of the LoRA factors, at least 1; the decomposition uses at most the rank of the matrix.")
     lora_alpha: int = option(16, "The scale is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; not 0.")
     budget_bits: float | None = option(
-        None, "Average bits of a number in all targeted matrices; each gets its way from the grid. None: all `qconfig`."
+        None,
+        "Average bits per weight of all target modules; each gets a quantization config from the grid. None: `qconfig` "
+        "for all.",
     )
-    budget_scope: str = option("base", "What the budget counts: 'base', or 'base+lora' with 16 bits a number of A, B.")
+    budget_scope: str = option(
+        "base", "Weights that the budget counts: 'base', or 'base+lora' with A and B in 16 bits."
+    )
     qconfig: str | list[int | str] = field(
-        default_factory=_usual_way,
+        default_factory=_default_qconfig,
         metadata={
-            "help": "Without a budget: 'nf3', 'nf4', or bits, bits of a scale, dtype of second scales, block, blocks "
-            "of a group."
+            "help": "Quantization config without a budget: 'nf3', 'nf4', or [bits, scale bits, dtype of group scales, "
+            "block size, blocks per group]."
         },
     )
     qconfig_grid: str | list[str | list[int | str]] = option(
-        "default60", "Ways to choose from: 'default60', 'paper243', 'full432' or a list."
+        "default60", "Quantization configs that a budget chooses from: 'default60', 'paper243', 'full432' or a list."
     )
     qconfig_map: dict[str, Any] | None = option(
-        None, "How each module is quantized (None: it is not); found by the budget, or given instead of one."
+        None, "Quantization config by module name, None for an unquantized module. None: chosen by budget or `qconfig`."
     )
     rank_options: list[int] | None = option(
-        None, "With budget_scope='base+lora': ranks to choose from, with the bits, for those not in rank_pattern."
+        None, "Ranks to choose from together with the bits, for modules not in rank_pattern; needs 'base+lora'."
     )
-    num_iterations: int = option(10, "Of the decomposition, at most.")
-    tol: float = option(1e-3, "It ends where the error falls by less than this share of itself.")
-    keep: str = option("best", "'best', or 'last' as the paper's released code, which goes one too far.")
-    svd: str = option("warm", "'warm' begins with the last singular vectors, 'randomized' anew, 'exact' is slow.")
-    oversampling: int = option(10, "Singular vectors beyond the rank that an SVD works with, unless it is exact.")
-    niter: int = option(2, "Power iterations of an SVD that begins with random vectors.")
-    codebook: str = option("nf", "'nf' for the levels of NormalFloat, 'lloyd' for levels fitted to every matrix.")
-    seed: int = option(0, "Of the first random vectors; the same seed gives the same bits on one machine.")
-    table_iterations: int = option(1, "Of the decompositions that the budget's choice is made by.")
-    solver: str = option("greedy", "Of the budget; 'exact' for a few tens of matrices, with `peft-zoo[exact]`.")
+    num_iterations: int = option(10, "Largest number of iterations of the decomposition.")
+    tol: float = option(1e-3, "Relative decrease of the error below which the decomposition stops.")
+    keep: str = option("best", "Iteration of the decomposition to keep: 'best', the one with the smallest error.")
+    svd: str = option("warm", "Start of each SVD: 'warm', the previous singular vectors, or 'randomized'.")
+    oversampling: int = option(10, "Number of singular vectors beyond the rank that each SVD computes.")
+    niter: int = option(2, "Power iterations of an SVD that starts from random vectors.")
+    codebook: str = option(
+        "nf", "Quantization levels: 'nf' for NormalFloat's, 'lloyd' for levels fitted to each matrix."
+    )
+    seed: int = option(0, "Seed of the random start vectors; it determines the quantized bits on one machine.")
+    table_iterations: int = option(1, "Iterations of the decompositions whose errors a budget compares.")
+    solver: str = option("greedy", "Solver of the budget: 'greedy', with a bound on its distance from the optimum.")
     weighting: str = option(
-        "none", "What losses are weighted by: 'none', or 'fisher', 'activation' after `preprocess_lq_lora`."
+        "none", "Importance of errors: 'none' for equal, 'fisher' or 'activation' from `preprocess_lq_lora`."
     )
-    heuristic: str = option("two-sided", "What the SVD weighs: 'two-sided', 'row', 'col', or 'auto', the best of them.")
-    weighting_eps: float = option(1e-6, "No weight of a row or column is below this share of the largest.")
+    heuristic: str = option(
+        "two-sided", "Importance weights of the SVD: 'two-sided', 'row', 'col', or 'auto' for the best per module."
+    )
+    weighting_eps: float = option(1e-6, "Smallest importance weight of a row or column as a share of the largest.")
     keep_init: bool | str = option(
         False,
-        "Keep what was split off, so that disabling the adapter gives back (nearly) the base model: True, or 'nf8' in "
-        "8 bits.",
+        "Keep the initial factors, so that disabling the adapter approximates the base model: True, or 'nf8' for 8 "
+        "bits.",
     )
     save_base: str = option(
-        "quantized", "What of the base is in the adapter's folder: 'quantized', or 'none': loading decomposes again."
+        "quantized", "Base weights saved with the adapter: 'quantized', or 'none': loading decomposes again."
     )
-    lq_state: str = option("new", "Whether the base is still to be quantized; written where an adapter is saved.")
+    lq_state: str = option(
+        "new", "Whether the base is still to be quantized: 'new', or 'decomposed' in saved adapters."
+    )
     base_sha256: dict[str, str] | None = option(
-        None, "Of each module's quantized matrix: adapters of one base have the same. Written where one is made."
+        None, "SHA-256 of the quantized weight by module name; filled in for the model's copy and saved."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_numbers()
-        for name, allowed in CHOICES.items():
-            self._require(getattr(self, name) in allowed, name, f"use one of {', '.join(map(repr, allowed))}")
+        choices = CHOICES | (DECOMPOSE_CHOICES if self.lq_state == "new" else {})
+        for name, allowed in choices.items():
+            self.require(getattr(self, name) in allowed, name, f"use one of {', '.join(map(repr, allowed))}")
         only_columns = self.weighting == "activation" and self.heuristic == "row"
-        self._require(not only_columns, "heuristic", "activations weigh columns only: use 'col'")
+        self.require(not only_columns, "heuristic", "activations weight columns only: use 'col'")
         for name in NEEDS_DENSE:
-            self._require(not getattr(self, name), name, "it needs the weight in floating-point; leave it out")
-        known = isinstance(self.keep_init, bool) or self.keep_init == "nf8"
-        self._require(known, "keep_init", "use True, False or 'nf8'")
+            self.require(not getattr(self, name), name, "it needs the weight in floating-point; leave it out")
+        valid = isinstance(self.keep_init, bool) or self.keep_init == "nf8"
+        self.require(valid, "keep_init", "use True, False or 'nf8'")
         self.check_save_base()
         valid = isinstance(self.init_lora_weights, bool)
-        self._require(valid, "init_lora_weights", "use True, or False for random factors on a base left as it is")
-        self._read_ways()
+        self.require(valid, "init_lora_weights", "use True, or False for random factors on an unquantized base")
+        self._normalize_qconfigs()
 
     def check_save_base(self) -> None:
-        """Refuse to leave out of a folder what cannot be made again; also for a field that was set afterwards.
+        """Validates `save_base`, also after the field was changed.
 
         Raises:
-            ValueError: If `save_base="none"` and the decomposition was weighted.
+            ValueError: If `save_base="none"` and the decomposition used importance weights.
         """
-        again = self.save_base != "none" or self.weighting == "none"
-        self._require(again, "save_base", "the weights come from data that the folder does not have: use 'quantized'")
+        valid = self.save_base != "none" or self.weighting == "none"
+        self.require(valid, "save_base", "loading could not repeat a decomposition with weighting: use 'quantized'")
 
     def _check_numbers(self) -> None:
-        for name in ("r", "num_iterations", "table_iterations"):
+        for name, least in (
+            ("r", 1),
+            ("num_iterations", 1),
+            ("table_iterations", 1),
+            ("oversampling", 0),
+            ("niter", 0),
+        ):
             value = getattr(self, name)
-            self._require(type(value) is int and value > 0, name, "use an integer of at least 1")
+            self.require(type(value) is int and value >= least, name, f"use an integer of at least {least}")
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
-            self._require(alpha != 0, "lora_alpha", "with a scale of 0 the adapter could not take up what is split off")
-        self._require(type(self.tol) in (int, float) and 0 <= self.tol < 1, "tol", "use a share in [0, 1)")
-        for name in ("oversampling", "niter"):
-            value = getattr(self, name)
-            self._require(type(value) is int and value >= 0, name, "use an integer from 0")
+            self.require(alpha != 0, "lora_alpha", "with a scale of 0 the factors cannot represent the residual")
+        self.require(type(self.tol) in (int, float) and 0 <= self.tol < 1, "tol", "use a share in [0, 1)")
         eps = self.weighting_eps
-        self._require(type(eps) in (int, float) and 0 < eps <= 1, "weighting_eps", "use a share in (0, 1]")
-        self._require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "use an integer from 0")
+        self.require(type(eps) in (int, float) and 0 < eps <= 1, "weighting_eps", "use a share in (0, 1]")
+        self.require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "use an integer from 0")
         budget, ranks = self.budget_bits, self.rank_options
-        fits = budget is None or (type(budget) in (int, float) and 0 < budget < math.inf)
-        self._require(fits, "budget_bits", "use a positive number of bits, such as 2.75")
+        valid = budget is None or (type(budget) in (int, float) and 0 < budget < math.inf)
+        self.require(valid, "budget_bits", "use a positive number of bits, such as 2.75")
         if ranks is not None:
-            valid = isinstance(ranks, list) and ranks and all(type(rank) is int and rank > 0 for rank in ranks)
-            self._require(bool(valid), "rank_options", "use a list of integers of at least 1")
+            valid = isinstance(ranks, list) and bool(ranks) and all(type(rank) is int and rank > 0 for rank in ranks)
+            self.require(valid, "rank_options", "use a list of integers of at least 1")
             joint = budget is not None and self.budget_scope == "base+lora"
-            self._require(joint, "rank_options", "ranks compete with bits: set budget_bits, budget_scope='base+lora'")
+            self.require(joint, "rank_options", "ranks compete with bits: set budget_bits, budget_scope='base+lora'")
 
-    def _read_ways(self) -> None:
-        """Check everything that stands for an `NFConfig`; as in a file, tuples become lists."""
+    def _normalize_qconfigs(self) -> None:
+        """Validates every quantization config; tuples become lists, as in a file."""
         for name in ("qconfig", "qconfig_grid"):
             value = getattr(self, name)
             setattr(self, name, [*value] if isinstance(value, tuple) else value)
         if isinstance(self.qconfig_grid, list):
-            self.qconfig_grid = [[*way] if isinstance(way, tuple) else way for way in self.qconfig_grid]
-        self._way("qconfig", self.qconfig)
+            self.qconfig_grid = [[*each] if isinstance(each, tuple) else each for each in self.qconfig_grid]
+        self._check_qconfig("qconfig", self.qconfig)
         grid = self.qconfig_grid
         if not (isinstance(grid, str) and grid in GRIDS):
             valid = isinstance(grid, list) and len(grid) > 0
-            self._require(valid, "qconfig_grid", f"use a list, or one of {', '.join(map(repr, GRIDS))}")
-            for way in grid:
-                self._way("qconfig_grid", way)
+            self.require(valid, "qconfig_grid", f"use a list, or one of {', '.join(map(repr, GRIDS))}")
+            for each in grid:
+                self._check_qconfig("qconfig_grid", each)
         valid = self.qconfig_map is None or isinstance(self.qconfig_map, dict)
-        self._require(valid, "qconfig_map", "use a dict from the name of a module to its way, or None")
-        for way in (self.qconfig_map or {}).values():
-            if way is not None:
-                self._way("qconfig_map", way)
+        self.require(valid, "qconfig_map", "use a dict from module name to quantization config, or None")
+        for each in (self.qconfig_map or {}).values():
+            if each is not None:
+                self._check_qconfig("qconfig_map", each)
 
-    def _way(self, field: str, value: Any) -> None:
+    def _check_qconfig(self, field: str, value: Any) -> None:
         try:
             nf_config(value)
         except ValueError as error:
@@ -194,20 +226,29 @@ class LqLoraConfig(ZooLoraConfig):
 
     @property
     def grid(self) -> tuple[NFConfig, ...]:
-        """The ways that a budget chooses from."""
+        """Quantization configs that a budget chooses from."""
         grid = self.qconfig_grid
         return GRIDS[grid] if isinstance(grid, str) else tuple(map(nf_config, grid))
 
+    def decompose_options(self, iterations: int | None = None) -> DecomposeOptions:
+        """Returns the options of the decomposition.
+
+        Args:
+            iterations: Largest number of iterations; `num_iterations` by default.
+        """
+        return DecomposeOptions(
+            iterations=iterations or self.num_iterations,
+            tolerance=self.tol,
+            svd=self.svd,  # type: ignore[arg-type]
+            oversampling=self.oversampling,
+            power_iterations=self.niter,
+            codebook=self.codebook,  # type: ignore[arg-type]
+            seed=self.seed,
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """As peft saves it: what is saved has been quantized."""
+        """Returns the fields that peft saves; `lq_state` is "decomposed" once the base is quantized."""
         fields = super().to_dict()
         if self.base_sha256 is not None:
             fields["lq_state"] = "decomposed"
         return fields
-
-    def _require(self, condition: bool, name: str, fix: str) -> None:
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} cannot be used; {fix}.")
-
-
-__all__ = ["LqLoraConfig"]

@@ -1,6 +1,6 @@
-"""The LoRA of LQ-LoRA, around a layer in NormalFloat.
+"""LoRA layer around a NormalFloat base layer.
 
-It is merged into a copy in floating-point; the packed bits are set aside and come back when it is unmerged.
+Merging replaces the base layer by a floating-point one; the quantized layer is kept and returns when it is unmerged.
 """
 
 from __future__ import annotations
@@ -20,30 +20,33 @@ from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear
 from peft_zoo.kernels.low_rank.factored import truncate_factors
 from peft_zoo.kernels.normal_float.linear import SMALL
 
-__all__: list[str] = []
-
 
 class LqLinear(LoraLinear):
-    """peft's LoRA around an `NFLinear`."""
+    """peft's LoRA layer around an `NFLinear`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        self._set_aside: list[NFLinear] = []  # the quantized layer while one in floating-point is in its place
+        self._unmerged: list[NFLinear] = []  # the quantized layer while a merged one replaces it; no child module
         super().__init__(base_layer, adapter_name, config, **kwargs)
-        self.fan_in_fan_out = False  # Q is (out, in) whatever the layer was
+        self.fan_in_fan_out = False  # Q is (out, in) also where the layer was a Conv1D
 
     @property
     def quantized(self) -> NFLinear:
-        """The base layer, merged or not."""
-        layer: Any = self._set_aside[0] if self._set_aside else self.base_layer
+        """The quantized base layer, whether merged or not."""
+        layer: Any = self._unmerged[0] if self._unmerged else self.base_layer
         return layer
 
-    # ---- where training starts ----
+    # ---- initial values ----
 
-    def start(self, adapter_name: str, factors: Factors) -> None:
-        """Give an adapter its first values: `scaling B A` is the product of `factors`, cut or filled up to its rank."""
+    def set_factors(self, adapter_name: str, factors: Factors) -> None:
+        """Sets an adapter's A and B such that `scaling B A` is the product of `factors`.
+
+        Args:
+            adapter_name: An adapter of this layer; nothing is done if its weights are on the meta device.
+            factors: B and A; truncated by an SVD to the adapter's rank, or padded with zeros.
+        """
         down, up = self.adapter_weights(adapter_name)
         if down.is_meta:
-            return  # they come from a file
+            return  # the values come from a file
         B, A = factors
         rank, root = len(down), math.sqrt(abs(self.scaling[adapter_name]))
         if rank < len(A):
@@ -54,34 +57,40 @@ class LqLinear(LoraLinear):
             down[: len(A)] = A / root
 
     def adapter_weights(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """A and B as they are trained."""
+        """Returns the trained A `(r, in)` and B `(out, r)` of an adapter."""
         down: Any = self.lora_A[adapter_name]
         up: Any = self.lora_B[adapter_name]
         return down.weight, up.weight
 
     def factors(self, adapter_name: str) -> Factors:
-        """B and A of an adapter in float32, with its scaling in B."""
+        """Returns B, multiplied by the scale, and A of an adapter, in float32 and without gradients."""
         A, B = self.adapter_weights(adapter_name)
         return B.detach().float() * self.scaling[adapter_name], A.detach().float()
 
-    def lacking(self, names: Iterable[str]) -> float:
-        """How often the factors that were split off are missing from the sum of the adapters of these names.
+    def residual_coefficient(self, names: Iterable[str]) -> float:
+        """Returns how often B₀A₀, the initial factors' product, has to be added to a sum of adapters.
 
-        Each of them has these factors, as often as it counts: once, or as `set_scale` and the like have it. The base
-        model has them once. 0 where they are not kept.
+        The base weight is Q + B₀A₀, and each adapter contains B₀A₀ once, or a multiple after `set_scale`. Their sum has
+        to contain it once.
+
+        Args:
+            names: Adapters of this layer in the sum.
+
+        Returns:
+            The coefficient, negative for several adapters; 0 if the initial factors are not kept.
         """
-        if not self.quantized.keeps:
+        if not self.quantized.keep_init:
             return 0.0
-        return 1 - sum(self.scaling[name] / self._own_scaling(name) for name in names)
+        return 1 - sum(self.scaling[name] / self._configured_scaling(name) for name in names)
 
-    def _own_scaling(self, name: str) -> float:
+    def _configured_scaling(self, name: str) -> float:
         rank = self.r[name]
         return self.lora_alpha[name] / (math.sqrt(rank) if self.use_rslora.get(name, False) else rank)
 
     # ---- forward ----
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """peft's, with the LoRA inside of the quantized product where a few tokens are generated."""
+        """Runs as peft's layer; a few tokens at inference go through one operator for Q and the LoRA."""
         names = kwargs.get("adapter_names")
         if self.disable_adapters:
             if self.merged:
@@ -94,67 +103,67 @@ class LqLinear(LoraLinear):
             return self.quantized(x, *self.adapter_weights(only), self.scaling[only])
         result = super().forward(x, *args, **kwargs)
         if names is not None:
-            return self._rows_balanced(result, x, names)
-        return result if self.merged else self._balanced(result, x, self.active_adapters)
+            return self._add_residual_per_sample(result, x, names)
+        return result if self.merged else self._add_residual(result, x, self.active_adapters)
 
     def _disabled(self, x: Tensor) -> Tensor:
-        """The layer without adapters: Q and, where they are kept, the factors that were split off."""
+        """Applies the layer without adapters: Q, plus the initial factors if they are kept."""
         B, A = self.quantized.initial or (None, None)
         return self.quantized(x, A, B)
 
-    def _rows_balanced(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        """A mixed batch, where each row has an adapter: one without an adapter here is as if all were disabled."""
+    def _add_residual_per_sample(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """Adds the initial factors in a mixed batch; a sample whose adapter is not in this layer has none active."""
         for name in dict.fromkeys(names):
             here = [index for index, other in enumerate(names) if other == name]
             if name in self.lora_A:
-                result[here] = self._balanced(result[here], x[here], [name])
+                result[here] = self._add_residual(result[here], x[here], [name])
             else:
                 result[here] = self._disabled(x[here])
         return result
 
-    def _balanced(self, result: Tensor, x: Tensor, names: Iterable[str]) -> Tensor:
-        """The sum of several adapters, or of a scaled one, with what was split off counted once."""
-        lacking = self.lacking(name for name in names if name in self.lora_A)
-        initial = self.quantized.initial if lacking else None
+    def _add_residual(self, result: Tensor, x: Tensor, names: Iterable[str]) -> Tensor:
+        """Adds the initial factors such that the sum of the named adapters contains them once."""
+        coefficient = self.residual_coefficient(name for name in names if name in self.lora_A)
+        initial = self.quantized.initial if coefficient else None
         if initial is None:
             return result
         B, A = initial
-        return result + (lacking * (x.to(A.dtype) @ A.mT @ B.mT)).to(result.dtype)
+        return result + (coefficient * (x.to(A.dtype) @ A.mT @ B.mT)).to(result.dtype)
 
     def _only_adapter(self, x: Tensor) -> str | None:
-        """The one active adapter, if nothing is trained and few tokens are to go through one operator."""
+        """Returns the active adapter if one operator can compute the layer: inference, few tokens, a plain LoRA."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if torch.is_grad_enabled() or self.training or len(active) != 1 or x.shape[:-1].numel() > SMALL:
             return None
         (name,) = active
-        # A subclass shards its weight (FSDP), a hook wants to see the product, accelerate's brings the weight.
+        # Subclasses shard the weight (FSDP), hooks need the module's output, and accelerate's hook loads the weight.
         modules = self.lora_A[name], self.lora_B[name]
         plain = all(type(m) is nn.Linear and not m._forward_hooks and not hasattr(m, "_hf_hook") for m in modules)
         plain = plain and name not in self.lora_variant and not self.lora_bias[name]
-        return name if plain and not self.lacking(active) else None
+        return name if plain and not self.residual_coefficient(active) else None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: a LoRA of the same values belongs to Q, and the base model of a LoRA is the one before quantizing."""
+        """Returns False: a plain LoRA is for the unquantized base model, this one for Q; `to_lora` converts it."""
         return False
 
     # ---- merging ----
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put a layer in floating-point, of the dtype before quantizing, in the place of the quantized one.
+        """Replaces the base layer by a floating-point one with the adapters merged, in the dtype before quantization.
 
         Args:
-            safe_merge: Refuse weights that are not finite.
-            adapter_names: What is merged; by default what is active.
+            safe_merge: Whether to raise an error if a merged weight is not finite.
+            adapter_names: Adapters to merge; the active ones by default.
 
         Raises:
-            ValueError: If `safe_merge` is set and a weight is not finite; nothing is changed then.
+            ValueError: If `safe_merge` is set and a weight is not finite; the layer is unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        if self._set_aside:  # the model may have been moved or cast since, which did not reach it
+        if self._unmerged:  # moving or casting the model since then did not reach it
             live: Any = self.base_layer
-            self._set_aside[0].to(live.weight.device, live.weight.dtype)
+            self._unmerged[0].to(live.weight.device, live.weight.dtype)
         together = [*self.merged_adapters, *names]
         weight = self._merged_weight(together)
         bias = self._merged_bias(together)
@@ -162,31 +171,32 @@ class LqLinear(LoraLinear):
         if safe_merge and not finite:
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         quantized = self.quantized
-        layer = quantized.floating(weight)
+        layer = quantized.to_floating(weight)
         if bias is not None:
             layer._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
-        self._set_aside = [quantized]
+        self._unmerged = [quantized]
         self.base_layer = layer
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Take the quantized layer back, as it was to the bit."""
+        """Restores the quantized layer, with the same bits."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         merged: Any = self.base_layer
-        self.base_layer = self._set_aside.pop().to(merged.weight.device, merged.weight.dtype)
+        self.base_layer = self._unmerged.pop().to(merged.weight.device, merged.weight.dtype)
         self.merged_adapters.clear()
 
     def _merged_weight(self, names: list[str]) -> Tensor:
-        pairs, lacking, initial = [self.factors(name) for name in names], self.lacking(names), self.quantized.initial
-        if lacking and initial:
-            pairs.append((lacking * initial[0], initial[1]))
+        pairs, initial = [self.factors(name) for name in names], self.quantized.initial
+        coefficient = self.residual_coefficient(names)
+        if coefficient and initial:
+            pairs.append((coefficient * initial[0], initial[1]))
         B, A = zip(*pairs, strict=True)
-        return self.quantized.plus(torch.cat(B, 1), torch.cat(A))
+        return self.quantized.merged_weight(torch.cat(B, 1), torch.cat(A))
 
     def _merged_bias(self, names: list[str]) -> Tensor | None:
-        """The bias with those of adapters that have one (`lora_bias`)."""
+        """Returns the bias plus the biases of adapters with `lora_bias`; None if no adapter has one."""
         added = [self.lora_B[name].bias * self.scaling[name] for name in names if self.lora_bias[name]]
         bias = self.quantized.bias
         if not added:
@@ -198,9 +208,13 @@ class LqLinear(LoraLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The layer that takes the place of this one: merged in floating-point, or without the adapter.
+        """Returns the layer that replaces this one in the base model.
 
-        What is left without the adapter is Q, or with kept initial factors the weight before, as far as it is known.
+        Args:
+            merge: Whether to merge adapters. Otherwise the layer is Q, or with kept initial factors a floating-point
+                layer of Q + B₀A₀.
+            safe_merge: As in `merge`.
+            adapter_names: As in `merge`.
         """
         if self.merged and not merge:
             self.unmerge()
@@ -209,7 +223,7 @@ class LqLinear(LoraLinear):
             return self.base_layer
         quantized = self.quantized
         initial = quantized.initial
-        return quantized if initial is None else quantized.floating(quantized.plus(*initial))
+        return quantized if initial is None else quantized.to_floating(quantized.merged_weight(*initial))
 
     def __repr__(self) -> str:
         return f"lq_{super().__repr__()}"

@@ -1,23 +1,23 @@
-r"""LQ-LoRA: a base model quantized to a budget of bits, and a LoRA that begins as what quantizing loses.
+r"""LQ-LoRA: quantizes the base weights to a bit budget and initializes the LoRA factors from the quantization error.
 
-    W ~ Q + s B A                        Q in NormalFloat, B and A trained, from the decomposition
-    min |W - Q - s B A|                  by turns: an SVD of W - Q, and Q = quantize(W - s B A)    (Alg. 1)
-    sum bits_i <= budget                 each matrix its own way to quantize, by a knapsack        (eq. 7)
+    W ~ Q + s B A                        Q in NormalFloat, B and A trained
+    min |W - Q - s B A|                  in turn: an SVD of W - Q, and Q = quantize(W - s B A)     (Alg. 1)
+    sum bits_i <= budget                 a quantization config for each layer, by a knapsack       (eq. 7)
 
-Cost: the weights take `budget_bits` a number instead of 16; training keeps what a LoRA keeps, and restores each weight
-twice a step, which a LoRA on 16-bit weights need not. Use it where memory is short.
+Cost: weights take `budget_bits` bits instead of 16; training saves what a LoRA saves, and dequantizes each weight twice
+per step, which a LoRA on 16-bit weights does not need. Use it where memory is short.
 
-What is left without the adapter is Q, which is not the base model: its largest directions are in B and A. With
-`keep_init=True` or "nf8" they are kept and stand in for a disabled adapter.
+Q alone is not the base model: its largest singular directions are in B and A. With `keep_init=True` or "nf8" the base
+layers keep the initial factors and add them when the adapter is disabled.
 
-A model of the standalone form (`standalone`) is quantized already: nothing is computed there, and the adapter takes
-over the part of low rank that stands beside Q.
+A standalone model (`standalone`) is quantized already: adapters start from its low-rank part.
 
 Source: LQ-LoRA (Guo, Greengard, Xing, Kim, arXiv 2311.12023).
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -30,94 +30,92 @@ from torch import Tensor, nn
 from peft_zoo import registration
 from peft_zoo.adapters.base import ZooLoraModel, expand_all_linear
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
+from peft_zoo.adapters.lq_lora.decompose import quantize_layer, rank_of
+from peft_zoo.adapters.lq_lora.importance import prepared_importance
 from peft_zoo.adapters.lq_lora.layer import LqLinear
-from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear, beside, empty_nf_linear
-from peft_zoo.adapters.lq_lora.plan import plan, rank_of, split
+from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear, detach_initial_factors, empty_nf_linear
+from peft_zoo.adapters.lq_lora.plan import QuantizationPlan, plan
 from peft_zoo.adapters.lq_lora.residual_warnings import (
-    warn_of_missed,
-    warn_of_sums,
-    warn_of_weights,
-    warn_of_what_is_left,
+    warn_several_active,
+    warn_untargeted,
+    warn_weight_sum,
+    warn_without_adapter,
 )
 from peft_zoo.adapters.lq_lora.state import DIGEST, PREFIX, base_hash, check_names, check_saved, digest_of, rebuild
-from peft_zoo.adapters.lq_lora.targets import outside_adapters, refuse_packed
+from peft_zoo.adapters.lq_lora.targets import outside_adapters, refuse_quantized
 from peft_zoo.kernels.normal_float.quantize import NFConfig
 
 
 @registration.register(
     LqLoraConfig,
-    summary="LQ-LoRA: the base quantized to a budget of bits, its loss taken up by the LoRA that is trained.",
+    summary="LQ-LoRA: base weights quantized to a bit budget; the LoRA starts from the quantization error.",
     parameters="r·(in + out)",
-    memory="as LoRA: T·r; the base layer in 2 to 8 bits a number",
-    flops="as LoRA: 4·T·in·out + 6·T·r·(in + out), and the weight restored twice",
+    memory="as LoRA: T·r; the base layer in 2 to 8 bits per weight",
+    flops="as LoRA: 4·T·in·out + 6·T·r·(in + out), plus dequantizing the weight twice",
     paper="LQ-LoRA, arXiv 2311.12023",
 )
 class LqLoraModel(ZooLoraModel):
-    """peft's LoRA on linear layers that it quantizes first."""
+    """Tuner of LQ-LoRA: peft's LoRA on linear layers that it quantizes first."""
 
-    _rebuilt: dict[str, NFLinear]  # from `_prepare_model` until they take their places
+    _rebuilt: dict[str, NFLinear]  # layers that `_prepare_model` decomposed, until they replace those of the model
 
-    # ---- making layers ----
+    # ---- creating layers ----
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         if config.lq_state == "new":
             return
         others = [other for other in self.peft_config.values() if other is not config]
-        digests = dict.fromkeys(name for name, way in (config.qconfig_map or {}).items() if way)
+        digests = dict.fromkeys(name for name, nf in (config.qconfig_map or {}).items() if nf)
         digests |= config.base_sha256 or {}
         found = [(name, layer.quantized) for name, layer in _layers(self.model)]
         if not others:
-            found = [(name, layer) for name, layer in (*found, *_alone(self.model)) if name in digests]
+            found = [(name, layer) for name, layer in (*found, *_without_adapter(self.model)) if name in digests]
         present = {name: base_hash(layer) for name, layer in found}
         for name in digests if others else present:
             if present.get(name) != digests[name]:
                 raise ValueError(
-                    f"base_sha256: this adapter belongs to another quantized matrix of {name} than that of the model; "
-                    "load it onto a base model of its own."
+                    f"base_sha256: this adapter belongs to another quantized weight of {name} than the model's; load "
+                    "it onto its own base model."
                 )
         if others:
-            warn_of_missed(dict(_layers(self.model)), present.keys() - digests.keys())
+            warn_untargeted(dict(_layers(self.model)), present.keys() - digests.keys())
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Decide how each matrix is quantized, or do that again, before anything is changed."""
+        """Plans the quantization, or repeats a saved one, before any layer is changed."""
         super()._prepare_model(peft_config, model)
-        modules = dict(model.named_modules())
-        for name in (name for name, way in (peft_config.qconfig_map or {}).items() if way and name in modules):
-            refuse_packed(name, modules[name])
+        modules, given = dict(model.named_modules()), peft_config.qconfig_map or {}
+        for name in (name for name, nf in given.items() if nf and name in modules):
+            refuse_quantized(name, modules[name])
         layers = dict(_layers(model))
         if peft_config.lq_state == "decomposed":
             self._prepare_loaded(peft_config, model, layers)
-            return
-        if not peft_config.init_lora_weights:
-            return
-        if len(self.peft_config) == 1:
-            ways = self._ways_alone(peft_config, model)
-            plan(peft_config, model, self._check_target_module_exists)
-            if ways:
-                peft_config.qconfig_map = {**ways, **(peft_config.qconfig_map or {})}
-            return
-        # Other adapters count on the matrices as they are: a further one quantizes nothing.
-        expanded = expand_all_linear(peft_config, model)
-        own = {name: layer for name, layer in layers.items() if self._check_target_module_exists(expanded, name)}
-        warn_of_missed(layers, layers.keys() - own.keys())
-        peft_config.qconfig_map = {name: list(layer.quantized.config) for name, layer in own.items()}
-        peft_config.keep_init = _keeps(own.values())
+        elif peft_config.init_lora_weights and len(self.peft_config) == 1:
+            quantized = self._standalone_configs(peft_config, model)
+            new = plan(peft_config, model, self._check_target_module_exists, prepared_importance(model))
+            QuantizationPlan({**quantized, **new.configs}, new.ranks).fill_in(peft_config)
+        elif peft_config.init_lora_weights:
+            # Other adapters need the quantized weights as they are: a further adapter quantizes nothing.
+            expanded = expand_all_linear(copy.copy(peft_config), model)
+            own = {name: layer for name, layer in layers.items() if self._check_target_module_exists(expanded, name)}
+            warn_untargeted(layers, layers.keys() - own.keys())
+            peft_config.qconfig_map = {name: list(layer.quantized.config) for name, layer in own.items()}
+            peft_config.keep_init = _keep_init(own.values())
 
     def _prepare_loaded(self, config: LqLoraConfig, model: nn.Module, layers: dict[str, LqLinear]) -> None:
-        """What no file has is made again; of what others keep, the configuration says how."""
+        """Decomposes layers that no file contains; layers of other adapters determine `keep_init`."""
         if config.save_base == "none":
-            there = [*layers, *dict(_alone(model))]
-            self._rebuilt = rebuild(config, model, self._check_target_module_exists, there)
+            quantized = [*layers, *dict(_without_adapter(model))]
+            self._rebuilt = rebuild(config, model, self._check_target_module_exists, quantized)
         shared = [layers[name] for name in config.base_sha256 or () if name in layers]
         if shared:
-            config.keep_init = _keeps(shared)
+            config.keep_init = _keep_init(shared)
 
-    def _ways_alone(self, config: LqLoraConfig, model: nn.Module) -> dict[str, list[Any]]:
-        """How the targeted matrices are quantized that are so already, in a model of the standalone form."""
-        expanded = expand_all_linear(config, model)
-        ways, given = {}, config.qconfig_map or {}
-        for name, layer in _alone(model):
+    def _standalone_configs(self, config: LqLoraConfig, model: nn.Module) -> dict[str, NFConfig]:
+        """Returns the quantization configs of target layers that are quantized already, in a standalone model."""
+        expanded = expand_all_linear(copy.copy(config), model)
+        configs, given = {}, config.qconfig_map or {}
+        for name, layer in _without_adapter(model):
             if not self._check_target_module_exists(expanded, name):
                 continue
             if given.get(name) is not None and nf_config(given[name]) != layer.config:
@@ -125,8 +123,8 @@ class LqLoraModel(ZooLoraModel):
                     f"qconfig_map: {name} is quantized already, as {list(layer.config)} and not as {given[name]!r}; "
                     "leave it out, or load the model in floating-point."
                 )
-            ways[name] = list(layer.config)
-        return ways
+            configs[name] = layer.config
+        return configs
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -138,54 +136,55 @@ class LqLoraModel(ZooLoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        way = (lora_config.qconfig_map or {}).get(current_key)
-        fresh, factors = lora_config.lq_state == "new" and lora_config.init_lora_weights, None
+        listed = (lora_config.qconfig_map or {}).get(current_key)
+        is_new, factors = lora_config.lq_state == "new" and lora_config.init_lora_weights, None
         if isinstance(target, LqLinear):
-            factors = self._factors_of_another(target) if fresh else None
-        elif way is not None and not isinstance(target, LoraLayer) and kwargs.get("parameter_name") is None:
-            target, factors = self._quantized(lora_config, nf_config(way), target, current_key, fresh)
+            factors = self._initial_factors(target) if is_new else None
+        elif listed is not None and not isinstance(target, LoraLayer) and kwargs.get("parameter_name") is None:
+            target, factors = self._quantized(lora_config, nf_config(listed), target, current_key, is_new)
             setattr(parent, target_name, target)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if factors is not None:
-            getattr(parent, target_name).start(adapter_name, factors)
+            getattr(parent, target_name).set_factors(adapter_name, factors)
 
     def _quantized(
-        self, config: LqLoraConfig, way: NFConfig, layer: nn.Module, name: str, fresh: bool
+        self, config: LqLoraConfig, nf: NFConfig, layer: nn.Module, name: str, is_new: bool
     ) -> tuple[nn.Module, Factors | None]:
-        """What an adapter goes around in the place of a layer, and where it starts unless its values are in a file."""
-        loaded = config.lq_state == "decomposed"
-        if isinstance(layer, NFLinear) and (fresh or loaded):
-            base, factors = beside(layer, config.keep_init)
-            return base, factors if fresh else None
-        if fresh:
-            return split(config, way, layer, rank_of(config, name, layer), name)
-        if loaded and config.save_base != "none":
-            base = empty_nf_linear(layer, way, config.keep_init, rank_of(config, name, layer))
-            base.awaited = (config.base_sha256 or {}).get(name, "")
+        """Returns the base layer of an adapter, and the factors it starts from unless its values come from a file."""
+        is_loaded = config.lq_state == "decomposed"
+        if isinstance(layer, NFLinear) and (is_new or is_loaded):
+            base, factors = detach_initial_factors(layer, config.keep_init)
+            return base, factors if is_new else None
+        if is_new:
+            importance = prepared_importance(self.model).get(name)
+            return quantize_layer(config, nf, layer, rank_of(config, name, layer), name, importance)
+        if is_loaded and config.save_base != "none":
+            base = empty_nf_linear(layer, nf, config.keep_init, rank_of(config, name, layer))
+            base.expected_sha256 = (config.base_sha256 or {}).get(name, "")
             return base, None
         return self._rebuilt.pop(name, layer), None
 
-    def _factors_of_another(self, layer: LqLinear) -> Factors | None:
-        """Where a further adapter starts: as the first one did, or where that is not kept, from where it is now."""
+    def _initial_factors(self, layer: LqLinear) -> Factors | None:
+        """Returns the factors that a further adapter starts from: initial ones if kept, else the first adapter's."""
         initial = layer.quantized.initial
         if initial is not None or not layer.lora_A:
             return initial
         first = next(iter(layer.lora_A))
         warnings.warn(
-            f"Without keep_init=True nothing is kept of what was split off the base; adapter {first!r}, as it is now, "
-            "is where the new one starts.",
+            f"Without keep_init=True the initial factors are not kept; the new adapter starts from the current values "
+            f"of adapter {first!r}.",
             stacklevel=2,
         )
         return layer.factors(first)
 
     @staticmethod
     def _create_new_module(lora_config: LqLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if isinstance(target, NFLinear) and not target.standing:
+        if isinstance(target, NFLinear) and not target.use_initial:
             return LqLinear(target, adapter_name, config=lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As peft; afterwards the configuration knows the base it belongs to."""
+        """Injects as peft does; the plan and checksums go into the model's own copy of the configuration."""
         self._rebuilt = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -197,7 +196,7 @@ class LqLoraModel(ZooLoraModel):
             config.base_sha256 = {name: base_hash(layer.quantized) for name, layer in own}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As peft; without autocast, adapters take the dtype that the weight had, which packed codes do not show."""
+        """Casts as peft does; without autocast, adapters get the dtype that the weight had before quantization."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -209,28 +208,28 @@ class LqLoraModel(ZooLoraModel):
     # ---- without the adapter ----
 
     def disable_adapter_layers(self) -> None:
-        """As peft; warns where what is left is not the base model."""
-        warn_of_what_is_left(dict(_layers(self.model)))
+        """Disables as peft does; warns if the result is not the base model."""
+        warn_without_adapter(dict(_layers(self.model)))
         super().disable_adapter_layers()
 
     def unload(self) -> nn.Module:
-        """As peft; warns where what is left is not the base model."""
-        warn_of_what_is_left(dict(_layers(self.model)))
+        """Unloads as peft does; warns if the result is not the base model."""
+        warn_without_adapter(dict(_layers(self.model)))
         return super().unload()
 
     # ---- several adapters ----
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As peft; warns where several adapters would have what was split off several times."""
+        """Activates as peft does; warns if several adapters would add the low-rank part of the base several times."""
         super().set_adapter(adapter_name, inference_mode)
-        warn_of_sums(dict(_layers(self.model)))
+        warn_several_active(dict(_layers(self.model)))
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], *args: Any, **kwargs: Any) -> None:
-        """As peft; warns of weights with which the sum has what was split off more or less than once."""
-        with warnings.catch_warnings():  # where it starts does not matter: it is overwritten at once
-            warnings.filterwarnings("ignore", message="Without keep_init=True nothing is kept")
+        """Combines as peft does; warns if the sum contains the low-rank part of the base more or less than once."""
+        with warnings.catch_warnings():  # the values it starts from are overwritten at once
+            warnings.filterwarnings("ignore", message="Without keep_init=True the initial factors")
             super().add_weighted_adapter(adapters, weights, *args, **kwargs)
-        warn_of_weights(dict(_layers(self.model)), weights)
+        warn_weight_sum(dict(_layers(self.model)), weights)
 
     # ---- files ----
 
@@ -243,15 +242,15 @@ class LqLoraModel(ZooLoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """As a LoRA, and the quantized matrices, merged or not, or with `save_base="none"` their hashes."""
+        """Selects a LoRA's tensors and the quantized weights, also while merged, or hashes with `save_base="none"`."""
         config.check_save_base()
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         prefix = PREFIX if isinstance(model, PeftModel) else ""
         for name, layer in _layers(model):
             if adapter_name in layer.lora_A:
                 base = layer.quantized
-                base.receive()
-                parts = base.saved() if config.save_base == "quantized" else [(DIGEST, digest_of(base))]
+                base.verify_checksum()
+                parts = base.saved_tensors() if config.save_base == "quantized" else [(DIGEST, digest_of(base))]
                 found.update((f"{prefix}{name}.base_layer.{part}", tensor) for part, tensor in parts)
         return found
 
@@ -259,10 +258,10 @@ class LqLoraModel(ZooLoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As a LoRA; the quantized matrices must be those that the configuration names.
+        """Maps the keys as a LoRA does, after checking the quantized weights against the configuration.
 
         Raises:
-            ValueError: If they are not, or one is missing.
+            ValueError: If one is missing or has another checksum.
         """
         state_dict = dict(state_dict)
         layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.lora_A}
@@ -273,21 +272,18 @@ class LqLoraModel(ZooLoraModel):
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LqLinear]]:
-    """Every quantized layer, by the name it has in the base model."""
+    """Yields every quantized layer with adapters, by name in the base model."""
     for name, module in model.named_modules():
         if isinstance(module, LqLinear):
             bare = ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
             yield bare.removeprefix(PREFIX), module
 
 
-def _alone(model: nn.Module) -> Iterator[tuple[str, NFLinear]]:
-    """Every quantized layer that no adapter is around."""
+def _without_adapter(model: nn.Module) -> Iterator[tuple[str, NFLinear]]:
+    """Yields every quantized layer without an adapter, by name in the base model."""
     return ((name, module) for name, module in outside_adapters(model) if isinstance(module, NFLinear))
 
 
-def _keeps(layers: Iterable[LqLinear]) -> bool | str:
-    """How what was split off is kept there, which one adapter has decided for all."""
-    return next((how for layer in layers if (how := layer.quantized.keeps)), False)
-
-
-__all__ = ["LqLoraModel"]
+def _keep_init(layers: Iterable[LqLinear]) -> bool | str:
+    """Returns the `keep_init` that the first adapter has set for the layers."""
+    return next((form for layer in layers if (form := layer.quantized.keep_init)), False)

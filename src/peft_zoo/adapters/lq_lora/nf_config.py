@@ -1,4 +1,4 @@
-"""What stands in the `config.json` of a quantized model without its base."""
+"""Quantization entry in the `config.json` of a standalone quantized model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_zoo.adapters.lq_lora.config import nf_config
-
-__all__ = ["NFkConfig"]
+from peft_zoo.common.checks import require
 
 METHOD = "nfk"
 
 
 @dataclass(kw_only=True)
 class NFkConfig(QuantizationConfigMixin):
-    """Which modules of a model are quantized and how: what stands in its `config.json`; `standalone` writes it.
+    """Quantization config of each module of a standalone model; `standalone` writes it.
 
     Attributes:
-        modules: From the name of a module to the five values of its `NFConfig`.
-        ranks: From the name to the rank of the part of low rank; what is not named has none.
+        modules: The five values of an `NFConfig` by module name.
+        ranks: Rank of the low-rank part by module name; modules that are missing have none.
         quant_method: Always "nfk".
 
     Raises:
-        ValueError: For a field that cannot be meant, naming it, the value and the fix.
+        ValueError: If a field is invalid, naming the field, its value and the fix.
     """
 
     modules: dict[str, list[Any]] = field(default_factory=dict)
@@ -32,23 +31,19 @@ class NFkConfig(QuantizationConfigMixin):
     quant_method: str = METHOD  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        self._require(self.quant_method == METHOD, "quant_method", f"it is always {METHOD!r}")
+        require(self.quant_method == METHOD, self, "quant_method", f"it is always {METHOD!r}")
         valid = isinstance(self.modules, dict) and len(self.modules) > 0
-        self._require(valid, "modules", "use a dict from the name of a module to five values")
-        self.modules = {name: self._way(name, way) for name, way in self.modules.items()}
-        self._require(isinstance(self.ranks, dict), "ranks", "use a dict from the name of a module to a rank")
+        require(valid, self, "modules", "use a dict from module name to five values")
+        self.modules = {name: self._listed(name, value) for name, value in self.modules.items()}
+        require(isinstance(self.ranks, dict), self, "ranks", "use a dict from module name to rank")
         for name, rank in self.ranks.items():
             if name not in self.modules:
                 raise ValueError(f"NFkConfig: ranks names {name!r}, which modules lacks; leave it out.")
             if type(rank) is not int or rank < 0:
                 raise ValueError(f"NFkConfig: ranks[{name!r}]={rank!r} cannot be used; use an integer from 0.")
 
-    def _way(self, name: str, way: Any) -> list[Any]:
+    def _listed(self, name: str, value: Any) -> list[Any]:
         try:
-            return list(nf_config(way))
+            return list(nf_config(value))
         except ValueError as error:
             raise ValueError(f"NFkConfig: modules[{name!r}]: {error}") from error
-
-    def _require(self, condition: bool, name: str, fix: str) -> None:
-        if not condition:
-            raise ValueError(f"NFkConfig: {name}={getattr(self, name)!r} cannot be used; {fix}.")

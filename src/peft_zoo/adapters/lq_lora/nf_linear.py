@@ -1,6 +1,6 @@
-"""A linear layer whose weight is in NormalFloat.
+"""Linear layer with a NormalFloat weight.
 
-The quantized matrix Q is in buffers, which no optimizer sees and a state dict does.
+The quantized weight Q is stored in buffers, which a state dict contains and an optimizer does not see.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_zoo import peft_patches
 from peft_zoo.kernels.normal_float.linear import nf_linear, nf_merge
 from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, dequantize, empty_nf, quantize
 
-__all__ = ["NFLinear"]
-
 Factors = tuple[Tensor, Tensor]
-"""B `(out, r)` and A `(r, in)` in float32, whose product is the part of low rank, scaling included."""
+"""B `(out, r)` and A `(r, in)` in float32; their product is the low-rank part, scaling included."""
 
 NF8 = "nf8"
-"""`keep_init` for factors in 8 bits."""
+"""Value of `keep_init` for initial factors in 8 bits."""
 
 NF8_CONFIG = NFConfig(8, 8, "fp32", 64, 256)
 
 
 def sha256(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of tensors in their order, with their dtypes and shapes."""
+    """Returns the SHA-256 of tensors in their order, with their dtypes and shapes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -37,22 +36,28 @@ def sha256(tensors: Iterable[Tensor]) -> str:
 
 
 class NFLinear(nn.Linear):
-    """A frozen linear layer `x Q^T + b` with Q in NormalFloat.
+    """Frozen linear layer `x Q^T + b` with a weight Q in NormalFloat.
 
     Args:
-        weight: Q, `(out, in)`; tensors on the meta device wait for a state dict.
-        config: That it was quantized with.
-        shape: Of Q.
-        bias: `(out,)`, taken over as it is.
-        dtype: Of the weight before, and of what is merged.
-        transposed: Whether the layer before was transformers' `Conv1D`, which has `(in, out)`.
-        initial: B and A that were split off, where they are kept, perhaps packed by `kept`; also of rank 0, to
-            be filled.
-        standing: Whether `initial` counts where no factors are given: so in a model that is loaded without an adapter.
+        weight: Q, quantized from `(out, in)`; tensors on the meta device are filled in from a state dict.
+        config: Quantization config of Q.
+        shape: Shape `(out, in)` of Q.
+        bias: Bias `(out,)`, shared with the caller.
+        dtype: Dtype of the weight before quantization, and of merged weights.
+        transposed: Whether the layer was a `Conv1D` of transformers, which stores `(in, out)`.
+        initial: Initial factors B and A, or their 8-bit form from `pack_initial_factors`; None if not kept.
+        use_initial: Whether the layer adds the initial factors' product to Q, as in a standalone model.
 
     Attributes:
-        weight: The packed codes: what peft asks for device and dtype. An integer dtype keeps adapters in float32.
-        awaited: `sha256` of the Q that a file is to bring; None where there is nothing to wait for.
+        weight: Packed codes, from which peft reads device and dtype. An integer dtype keeps adapters in float32.
+        expected_sha256: Checksum of the Q that a file has to bring; None once it is verified.
+
+    Examples:
+        >>> from peft_zoo.kernels.normal_float.quantize import NFConfig, quantize
+        >>> config = NFConfig(bits=4, block=16)
+        >>> layer = NFLinear(quantize(torch.randn(8, 16), config), config, (8, 16))
+        >>> layer(torch.randn(2, 16)).shape, layer.dense().shape
+        (torch.Size([2, 8]), torch.Size([8, 16]))
     """
 
     PARTS = NFTensor._fields
@@ -74,25 +79,30 @@ class NFLinear(nn.Linear):
         dtype: torch.dtype = torch.float32,
         transposed: bool = False,
         initial: Factors | NFTensor | None = None,
-        standing: bool = False,
+        use_initial: bool = False,
     ) -> None:
+        peft_patches.apply()
         nn.Module.__init__(self)  # nn.Linear would make a weight
         self.out_features, self.in_features = shape
-        self.config, self.dtype, self.transposed, self.standing = config, dtype, transposed, standing
-        self.awaited: str | None = None
+        self.config, self.dtype, self.transposed, self.use_initial = config, dtype, transposed, use_initial
+        self.expected_sha256: str | None = None
         for name, part in zip(self.PARTS, weight, strict=True):
             self.register_buffer(name, part)
         names = self.INITIAL_NF8 if isinstance(initial, NFTensor) else self.INITIAL
         tensors = dict(zip(names, initial, strict=True)) if initial else {}
         for name in (*self.INITIAL, *self.INITIAL_NF8):
             self.register_buffer(name, tensors[name].contiguous() if name in tensors else None)
-        self._parameters["bias"] = bias  # not by assignment: where peft makes new parameters empty, this is none
+        self._parameters["bias"] = bias  # assignment would move it to meta where peft creates parameters there
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        peft_patches.apply()
+        super().__setstate__(state)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The packed codes as int8, by which T5 knows that they are no dtype to compute in."""
+        """The packed codes as int8; T5 takes that dtype for a sign not to cast its input to it."""
         codes: Any = self.codes.view(torch.int8)
-        codes._is_hf_initialized = True  # transformers gives such a tensor no random values
+        codes._is_hf_initialized = True  # transformers fills other tensors with random values
         return codes
 
     @property
@@ -102,79 +112,79 @@ class NFLinear(nn.Linear):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of Q."""
+        """Shape `(out, in)` of Q."""
         return self.out_features, self.in_features
 
     @property
-    def keeps(self) -> bool | str:
-        """How B and A that were split off are kept, as `keep_init` says it; False where they are not."""
+    def keep_init(self) -> bool | str:
+        """Form of the initial factors, as in `LqLoraConfig.keep_init`: True, "nf8", or False if there are none."""
         return NF8 if self.initial_codes is not None else self.initial_B is not None
 
     @property
     def initial(self) -> Factors | None:
-        """B and A that were split off, if they are kept; decoded anew each time where they are in 8 bits."""
-        if self.keeps == NF8:
-            return unpack_factors(NFTensor(*(getattr(self, name) for name in self.INITIAL_NF8)), self.shape)
+        """Initial factors (B, A) in float32, or None if not kept; 8-bit factors are dequantized on every access."""
+        if self.keep_init == NF8:
+            return unpack_initial_factors(NFTensor(*(getattr(self, name) for name in self.INITIAL_NF8)), self.shape)
         return None if self.initial_B is None or self.initial_A is None else (self.initial_B, self.initial_A)
 
-    def saved(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of everything that an adapter's file has to hold."""
+    def saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields names and tensors of everything that an adapter's file contains of this layer."""
         for name in self.ALL:
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
-    def receive(self) -> None:
-        """Look at a Q that was awaited before it is used: whoever loads a state dict need not know of hashes.
+    def verify_checksum(self) -> None:
+        """Checks Q against `expected_sha256` before its first use, since other libraries load state dicts unchecked.
 
         Raises:
-            ValueError: If no file has brought it, or another one.
+            ValueError: If no file has brought Q, or the checksum differs.
         """
-        if self.awaited is None or torch.compiler.is_compiling():
+        if self.expected_sha256 is None or torch.compiler.is_compiling():
             return
-        if sha256(self.packed) != self.awaited:
+        if sha256(self.packed) != self.expected_sha256:
             raise ValueError(
-                f"the quantized matrix of base_sha256={self.awaited!r} is not here: no file has brought it, or a "
-                "damaged one. A configuration with lq_state='decomposed' is for loading; to quantize anew, set "
+                f"quantized weight of base_sha256={self.expected_sha256!r} missing or corrupted: the adapter folder "
+                "must contain it. A configuration with lq_state='decomposed' is for loading; to quantize again, set "
                 "lq_state='new' and base_sha256=None."
             )
-        self.awaited = None
+        self.expected_sha256 = None
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Q restored."""
-        self.receive()
+        """Returns Q `(out, in)` in a floating-point dtype."""
+        self.verify_checksum()
         return dequantize(self.packed, self.config, self.shape, dtype)
 
-    def plus(self, B: Tensor, A: Tensor) -> Tensor:
-        """`Q + B A` in the dtype of the weight before, rounded once."""
-        self.receive()
+    def merged_weight(self, B: Tensor, A: Tensor) -> Tensor:
+        """Returns `Q + B A` in the dtype of the weight before quantization, rounded once."""
+        self.verify_checksum()
         return nf_merge(self.packed, self.config, A, B, dtype=self.dtype)
 
     def forward(self, x: Tensor, A: Tensor | None = None, B: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-        """`x Q^T + b`, and with A and B `+ scaling x A^T B^T` in the same kernel; see `nf_linear`.
+        """Returns `x Q^T + b`, plus `scaling x A^T B^T` if factors are given, in one operator (`nf_linear`).
 
         Args:
-            x: `(..., in)`.
-            A: `(r, in)`; without A and B a `standing` layer takes its initial factors.
-            B: `(out, r)`.
-            scaling: s.
+            x: Input `(..., in)`.
+            A: Factor `(r, in)`; without A and B, a layer with `use_initial` adds its initial factors.
+            B: Factor `(out, r)`.
+            scaling: Scale of the low-rank product.
 
         Returns:
-            `(..., out)` in the dtype of `x`.
+            Output `(..., out)` in the dtype of `x`.
         """
-        self.receive()
-        if A is None and B is None and self.standing:
+        self.verify_checksum()
+        if A is None and B is None and self.use_initial:
             B, A = self.initial or (None, None)
         return nf_linear(x, self.packed, self.config, self.shape, self.bias, A, B, scaling)
 
-    def with_initial(self, initial: Factors | NFTensor | None, standing: bool = False) -> NFLinear:
-        """The same matrix and bias with other factors; the tensors are shared."""
+    def with_initial(self, initial: Factors | NFTensor | None, use_initial: bool = False) -> NFLinear:
+        """Returns a layer with the same Q and bias, whose tensors are shared, and other initial factors."""
         parts = self.packed, self.config, self.shape, self.bias, self.dtype, self.transposed
-        layer = NFLinear(*parts, initial, standing).train(self.training)
-        layer.awaited = self.awaited
+        layer = NFLinear(*parts, initial, use_initial).train(self.training)
+        layer.expected_sha256 = self.expected_sha256
         return layer
 
-    def floating(self, weight: Tensor) -> nn.Module:
-        """An ordinary layer of the kind that was quantized, with a weight `(out, in)` and this bias."""
+    def to_floating(self, weight: Tensor) -> nn.Module:
+        """Returns an `nn.Linear` or `Conv1D`, as before quantization, with this bias and a weight `(out, in)`."""
         layer: Any
         if self.transposed:
             layer = Conv1D(1, 1)
@@ -188,12 +198,12 @@ class NFLinear(nn.Linear):
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        """The sizes, how Q is quantized, and the rank of what stands beside it."""
-        rank = "" if not self.standing or self.initial is None else f", standing rank={len(self.initial[1])}"
+        """Returns the sizes, the quantization config, and the rank of initial factors in use."""
+        rank = "" if not self.use_initial or self.initial is None else f", initial rank={len(self.initial[1])}"
         return f"{super().extra_repr()}, config={tuple(self.config)}{rank}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> NFLinear:
-        """Move, but keep the dtypes: scales in another dtype are another matrix. What is merged follows the model."""
+        """Moves buffers but keeps their dtypes, since other scales are another matrix; `dtype` follows the model."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -205,45 +215,53 @@ class NFLinear(nn.Linear):
 
 
 def empty_nf_linear(
-    layer: Any, config: NFConfig, keep_init: bool | str, rank: int = 0, standing: bool = False
+    layer: Any, config: NFConfig, keep_init: bool | str, rank: int = 0, use_initial: bool = False
 ) -> NFLinear:
-    """An `NFLinear` in the place of a layer, to be filled from a state dict.
+    """Returns an `NFLinear` without values, to be filled from a state dict.
 
     Args:
-        layer: `nn.Linear` or `Conv1D`; its weight's device and dtype are taken.
-        config: How the matrix is quantized.
-        keep_init: Whether it has initial factors, and how.
-        rank: Of those.
-        standing: As for `NFLinear`.
+        layer: The `nn.Linear` or `Conv1D` to replace; its shape, bias, device and dtype are taken.
+        config: Quantization config.
+        keep_init: Form of the initial factors, as in `LqLoraConfig`.
+        rank: Rank of the initial factors.
+        use_initial: As in `NFLinear`.
     """
-    matrix = oriented(layer)
+    matrix = weight_matrix(layer)
     (rows, columns), device = matrix.shape, matrix.device
-    initial = kept(_zeros(rows, columns, rank, device), keep_init)
+    initial = pack_initial_factors(_zero_factors(rows, columns, rank, device), keep_init)
     packed = empty_nf(config, rows * columns, device)
     transposed = isinstance(layer, Conv1D)
-    return NFLinear(packed, config, (rows, columns), layer.bias, matrix.dtype, transposed, initial, standing)
+    return NFLinear(packed, config, (rows, columns), layer.bias, matrix.dtype, transposed, initial, use_initial)
 
 
-def beside(layer: NFLinear, keep_init: bool | str) -> tuple[NFLinear, Factors]:
-    """A layer that stood alone as what an adapter goes around, and the factors that the adapter takes over.
+def detach_initial_factors(layer: NFLinear, keep_init: bool | str) -> tuple[NFLinear, Factors]:
+    """Splits a layer of a standalone model into a base layer and the factors that a new adapter starts from.
 
     Args:
-        layer: Is left as it is.
-        keep_init: Whether the factors, perhaps of rank 0, stay as the initial ones, and how.
+        layer: Layer of a standalone model; left unchanged.
+        keep_init: Form in which the base layer keeps the factors, as in `LqLoraConfig`.
 
     Returns:
-        The same matrix, whose factors stand no more, and B and A as far as they are kept.
+        The layer with the same Q but `use_initial=False`, and the factors (B, A), of rank 0 if there were none; rounded
+        to 8 bits if kept in 8 bits.
     """
-    factors = (layer.initial if layer.standing else None) or _zeros(*layer.shape, 0, layer.weight.device)
-    base = layer.with_initial(kept(factors, keep_init))
+    factors = (layer.initial if layer.use_initial else None) or _zero_factors(*layer.shape, 0, layer.weight.device)
+    base = layer.with_initial(pack_initial_factors(factors, keep_init))
     return base, base.initial or factors
 
 
-def kept(factors: Factors, keep_init: bool | str) -> Factors | NFTensor | None:
-    """What a layer is given of the factors that were split off.
+def pack_initial_factors(factors: Factors, keep_init: bool | str) -> Factors | NFTensor | None:
+    """Converts initial factors to the form in which a layer keeps them.
 
     In 8 bits they are one matrix `[B^T, A]` of shape `(r, out + in)`, flattened: the values of a block belong to one
-    direction, so they are of one size, and any rank and shape is possible. The last block is filled up.
+    direction, so they are of similar size, and any rank and shape is possible. The last block is padded.
+
+    Args:
+        factors: B and A.
+        keep_init: As in `LqLoraConfig`.
+
+    Returns:
+        The factors themselves, their 8-bit form, or None if they are not kept.
     """
     if keep_init != NF8:
         return factors if keep_init else None
@@ -252,24 +270,24 @@ def kept(factors: Factors, keep_init: bool | str) -> Factors | NFTensor | None:
     return quantize(both, NF8_CONFIG) if len(A) else empty_nf(NF8_CONFIG, 0, A.device)
 
 
-def unpack_factors(packed: NFTensor, shape: tuple[int, int]) -> Factors:
-    """B and A that `kept` has packed, for a matrix of a shape."""
+def unpack_initial_factors(packed: NFTensor, shape: tuple[int, int]) -> Factors:
+    """Returns B and A of the 8-bit form of `pack_initial_factors`, for a matrix of shape `(out, in)`."""
     rows, rank = shape[0], nf8_rank(packed.codes.numel(), shape)
     both = dequantize(packed, NF8_CONFIG, (rank, sum(shape)), torch.float32)
     return both[:, :rows].mT.contiguous(), both[:, rows:].contiguous()
 
 
-def nf8_rank(words: int, shape: tuple[int, int]) -> int:
-    """The rank of factors whose codes take so many words, of which the last is filled up with three codes at most."""
-    return 4 * words // sum(shape)
+def nf8_rank(num_words: int, shape: tuple[int, int]) -> int:
+    """Returns the rank of 8-bit factors whose codes take `num_words` 32-bit words, with up to three padding codes."""
+    return 4 * num_words // sum(shape)
 
 
-def _zeros(rows: int, columns: int, rank: int, device: torch.device) -> Factors:
+def _zero_factors(rows: int, columns: int, rank: int, device: torch.device) -> Factors:
     shapes = (rows, rank), (rank, columns)
     B, A = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
     return B, A
 
 
-def oriented(layer: Any) -> Tensor:
-    """The weight of a layer as `(out, in)`."""
+def weight_matrix(layer: Any) -> Tensor:
+    """Returns the weight of an `nn.Linear` or `Conv1D` as `(out, in)`."""
     return layer.weight.mT if isinstance(layer, Conv1D) else layer.weight

@@ -1,6 +1,7 @@
-"""What is missing where an adapter is: each holds a part of the base model that was split off, and Q alone has a hole.
+"""Warnings for disabled and combined adapters, since the low-rank part of the base weight is in each adapter.
 
-Where that part is kept (`keep_init`) it stands in, and a sum of adapters has it once. Where it is not, these warn.
+With `keep_init` the layers add that part exactly once. Without it, these functions warn where it is missing or counted
+several times.
 """
 
 from __future__ import annotations
@@ -10,51 +11,49 @@ from collections.abc import Collection, Mapping, Sequence
 
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 
-__all__: list[str] = []
-
 Layers = Mapping[str, LqLinear]
-"""Quantized layers by their names in the base model."""
+"""Quantized layers by name in the base model."""
 
 
-def warn_of_what_is_left(layers: Layers) -> None:
-    """Without its adapters the model is not the base model."""
-    if any(not layer.quantized.keeps for layer in layers.values()):
+def warn_without_adapter(layers: Layers) -> None:
+    """Warns that a model without its adapter is not the base model."""
+    if any(not layer.quantized.keep_init for layer in layers.values()):
         warnings.warn(
-            "The adapter of LQ-LoRA holds a part of the base model, which is missing without it; make it with "
-            "keep_init=True to have that part stand in for it, or merge the adapter.",
+            "An LQ-LoRA adapter contains the low-rank part of the base weights, which is missing without the adapter; "
+            "create it with keep_init=True to keep that part in the base layers, or merge the adapter.",
             stacklevel=3,
         )
 
 
-def warn_of_missed(layers: Layers, missed: Collection[str]) -> None:
-    """A further adapter does not target what is quantized."""
-    names = sorted(name for name in missed if not layers[name].quantized.keeps)
+def warn_untargeted(layers: Layers, untargeted: Collection[str]) -> None:
+    """Warns that a further adapter does not target some quantized layers."""
+    names = sorted(name for name in untargeted if not layers[name].quantized.keep_init)
     if names:
         warnings.warn(
-            f"{names[0]} (and {len(names) - 1} more) is quantized and the new adapter does not target it; it lacks "
-            "what was split off while only that adapter is active. Target it too, or make the first with "
+            f"{names[0]} (and {len(names) - 1} more) is quantized but not targeted by the new adapter; its low-rank "
+            "part is missing while only that adapter is active. Target it too, or create the first adapter with "
             "keep_init=True.",
             stacklevel=3,
         )
 
 
-def warn_of_sums(layers: Layers) -> None:
-    """Several adapters are active, and each brings that part."""
+def warn_several_active(layers: Layers) -> None:
+    """Warns that several adapters are active, each of which contains the low-rank part."""
     for name, layer in layers.items():
-        if not layer.quantized.keeps and sum(active in layer.lora_A for active in layer.active_adapters) > 1:
+        if not layer.quantized.keep_init and sum(active in layer.lora_A for active in layer.active_adapters) > 1:
             warnings.warn(
-                f"{name}: each of the active adapters holds what was split off, which is not kept; together they have "
-                "it several times. Make the first adapter with keep_init=True.",
+                f"{name}: each active adapter contains the low-rank part of the base weight, so their sum contains it "
+                "several times. Create the first adapter with keep_init=True.",
                 stacklevel=3,
             )
             return
 
 
-def warn_of_weights(layers: Layers, weights: Sequence[float]) -> None:
-    """A weighted sum has that part more or less than once."""
+def warn_weight_sum(layers: Layers, weights: Sequence[float]) -> None:
+    """Warns that the weights of a combined adapter do not add up to 1."""
     if layers and abs(sum(weights) - 1) > 1e-6:
         warnings.warn(
-            f"weights={weights!r}: each adapter holds what was split off the base model, so the new one has it "
+            f"weights={weights!r}: each adapter contains the low-rank part of the base weights, so the new one has it "
             f"{sum(weights):g} times; give weights that add up to 1.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The quantized base of an adapter and its file: whether the two belong together, and the base where no file has it."""
+"""Checks that an adapter's file and the quantized weights belong together, and quantizes again what no file has."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
+from peft_zoo.adapters.lq_lora.decompose import quantize_layer, rank_of
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, sha256
-from peft_zoo.adapters.lq_lora.plan import rank_of, split
-from peft_zoo.adapters.lq_lora.targets import Targeted, check_values, targets
-
-__all__: list[str] = []
+from peft_zoo.adapters.lq_lora.targets import Targeted, check_values, target_layers
 
 PREFIX = "base_model.model."
 
 DIGEST = "sha256"
-"""The part that stands for a matrix in the file of an adapter of `save_base="none"`."""
+"""Name of the tensor that replaces a quantized weight in the file of an adapter with `save_base="none"`."""
 
 
 def check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: dict[str, Tensor], shared: bool) -> None:
-    """Refuse what a file has for a layer if it is not the whole or not of this base; make room for the factors kept.
+    """Validates the tensors that a file has for a layer, and resizes the layer's initial factors to theirs.
 
     Args:
-        name: Of the layer, in the base model.
-        layer: Is to be filled.
-        config: Of the adapter.
-        state_dict: From the file; of a shared layer the factors that are kept are taken out.
-        shared: Whether other adapters count on the factors that are kept.
+        name: Name of the layer in the base model.
+        layer: The layer that is to be filled.
+        config: Configuration of the adapter.
+        state_dict: Tensors of the file; initial factors of a shared layer, and checksums, are removed.
+        shared: Whether other adapters use the initial factors of the layer.
 
     Raises:
-        ValueError: If it is refused.
+        ValueError: If tensors are missing or belong to another quantized weight.
     """
     keys = {key: part for part in layer.ALL for key in _keys(name, part)}
     found = {part: state_dict[key] for key, part in keys.items() if key in state_dict}
@@ -40,19 +38,19 @@ def check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: di
     digests = [state_dict.pop(key) for key in _keys(name, DIGEST) if key in state_dict]
     if not found and config.save_base == "none":
         if digests and bytes(digests[0].tolist()).hex() != base_hash(layer):
-            raise ValueError(f"{name}: the adapter was trained beside another quantized matrix than the model has.")
+            raise ValueError(f"{name}: the adapter was trained with another quantized weight than the model has.")
         return
-    for part in layer.PARTS if shared else dict(layer.saved()):
+    for part in layer.PARTS if shared else dict(layer.saved_tensors()):
         if part not in found:
             raise ValueError(
-                f"{PREFIX}{name}.base_layer.{part} is missing: the file of the adapter is not complete; save it again."
+                f"{PREFIX}{name}.base_layer.{part} is missing: the adapter file is incomplete; save it again."
             )
     if sha256(found[part] for part in layer.PARTS) != expected:
         raise ValueError(
-            f"{name}: the quantized matrix is not that of base_sha256={expected!r}; file and configuration do not "
-            "belong together, or the file is damaged."
+            f"{name}: quantized weight does not match base_sha256={expected!r}; file and configuration do not belong "
+            "together, or the file is corrupted."
         )
-    layer.awaited = None
+    layer.expected_sha256 = None
     for key, part in keys.items():
         if key not in state_dict or part in layer.PARTS:
             continue
@@ -63,63 +61,69 @@ def check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: di
 
 
 def _keys(name: str, part: str) -> tuple[str, str]:
-    """What a part of a layer can be called in a file."""
+    """Returns the two keys that a tensor of a layer can have in a file."""
     return f"{PREFIX}{name}.base_layer.{part}", f"{name}.base_layer.{part}"
 
 
 def digest_of(layer: NFLinear) -> Tensor:
-    """`base_hash` as it stands in a file, uint8 of shape `(32,)`."""
+    """Returns `base_hash` as files hold it, uint8 of shape `(32,)`."""
     return torch.tensor([*bytes.fromhex(base_hash(layer))], dtype=torch.uint8)
 
 
-def check_names(config: LqLoraConfig, there: Collection[str]) -> None:
-    """Refuse an adapter of matrices that a model does not have.
+def check_names(config: LqLoraConfig, quantized: Collection[str]) -> None:
+    """Refuses an adapter of layers that a model does not have.
+
+    Args:
+        config: Configuration of the adapter, with `base_sha256`.
+        quantized: Names of the model's quantized layers.
 
     Raises:
-        ValueError: If one of `base_sha256` is not among the names.
+        ValueError: If a module of `base_sha256` is not among them.
     """
-    missing = sorted((config.base_sha256 or {}).keys() - set(there))
+    missing = sorted((config.base_sha256 or {}).keys() - set(quantized))
     if missing:
         raise ValueError(
-            f"base_sha256 names {missing[0]!r} (and {len(missing) - 1} more), which is no quantized linear layer here; "
+            f"base_sha256 names {missing[0]!r} (and {len(missing) - 1} more), which is no quantized layer here; "
             "load the adapter onto the base model that it was trained on."
         )
 
 
-def rebuild(config: LqLoraConfig, model: nn.Module, targeted: Targeted, there: Collection[str]) -> dict[str, NFLinear]:
-    """Decompose again what an adapter of `save_base="none"` was trained beside.
+def rebuild(
+    config: LqLoraConfig, model: nn.Module, targeted: Targeted, quantized: Collection[str]
+) -> dict[str, NFLinear]:
+    """Decomposes the layers of an adapter with `save_base="none"` again.
 
     Args:
-        config: As it was saved.
-        model: With the matrices in floating-point; it is left as it is.
-        targeted: peft's rule, whether a module of that name is one.
-        there: Names of matrices that are quantized already.
+        config: Configuration that was saved with the adapter.
+        model: The base model in floating-point; left unchanged.
+        targeted: peft's rule for target modules.
+        quantized: Names of layers that are quantized already.
 
     Returns:
-        The quantized layers by the names of those whose places they take.
+        The quantized layers by module name.
 
     Raises:
-        ValueError: If one has other bits than the adapter was trained beside, or the model has no such matrix.
+        ValueError: If a layer's checksum differs from the saved one, or the model lacks a layer.
     """
-    ways, expected = config.qconfig_map or {}, config.base_sha256 or {}
+    configs, expected = config.qconfig_map or {}, config.base_sha256 or {}
     made: dict[str, NFLinear] = {}
     layer: Any
-    for name, layer in targets(config, model, targeted, loaded=False):
-        if ways.get(name) is None:
+    for name, layer in target_layers(config, model, targeted, loaded=False):
+        if configs.get(name) is None:
             continue
         check_values(name, layer.weight)
-        made[name], _ = split(config, nf_config(ways[name]), layer, rank_of(config, name, layer), name)
+        made[name], _ = quantize_layer(config, nf_config(configs[name]), layer, rank_of(config, name, layer), name)
         if base_hash(made[name]) != expected.get(name):
             raise ValueError(
-                f"{name}: decomposed again, it is not the matrix of base_sha256={expected.get(name)!r}; the "
+                f"{name}: decomposed again, its weight does not match base_sha256={expected.get(name)!r}; the "
                 "decomposition cannot be reproduced with another base model or dtype, nor always on another machine or "
                 "device or with other libraries. Load the adapter where it was trained, set save_base='quantized' in "
                 "its configuration, and save it again."
             )
-    check_names(config, {*made, *there})
+    check_names(config, {*made, *quantized})
     return made
 
 
 def base_hash(layer: NFLinear) -> str:
-    """SHA-256 of a quantized matrix, as it stands in `base_sha256`."""
+    """Returns the SHA-256 of a quantized weight, as in `base_sha256`."""
     return sha256(layer.packed)

@@ -1,4 +1,4 @@
-"""Which matrices of a model LQ-LoRA quantizes."""
+"""Finds the layers of a model that LQ-LoRA quantizes."""
 
 from __future__ import annotations
 
@@ -16,32 +16,30 @@ from peft_zoo.adapters.base import expand_all_linear
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear
 
-__all__: list[str] = []
-
 Targeted = Callable[[LqLoraConfig, str], Any]
+"""peft's rule: whether a configuration targets a module of a name."""
 
 
-def targets(
+def target_layers(
     config: LqLoraConfig, model: nn.Module, targeted: Targeted, loaded: bool = True
 ) -> Iterator[tuple[str, Any]]:
-    """Name and layer of every matrix that is to be quantized.
+    """Yields name and layer of every linear layer to be quantized.
 
     Args:
-        config: Says which modules are targeted.
-        model: The base model, or one that has adapters already, whose layers are left out.
-        targeted: peft's rule, whether a module of that name is one.
-        loaded: Whether the weights have to be there.
+        config: Selects the target modules.
+        model: The base model; layers that have adapters already are skipped.
+        targeted: peft's rule for target modules.
+        loaded: Whether to check that the weights are loaded and finite.
 
     Raises:
-        ValueError: If a weight has values that are not finite or that are not loaded, or is quantized already in a way
-            that is not ours, naming the module.
+        ValueError: If a weight is not finite, not loaded, or quantized by another library, naming the module.
     """
-    expanded: Any = expand_all_linear(config, model)
+    expanded: Any = expand_all_linear(copy.copy(config), model)
     module: Any
     for name, module in outside_adapters(model):
         if not targeted(expanded, name):
             continue
-        refuse_packed(name, module)
+        refuse_quantized(name, module)
         if type(module) not in (nn.Linear, Conv1D):
             continue
         weight = module.weight
@@ -53,16 +51,20 @@ def targets(
 
 
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of all that is not inside of an adapter's layer."""
+    """Yields name and module of everything outside adapter layers."""
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     return ((name, module) for name, module in model.named_modules() if not name.startswith(adapted))
 
 
-def refuse_packed(name: str, module: nn.Module) -> None:
-    """Refuse a linear layer that somebody else has quantized.
+def refuse_quantized(name: str, module: nn.Module) -> None:
+    """Refuses a linear layer that another library has quantized.
+
+    Args:
+        name: Name of the module, for the error.
+        module: Any module.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If its weight is not floating-point.
     """
     if isinstance(module, nn.Linear) and not isinstance(module, NFLinear) and not module.weight.is_floating_point():
         raise ValueError(
@@ -72,10 +74,14 @@ def refuse_packed(name: str, module: nn.Module) -> None:
 
 
 def check_values(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be quantized.
+    """Refuses a weight that cannot be quantized.
+
+    Args:
+        name: Name of the module, for the error.
+        weight: Its weight.
 
     Raises:
-        ValueError: If it has values that are not finite, or none.
+        ValueError: If the weight has values that are not finite, or is not loaded.
     """
     if weight.is_meta or weight.numel() == 0:
         raise ValueError(f"{name}.weight has no values here; load the model into memory before it is quantized.")
@@ -83,17 +89,17 @@ def check_values(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}.weight has values that are not finite; repair the base model first.")
 
 
-def named(config: LqLoraConfig, model: Any) -> LqLoraConfig:
-    """The configuration with the target modules that peft takes where it names none.
+def with_default_targets(config: LqLoraConfig, model: Any) -> LqLoraConfig:
+    """Returns a configuration with peft's default target modules if it has none; the argument is unchanged.
 
     Raises:
-        ValueError: If peft knows none for this model.
+        ValueError: If peft has no default for this model.
     """
     if config.target_modules is not None:
         return config
     known = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
     if known is None:
-        raise ValueError("target_modules=None: peft knows no modules of this model to take; name them.")
+        raise ValueError("target_modules=None: peft has no default target modules for this model; name them.")
     config = copy.copy(config)
     config.target_modules = list(known)
     return config

@@ -8,7 +8,7 @@ which `peft_zoo.kernels.planning.knapsack` solves. Errors come from one iteratio
 depend on the config, so a matrix costs one SVD and one quantization for each config. Ranks can be options too: rank r
 costs r (m + n) weights of the low-rank factors.
 
-Source: LQ-LoRA (arXiv 2311.12023), section 3.3 and eq. 7, which takes the errors after 100 iterations, from 3^5 configs.
+Source: LQ-LoRA (arXiv 2311.12023), section 3.3 and eq. 7, which takes errors after 100 iterations, of 3^5 configs.
 `GRIDS["default60"]` has 16-bit second scales only and five scale layouts: its table is a seventh as large.
 """
 

@@ -1,10 +1,10 @@
-r"""LQ-LoRA from files: a checkpoint is quantized one matrix at a time, into a model that loads without its base.
+r"""Quantizes a checkpoint from its files, one weight at a time, into a standalone model.
 
     quantize_checkpoint("Llama-3-8B", "Llama-3-8B-2.75bit", LqLoraConfig(budget_bits=2.75, target_modules="all-linear"))
 
-No tensor but the one in work is in memory, with some copies of it in float32. What is done lies in `<out_dir>.partial`
-until all is; after a kill the same call goes on from there. The result is that of `get_peft_model` and `standalone`, Q
-to the bit, and `get_peft_model` with an `LqLoraConfig` trains it.
+Memory holds one tensor and some float32 copies of it. Finished weights are stored in `<out_dir>.partial`; after a kill
+the same call resumes there. The result equals that of `get_peft_model` and `standalone`, Q to the bit, and
+`get_peft_model` with an `LqLoraConfig` trains it.
 
 Source: LQ-LoRA (arXiv 2311.12023), algorithm 1 and eq. 7.
 """
@@ -30,11 +30,13 @@ from torch import Tensor, nn
 
 import peft_zoo
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
+from peft_zoo.adapters.lq_lora.decompose import decompose, rank_of
+from peft_zoo.adapters.lq_lora.importance import Importance
 from peft_zoo.adapters.lq_lora.nf_config import NFkConfig
-from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, oriented
-from peft_zoo.adapters.lq_lora.plan import decompose, rank_of, refuse_budget, spend, table, without_tables
-from peft_zoo.adapters.lq_lora.targets import check_values, named, targets
-from peft_zoo.calibration.fisher import ATTRIBUTE, Weights, uses
+from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, weight_matrix
+from peft_zoo.adapters.lq_lora.plan import assign_by_budget, assign_uniform, error_table, refuse_budget
+from peft_zoo.adapters.lq_lora.targets import check_values, target_layers, with_default_targets
+from peft_zoo.calibration.fisher import ImportanceWeights
 from peft_zoo.common.atomic import check_new_folder, new_file, new_folder
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
@@ -42,9 +44,7 @@ from peft_zoo.io.checkpoint import CONFIG, Checkpoint, write_shards
 from peft_zoo.kernels.normal_float.quantize import packed_bits
 from peft_zoo.kernels.planning.bits import BitChoice, MatrixErrors
 from peft_zoo.merge.lq_lora.export import QuantizedMatrix
-from peft_zoo.merge.lq_lora.tensor_names import Names
-
-__all__ = ["Left", "left_as_it_was", "quantize_checkpoint"]
+from peft_zoo.merge.lq_lora.tensor_names import TensorNames
 
 STATE = "state.json"
 _log = logging.getLogger(__name__)
@@ -55,29 +55,42 @@ def quantize_checkpoint(
     out_dir: str | Path,
     config: LqLoraConfig,
     *,
-    weights: Mapping[str, Weights] | None = None,
+    importance: Importance | None = None,
     device: torch.device | str = "cpu",
     max_shard_bytes: int = 5 * 10**9,
     progress: Progress | None = None,
 ) -> list[QuantizedMatrix]:
-    """Quantize a model in files.
+    """Quantizes a checkpoint on disk.
 
     Args:
-        folder: A model that transformers saved, in floating-point: `config.json` and safetensors, sharded or not.
-        out_dir: A folder that does not exist or is empty; it appears whole or not at all. `from_pretrained` loads it
-            once `peft_zoo` is imported; tokenizer and other files are copied.
-        config: As for `get_peft_model`. Fields of the adapter that is trained later have no effect here.
-        weights: By module, from `preprocess_lq_lora`, if `config.weighting` wants them.
-        device: Where matrices are decomposed.
-        max_shard_bytes: Of a file of the result.
-        progress: Wraps the names of what is worked on, with a word for what is done, as `tqdm` does.
+        folder: Model saved by transformers, in floating-point: `config.json` and safetensors, sharded or not.
+        out_dir: A folder that does not exist or is empty; written atomically. `from_pretrained` loads it once
+            `peft_zoo` is imported; tokenizer and other files are copied.
+        config: As for `get_peft_model`; unchanged. Fields of an adapter that is trained later have no effect here.
+        importance: Importance weights by module name, from `preprocess_lq_lora`, if `config.weighting` needs them.
+        device: Device of the decomposition.
+        max_shard_bytes: Largest size of a file of the result.
+        progress: Wraps the module names to iterate over, given them and a description, as `tqdm` does.
 
     Returns:
-        A row for every targeted matrix.
+        One row for each target layer.
 
     Raises:
-        ValueError: If something cannot be quantized, or `<out_dir>.partial` is of a call with other arguments; then
-            there is no `out_dir`, and what was done before is kept.
+        ValueError: If a layer cannot be quantized, or `<out_dir>.partial` belongs to a call with other arguments; there
+            is no `out_dir` then, and finished weights are kept.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from peft_zoo import LqLoraConfig
+        >>> base = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base.save_pretrained(f"{folder}/base")
+        ...     config = LqLoraConfig(r=4, target_modules=["c_attn"])
+        ...     (row,) = quantize_checkpoint(f"{folder}/base", f"{folder}/quantized", config)
+        ...     loaded = GPT2LMHeadModel.from_pretrained(f"{folder}/quantized")
+        >>> row.name, row.num_weights
+        ('transformer.h.0.attn.c_attn', 3072)
     """
     target = Path(os.path.abspath(out_dir))
     check_new_folder(target)
@@ -85,61 +98,76 @@ def quantize_checkpoint(
     _check_config(config)
     partial = target.with_name(f"{target.name}.partial")
     with Checkpoint(folder) as source:
-        job = _Job(source, copy.deepcopy(config), weights, torch.device(device), progress or silent)
+        job = _Job(source, copy.deepcopy(config), importance or {}, torch.device(device), progress or silent)
         job.resume(partial)
-        job.choose()
+        job.plan()
         rows = [job.quantize(name) for name in job.progress(job.layers, "quantizing")]
         with new_folder(target) as work:
             job.write(work, max_shard_bytes)
     shutil.rmtree(partial)
-    _log.info("as they were: %s", left_as_it_was(target))
+    _log.info("unquantized: %s", unquantized_summary(target))
     return rows
 
 
 @dataclass(frozen=True)
-class Left:
-    """What `quantize_checkpoint` copied as it was.
+class UnquantizedSummary:
+    """Summary of the tensors that `quantize_checkpoint` left unquantized.
 
     Attributes:
-        tensors: How many: embeddings, norms, biases, what is not targeted, and experts that are one tensor for all.
-        numbers: In them.
-        nbytes: Of them.
-        largest: Name of the largest in the files; empty if there is none.
+        tensors: Number of tensors: embeddings, norms, biases, layers that are not targeted, and experts that are fused
+            into one tensor.
+        num_weights: Number of values in them.
+        nbytes: Their size in bytes.
+        largest: Name of the largest one in the files; empty if there is none.
     """
 
     tensors: int
-    numbers: int
+    num_weights: int
     nbytes: int
     largest: str
 
     def __str__(self) -> str:
-        size = f"{self.numbers:,} numbers in {self.tensors:,} tensors, {self.nbytes / 1e6:,.1f} MB"
+        size = f"{self.num_weights:,} weights in {self.tensors:,} tensors, {self.nbytes / 1e6:,.1f} MB"
         return f"{size}; the largest is {self.largest}" if self.largest else size
 
 
-def left_as_it_was(folder: str | Path) -> Left:
-    """Count what is not quantized in a model of the standalone form.
+def unquantized_summary(folder: str | Path) -> UnquantizedSummary:
+    """Counts the tensors of a standalone model that are not quantized.
 
     Args:
-        folder: That `quantize_checkpoint` or `save_pretrained` wrote; only the headers of its files are read.
+        folder: Folder of `quantize_checkpoint` or of a standalone model's `save_pretrained`; only the headers of its
+            files are read.
 
     Raises:
-        ValueError: If it is no folder with a model in safetensors.
+        ValueError: If the folder contains no model in safetensors.
+
+    Examples:
+        >>> import tempfile
+        >>> from peft import get_peft_model
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from peft_zoo.lq_lora import LqLoraConfig, standalone
+        >>> base = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = standalone(get_peft_model(base, LqLoraConfig(r=4, target_modules=["c_attn"])))
+        ...     model.save_pretrained(folder)
+        ...     found = unquantized_summary(folder)
+        >>> found.tensors, found.largest
+        (15, 'transformer.h.0.mlp.c_fc.weight')
     """
     with Checkpoint(folder) as source:
         tensors = {key: info for key, info in source.tensors.items() if key.rpartition(".")[2] not in NFLinear.ALL}
-    numbers = {key: math.prod(info.shape) for key, info in tensors.items()}
-    largest = max(numbers, key=numbers.__getitem__, default="")
-    return Left(len(tensors), sum(numbers.values()), sum(info.nbytes for info in tensors.values()), largest)
+    sizes = {key: math.prod(info.shape) for key, info in tensors.items()}
+    largest, nbytes = max(sizes, key=sizes.__getitem__, default=""), sum(info.nbytes for info in tensors.values())
+    return UnquantizedSummary(len(tensors), sum(sizes.values()), nbytes, largest)
 
 
 def _check_config(config: LqLoraConfig) -> None:
-    """Refuse what is of a matrix that is quantized already, or would leave it as it is."""
+    """Refuses fields that belong to a quantized base, or would leave the base unquantized."""
     for field, value, fix in (
-        ("save_base", "quantized", "a model without its base needs Q; use 'quantized'"),
-        ("lq_state", "new", "it is for loading what is quantized; use 'new'"),
-        ("base_sha256", None, "it names matrices that are quantized already; leave it out"),
-        ("init_lora_weights", True, "it would quantize nothing; use True"),
+        ("save_base", "quantized", "a standalone model contains the quantized weights; use 'quantized'"),
+        ("lq_state", "new", "'decomposed' is for loading a quantized base; use 'new'"),
+        ("base_sha256", None, "it belongs to a base that is quantized already; leave it out"),
+        ("init_lora_weights", True, "False quantizes nothing; use True"),
     ):
         if getattr(config, field) != value:
             raise ValueError(f"{field}={getattr(config, field)!r}: {fix}.")
@@ -148,8 +176,8 @@ def _check_config(config: LqLoraConfig) -> None:
 def _check_device(device: torch.device | str) -> None:
     try:
         device = torch.device(device)
-    except RuntimeError as error:  # it lists every device that there ever was
-        raise ValueError(f"device={device!r} is none that torch knows; use 'cpu' or 'cuda'.") from error
+    except RuntimeError as error:  # its message lists all device types of torch
+        raise ValueError(f"device={device!r} is no device of torch; use 'cpu' or 'cuda'.") from error
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
@@ -157,40 +185,39 @@ def _check_device(device: torch.device | str) -> None:
 
 
 class _Job:
-    """One call: what is to be done, and where what is done lies."""
+    """State of one call: the source, the plan, and the folder of finished weights."""
 
     def __init__(
         self,
         source: Checkpoint,
         config: LqLoraConfig,
-        weights: Mapping[str, Weights] | None,
+        importance: Importance,
         device: torch.device,
         progress: Progress,
     ) -> None:
-        self.source, self.device, self.progress = source, device, progress
+        self.source, self.importance, self.device, self.progress = source, importance, device, progress
         skeleton = _skeleton(source)
-        self.config = named(config, skeleton)
-        self.layers = dict(targets(self.config, skeleton, check_target_module_exists, loaded=False))
+        self.config = with_default_targets(config, skeleton)
+        self.layers = dict(target_layers(self.config, skeleton, check_target_module_exists, loaded=False))
         if not self.layers:
-            raise ValueError(f"target_modules={config.target_modules!r} names no layer of the model that is quantized.")
-        self.names = Names(source.folder, skeleton, source.tensors)
+            raise ValueError(f"target_modules={config.target_modules!r} targets no layer that can be quantized.")
+        self.names = TensorNames(source.folder, skeleton, source.tensors)
         self.keys = {name: self._key(name, layer) for name, layer in self.layers.items()}
         if self.config.budget_bits is not None and self.config.qconfig_map is None:
             refuse_budget(self.config, self.layers)
-        if weights and config.weighting == "none":
-            raise ValueError("weights: weighting='none' uses none; set it to what they are, 'fisher' or 'activation'.")
-        self.weights = weights or {}
-        lost = sorted(self.layers.keys() - self.weights.keys()) if config.weighting != "none" else []
-        if lost:
+        if importance and config.weighting == "none":
+            raise ValueError("importance: weighting='none' uses none; set it to 'fisher' or 'activation'.")
+        missing = sorted(self.layers.keys() - importance.keys()) if config.weighting != "none" else []
+        if missing:
             raise ValueError(
-                f"weights of {lost[0]} (and {len(lost) - 1} more) are missing, which weighting={config.weighting!r} "
-                "needs; pass those that preprocess_lq_lora returned."
+                f"importance of {missing[0]} (and {len(missing) - 1} more) is missing, which "
+                f"weighting={config.weighting!r} needs; pass the result of preprocess_lq_lora."
             )
         self.numbers = {name: number for number, name in enumerate(self.layers)}
         self.partial = Path()
 
     def _key(self, name: str, layer: Any) -> str:
-        """Where the weight of a layer is."""
+        """Returns the key of a layer's weight in the files."""
         key = self.names.key(f"{name}.weight")
         info = self.source.tensors[key]
         if info.shape != tuple(layer.weight.shape) or not info.dtype.is_floating_point or info.dtype.itemsize == 1:
@@ -200,22 +227,22 @@ class _Job:
             )
         return key
 
-    # ---- what was done before ----
+    # ---- resuming ----
 
     def resume(self, partial: Path) -> None:
-        """Take over what a call with the same arguments left, or begin.
+        """Resumes from the partial output of an interrupted call with the same arguments, or starts a new one.
 
-        Tables of errors serve every budget, so until a matrix is quantized the budget may differ.
+        Error tables serve every budget, so the budget may differ until a weight is quantized.
         """
         state = json.loads(json.dumps(self._arguments(), default=sorted))
         if not partial.exists():
             with new_folder(partial) as folder:
                 (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
         old = read_json(partial / STATE)
-        free = not any(partial.glob("*.safetensors"))
-        if old != state and not (free and _but_budget(old) == _but_budget(state)):
+        only_tables = not any(partial.glob("*.safetensors"))
+        if old != state and not (only_tables and _without_budget(old) == _without_budget(state)):
             raise ValueError(
-                f"{partial} is what another call left, of another model or with other settings; repeat that call, or "
+                f"{partial} belongs to an interrupted call with another model or other settings; repeat that call, or "
                 "remove the folder."
             )
         draft = partial / f"{STATE}.new"
@@ -225,8 +252,8 @@ class _Job:
 
     def _arguments(self) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for name in sorted(self.weights.keys() & self.layers.keys()):
-            for part in self.weights[name]:
+        for name in sorted(self.importance.keys() & self.layers.keys()):
+            for part in self.importance[name]:
                 digest.update(part.float().cpu().numpy().tobytes())
         fields = {key: value for key, value in asdict(self.config).items() if key != "runtime_config"}
         return {
@@ -236,30 +263,34 @@ class _Job:
             "weights": digest.hexdigest(),
         }
 
-    # ---- one matrix ----
+    # ---- one layer ----
 
     def _layer(self, name: str) -> Any:
-        """A layer like the model's, with its weight and nothing else of it."""
+        """Returns a copy of a layer with its weight read from the file, and without bias."""
         weight = self.source.read(self.keys[name])
         check_values(name, weight)
         layer: Any = copy.copy(self.layers[name])
         layer._parameters = {"weight": nn.Parameter(weight.to(self.device), requires_grad=False), "bias": None}
-        if name in self.weights:
-            setattr(layer, ATTRIBUTE, Weights(*(part.to(self.device) for part in self.weights[name])))
         return layer
 
-    def choose(self) -> None:
-        """How each matrix is quantized."""
-        if self.config.qconfig_map is not None or self.config.budget_bits is None:
-            without_tables(self.config, {name: oriented(layer).shape[1] for name, layer in self.layers.items()})
-            return
-        tables = {name: self._table(name) for name in self.progress(self.layers, "measuring")}
-        spend(self.config, tables, refuse_budget(self.config, self.layers))
+    def _importance(self, name: str) -> ImportanceWeights | None:
+        found = self.importance.get(name)
+        return None if found is None else ImportanceWeights(*(part.to(self.device) for part in found))
 
-    def _table(self, name: str) -> MatrixErrors:
+    def plan(self) -> None:
+        """Chooses the quantization config and rank of each layer."""
+        if self.config.qconfig_map is not None or self.config.budget_bits is None:
+            columns = {name: weight_matrix(layer).shape[1] for name, layer in self.layers.items()}
+            assign_uniform(self.config, columns).fill_in(self.config)
+            return
+        tables = {name: self._error_table(name) for name in self.progress(self.layers, "measuring")}
+        assign_by_budget(self.config, tables, refuse_budget(self.config, self.layers)).fill_in(self.config)
+
+    def _error_table(self, name: str) -> MatrixErrors:
+        """Measures the options of a layer, or reads them from the partial output."""
         path = self.partial / f"{self.numbers[name]:05d}.json"
         if not path.exists():
-            choices = table(self.config, name, self._layer(name))
+            choices = error_table(self.config, name, self._layer(name), self._importance(name))
             with new_file(path) as draft:
                 draft.write_text(json.dumps({"choices": [asdict(choice) for choice in choices]}), encoding="utf-8")
         choices = read_json(path)["choices"]
@@ -269,17 +300,16 @@ class _Job:
         return self.partial / f"{self.numbers[name]:05d}.safetensors"
 
     def quantize(self, name: str) -> QuantizedMatrix:
-        """Quantize a matrix, unless that has been done."""
-        listed, numbers = (self.config.qconfig_map or {}).get(name), self.layers[name].weight.numel()
+        """Quantizes a layer into the partial output, unless it is there, and returns its row of the result."""
+        listed, size = (self.config.qconfig_map or {}).get(name), self.layers[name].weight.numel()
         if listed is None:
-            return QuantizedMatrix(
-                name, numbers, None, 0, 8.0 * self.source.tensors[self.keys[name]].dtype.itemsize, 0.0
-            )
-        way = nf_config(listed)
+            bits = 8.0 * self.source.tensors[self.keys[name]].dtype.itemsize
+            return QuantizedMatrix(name, size, None, 0, bits, 0.0)
+        nf = nf_config(listed)
         if not self._path(name).exists():
             layer = self._layer(name)
             rank = rank_of(self.config, name, layer)
-            found = decompose(self.config, way, oriented(layer), rank, *uses(self.config, name, layer))
+            found = decompose(self.config, nf, weight_matrix(layer), rank, name, self._importance(name))
             tensors = {**found.Q._asdict(), **dict(zip(NFLinear.INITIAL, (found.B, found.A), strict=True))}
             infos = {part: TensorInfo.of(tensor) for part, tensor in tensors.items()}
             with TensorWriter(self._path(name), infos, {"error": repr(found.error)}) as writer:
@@ -287,15 +317,16 @@ class _Job:
                     writer.write(part, tensor)
         with TensorFile(self._path(name)) as file:
             rank = file.tensors["initial_A"].shape[0]
-            bits = packed_bits(way, numbers) / numbers
-            return QuantizedMatrix(name, numbers, tuple(way), rank, bits, float(file.metadata["error"]))
+            return QuantizedMatrix(
+                name, size, tuple(nf), rank, packed_bits(nf, size) / size, float(file.metadata["error"])
+            )
 
     # ---- the result ----
 
     def write(self, folder: Path, max_bytes: int) -> None:
-        """Write the model."""
+        """Writes the model's files."""
         source, infos, origin, ranks = self.source, dict[str, TensorInfo](), dict[str, tuple[Path, str]](), {}
-        modules = {name: way for name, way in (self.config.qconfig_map or {}).items() if way and name in self.layers}
+        modules = {name: nf for name, nf in (self.config.qconfig_map or {}).items() if nf and name in self.layers}
         owner = {self.keys[name]: name for name in modules}
         for key, info in source.tensors.items():
             if key not in owner:
@@ -304,7 +335,7 @@ class _Job:
             path = self._path(owner[key])
             with TensorFile(path) as file:
                 for part, its in file.tensors.items():
-                    new = self.names.beside(f"{owner[key]}.weight", part)
+                    new = self.names.sibling_key(f"{owner[key]}.weight", part)
                     infos[new], origin[new] = its, (path, part)
                 ranks[owner[key]] = file.tensors["initial_A"].shape[0]
 
@@ -322,22 +353,23 @@ class _Job:
         source.copy_others(folder)
 
 
-def _but_budget(state: Mapping[str, Any]) -> dict[str, Any]:
+def _without_budget(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state that compares equal for all budgets."""
     return {**state, "config": {**state["config"], "budget_bits": None}}
 
 
 def _skeleton(source: Checkpoint) -> Any:
-    """The model without values.
+    """Returns the checkpoint's model on the meta device.
 
     Raises:
-        ValueError: If it is quantized, or of no class that transformers has.
+        ValueError: If the model is quantized, or its class is not in transformers.
     """
     if "quantization_config" in source.config:
-        raise ValueError(f"{source.folder}: is quantized already; give the model in floating-point.")
+        raise ValueError(f"{source.folder}: the model is quantized already; give it in floating-point.")
     (architecture, *_) = source.config.get("architectures") or [None]
     kind = getattr(transformers, str(architecture), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"{source.folder}: architectures={architecture!r} is no model that transformers has.")
+        raise ValueError(f"{source.folder}: architectures={architecture!r} is no model class of transformers.")
     configuration: Any = kind.config_class
     with torch.device("meta"):
         return kind(configuration.from_pretrained(source.folder))

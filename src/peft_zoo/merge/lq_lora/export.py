@@ -1,11 +1,11 @@
-r"""An LQ-LoRA in files as a plain LoRA for the model before it was quantized.
+r"""Exports an LQ-LoRA in files as a plain LoRA for the base model before quantization.
 
-Training began at `W ~ Q + B0 A0` and ended at `Q + s B A`. What it learned is the difference::
+Training started at `W ~ Q + B0 A0` and ended at `Q + s B A`. The trained change is the difference::
 
     s B A - B0 A0  =  [s B, -B0] [A; A0]          a LoRA of rank r + r0 for W
 
-which peft, diffusers and every server of LoRAs can load. It makes W + s B A - B0 A0 of the base model where the adapter
-made Q + s B A: they differ by what quantizing lost, `W - Q - B0 A0`.
+which peft, diffusers and every LoRA server can load. On the base model it gives W + s B A - B0 A0, where the adapter
+gave Q + s B A: they differ by the quantization error `W - Q - B0 A0`.
 
 Source: the same difference of factors is how PiSSA (arXiv 2404.02948), section 3, is shared as a LoRA.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig
-from peft_zoo.adapters.lq_lora.nf_linear import NF8_CONFIG, Factors, NFLinear, nf8_rank, unpack_factors
+from peft_zoo.adapters.lq_lora.nf_linear import NF8_CONFIG, Factors, NFLinear, nf8_rank, unpack_initial_factors
 from peft_zoo.common.atomic import new_folder
 from peft_zoo.io import LoraAdapter, TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.lora_config import write_config
@@ -30,24 +30,22 @@ from peft_zoo.io.lora_ranks import RankAndScale
 from peft_zoo.kernels.normal_float.quantize import NFTensor, empty_nf
 from peft_zoo.registration import peft_type_of
 
-__all__ = ["QuantizedMatrix", "to_lora"]
-
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """What became of one matrix that was quantized.
+    """Result of quantizing one layer.
 
     Attributes:
-        name: Of its module.
-        numbers: How many it has.
-        config: The five values of how it is quantized; None where no block fits its rows and it is as it was.
-        rank: Of the part of low rank beside it.
-        bits: Of a number of the matrix, without that part.
-        error: `|W - Q - B A| / |W|` in the Frobenius norm, or in the weighted one.
+        name: Name of the module.
+        num_weights: Number of weights of the matrix.
+        config: The five values of its quantization config; None if it stayed unquantized.
+        rank: Rank of its low-rank part.
+        bits: Bits per weight, without the low-rank part.
+        error: `|W - Q - B A| / |W|` in the Frobenius norm, weighted by importance if that was used.
     """
 
     name: str
-    numbers: int
+    num_weights: int
     config: tuple[Any, ...] | None
     rank: int
     bits: float
@@ -55,19 +53,30 @@ class QuantizedMatrix:
 
 
 def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
-    """Write what an LQ-LoRA learned as a LoRA of twice its rank for the base model in floating-point.
+    """Writes the trained change of an LQ-LoRA as a LoRA of twice its rank for the unquantized base model.
 
     Args:
-        folder: Has `adapter_config.json` and `adapter_model.safetensors`, as `save_pretrained` writes them; the
-            adapter was made with `keep_init=True` or "nf8". The base model is not needed.
-        out_dir: A folder that does not exist or is empty; it appears whole or not at all.
+        folder: Adapter folder of `save_pretrained`, made with `keep_init=True` or "nf8". The base model is not needed.
+        out_dir: A folder that does not exist or is empty; written atomically.
 
     Returns:
-        `out_dir`. Of layers that were not quantized the LoRA is as it was.
+        `out_dir`. Layers that were not quantized keep their LoRA.
 
     Raises:
-        ValueError: If it is another kind of adapter, what was split off is not in the file, or the file is not what
-            its configuration says.
+        ValueError: If the adapter is of another type, its file lacks the initial factors, or the file does not match
+            its configuration.
+
+    Examples:
+        >>> import tempfile
+        >>> from peft import PeftModel, get_peft_model
+        >>> from peft_zoo import LqLoraConfig
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = LqLoraConfig(r=4, target_modules=["0"], keep_init=True)
+        ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config).save_pretrained(f"{folder}/lq")
+        ...     lora = to_lora(f"{folder}/lq", f"{folder}/lora")
+        ...     model = PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(64, 32)), lora)
+        >>> model.peft_config["default"].r
+        8
     """
     source = Path(folder)
     config = read_json(source / CONFIG_NAME)
@@ -76,7 +85,7 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
         raise ValueError(f"{source}: peft_type={config.get('peft_type')!r} is not {kind!r}; give an LQ-LoRA.")
     if config.get("save_base") == "none":
         raise ValueError(
-            f"{source}: save_base='none' left out what was split off; load the adapter onto its base, set "
+            f"{source}: save_base='none' leaves out the initial factors; load the adapter onto its base, set "
             "save_base='quantized' in its configuration, and save it again."
         )
     with TensorFile(source / WEIGHTS_NAME) as file:
@@ -131,7 +140,7 @@ def _initial_factors(adapter: LoraAdapter, name: str) -> Factors:
         return first_B, first_A
     packed = NFTensor(*(adapter.read(_key(name, part)) for part in NFLinear.INITIAL_NF8))
     module = adapter.modules[name]
-    return unpack_factors(packed, (module.out_features, module.in_features))
+    return unpack_initial_factors(packed, (module.out_features, module.in_features))
 
 
 def _is_quantized(adapter: LoraAdapter, name: str) -> bool:
@@ -140,12 +149,12 @@ def _is_quantized(adapter: LoraAdapter, name: str) -> bool:
 
 
 def _key(name: str, part: str) -> str:
-    """Where a part of a quantized layer is in the file."""
+    """Returns the key in the file of a tensor of a quantized layer."""
     return f"base_model.model.{name}.base_layer.{part}"
 
 
 def _first_rank(adapter: LoraAdapter, name: str) -> int:
-    """The rank of what was split off a module."""
+    """Validates the initial factors of a module and returns their rank."""
     module, infos = adapter.modules[name], dict[str, TensorInfo]()
     for part in (*NFLinear.INITIAL, *NFLinear.INITIAL_NF8):
         if (info := adapter.file.tensors.get(_key(name, part))) is not None:
@@ -160,8 +169,8 @@ def _first_rank(adapter: LoraAdapter, name: str) -> int:
         wanted = {part: tuple(tensor.shape) for part, tensor in zip(NFLinear.INITIAL_NF8, empty, strict=True)}
     else:
         raise ValueError(
-            f"{adapter.file.path}: what was split off {name} was not kept; quantize with keep_init=True to have a LoRA "
-            "for the base model, or merge."
+            f"{adapter.file.path}: has no initial factors of {name}; quantize with keep_init=True to export a LoRA for "
+            "the base model, or merge."
         )
     for part, shape in wanted.items():
         if infos[part].shape != shape:

@@ -1,7 +1,7 @@
-"""Which tensor of a model in files is which of the model's: transformers renames some as it loads them.
+"""Maps a model's tensors to their names in its files: transformers renames some while it loads them.
 
-A folder has the names that a model had when it was first published, and transformers has a list of patterns that lead
-to those of today. It changes some tensors too: it splits, joins or turns them.
+Files have the names under which a model was first published, and transformers has a list of patterns that map them to
+today's. It also splits, joins or transposes some tensors.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-__all__ = ["Names"]
 
-
-class Names:
-    """The tensors of a folder by the names that they have in the model.
+class TensorNames:
+    """Names in a folder's files, by the names of the tensors in the model.
 
     Args:
-        folder: For messages.
-        model: Without values.
-        keys: The names in the files.
+        folder: The folder, for errors.
+        model: The model on the meta device.
+        keys: Names of the tensors in the files.
     """
 
     def __init__(self, folder: Path, model: Any, keys: Iterable[str]) -> None:
@@ -37,41 +35,44 @@ class Names:
             name, rule = self._loaded(key, self._known)
             if rule is None:
                 self._keys[name] = key
-            else:  # `name` is the first of those that it becomes
+            else:  # `name` is the first of the names that it becomes
                 first, *_ = rule.target_patterns
                 self._changed.update((name.replace(first, other), key) for other in rule.target_patterns)
 
     def _loaded(self, key: str, known: dict[str, bool]) -> tuple[str, WeightConverter | None]:
-        """What transformers makes of a name in a file, and the rule by which it changes the tensor."""
+        """Returns the name in the model of a tensor in a file, and the rule that converts the tensor, if any."""
         name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, known)
         if name not in known and key in known:
             return key, None
         return name, next((rule for rule in self._converters if pattern in rule.source_patterns), None)
 
     def key(self, name: str) -> str:
-        """The name in the files of a tensor of the model.
+        """Returns the name in the files of a tensor of the model.
+
+        Args:
+            name: Name in the model.
 
         Raises:
-            ValueError: If there is none, or the tensor in the files is another.
+            ValueError: If the files lack the tensor, or transformers converts it while loading.
         """
         if name in self._keys:
             return self._keys[name]
         if name in self._changed:
             raise ValueError(
-                f"{self._folder}: {self._changed[name]} becomes {name} of the model, and transformers changes such a "
-                "tensor as it loads it; quantize the model in memory and use `standalone`, or do not target it."
+                f"{self._folder}: {self._changed[name]} becomes {name} of the model, and transformers converts such a "
+                "tensor while loading it; quantize the model in memory and use `standalone`, or do not target it."
             )
         raise ValueError(f"{self._folder}: has no {name}; its files and config.json do not belong together.")
 
-    def beside(self, name: str, part: str) -> str:
-        """The name for the files of a tensor that comes into the place of one of the model's.
+    def sibling_key(self, name: str, part: str) -> str:
+        """Returns the name in the files for a tensor that replaces one of the model's, in the same module.
 
         Args:
-            name: The model's, as in `key`.
-            part: What the last part of the name is.
+            name: Name in the model of the tensor to replace.
+            part: Last part of the new tensor's name.
 
         Raises:
-            ValueError: If transformers would take it for something else.
+            ValueError: If transformers would load the new tensor under another name.
         """
         wanted = f"{name.rpartition('.')[0]}.{part}"
         known = {**self._known, wanted: True}

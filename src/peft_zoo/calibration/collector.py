@@ -1,0 +1,97 @@
+"""Collects statistics of a model's data: forward hooks, and sums in float64 for each module."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+"""A forward hook: gets the module, its arguments, its keyword arguments and its output."""
+
+
+class Sums:
+    """Sums over all batches of what one module has seen.
+
+    Args:
+        name: Name of the module, for errors.
+        device: Device of the sums; None for the device of the first value.
+
+    Attributes:
+        count: Number of rows seen.
+        totals: Sums in float64, by name of the statistic.
+    """
+
+    def __init__(self, name: str, device: torch.device | str | None = None) -> None:
+        self.name, self.device = name, device
+        self.count = 0
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, key: str, value: Tensor, source: str = "inputs") -> None:
+        """Adds a value to the sum `key`.
+
+        Args:
+            key: Name of the statistic.
+            value: Sum over one batch; any dtype.
+            source: What the value was computed from, for the error.
+
+        Raises:
+            ValueError: If the value is not finite, naming the module.
+        """
+        if not torch.isfinite(value).all():
+            raise ValueError(f"module {self.name!r}: its {source} are NaN, infinite or too large to square in float32")
+        value = value.to(self.device or value.device)
+        if key not in self.totals:
+            self.totals[key] = torch.zeros(value.shape, dtype=torch.float64, device=value.device)
+        self.totals[key] += value
+
+
+@contextmanager
+def forward_hooks(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    """Registers forward hooks, and removes them when the block ends or raises."""
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Disables autocast, gradients and inference mode: sums made in inference mode could not be added to outside it."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+def adapted_layers(model: nn.Module, adapter: str, modules: Collection[str] | None) -> dict[str, Any]:
+    """Returns the layers that have the adapter by name in the base model, or those of them that `modules` names."""
+    root = model.base_model if isinstance(model, (PeftModel, PeftMixedModel)) else model
+    root = root.model if isinstance(root, BaseTuner) else root
+    if any(isinstance(module, (PeftModel, PeftMixedModel, BaseTuner)) for module in root.modules()):
+        raise ValueError(f"model is a {type(model).__name__} around an adapted model: give the adapted model itself")
+    found = [(name, layer) for name, layer in root.named_modules() if isinstance(layer, BaseTunerLayer)]
+    found = [(name, layer) for name, layer in found if not isinstance(layer, TrainableTokensLayer)]  # has no rows
+    layers: dict[str, Any] = {name: layer for name, layer in found if adapter in layer._get_available_adapters()}
+    if not layers:
+        available = sorted({name for _, layer in found for name in layer._get_available_adapters()})
+        raise ValueError(f"adapter_name={adapter!r} adapts no module of the model; available: {available}")
+    if modules is not None:
+        if isinstance(modules, str) or not modules:
+            raise ValueError(f"modules={modules!r}: give a list of names of modules, or None for all")
+        for name in modules:
+            if name not in layers:
+                near = difflib.get_close_matches(name, layers, cutoff=0)
+                raise ValueError(f"modules: {name!r} is none of the {len(layers)} adapted modules; nearest: {near}")
+        layers = {name: layer for name, layer in layers.items() if name in modules}
+    for name, layer in layers.items():
+        if adapter not in layer.active_adapters or layer.disable_adapters:
+            raise ValueError(f"adapter_name={adapter!r} is not active in module {name!r}; enable it with set_adapter")
+    return layers
