@@ -1,8 +1,8 @@
-"""What studies of quality share: recipes that are tuned alike on a real task, runs that are remembered, one table.
+"""Quality studies: tunes every recipe's learning rate on a real task, scores it on the test split and prints a table.
 
-Each recipe's learning rate is chosen on the validation split with a seed of its own; the test split is scored once for
-each seed. Finished runs are kept in `runs.jsonl`; started again, a study goes on where it was stopped. `--jobs` trains
-in several processes at once, which pays where one small model does not fill the machine.
+The learning rate is chosen on the validation split with a separate seed; the test split is scored once for each seed.
+Finished runs are stored in `runs.jsonl`, so an interrupted study resumes. `--jobs` trains in several processes, which
+helps if one small model does not use the whole machine.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ TUNING_SEED = 1000
 SHARED = ("steps", "max_length", "batch_size", "eval_size", "model", "data")
 
 Run = dict[str, Any]
-Score = Callable[[str, Task, Any, Dataset[Any]], dict[str, float]]
+ScoreFunction = Callable[[str, Task, Any, Dataset[Any]], dict[str, float]]
 Key = tuple[str, float, int, str]
 """Recipe, learning rate, seed and split."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train.
+    """Adapter method with its options.
 
     Attributes:
-        method: A registered method, or `lora` for peft's own.
-        options: Its fields.
-        rates: The grid of learning rates, if it is not that of the whole study.
-        adapt: Puts the adapter on the base model; may prepare the model first. A function of a module, so that other
-            processes find it.
+        method: Registered method, or `lora` for peft's own.
+        options: Fields of its configuration as text.
+        rates: Grid of learning rates; empty for that of the study.
+        adapt: Function from task and base model to the adapted model; defined in a module, so that it can be pickled.
     """
 
     method: str
@@ -57,25 +56,25 @@ class Recipe:
 
 
 def _device() -> torch.device:
-    """Where `transformers.Trainer` trains."""
+    """Device that `transformers.Trainer` uses."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def perplexity(recipe: str, task: Task, model: Any, held_out: Dataset[Any]) -> dict[str, float]:
-    """The score of a trained model, by the row of the table that it belongs to."""
+    """Perplexity of a trained model by row of the table; the default `ScoreFunction`."""
     return {recipe: evaluate(task, model, held_out).value}
 
 
 class Study:
-    """Trains, scores, and remembers what is done.
+    """Trains and scores recipes, and stores finished runs.
 
     Args:
-        recipes: What is compared.
-        settings: Of the task, for all runs.
-        dtype: Of the base model.
-        folder: Where the runs are kept.
-        score: How a trained model is scored.
-        before: Whether each run also has a row for the perplexity before the first step.
+        recipes: Recipes by name.
+        settings: Settings of the task, shared by all runs.
+        dtype: Name of the base model's dtype.
+        folder: Folder of the stored runs.
+        score: Function that scores a trained model.
+        before: Whether to also score each model before the first step, in a row of its own.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Study:
         settings: Run,
         dtype: str,
         folder: Path,
-        score: Score = perplexity,
+        score: ScoreFunction = perplexity,
         before: bool = False,
     ) -> None:
         self.recipes, self.settings, self.dtype, self.score, self.before = recipes, settings, dtype, score, before
@@ -95,26 +94,26 @@ class Study:
             self.done = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def run(self, name: str, rate: float, seed: int, split: str) -> Run:
-        """The scores of one run, trained now unless it is on record."""
-        return self._on_record((name, rate, seed, split)) or self._remember(self.train(name, rate, seed, split))
+        """Result of one run, which is trained now unless it is stored."""
+        return self._stored((name, rate, seed, split)) or self._store(self.train(name, rate, seed, split))
 
     def run_together(self, keys: Iterable[Key], jobs: int) -> None:
-        """Train those that are not on record, `jobs` at once, each in a process that holds nothing else."""
-        missing = [key for key in keys if not self._on_record(key)]
+        """Trains the runs that are not stored in `jobs` processes."""
+        missing = [key for key in keys if not self._stored(key)]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             for result in pool.map(self.train, *zip(*missing, strict=True)) if missing else ():
-                self._remember(result)
+                self._store(result)
 
     def _full(self, key: Key) -> Run:
         named = dict(zip(("recipe", "rate", "seed", "split"), key, strict=True))
         return {**named, "dtype": self.dtype, **self.settings}
 
-    def _on_record(self, key: Key) -> Run | None:
+    def _stored(self, key: Key) -> Run | None:
         full = self._full(key).items()
         return next((run for run in self.done if all(run.get(field) == value for field, value in full)), None)
 
     def train(self, name: str, rate: float, seed: int, split: str) -> Run:
-        """Train and score one run, on record or not."""
+        """Trains and scores one run, without looking at stored ones."""
         start = time.perf_counter()
         logging.getLogger("transformers").setLevel(logging.ERROR)
         recipe = self.recipes[name]
@@ -136,7 +135,7 @@ class Study:
         print(f"{name:<8} rate {rate:g} seed {seed} {split}: {scores} in {result['seconds']:.0f} s", flush=True)
         return result
 
-    def _remember(self, result: Run) -> Run:
+    def _store(self, result: Run) -> Run:
         self.done.append(result)
         draft = self.path.with_suffix(".tmp")
         draft.write_text("".join(json.dumps(run) + "\n" for run in self.done), encoding="utf-8")
@@ -144,7 +143,7 @@ class Study:
         return result
 
     def report(self, rates: Sequence[float], seeds: Sequence[int], jobs: int = 1) -> dict[str, Any]:
-        """All recipes, each with its best rate: a row for every name that a run has scores for."""
+        """Tunes and scores all recipes; returns a row for every name in their scores."""
         rows: dict[str, Any] = {}
         grids = {name: recipe.rates or tuple(rates) for name, recipe in self.recipes.items()}
         if jobs > 1:
@@ -168,13 +167,13 @@ class Study:
         return {"settings": self.settings, "dtype": self.dtype, "jobs": jobs, "rows": rows}
 
     def _tuned(self, name: str, grid: Sequence[float]) -> tuple[float, dict[float, float]]:
-        """The best rate of a recipe, and the validation score of each."""
+        """Best learning rate of a recipe, and the validation score of each rate."""
         tuned = {rate: self.run(name, rate, TUNING_SEED, "validation")["scores"][name] for rate in grid}
         return min(grid, key=lambda rate: tuned[rate]), tuned
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The study as a Markdown table."""
+    """Markdown table of a report."""
     lines = [
         "| recipe | trained parameters | learning rate | test perplexity | seeds | s a run |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
@@ -201,20 +200,20 @@ def main(
     description: str | None,
     recipes: Mapping[str, Recipe],
     arguments: Sequence[str] | None,
-    score: Score = perplexity,
+    score: ScoreFunction = perplexity,
     before: bool = False,
     defaults: Mapping[str, Any] | None = None,
 ) -> int:
-    """The command line of a study.
+    """Command line of a study.
 
     Args:
-        name: Of the module, `<name>_study`; also of the folder of runs and the file of results.
-        description: Its docstring.
-        recipes: What is compared.
-        arguments: Of the command line.
-        score: How a trained model is scored.
-        before: Whether each recipe also has a row for the perplexity before the first step.
-        defaults: Of the command line, where they are not those of all studies.
+        name: Name of the study; its runs are in `runs/<name>_study`, its result in `<name>_study.json`.
+        description: Text for `--help`.
+        recipes: Recipes by name.
+        arguments: Command-line arguments; None for those of the process.
+        score: Function that scores a trained model.
+        before: Whether to also score each model before the first step.
+        defaults: Defaults of options that differ from those of all studies.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=96)
@@ -223,17 +222,17 @@ def main(
     parser.add_argument("--eval-size", type=int, default=32)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", default="gsm8k")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
-    parser.add_argument("--rates", default="0.0003,0.001,0.003", help="for recipes without a grid of their own")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of the base model")
+    parser.add_argument("--rates", default="0.0003,0.001,0.003", help="learning rates, for recipes without their own")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that train at once")
-    parser.add_argument("--only", default=",".join(recipes), help="recipes, for a part of the study")
+    parser.add_argument("--jobs", type=int, default=1, help="number of training processes")
+    parser.add_argument("--only", default=",".join(recipes), help="recipes to run")
     parser.add_argument("--output", default=f"runs/{name}_study")
     target = RESULTS / f"{name}_study.json"
     if torch.cuda.is_available():
         target = result_path(f"{name}_study", torch.cuda.get_device_name())
     parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{target.name}")
-    parser.add_argument("--json", type=Path, help="write another file")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.set_defaults(**(defaults or {}))
     words = parser.parse_args(arguments)
     settings = {"task": "language", **{field: getattr(words, field) for field in SHARED}}

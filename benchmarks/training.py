@@ -1,4 +1,4 @@
-"""What benchmarks of methods share: a model with its input, one step of training, and what becomes of the rows."""
+"""Shared by benchmarks of adapter methods: model and input, a training step, and printing and saving results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks import common
 
 @dataclass(frozen=True)
 class Case:
-    """One model and the shape of its input; the input requires a gradient, as in the middle of a network."""
+    """Model and shape of its input, which requires a gradient as in the middle of a network."""
 
     name: str
     build: Callable[[], nn.Sequential]
@@ -26,7 +26,7 @@ class Case:
 
 
 def training_step(model: Any, case: Case, device: torch.device) -> common.Step:
-    """One step of training: forward, backward, AdamW and what the method adds; it leaves no gradient behind."""
+    """Function that does one training step: forward, backward, AdamW and the method's own update; clears gradients."""
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(case.shape, generator=generator).to(device) for _ in range(2))
     x.requires_grad_()
@@ -45,17 +45,17 @@ def training_step(model: Any, case: Case, device: torch.device) -> common.Step:
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """Relative error in the norm of the whole tensor."""
+    """Relative error in the Frobenius norm."""
     return float((got - want).norm() / want.norm())
 
 
 class Report:
-    """The rows of a benchmark of methods: printed, saved, and put into the method's page.
+    """Prints and saves the rows of a benchmark, and writes saved results into the method's page.
 
     Args:
-        name: Of the benchmark and the method.
-        header: Of the table.
-        cells: A row as text; one with the key `wrong`, which says why, has no numbers.
+        name: Name of the benchmark and the method.
+        header: Header of the table.
+        cells: Function from a row to its table cells; a row with the key `wrong` has no numbers.
     """
 
     def __init__(self, name: str, header: Sequence[str], cells: Callable[[dict[str, Any]], Sequence[str]]) -> None:
@@ -63,7 +63,7 @@ class Report:
         self.page = common.ROOT / "docs" / "methods" / f"{name}.md"
 
     def markdown(self, results: Sequence[dict[str, Any]]) -> str:
-        """Saved results as Markdown."""
+        """Markdown of saved results."""
         parts = []
         for result in results:
             parts.append(f"{common.describe(result['machine'])}; median of {result['repeats']} rounds.")
@@ -72,22 +72,22 @@ class Report:
         return "\n\n".join(parts) or f"Not measured yet: `python -m benchmarks.{self.name}`."
 
     def saved(self) -> list[dict[str, Any]]:
-        """What lies in benchmarks/results, the CPU first."""
+        """Results in benchmarks/results, that of the CPU first."""
         paths = sorted(common.RESULTS.glob(f"{self.name}_c*.json"))
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
     def write_page(self) -> None:
-        """Put the saved results into the page."""
+        """Writes the saved results into the page."""
         page = common.replace_block(self.page.read_text(encoding="utf-8"), "results", self.markdown(self.saved()))
         self.page.write_text(page, encoding="utf-8")
 
     def parser(self, description: str) -> argparse.ArgumentParser:
-        """The options that every benchmark of methods has."""
+        """Parser with the options that all benchmarks of methods have."""
         parser = argparse.ArgumentParser(prog=f"benchmarks.{self.name}", description=description)
-        parser.add_argument("--quick", action="store_true", help="toy sizes; writes no file unless --json is given")
-        parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
+        parser.add_argument("--quick", action="store_true", help="small sizes; writes no file unless --json is given")
+        parser.add_argument("--markdown", action="store_true", help="only write saved results into the docs")
         parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's choice)")
-        parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
+        parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default 5)")
         default = f"benchmarks/results/{self.name}_<device>.json"
         parser.add_argument("--json", type=Path, help=f"where to save (default {default})")
         return parser
@@ -99,16 +99,16 @@ class Report:
         measure: Callable[[Case, torch.device], list[dict[str, Any]]],
         **facts: Any,
     ) -> int:
-        """Measure, print, and save if no row is wrong.
+        """Measures and prints all cases, and saves the result if no row is wrong.
 
         Args:
-            options: As the parser gives them.
-            cases: What is measured.
-            measure: The rows of one case.
-            **facts: What else is saved.
+            options: Parsed command-line options.
+            cases: Cases to measure.
+            measure: Function from a case to its rows.
+            **facts: Further entries of the saved result.
 
         Returns:
-            The exit status, 1 if a row is wrong.
+            Exit status, 1 if a row is wrong.
         """
         if options.threads:
             torch.set_num_threads(options.threads)

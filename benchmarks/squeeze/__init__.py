@@ -1,1 +1,1 @@
-"""LoRA-Squeeze beside other ways to lower a rank."""
+"""Benchmarks of LoRA-Squeeze against other methods that lower a LoRA's rank."""

@@ -1,7 +1,6 @@
-"""The second half of `benchmarks.squeeze.suite`: an adapter of many modules, compressed from file to file.
+"""Measures `squeeze_adapter` on the files of a large adapter; used by `benchmarks.squeeze.suite`.
 
-Started as a program it runs one job in a process of its own, whose memory is then that of the job, and prints a line of
-JSON: `benchmarks.squeeze.suite` does so.
+As a program it runs one job, so that the peak memory of the process is that of the job, and prints the result as JSON.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import common
-from peft_zoo.io import Role, TensorInfo, make_key, open_adapter, parse_key, write_tensors
+from peft_zoo.io import Role, TensorInfo, TensorWriter, make_key, open_adapter
 from peft_zoo.merge.squeeze.api import SqueezeReport, squeeze_adapter
 
-SCALE = 2.0  # lora_alpha / r, as most adapters have it; a method that forgets it has an error of a half
+SCALE = 2.0  # lora_alpha / r, a usual value; a method that ignores it has an error of 0.5
 PLAIN = "safetensors load and save"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: a square layer of `size`, and an adapter of a decoder with `layers` blocks."""
+    """Sizes of the single square layer, and of the decoder whose adapter is compressed."""
 
     size: int = 4096
     rank: int = 64
@@ -44,7 +43,7 @@ class Sizes:
     dtype: str = "float32"  # of the file; the single layer is always float32
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Every adapted module of the decoder, `(out, in)` by name."""
+        """Weight shape `(out, in)` of every adapted module of the decoder by name."""
         wide, inner = self.hidden, self.intermediate
         block = {f"self_attn.{name}_proj": (wide, wide) for name in "qkvo"}
         block |= {f"mlp.{name}_proj": (inner, wide) for name in ("gate", "up")} | {"mlp.down_proj": (wide, inner)}
@@ -57,22 +56,23 @@ QUICK = Sizes(size=256, layers=4, hidden=256, intermediate=688)
 # ---- errors ----
 
 
-class Factors(NamedTuple):
-    """An update `scale * B A`."""
+class LoraUpdate(NamedTuple):
+    """Update `scale * B @ A` with B `(out, R)` and A `(R, in)`."""
 
     B: Tensor
     A: Tensor
     scale: float
 
 
-def relative_error(old: Factors, new: Factors) -> float:
-    """`|old - new| / |old|` in the Frobenius norm, by QR in float64: right down to 1e-14 and without a dense matrix."""
+def relative_error(old: LoraUpdate, new: LoraUpdate) -> float:
+    """`|old - new| / |old|` in the Frobenius norm, by QR in float64: accurate to 1e-14 without a dense matrix."""
     left = torch.cat([old.scale * old.B.double(), -new.scale * new.B.double()], dim=1)
     right = torch.cat([old.A.double(), new.A.double()])
     return _product_norm(left, right) / _product_norm(old.scale * old.B.double(), old.A.double())
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:
+    """Frobenius norm of `B @ A`."""
     triangles = [torch.linalg.qr(tall, mode="r").R for tall in (B, A.mT)]
     return (triangles[0] @ triangles[1].mT).norm().item()
 
@@ -81,45 +81,43 @@ def _product_norm(B: Tensor, A: Tensor) -> float:
 
 
 def write_adapter(folder: Path, sizes: Sizes) -> None:
-    """A LoRA as peft saves it, written a tensor at a time: random directions, spectra that fall faster in later layers.
+    """Writes a LoRA as peft saves it, with random directions and singular values that fall faster in later layers.
 
     Args:
-        folder: Is made.
-        sizes: Of the decoder.
+        folder: Folder to create.
+        sizes: Sizes of the decoder.
     """
     shapes, dtype = sizes.shapes(), getattr(torch, sizes.dtype)
-    numbers = {name: number for number, name in enumerate(shapes)}
+    keys = {name: [make_key("peft", name, role) for role in (Role.A, Role.B)] for name in shapes}
     infos = {}
     for name, (rows, columns) in shapes.items():
-        infos[make_key("peft", name, Role.A)] = TensorInfo(dtype, (sizes.rank, columns))
-        infos[make_key("peft", name, Role.B)] = TensorInfo(dtype, (rows, sizes.rank))
-
-    def produce(key: str) -> Tensor:
-        name, role = parse_key("peft", key) or ("", Role.A)
-        generator = torch.Generator().manual_seed(2 * numbers[name] + (role is Role.B))
-        tensor = torch.randn(infos[key].shape, generator=generator)
-        if role is Role.A:
-            return (tensor / math.sqrt(tensor.shape[1])).to(dtype)
-        decay = 0.5 + numbers[name] / len(numbers)
-        return (0.01 * tensor * torch.arange(1, sizes.rank + 1) ** -decay).to(dtype)
-
+        infos[keys[name][0]] = TensorInfo(dtype, (sizes.rank, columns))
+        infos[keys[name][1]] = TensorInfo(dtype, (rows, sizes.rank))
     targets = sorted({name.rpartition(".")[2] for name in shapes})
     config = LoraConfig(r=sizes.rank, lora_alpha=int(SCALE * sizes.rank), target_modules=targets, task_type="CAUSAL_LM")
     config.base_model_name_or_path = "a-decoder"
     config.save_pretrained(str(folder))
-    write_tensors(weights(folder), infos, produce, {"format": "pt"})
+    with TensorWriter(weights(folder), infos, {"format": "pt"}) as writer:
+        for number, (key_A, key_B) in enumerate(keys.values()):
+            A, B = (
+                torch.randn(infos[key].shape, generator=torch.Generator().manual_seed(2 * number + place))
+                for place, key in enumerate((key_A, key_B))
+            )
+            spectrum = 0.01 * torch.arange(1, sizes.rank + 1) ** -(0.5 + number / len(keys))
+            writer.write(key_A, (A / math.sqrt(A.shape[1])).to(dtype))
+            writer.write(key_B, (B * spectrum).to(dtype))
 
 
 def weights(folder: Path) -> Path:
-    """The file with an adapter's tensors."""
+    """Path of an adapter's tensors."""
     return folder / "adapter_model.safetensors"
 
 
-# ---- what is timed ----
+# ---- jobs ----
 
 
 class Watch:
-    """A progress that notes when the loop over modules ends."""
+    """A `Progress` that records when the loop over modules ends."""
 
     def __init__(self) -> None:
         self.end = 0.0
@@ -130,7 +128,7 @@ class Watch:
 
 
 def squeeze_job(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """One call of `squeeze_adapter`, its time and its memory; `wrong` says what is wrong with the result."""
+    """Time and memory of one call of `squeeze_adapter`; `wrong` describes an error of the result, or is None."""
     watch, before, start = Watch(), resident("VmRSS"), time.perf_counter()
     report = squeeze_adapter(source, target, progress=watch, **options)
     row = _row(before, start, watch.end, target)
@@ -138,7 +136,7 @@ def squeeze_job(source: Path, target: Path, options: dict[str, Any]) -> dict[str
 
 
 def plain_job(source: Path, target: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The same file read and written again, until it is on disk, as `squeeze_adapter` leaves it."""
+    """Time and memory of loading the file with safetensors and saving it unchanged, flushed to disk."""
     before, start = resident("VmRSS"), time.perf_counter()
     tensors = load_file(weights(source))
     loaded = time.perf_counter()
@@ -153,7 +151,7 @@ JOBS = {"squeeze": squeeze_job, "plain": plain_job}
 
 
 def _row(before: int, start: float, middle: float, target: Path) -> dict[str, Any]:
-    """Time and memory until now."""
+    """Seconds, memory and size of the result of a job that ends now."""
     end = time.perf_counter()
     return {
         "seconds": end - start,
@@ -166,10 +164,10 @@ def _row(before: int, start: float, middle: float, target: Path) -> dict[str, An
 
 
 def resident(field: str) -> int:
-    """Bytes of this process that are in memory: now (`VmRSS`), or at most so far (`VmHWM`).
+    """Resident memory of this process in bytes: now (`VmRSS`) or its peak (`VmHWM`).
 
-    From `/proc` where there is one. What `getrusage` says on Linux begins, after an exec, with the peak of the process
-    before it, so that a child is told the peak of its parent; and it knows no present value.
+    Read from `/proc` if it exists: on Linux, `getrusage` of a new process starts with the peak of its parent and has
+    no current value.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -180,14 +178,14 @@ def resident(field: str) -> int:
 
 
 def _wrong(source: Path, target: Path, report: SqueezeReport) -> str | None:
-    """Compare the factors in both files, of a module of each shape, with the error that was reported for them."""
+    """Compares the factors in both files, for one module of each shape, with the reported error."""
     with open_adapter(source) as old, open_adapter(target) as new:
         chosen = {(m.shape_A, m.shape_B): name for name, m in old.modules.items() if name in new.modules}
         rows = {row.name: row for row in report.modules}
         for name in chosen.values():
-            before, after = (Factors(*file.factors(name), file.modules[name].scale) for file in (old, new))
+            before, after = (LoraUpdate(*file.factors(name), file.modules[name].scale) for file in (old, new))
             error, row = relative_error(before, after), rows[name]
-            rounding = torch.finfo(after.B.dtype).eps  # of two factors: each moves the product by half of it
+            rounding = torch.finfo(after.B.dtype).eps  # each of two factors changes the product by half of it
             if abs(error - row.rel_error) > rounding or after.B.shape[1] != row.new_rank:
                 return f"module {name}: error {error:.6f} in the file, {row.rel_error:.6f} in the report"
     return None
@@ -197,12 +195,12 @@ def _wrong(source: Path, target: Path, report: SqueezeReport) -> str | None:
 
 
 def measure(sizes: Sizes, folder: Path, fresh: bool) -> dict[str, Any]:
-    """Write an adapter, squeeze it twice, and read and write it once.
+    """Writes an adapter and runs all jobs on it.
 
     Args:
-        sizes: Of the adapter.
-        folder: Where the files go; results are deleted again.
-        fresh: Whether each job runs in a process of its own, without which its memory means little.
+        sizes: Sizes of the decoder.
+        folder: Folder for the files; results are deleted.
+        fresh: Whether each job runs in a new process, which its peak memory needs.
     """
     source = folder / "adapter"
     write_adapter(source, sizes)
@@ -220,17 +218,17 @@ def measure(sizes: Sizes, folder: Path, fresh: bool) -> dict[str, Any]:
         if "budget" in options and row["out_bytes"] > size // 2:
             row["wrong"] = f"{row['out_bytes']} bytes are more than half of {size}"
         rows.append({"method": name, **{key: value for key, value in row.items() if value is not None}})
-        weights(target).unlink()  # a small disk is enough
+        weights(target).unlink()  # to need less disk space
     return {"modules": len(sizes.shapes()), "bytes": size, "fresh_processes": fresh, "rows": rows}
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one of `JOBS` here."""
+    """Runs one of `JOBS` in this process."""
     return JOBS[job["kind"]](Path(job["source"]), Path(job["target"]), job["options"])
 
 
 def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one of `JOBS` in a new process, with as many threads."""
+    """Runs one of `JOBS` in a new process with the same number of threads."""
     text = json.dumps(job | {"threads": torch.get_num_threads()})
     command = [sys.executable, "-m", "benchmarks.squeeze.files", text]
     done = subprocess.run(command, cwd=common.ROOT, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Is a LoRA that was squeezed better than one trained at its final rank? Equal steps and final size, a real task.
+"""Compares squeezed LoRAs with LoRAs trained at the final rank, at equal steps and final size.
 
     python -m benchmarks.squeeze.study --steps 96 --rates 0.0003,0.001,0.003 --seeds 0,1,2
 
@@ -9,7 +9,7 @@ held-out problems. Every recipe ends at rank 8 on all linear layers:
     post        rank 64, squeezed once after the last step
     cont        rank 64, squeezed after 75 % of the steps
     in          64 -> 32 -> 16 -> 8, a quarter of the steps each
-    rank 64     the run of `post` before its squeeze: what the higher rank is worth
+    rank 64     the run of `post` before its squeeze
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RECIPES = {
 
 
 def score(recipe: str, task: Task, model: Any, held_out: Dataset[Any]) -> dict[str, float]:
-    """The perplexity; of `post` also that before its squeeze."""
+    """Perplexity by row of the table; for `post` also before its squeeze, as `rank 64`."""
     if recipe != "post":
         return perplexity(recipe, task, model, held_out)
     before = perplexity("rank 64", task, model, held_out)

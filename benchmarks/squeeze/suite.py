@@ -1,11 +1,11 @@
-"""LoRA-Squeeze beside what else lowers the rank of a LoRA: one layer in memory, and a whole adapter from file to file.
+"""Compares LoRA-Squeeze with other methods that lower the rank of a LoRA: on one layer, and on the files of an adapter.
 
-    python -m benchmarks.squeeze               measure, print, write benchmarks/results/squeeze_cpu.json; minutes
-    python -m benchmarks.squeeze --quick       the same at toy sizes, in seconds; writes nothing
+    python -m benchmarks.squeeze               measures, prints, writes benchmarks/results/squeeze_cpu.json; minutes
+    python -m benchmarks.squeeze --quick       the same with small sizes, in seconds; writes nothing
 
-A method is only timed after the error of its factors has been compared with the optimum, which is known because the
-layer is made from its singular values, and a file is only reported after factors read back from it have been. If one
-fails, its row has no number, nothing is saved and the exit status is 1.
+Every method is checked first: its error must be the optimum, which is known since the layer is made from its singular
+values, and the factors in a written file must have the reported error. If a check fails, the row has no numbers,
+nothing is saved and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from benchmarks.squeeze import files as squeeze_files
-from benchmarks.squeeze.files import QUICK, SCALE, Factors, Sizes, relative_error
-from peft_zoo.kernels.low_rank.factored import Method as Triangles
+from benchmarks.squeeze.files import QUICK, SCALE, LoraUpdate, Sizes, relative_error
+from peft_zoo.kernels.low_rank.factored import Method as Decomposition
 from peft_zoo.kernels.low_rank.factored import truncate_factors
 from peft_zoo.kernels.low_rank.randomized import LinearMap, randomized_svd
 
@@ -45,22 +45,22 @@ KOHYA, CONVERT, WEIGHTED = "svd_lowrank of B A (kohya)", "convert_to_lora (peft)
 
 @dataclass(frozen=True)
 class Layer:
-    """An update whose singular values are known, and the smallest relative error that factors of `rank` can have."""
+    """Update with known singular values, and the smallest relative error of factors of rank `rank`."""
 
-    factors: Factors
+    update: LoraUpdate
     rank: int
     optimum: float
 
 
 SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
-    "power": lambda k: 1 / (k + 1),  # the one that is timed: time hardly depends on it
+    "power": lambda k: 1 / (k + 1),  # the timed one; time hardly depends on the spectrum
     "exp": lambda k: torch.exp(-k / 8),
     "flat": lambda k: 1 - k / (2 * len(k)),
 }
 
 
 def make_layer(spectrum: str, sizes: Sizes) -> Layer:
-    """A layer with singular values in proportion to a spectrum and random directions, in float32."""
+    """Layer with random directions and singular values proportional to a spectrum, in float32."""
     generator = torch.Generator().manual_seed(0)
 
     def basis(rows: int) -> Tensor:
@@ -69,22 +69,22 @@ def make_layer(spectrum: str, sizes: Sizes) -> Layer:
     S = SPECTRA[spectrum](torch.arange(sizes.rank, dtype=torch.float64))
     U, V, mixed = basis(sizes.size), basis(sizes.size), basis(sizes.rank)
     B, A = (U * S.sqrt()) @ mixed, mixed.mT @ (V * S.sqrt()).mT
-    factors = Factors(B.float().contiguous(), A.float().contiguous(), SCALE)
+    update = LoraUpdate(B.float().contiguous(), A.float().contiguous(), SCALE)
     optimum = S[sizes.new_rank :].norm() / S.norm()
-    return Layer(factors, sizes.new_rank, optimum.item())
+    return Layer(update, sizes.new_rank, optimum.item())
 
 
-Squeeze = Callable[[], Factors]
+Squeeze = Callable[[], LoraUpdate]
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to lower the rank.
+class Competitor:
+    """Method that lowers the rank of a layer.
 
     Attributes:
-        prepare: Everything that is not timed; gives what is.
-        excess: The largest excess over the smallest possible error, as a share of it, that is not a mistake.
-        slow: Whether it is run once, without a run before to warm up.
+        prepare: Does the untimed preparation for a layer and returns the function to time.
+        excess: Largest valid relative excess over the smallest possible error.
+        slow: Whether it is run only once, without a warm-up run.
     """
 
     prepare: Callable[[Layer], Squeeze]
@@ -92,10 +92,10 @@ class Method:
     slow: bool = False
 
 
-def _ours(method: Triangles) -> Callable[[Layer], Squeeze]:
+def _ours(method: Decomposition) -> Callable[[Layer], Squeeze]:
     def prepare(layer: Layer) -> Squeeze:
-        B, A, scale = layer.factors
-        return lambda: Factors(
+        B, A, scale = layer.update
+        return lambda: LoraUpdate(
             *truncate_factors(B, A, layer.rank, scale=scale, new_scale=scale, method=method)[:2], scale
         )
 
@@ -103,28 +103,28 @@ def _ours(method: Triangles) -> Callable[[Layer], Squeeze]:
 
 
 def _random(layer: Layer) -> Squeeze:
-    B, A, scale = layer.factors
+    B, A, scale = layer.update
 
-    def step() -> Factors:
+    def step() -> LoraUpdate:
         U, S, Vh = randomized_svd(LinearMap.of_factors(B, A, scale), layer.rank)
-        return Factors(U * S, Vh, 1.0)
+        return LoraUpdate(U * S, Vh, 1.0)
 
     return step
 
 
 def _kohya(layer: Layer) -> Squeeze:
-    B, A, scale = layer.factors
+    B, A, scale = layer.update
 
-    def step() -> Factors:
+    def step() -> LoraUpdate:
         U, S, V = torch.svd_lowrank(scale * (B @ A), q=2 * layer.rank, niter=2)
-        return Factors(U[:, : layer.rank] * S[: layer.rank], V[:, : layer.rank].mT, 1.0)
+        return LoraUpdate(U[:, : layer.rank] * S[: layer.rank], V[:, : layer.rank].mT, 1.0)
 
     return step
 
 
 def _peft_model(layer: Layer) -> Any:
-    """A model of one linear layer, with the update as its LoRA."""
-    B, A, scale = layer.factors
+    """Model of one linear layer with the update as its LoRA."""
+    B, A, scale = layer.update
     base = nn.Sequential(nn.Linear(A.shape[1], len(B), bias=False))
     model = get_peft_model(base, LoraConfig(r=len(A), lora_alpha=int(scale * len(A)), target_modules=["0"]))
     model.load_state_dict({_weight("A"): A, _weight("B"): B}, strict=False)
@@ -132,51 +132,52 @@ def _peft_model(layer: Layer) -> Any:
 
 
 def _weight(factor: str, adapter: str = ".default") -> str:
+    """Name of a factor in the state dict of the model."""
     return f"base_model.model.0.lora_{factor}{adapter}.weight"
 
 
 def _convert(layer: Layer) -> Squeeze:
     model = _peft_model(layer)
 
-    def step() -> Factors:
+    def step() -> LoraUpdate:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Converting a PEFT adapter to LoRA that is already a LoRA")
             _, state = convert_to_lora(model, rank=layer.rank)
-        return Factors(state[_weight("B", "")], state[_weight("A", "")], 1.0)
+        return LoraUpdate(state[_weight("B", "")], state[_weight("A", "")], 1.0)
 
     return step
 
 
 @torch.no_grad()
 def _weighted(layer: Layer) -> Squeeze:
-    """Of one adapter it would ignore `svd_rank`, so there is a second one, of rank 1, whose B is zero."""
+    """Combines the adapter with one of rank 1 and B = 0, since peft ignores `svd_rank` for a single adapter."""
     model = _peft_model(layer)
     model.add_adapter("zero", LoraConfig(r=1, target_modules=["0"]))
 
     @torch.no_grad()
-    def step() -> Factors:
+    def step() -> LoraUpdate:
         model.add_weighted_adapter(["default", "zero"], [1.0, 1.0], "new", "svd", svd_rank=layer.rank)
         B, A = (model.get_parameter(_weight(factor, ".new")) for factor in "BA")
-        return Factors(B.detach(), A.detach(), 1.0)
+        return LoraUpdate(B.detach(), A.detach(), 1.0)
 
     return step
 
 
-# The error of exact methods is off by some roundings of float32, which are a larger share of it where a dense matrix of
-# 4096 x 4096 is decomposed in float32. That of randomized methods is their nature: 1.5 % is usual for a flat spectrum.
+# Exact methods differ from the optimum by float32 rounding, which is larger where a dense 4096 x 4096 matrix is
+# decomposed in float32. Randomized methods have an excess of about 1.5 % for a flat spectrum.
 METHODS = {
-    GRAM: Method(_ours("gram"), 1e-5),
-    QR: Method(_ours("qr"), 1e-5),
-    RANDOM: Method(_random, 0.1),
-    KOHYA: Method(_kohya, 0.1),
-    CONVERT: Method(_convert, 1e-3, slow=True),
-    WEIGHTED: Method(_weighted, 1e-3, slow=True),
+    GRAM: Competitor(_ours("gram"), 1e-5),
+    QR: Competitor(_ours("qr"), 1e-5),
+    RANDOM: Competitor(_random, 0.1),
+    KOHYA: Competitor(_kohya, 0.1),
+    CONVERT: Competitor(_convert, 1e-3, slow=True),
+    WEIGHTED: Competitor(_weighted, 1e-3, slow=True),
 }
-FACTORED = (GRAM, QR, RANDOM)  # take turns; what forms the matrix would leave them cold caches
+FACTORED = (GRAM, QR, RANDOM)  # timed in turns; methods that form the matrix would evict their data from the caches
 
 
 class LargestTensor(TorchDispatchMode):
-    """Sees the bytes of the largest tensor that is made while it is entered; what an operator uses inside is hidden."""
+    """Records the size in bytes of the largest tensor that an operator returns; memory inside operators is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +196,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def measure_layer(sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
-    """A row for each method, ours first; each is repeated for about so many seconds."""
+    """Measures every method for about `seconds` each; returns a row for each, ours first."""
     layers = {spectrum: make_layer(spectrum, sizes) for spectrum in SPECTRA}
     slow = [name for name, method in METHODS.items() if method.slow]
     others = [[name] for name in METHODS if name not in (*FACTORED, *slow)]
@@ -209,7 +210,7 @@ def measure_layer(sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
 
 
 def _fast_rows(names: Sequence[str], layers: dict[str, Layer], seconds: float) -> list[dict[str, Any]]:
-    """Methods that take turns on the first layer, and their errors on all."""
+    """Times methods in turns on the first layer and measures their errors on all layers."""
     excess = {name: {key: _excess(name, layer) for key, layer in layers.items()} for name in names}
     wrong = {name: _wrong(name, found) for name, found in excess.items()}
     steps: dict[str, common.Step] = {name: METHODS[name].prepare(layers["power"]) for name in names if not wrong[name]}
@@ -225,13 +226,13 @@ def _fast_rows(names: Sequence[str], layers: dict[str, Layer], seconds: float) -
 
 
 def _slow_row(name: str, layer: Layer) -> dict[str, Any]:
-    """A method that is run once, on one layer."""
+    """Times one run of a method on one layer."""
     step = METHODS[name].prepare(layer)
-    with LargestTensor() as seen:  # costs microseconds an operator
+    with LargestTensor() as seen:  # costs microseconds for each operator
         start = time.perf_counter()
         new = step()
         seconds = time.perf_counter() - start
-    excess = {"power": relative_error(layer.factors, new) / layer.optimum - 1}
+    excess = {"power": relative_error(layer.update, new) / layer.optimum - 1}
     return _row(name, excess, [seconds], seen.bytes)
 
 
@@ -244,12 +245,12 @@ def _row(name: str, excess: dict[str, float], seconds: list[float] | None, large
 
 
 def _excess(name: str, layer: Layer) -> float:
-    """By how much the error is above the smallest possible one, as a share of it."""
-    return relative_error(layer.factors, METHODS[name].prepare(layer)()) / layer.optimum - 1
+    """Relative excess of the error over the smallest possible error."""
+    return relative_error(layer.update, METHODS[name].prepare(layer)()) / layer.optimum - 1
 
 
 def _wrong(name: str, excess: dict[str, float]) -> str | None:
-    """What is wrong, or None. An error far below the optimum is as impossible as one above it is bad."""
+    """Describes an invalid excess, or returns None; an error far below the optimum is a mistake too."""
     for spectrum, share in excess.items():
         if not -1e-5 < share < METHODS[name].excess:
             return f"its error on the spectrum {spectrum} is {share:+.1e} off the optimum"
@@ -260,7 +261,7 @@ def _wrong(name: str, excess: dict[str, float]) -> str | None:
 
 
 def goals(layer: Sequence[dict[str, Any]], files: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the sizes by default should reach on two cores, and whether they do."""
+    """Goals for the default sizes on two cores, and whether they are met."""
     rows = {row["method"]: row for row in (*layer, *files["rows"])}
     found = [
         ("one layer, milliseconds", rows[GRAM]["seconds"] * 1e3, "at most", 6.0),
@@ -280,14 +281,14 @@ def _holds(value: float, bound: str, limit: float) -> bool:
     return value <= limit if bound == "at most" else value >= limit
 
 
-# ---- showing ----
+# ---- output ----
 
 LAYER_HEADER = ("", "runs", "ms", "x ours", *(f"excess {name}" for name in SPECTRA), "largest tensor MiB")
 FILES_HEADER = ("", "read, decompose s", "plan, write s", "all s", "out MiB", "peak MiB", "of it new", "peak / file")
 
 
 def layer_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text; one that is wrong has no numbers."""
+    """Table cells of a row; a row that failed its check has no numbers."""
     if "wrong" in row:
         return row["method"], "wrong", *["-"] * (len(LAYER_HEADER) - 2)
     excess = (f"{max(row['excess'][name], 0):.1e}" if name in row["excess"] else "-" for name in SPECTRA)
@@ -297,7 +298,7 @@ def layer_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def files_cells(row: dict[str, Any], size: int) -> tuple[str, ...]:
-    """Likewise, for a file of so many bytes."""
+    """Table cells of a row of the file benchmark, for an adapter of `size` bytes."""
     if "wrong" in row:
         return row["method"], "wrong", *["-"] * (len(FILES_HEADER) - 2)
     times = (f"{row[key]:.2f}" for key in ("read_seconds", "write_seconds", "seconds"))
@@ -309,19 +310,19 @@ def _mib(size: int) -> str:
     return f"{size / common.MIB:.1f}"
 
 
-def shown(result: dict[str, Any]) -> str:
-    """Everything as text."""
+def report_text(result: dict[str, Any]) -> str:
+    """Result as text for the terminal."""
     sizes, files = result["sizes"], result["files"]
     layer = common.aligned(LAYER_HEADER, map(layer_cells, result["layer"]))
     table = common.aligned(FILES_HEADER, (files_cells(row, files["bytes"]) for row in files["rows"]))
-    processes = "each in a new process" if files["fresh_processes"] else "all in this process, which is not small"
+    processes = "each in a new process" if files["fresh_processes"] else "all in this process"
     lines = [
-        f"One layer {sizes['size']} x {sizes['size']}, rank {sizes['rank']} to {sizes['new_rank']}, float32. What has "
-        "one run had no other before it.",
+        f"One layer {sizes['size']} x {sizes['size']}, rank {sizes['rank']} to {sizes['new_rank']}, float32. Methods "
+        "with one run had no warm-up.",
         layer,
         "",
         f"File to file: {files['modules']} modules, rank {sizes['rank']}, {sizes['dtype']}, {_mib(files['bytes'])} "
-        f"MiB, {processes}. Reading is from the page cache; writing ends when all is on disk.",
+        f"MiB, {processes}. Files are read from the page cache and flushed to disk.",
         table,
         "",
     ]
@@ -346,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [f"{row['method']}: {row['wrong']}" for row in rows if "wrong" in row]
     if not wrong and sizes == Sizes(dtype=sizes.dtype):
         result["goals"] = goals(result["layer"], result["files"])
-    print("\n" + shown(result))
+    print("\n" + report_text(result))
     print("\n".join(wrong))
     path = options.json or (None if options.quick else common.RESULTS / "squeeze_cpu.json")
     if path and not wrong:
@@ -356,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.squeeze.suite", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="toy sizes; writes no file unless --json is given")
+    parser.add_argument("--quick", action="store_true", help="small sizes; writes no file unless --json is given")
     for item in fields(Sizes):
         choices = ("float32", "bfloat16", "float16") if item.name == "dtype" else None
         kind = str if item.name == "dtype" else int

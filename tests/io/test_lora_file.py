@@ -1,4 +1,4 @@
-"""LoRA files without a model: what peft computes from them, and what is refused before it is read."""
+"""LoRA files without a model: updates equal those of peft, and invalid files are refused before tensors are read."""
 
 from __future__ import annotations
 
@@ -109,22 +109,30 @@ def test_attention_has_two_loras_with_the_settings_of_one(tmp_path: Path) -> Non
         }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_restored_factors_load_in_peft(tmp_path: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *(("plain", torch.float64), ("rslora", torch.float32), ("dora", torch.float16)),
+        *(("bias", torch.float32), ("bias", torch.bfloat16), ("patterns", torch.bfloat16)),
+    ],
+)
+def test_new_factors_load_in_peft(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    config = CONFIGS[kind]
     saved(tmp_path / "in", Zoo().to(dtype), **config)
     weights = load_file(tmp_path / "in" / "adapter_model.safetensors")
     smaller = dict(weights)
     with open_adapter(tmp_path / "in") as adapter:
         for name, module in adapter.modules.items():
             B, A = adapter.factors(name)
-            same = adapter.restore(name, B, A)
-            assert list(same) == [module.key_B, module.key_A]
+            same = adapter.new_tensors(name, B, A, module.scale)
+            assert same.keys() == set(module.keys.values())
             assert all(torch.equal(value, weights[key]) and value.dtype == dtype for key, value in same.items())
-            new = adapter.restore(name, B.double()[:, :2], A.double()[:2])
+            new = adapter.new_tensors(name, B.double()[:, :2], A.double()[:2], 1.0)
             assert all(value.is_contiguous() for value in new.values())
-            infos = adapter.restored_infos(name, 2)
-            assert {key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in new.items()} == infos
+            assert {key: TensorInfo.of(value) for key, value in new.items()} == adapter.new_infos(name, 2, 1.0)
+            if Role.BIAS in module.keys:
+                bias = module.keys[Role.BIAS]
+                assert torch.equal(new[bias], (weights[bias].double() * module.scale).to(dtype))
             smaller |= new
         settings = {**adapter.config, "r": 2, "lora_alpha": 2, "rank_pattern": {}, "alpha_pattern": {}}
         (tmp_path / "out").mkdir()
@@ -203,7 +211,7 @@ def test_two_alphas_for_one_module_are_refused(tmp_path: Path) -> None:
     tensors = {f"unet.{key}": value for key, value in pair(rank=4, alpha=torch.tensor(8.0)).items()}
     config = json.dumps({"unet.r": 4, "unet.lora_alpha": 6})
     save_file(tensors, tmp_path / "a.safetensors", metadata={DIFFUSERS_METADATA: config})
-    with pytest.raises(ValueError, match=r"module unet\.q: an alpha in 'unet\.q\.alpha' and one in the metadata"):
+    with pytest.raises(ValueError, match=r"module unet\.q: .*'unet\.q\.alpha'"):
         open_adapter(tmp_path / "a.safetensors")
 
 
@@ -234,41 +242,41 @@ def B(*shape: int) -> dict[str, Tensor]:
 
 
 REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = {
-    "rank of the config": (pair(), {"r": 8}, ValueError, "module q: config says rank 8, file has 2"),
-    "rank of a pattern": (pair(), {"rank_pattern": {"q": 3}}, ValueError, "module q: config says rank 3, file has 2"),
-    "huge rank": (pair(), {"r": 1_000_000}, ValueError, "r=1000000: a rank is a whole number from 1 to 65536"),
-    "huge rank in the file": (pair(rank=1 << 17, out=1, into=1), {}, ValueError, "r=131072 is above 65536"),
-    "alpha": (pair(), {"lora_alpha": "16"}, ValueError, "lora_alpha='16': alpha is a finite number"),
-    "expression": (pair(), {"alpha_pattern": {"(a+)+$": 1}}, ValueError, r"alpha_pattern\['\(a\+\)\+\$'\]: regular"),
+    "rank of the config": (pair(), {"r": 8}, ValueError, "module q: .*rank 8, .* 2"),
+    "rank of a pattern": (pair(), {"rank_pattern": {"q": 3}}, ValueError, "module q: .*rank 3, .* 2"),
+    "huge rank": (pair(), {"r": 1_000_000}, ValueError, "r=1000000"),
+    "huge rank in the file": (pair(rank=1 << 17, out=1, into=1), {}, ValueError, "r=131072"),
+    "alpha": (pair(), {"lora_alpha": "16"}, ValueError, "lora_alpha='16'"),
+    "expression": (pair(), {"alpha_pattern": {"(a+)+$": 1}}, ValueError, r"alpha_pattern\['\(a\+\)\+\$'\]"),
     "initialization": (pair(), {"init_lora_weights": "pissa"}, ValueError, "init_lora_weights='pissa'"),
     "kind": (pair(), {"peft_type": "ADALORA"}, NotImplementedError, "peft_type='ADALORA'"),
     "variant": (pair(), {"use_qalora": True}, NotImplementedError, "'use_qalora'=True"),
-    "ranks disagree": (pair(**B(3, 3)), {}, ValueError, r"module q: lora_A \(r=2\) and lora_B \(r=3\) disagree"),
+    "ranks disagree": (pair(**B(3, 3)), {}, ValueError, r"module q: lora_A \(r=2\) and lora_B \(r=3\)"),
     "no B": (
         {"q.lora_A.weight": torch.ones(2, 5)},
         {},
         ValueError,
-        "module q: the file has no lora_B; it is incomplete",
+        "module q: .*no lora_B",
     ),
-    "no A": ({"q.lora_B.weight": torch.ones(3, 2)}, {}, ValueError, "module q: the file has no lora_A"),
+    "no A": ({"q.lora_B.weight": torch.ones(3, 2)}, {}, ValueError, "module q: .*no lora_A"),
     "no factor": (
         {**pair("k"), "q.lora_magnitude_vector": torch.ones(3)},
         {},
         ValueError,
-        "module q: the file has no lora_A and no lora_B",
+        "module q: .*no lora_A and no lora_B",
     ),
     "half an embedding": ({"q.lora_embedding_A": torch.ones(2, 9)}, {}, ValueError, "has no lora_embedding_B"),
     "embedding and linear": (
         pair(lora_embedding_A=torch.ones(2, 9), lora_embedding_B=torch.ones(3, 2)),
         {},
         ValueError,
-        "factors of a linear layer and of an embedding",
+        "module q: .*embedding",
     ),
     "integers": (
         pair(**{"lora_A.weight": torch.ones(2, 5, dtype=torch.int32)}),
         {},
         ValueError,
-        "dtype torch.int32; a LoRA",
+        "dtype torch.int32",
     ),
     "float8": (
         pair(**{"lora_B.weight": torch.ones(3, 2).to(torch.float8_e4m3fn)}),
@@ -282,11 +290,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str
         ValueError,
         "dtype torch.complex64",
     ),
-    "one axis": (pair(**A(2), **B(3, 2)), {}, ValueError, r"lora_A \(2,\) and lora_B \(3, 2\) are not the factors"),
-    "axes differ": (pair(**A(2, 5, 1, 1)), {}, ValueError, "are not the factors of a layer"),
-    "six axes": (pair(**A(2, 5, 1, 1, 1, 1), **B(3, 2, 1, 1, 1, 1)), {}, ValueError, "are not the factors of a layer"),
-    "nothing in it": (pair(into=0), {}, ValueError, "are not the factors of a layer"),
-    "no rank": (pair(rank=0), {}, ValueError, "are not the factors of a layer"),
+    "one axis": (pair(**A(2), **B(3, 2)), {}, ValueError, r"lora_A \(2,\) and lora_B \(3, 2\)"),
+    "axes differ": (pair(**A(2, 5, 1, 1)), {}, ValueError, "module q: lora_A"),
+    "six axes": (pair(**A(2, 5, 1, 1, 1, 1), **B(3, 2, 1, 1, 1, 1)), {}, ValueError, "module q: lora_A"),
+    "nothing in it": (pair(into=0), {}, ValueError, "module q: lora_A"),
+    "no rank": (pair(rank=0), {}, ValueError, "module q: lora_A"),
     "groups": (
         pair(**A(4, 6, 3), **B(6, 2, 1)),
         {"r": 4},
@@ -301,17 +309,17 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str
         "unknown key '.*k.lora_A.default.weight'; the nearest known one is '.*model.k.lora_A.weight'",
     ),
     "AdaLoRA": (pair(lora_E=torch.ones(2, 1)), {}, ValueError, "unknown key '.*q.lora_E'"),
-    "name": (pair("q;rm -rf"), {}, ValueError, "module 'q;rm -rf': a name has letters, digits"),
-    "long name": (pair("q" * 2000), {}, ValueError, "a name has letters, digits"),
-    "magnitude missing": (pair(), {"use_dora": True}, ValueError, "use_dora=True but it lacks lora_magnitude_vector"),
-    "magnitude too much": (pair(lora_magnitude_vector=torch.ones(3)), {}, ValueError, "use_dora=None but it has"),
+    "name": (pair("q;rm -rf"), {}, ValueError, "module 'q;rm -rf'"),
+    "long name": (pair("q" * 2000), {}, ValueError, "module .q"),
+    "magnitude missing": (pair(), {"use_dora": True}, ValueError, "use_dora=True"),
+    "magnitude too much": (pair(lora_magnitude_vector=torch.ones(3)), {}, ValueError, "use_dora=None"),
     "magnitude shape": (
         pair(lora_magnitude_vector=torch.ones(4)),
         {"use_dora": True},
         ValueError,
         r"magnitude_vector: shape \(4,\) does not fit lora_B \(3, 2\)",
     ),
-    "bias missing": (pair(), {"lora_bias": True}, ValueError, "lora_bias=True but it lacks lora_bias"),
+    "bias missing": (pair(), {"lora_bias": True}, ValueError, "lora_bias=True"),
     "bias shape": (
         pair(**{"lora_B.bias": torch.ones(5)}),
         {"lora_bias": True},
@@ -339,8 +347,13 @@ def test_what_does_not_fit_together_is_refused_before_it_is_read(
     assert closed or "says" not in message
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [
+        *((float("nan"), dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)),
+        *((float("inf"), torch.float32), (-float("inf"), torch.bfloat16), (-float("inf"), torch.float64)),
+    ],
+)
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtype: torch.dtype) -> None:
     tensors = {key: value.to(dtype) for key, value in pair().items()}
     tensors["q.lora_B.weight"][1, 1] = bad
@@ -348,21 +361,21 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtyp
         with pytest.raises(ValueError, match=rf"^non-finite values in {PREFIX}q\.lora_B\.weight"):
             adapter.factors("q")
         with pytest.raises(ValueError, match=r"non-finite values in .*q\.lora_A\.weight"):
-            adapter.restore("q", torch.ones(3, 1), torch.full((1, 5), bad))
+            adapter.new_tensors("q", torch.ones(3, 1), torch.full((1, 5), bad), 1.0)
 
 
 def test_values_that_become_infinite_in_the_dtype_of_the_file_are_refused(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path, {key: value.half() for key, value in pair().items()})
     expected = pytest.raises(ValueError, match=r"non-finite values in .*q\.lora_B\.weight")
     with open_adapter(folder) as adapter, expected:
-        adapter.restore("q", torch.full((3, 1), 1e6), torch.ones(1, 5))
+        adapter.new_tensors("q", torch.full((3, 1), 1e6), torch.ones(1, 5), 1.0)
 
 
-def test_factors_that_do_not_fit_are_not_restored(tmp_path: Path) -> None:
+def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with open_adapter(peft_folder(tmp_path, pair())) as adapter:
         for B, A in [((3, 2), (3, 5)), ((2, 3), (2, 5)), ((3, 0), (0, 5)), ((3, 2), (2, 4))]:
             with pytest.raises(ValueError, match=r"module q: B .* and A .* should be"):
-                adapter.restore("q", torch.ones(B), torch.ones(A))
+                adapter.new_tensors("q", torch.ones(B), torch.ones(A), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -370,9 +383,9 @@ def test_factors_that_do_not_fit_are_not_restored(tmp_path: Path) -> None:
     [
         (torch.tensor(float("nan")), r"non-finite values in lora_unet_to_q\.alpha"),
         (torch.tensor(float("inf")), r"non-finite values in lora_unet_to_q\.alpha"),
-        (torch.ones(2), r"lora_unet_to_q\.alpha: an alpha is one number, not torch\.float32 \(2,\)"),
-        (torch.ones(0), "an alpha is one number"),
-        (torch.tensor(True), "an alpha is one number, not torch.bool"),
+        (torch.ones(2), r"lora_unet_to_q\.alpha: .*\(2,\)"),
+        (torch.ones(0), "lora_unet_to_q.alpha: "),
+        (torch.tensor(True), "lora_unet_to_q.alpha: .*torch.bool"),
     ],
 )
 def test_an_impossible_alpha_is_refused(tmp_path: Path, alpha: Tensor, message: str) -> None:
@@ -382,7 +395,7 @@ def test_an_impossible_alpha_is_refused(tmp_path: Path, alpha: Tensor, message: 
 
 def test_loras_of_three_factors_are_named(tmp_path: Path) -> None:
     path = kohya(tmp_path, **{"lora_unet_conv.lora_mid.weight": torch.ones(3, 3, 3, 3)})
-    with pytest.raises(NotImplementedError, match="module lora_unet_conv: lora_mid, a LoRA of three factors"):
+    with pytest.raises(NotImplementedError, match="module lora_unet_conv: lora_mid"):
         open_adapter(path)
     with pytest.raises(
         ValueError, match=r"unknown key 'lora_unet_x\.hada_w1_a'; the nearest known one is 'lora_unet_x"
@@ -408,11 +421,11 @@ def foreign_weights(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lonely_weights, r"its scale is in adapter_config\.json; give the folder that holds both"),
-        (pickled_weights, r"has no adapter_model\.safetensors; save with safe_serialization=True, pickles are never"),
-        (foreign_weights, r"kohya keys beside an adapter_config\.json; give the file itself"),
+        (lonely_weights, r"adapter_config\.json"),
+        (pickled_weights, r"no adapter_model\.safetensors; .*safe_serialization=True"),
+        (foreign_weights, r"kohya keys .*adapter_config\.json"),
         (lambda folder: folder, r"adapter_config\.json: not a file"),
-        (lambda folder: folder / "missing", "missing: not a file; give an existing"),
+        (lambda folder: folder / "missing", "missing: not a file"),
     ],
 )
 def test_files_that_belong_to_nothing_are_refused(tmp_path: Path, build: Callable[[Path], Path], message: str) -> None:

@@ -1,11 +1,11 @@
-"""The table of key formats is a bijection, and a file has one format or none."""
+"""Keys are parsed and made without ambiguity, and the format of a file is detected."""
 
 from __future__ import annotations
 
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_zoo.io.lora_keys import FORMATS, Role, detect_format, is_lora_key, make_key, nearest_key, parse_key
@@ -60,6 +60,7 @@ def test_keys_as_they_are_found_in_files(fmt: str, key: str, module: str, role: 
     assert make_key(fmt, module, role) == key
 
 
+@settings(max_examples=50)
 @given(key=KEYS)
 def test_a_key_that_is_read_is_made_again(key: str) -> None:
     for fmt in FORMATS:
@@ -67,6 +68,7 @@ def test_a_key_that_is_read_is_made_again(key: str) -> None:
         assert parsed is None or make_key(fmt, *parsed) == key
 
 
+@settings(max_examples=50)
 @given(case=st.sampled_from(CASES), module=MODULES)
 def test_a_key_that_is_made_is_read_again(case: tuple[str, Role], module: str) -> None:
     fmt, role = case
@@ -79,6 +81,7 @@ def test_a_key_that_is_made_is_read_again(case: tuple[str, Role], module: str) -
         assert parse_key(fmt, key) == (module, role)
 
 
+@settings(max_examples=50)
 @given(key=KEYS)
 def test_no_format_swallows_the_keys_of_another(key: str) -> None:
     reading = [fmt for fmt in FORMATS if parse_key(fmt, key)]
@@ -132,7 +135,7 @@ def test_the_nearest_key_is_found(fmt: str, key: str, nearest: str) -> None:
 
 
 def test_what_a_format_has_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="role='lora_bias': the format kohya has no key for it"):
+    with pytest.raises(ValueError, match="role='lora_bias'"):
         make_key("kohya", "lora_unet_q", Role.BIAS)
-    with pytest.raises(ValueError, match=r"module='base_model\.model\.q' cannot be named in the format kohya"):
+    with pytest.raises(ValueError, match=r"module='base_model\.model\.q'"):
         make_key("kohya", "base_model.model.q", Role.A)

@@ -1,4 +1,4 @@
-"""A configuration gives every module the rank and scale that peft would, or is refused."""
+"""Ranks and scales read from a configuration are those of peft; other configurations are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
@@ -26,6 +26,7 @@ PATTERNS = st.builds(
 )
 
 
+@settings(max_examples=60)
 @given(keys=st.lists(PATTERNS, unique=True, max_size=5), module=NAMES)
 def test_patterns_fit_what_they_fit_in_peft(keys: list[str], module: str) -> None:
     ranks = {key: place + 10 for place, key in enumerate(keys)}
@@ -50,44 +51,44 @@ def test_a_lora_inside_a_wrapped_layer_has_the_wrappers_settings() -> None:
     assert settings.of("h.attn.out_proj").alpha == 6
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize(
     "key", ["(a+)+$", "layers.*q", ".*", "[qk]", "q|k", "q?", "a{2}", "q^", "$q", r"\d", r"\w+", "q\\", r"q\$", "(?i)q"]
 )
-def test_an_expression_is_refused_and_never_run(field: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expression_is_refused_and_never_run(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for function in ("compile", "match", "fullmatch", "search"):
         monkeypatch.setattr(re, function, lambda *args, **kwargs: pytest.fail("an expression was compiled"))
-    with pytest.raises(ValueError) as caught:
-        read_settings({**PLAIN, field: {key: 8}})
-    assert str(caught.value).startswith(f"{field}[{key!r}]: regular expressions from a file are not run; save it with")
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(ValueError) as caught:
+            read_settings({**PLAIN, field: {key: 8}})
+        assert str(caught.value).startswith(f"{field}[{key!r}]: ")
 
 
 @pytest.mark.parametrize("value", [0, -1, 1_000_000, 1e6, 8.0, True, None, "8", [8], 10**400])
 def test_an_impossible_rank_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"^r=.*: a rank is a whole number from 1 to 65536"):
+    with pytest.raises(ValueError, match=r"^r="):
         read_settings({**PLAIN, "r": value})
-    with pytest.raises(ValueError, match=r"^rank_pattern\['q'\]=.*: a rank is"):
+    with pytest.raises(ValueError, match=r"^rank_pattern\['q'\]="):
         read_settings({**PLAIN, "rank_pattern": {"q": value}})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, None, "8", [8]])
 def test_an_impossible_alpha_is_named(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"^lora_alpha=.*: alpha is a finite number"):
+    with pytest.raises(ValueError, match=r"^lora_alpha="):
         read_settings({**PLAIN, "lora_alpha": value})
-    with pytest.raises(ValueError, match=r"^alpha_pattern\['q'\]=.*: alpha is"):
+    with pytest.raises(ValueError, match=r"^alpha_pattern\['q'\]="):
         read_settings({**PLAIN, "alpha_pattern": {"q": value}})
 
 
 def test_other_impossible_values_are_named() -> None:
-    with pytest.raises(ValueError, match="use_rslora='false': write true or false"):
+    with pytest.raises(ValueError, match="use_rslora='false'"):
         read_settings({**PLAIN, "use_rslora": "false"})
-    with pytest.raises(ValueError, match=r"rank_pattern=\['q'\]: give an object"):
+    with pytest.raises(ValueError, match=r"rank_pattern=\['q'\]"):
         read_settings({**PLAIN, "rank_pattern": ["q"]})
 
 
 @pytest.mark.parametrize("kind", ["ADALORA", "XLORA", "ZOO_SNELL", "lora", None, ["LORA"]])
 def test_other_adapters_are_named(kind: Any) -> None:
-    with pytest.raises(NotImplementedError, match=re.escape(f"peft_type={kind!r}: only LORA and ZOO_SQUEEZE_LORA")):
+    with pytest.raises(NotImplementedError, match=re.escape(f"peft_type={kind!r}")):
         read_settings({**PLAIN, "peft_type": kind})
 
 
@@ -109,14 +110,14 @@ def test_other_adapters_are_named(kind: Any) -> None:
     ],
 )
 def test_updates_that_are_no_plain_product_are_named(field: str, value: Any) -> None:
-    with pytest.raises(NotImplementedError, match=f"'{field}'=.*: only LoRAs whose update is a plain product"):
+    with pytest.raises(NotImplementedError, match=f"'{field}'="):
         read_settings({**PLAIN, field: value})
     read_settings({**PLAIN, field: type(value)()})  # switched off
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
 def test_initializations_that_change_the_base_are_refused(start: str) -> None:
-    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' .*path_initial_model_for_weight_conversion"):
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}'"):
         read_settings({**PLAIN, "init_lora_weights": start})
 
 
@@ -141,9 +142,9 @@ def test_parts_of_a_diffusers_file_have_their_own_settings() -> None:
 
 
 def test_hostile_metadata_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"metadata '{DIFFUSERS_METADATA}': not valid JSON: not a JSON object"):
+    with pytest.raises(ValueError, match=f"metadata '{DIFFUSERS_METADATA}'"):
         diffusers_settings({DIFFUSERS_METADATA: "[]"})
-    with pytest.raises(ValueError, match="r=1000000: a rank is"):
+    with pytest.raises(ValueError, match="r=1000000"):
         diffusers_settings({DIFFUSERS_METADATA: '{"unet.r": 1000000, "unet.lora_alpha": 1}'})
     with pytest.raises(NotImplementedError, match="'use_qalora'=True"):
         diffusers_settings({DIFFUSERS_METADATA: '{"r": 4, "lora_alpha": 1, "use_qalora": true}'})

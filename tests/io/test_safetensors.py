@@ -1,4 +1,4 @@
-"""Safetensors and JSON: what is well formed is read and written exactly, all else is refused before it costs memory."""
+"""Safetensors and JSON files: valid files are read and written exactly, invalid ones refused before any allocation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import _TYPES, load_file, save_file
 
-from peft_zoo.io.safetensors import (
-    MAX_HEADER,
-    MAX_JSON,
-    TensorFile,
-    TensorInfo,
-    parse_json,
-    read_json,
-    write_tensors,
-)
+from peft_zoo.io import TensorFile, TensorInfo, TensorWriter
+from peft_zoo.io.safetensors import MAX_HEADER
+from peft_zoo.io.strict_json import MAX_JSON, parse_json, read_json
 from tests.io.samples import entry, raw_file
 
 
@@ -35,7 +29,14 @@ def one_of_each_dtype() -> dict[str, torch.Tensor]:
 
 
 def infos(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    return {name: TensorInfo.of(value) for name, value in tensors.items()}
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors in reverse order: the order of writing does not matter."""
+    with TensorWriter(path, infos(tensors), metadata) as writer:
+        for name in reversed(tensors):
+            writer.write(name, tensors[name])
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
@@ -134,7 +135,7 @@ def test_a_long_header_is_refused_unread(tmp_path: Path) -> None:
         TensorFile(path)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_what_is_accepted_is_what_safetensors_accepts(data: st.DataObject, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "changed.safetensors"
@@ -163,8 +164,13 @@ class Bomb:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.PTH", "a.ckpt", "a.pkl", "a.safetensors"])
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("a.bin", "zip"), ("a.pt", "legacy"), ("a.PTH", "zip"), ("a.ckpt", "legacy"), ("a.pkl", "pickle")),
+        *(("a.safetensors", kind) for kind in ("zip", "legacy", "pickle")),
+    ],
+)
 def test_a_pickle_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     buffer = io.BytesIO()
     if kind == "pickle":
@@ -173,7 +179,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         torch.save({"a": Bomb(tmp_path / "mark")}, buffer, _use_new_zipfile_serialization=kind == "zip")
     (tmp_path / name).write_bytes(buffer.getvalue())
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
-    with pytest.raises(ValueError, match="a pickle runs code when it is opened, so only safetensors files are read"):
+    with pytest.raises(ValueError, match=r"a\..*pickle"):
         TensorFile(tmp_path / name)
     assert not (tmp_path / "mark").exists()
 
@@ -187,7 +193,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> No
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")  # opening one waits for ever
     for name in ("pipe.safetensors", "missing.safetensors", "."):
-        with pytest.raises(ValueError, match=r"not a file; give an existing \.safetensors file"):
+        with pytest.raises(ValueError, match="not a file"):
             TensorFile(tmp_path / name)
 
 
@@ -228,7 +234,7 @@ def test_json_has_a_limit_and_is_a_file(tmp_path: Path) -> None:
     os.truncate(path, MAX_JSON + 1)
     with pytest.raises(ValueError, match="larger than 16777216 bytes"):
         read_json(path)
-    with pytest.raises(ValueError, match="not a file; give an existing JSON file"):
+    with pytest.raises(ValueError, match="not a file"):
         read_json(tmp_path)
 
 
@@ -237,11 +243,11 @@ def test_a_written_file_has_the_bytes_of_safetensors(tmp_path: Path) -> None:
     for number, metadata in enumerate([None, {}, {"format": "pt\n\x01é"}]):
         theirs, ours = tmp_path / f"theirs{number}", tmp_path / f"ours{number}"
         save_file(tensors, theirs, metadata=metadata)
-        write_tensors(ours, infos(tensors), tensors.__getitem__, metadata)
+        write(ours, tensors, metadata)
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     tensors=st.dictionaries(
         st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=9),
@@ -256,39 +262,43 @@ def test_a_written_file_has_the_bytes_of_safetensors(tmp_path: Path) -> None:
 def test_any_file_has_the_bytes_of_safetensors(tensors: dict[str, torch.Tensor], tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.unlink(missing_ok=True)
-    write_tensors(path, infos(tensors), tensors.__getitem__)
+    write(path, tensors)
     assert path.read_bytes() == safetensors.torch.save(tensors)
     with TensorFile(path) as file:
         assert all(torch.equal(file.read(name), value) for name, value in tensors.items())
 
 
-def test_tensors_are_produced_one_at_a_time_in_the_order_of_the_file(tmp_path: Path) -> None:
-    names: list[str] = []
-
-    def produce(name: str) -> torch.Tensor:
-        names.append(name)
-        return torch.ones(3, 2).t() if name == "strided" else torch.ones(2, 3, dtype=announced[name].dtype)
-
-    announced = {"z": TensorInfo(torch.float32, (2, 3)), "b": TensorInfo(torch.float16, (2, 3))}
-    announced |= {"strided": announced["z"], "a": announced["z"]}
-    write_tensors(tmp_path / "a", announced, produce)
-    assert names == ["a", "strided", "z", "b"]
-    assert all(value.all() for value in load_file(tmp_path / "a").values())
+INFO = TensorInfo(torch.float32, (2,))
 
 
-def test_what_was_not_announced_is_not_written(tmp_path: Path) -> None:
-    announced = {"a": TensorInfo(torch.float32, (2,))}
-    for number, wrong in enumerate([torch.ones(3), torch.ones(2).half(), torch.ones(2, 1)]):
-        with pytest.raises(ValueError, match=r"a: .* was announced"):
-            write_tensors(tmp_path / str(number), announced, lambda name, wrong=wrong: wrong)
-    with pytest.raises(ValueError, match=r"torch\.complex128 cannot be stored"):
-        write_tensors(tmp_path / "b", {"a": TensorInfo(torch.complex128, (2,))}, lambda name: torch.ones(2))
-    with pytest.raises(ValueError, match="'__metadata__' of dtype"):
-        write_tensors(tmp_path / "b", {"__metadata__": announced["a"]}, lambda name: torch.ones(2))
-    (tmp_path / "c").write_text("mine")
-    with pytest.raises(FileExistsError):
-        write_tensors(tmp_path / "c", announced, lambda name: torch.ones(2))
-    assert (tmp_path / "c").read_text() == "mine"
+@pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(2).half(), torch.ones(2, 1), [torch.zeros(12).byte()]])
+def test_what_was_not_announced_is_not_written(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"a: .*announced"), TensorWriter(tmp_path / "x", {"a": INFO}) as writer:
+        writer.write("a", wrong)
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_tensor_is_written_once(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="'b' was announced"),
+        TensorWriter(tmp_path / "x", {"a": INFO, "b": INFO}) as w,
+    ):
+        w.write("a", torch.ones(2, 2).t()[0])
+        with pytest.raises(ValueError, match="a: already"):
+            w.write("a", torch.ones(2))
+        with pytest.raises(ValueError, match="c: was not announced"):
+            w.write("c", torch.ones(2))
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_stored_is_refused_before_a_file_is_made(tmp_path: Path) -> None:
+    for name, info in (("a", TensorInfo(torch.complex128, (2,))), ("__metadata__", INFO)):
+        with pytest.raises(ValueError, match=f"'{name}' of dtype {info.dtype}"):
+            TensorWriter(tmp_path / "x", {name: info})
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="path="), TensorWriter(tmp_path / "x", {"a": INFO}):
+        pytest.fail("the block ran")
+    assert (tmp_path / "x").read_text() == "mine"
 
 
 def test_a_tensor_is_copied_in_pieces(tmp_path: Path) -> None:
@@ -297,11 +307,10 @@ def test_a_tensor_is_copied_in_pieces(tmp_path: Path) -> None:
     with TensorFile(tmp_path / "a") as file:
         sizes = [len(piece) for piece in file.pieces("long", 300)]
         assert sizes == [300] * 26 + [200]
-        write_tensors(tmp_path / "b", file.tensors, lambda name: file.pieces(name, 7), file.metadata)
+        with TensorWriter(tmp_path / "b", file.tensors, file.metadata) as writer:
+            for name in file.tensors:
+                writer.write(name, file.pieces(name, 7))
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-        with pytest.raises(ValueError, match="long: 8000 bytes were announced, 12 came"):
-            announced = {"long": file.tensors["long"]}
-            write_tensors(tmp_path / "c", announced, lambda name: iter([torch.zeros(12, dtype=torch.uint8)]))
         with pytest.raises(KeyError):
             next(file.pieces("missing"))
         os.truncate(tmp_path / "a", 4000)

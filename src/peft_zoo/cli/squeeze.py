@@ -17,7 +17,7 @@ from peft_zoo.common.values import SettingError, parse_value
 from peft_zoo.tasks.base.settings import flag
 
 if TYPE_CHECKING:
-    from peft_zoo.merge.squeeze.api import SqueezeReport
+    from peft_zoo.merge.squeeze.report import SqueezeReport
 
 EPILOG = """examples:
   peft-zoo squeeze my_lora                                       (what ranks 4, 8, 16 and 32 would keep; writes nothing)

@@ -1,4 +1,4 @@
-"""Factors take a smaller rank: what they compute, what the optimizer's state becomes, and what is refused."""
+"""Lower ranks of factors: the update, the optimizer's state, and adapters that are refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from peft_zoo.adapters.squeeze_lora.factors import LoraPair, Projection, lora_pa
 from peft_zoo.merge.squeeze.api import squeeze_model
 from peft_zoo.squeeze_lora import LoraSqueezer, finalize_squeeze, refactorize_
 from tests.adapters.squeeze_lora.samples import TARGETS, TOKENS, adamw, adapted, base, train, updates
-
-RANKS = [8, 3]
 
 
 def slopes(model: nn.Module, steps: int, optimizer: torch.optim.Optimizer) -> None:
@@ -37,9 +35,9 @@ def still(model: nn.Module, **options: Any) -> torch.optim.AdamW:
     return adamw(model, lr=0.0, weight_decay=0.0, **options)
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("shrink", [False, True])
-@pytest.mark.parametrize("new_scale", [None, 1.0])
+@pytest.mark.parametrize(
+    ("rank", "shrink", "new_scale"), [(8, False, 1.0), (8, True, None), (3, False, None), (3, True, 1.0)]
+)
 def test_first_moments_are_those_that_the_new_factors_would_have(
     rank: int, shrink: bool, new_scale: float | None
 ) -> None:
@@ -86,7 +84,7 @@ def test_squeezed_directions_have_no_moments_and_stay_zero_under_adamw() -> None
     pairs = lora_pairs(model, "default")
     for pair in pairs:
         squeeze_pair(pair, 3, shrink=False, optimizer=Projection(optimizer, "project"))
-    train(model, 200, optimizer=optimizer, tokens=TOKENS[:2])
+    train(model, 60, optimizer=optimizer, tokens=TOKENS[:2])
     for pair in pairs:
         B, A = pair.matrices()
         assert pair.rank == 3 and pair.size == 8
@@ -99,14 +97,13 @@ def test_squeezed_directions_have_no_moments_and_stay_zero_under_adamw() -> None
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "shrink"),
     [
-        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
-        lambda p: torch.optim.Adafactor(p, lr=1e-2),
-        lambda p: torch.optim.RMSprop(p, lr=1e-3),
+        (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), False),
+        (lambda p: torch.optim.Adafactor(p, lr=1e-2), True),
+        (lambda p: torch.optim.RMSprop(p, lr=1e-3), True),
     ],
 )
-@pytest.mark.parametrize("shrink", [False, True])
 def test_other_optimizers_start_anew_and_train_on(make: Any, shrink: bool) -> None:
     model = adapted(r=8)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
@@ -117,7 +114,7 @@ def test_other_optimizers_start_anew_and_train_on(make: Any, shrink: bool) -> No
         squeeze_pair(pair, 2, shrink=shrink, optimizer=projection)
         assert pair.A not in optimizer.state and pair.B not in optimizer.state
     assert projection.was_reset
-    losses = train(model, 40, optimizer=optimizer)
+    losses = train(model, 15, optimizer=optimizer)
     assert losses[-1] < losses[0]
     assert [pair.rank for pair in pairs] == [2, 2, 2]
 
@@ -140,8 +137,7 @@ def test_a_wrapped_optimizer_is_found() -> None:
     assert Projection(Wrapper(Wrapper(inner)), "project").optimizer is inner
 
 
-@pytest.mark.parametrize("shrink", [False, True])
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(("shrink", "use_rslora"), [(False, True), (True, False), (True, True)])
 def test_a_held_loss_does_not_break_the_next_backward_pass(shrink: bool, use_rslora: bool) -> None:
     model = adapted(LoraConfig, init_lora_weights=False, use_rslora=use_rslora)
     held = model(TOKENS).square().mean()
@@ -169,8 +165,13 @@ def test_sizes_that_modules_report_follow() -> None:
     assert net.conv.lora_A["default"].out_channels == net.conv.lora_B["default"].in_channels == 2
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}])
-@pytest.mark.parametrize("scaling", ["keep", "fold"])
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        *(({}, "keep"), ({"use_dora": True}, "fold"), ({"lora_bias": True}, "fold")),
+        *(({"lora_bias": True}, "keep"), ({"use_rslora": True}, "keep"), ({"use_rslora": True}, "fold")),
+    ],
+)
 def test_at_full_rank_only_the_factors_turn(fields: dict[str, Any], scaling: str) -> None:
     targets = TARGETS[1:] if "lora_bias" in fields else TARGETS  # an embedding has no bias
     model = adapted(LoraConfig, init_lora_weights=False, lora_alpha=24, target_modules=targets, **fields).eval()
@@ -187,7 +188,7 @@ def test_at_full_rank_only_the_factors_turn(fields: dict[str, Any], scaling: str
 def test_refactorize_balances_and_changes_nothing(state: str) -> None:
     model = adapted(LoraConfig)
     optimizer = adamw(model)
-    train(model, 30, optimizer=optimizer)
+    train(model, 10, optimizer=optimizer)
     before = updates(model)
     refactorize_(model, "default", optimizer, state)
     for pair in lora_pairs(model, "default"):
@@ -198,7 +199,7 @@ def test_refactorize_balances_and_changes_nothing(state: str) -> None:
         assert (optimizer.state.get(pair.A) is None) == (state == "reset")
     for name, update in updates(model).items():
         assert (update - before[name]).norm() < 1e-6 * before[name].norm()
-    losses = train(model, 30, optimizer=optimizer)
+    losses = train(model, 10, optimizer=optimizer)
     assert losses[-1] < losses[0]
 
 
@@ -206,8 +207,8 @@ def test_refactorize_leaves_an_untrained_adapter_able_to_learn() -> None:
     model = adapted(LoraConfig)
     refactorize_(model)
     assert all(update.abs().max() == 0 for update in updates(model).values())
-    losses = train(model, 60)
-    assert losses[-1] < 0.9 * losses[0]
+    losses = train(model, 30)
+    assert losses[-1] < 0.95 * losses[0]
     assert all(pair.rank == 8 for pair in lora_pairs(model, "default"))
 
 
@@ -217,20 +218,20 @@ def squeeze_in_place(model: nn.Module) -> None:
 
 class TestRefusals:
     def test_an_unknown_adapter(self) -> None:
-        with pytest.raises(ValueError, match=r"adapter 'x' not found; available: \['default'\]"):
+        with pytest.raises(ValueError, match=r"'x' .*\['default'\]"):
             lora_pairs(adapted(), "x")
 
     def test_a_merged_adapter(self) -> None:
         model = adapted(init_lora_weights=False)
         model.merge_adapter()
-        with pytest.raises(ValueError, match=r"adapter 'default' is merged; call unmerge_adapter\(\) first"):
+        with pytest.raises(ValueError, match=r"'default' is merged; .*unmerge_adapter"):
             lora_pairs(model, "default")
 
     def test_a_convolution_with_groups(self) -> None:
         net = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
         with pytest.warns(UserWarning, match="groups > 1"):
             model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
-        with pytest.raises(NotImplementedError, match=r"^0 is a convolution with groups"):
+        with pytest.raises(NotImplementedError, match=r"^0 is .*groups"):
             lora_pairs(model, "default")
 
     def test_a_targeted_parameter(self) -> None:
@@ -245,18 +246,18 @@ class TestRefusals:
             pass
 
         model.base_model.model.lin.lora_variant["default"] = OddVariant()
-        with pytest.raises(NotImplementedError, match=r"^lin is OddVariant: its update is not one product"):
+        with pytest.raises(NotImplementedError, match=r"^lin is OddVariant"):
             lora_pairs(model, "default")
 
     def test_three_factors(self) -> None:
         config = AdaLoraConfig(init_r=4, target_modules=["lin"], total_step=10)
-        with pytest.raises(NotImplementedError, match=r"^lin is SVDLinear: its update is not one product"):
+        with pytest.raises(NotImplementedError, match=r"^lin is SVDLinear"):
             lora_pairs(get_peft_model(base(), config), "default")
 
     def test_a_start_that_changed_the_base(self) -> None:
         model = adapted(target_modules=["lin"], init_lora_weights="pissa", target_rank=2)
         for act in (finalize_squeeze, lambda model: LoraSqueezer(model, 1000), squeeze_in_place):
-            with pytest.raises(ValueError, match="init_lora_weights='pissa' of adapter 'default' changed the base"):
+            with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
                 act(model)
 
     def test_factors_that_two_modules_share(self) -> None:

@@ -1,4 +1,4 @@
-"""The settings of a squeeze, and the steps that follow from them."""
+"""Fields of the schedule, and the optimizer steps and ranks that follow from them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_explicit_schedule_says_its_own_target() -> None:
     config = SqueezeConfig(schedule="step", rank_at_step={300: 8, 100: 32})
     assert config.target_rank == 8
     assert config.stages(64, 400) == {100: 32, 300: 8}
-    with pytest.raises(ValueError, match="rank_at_step has step 300, but training has only 200 steps"):
+    with pytest.raises(ValueError, match=r"rank_at_step has step 300, .*200 steps"):
         config.stages(64, 200)
 
 
@@ -98,56 +98,53 @@ def test_without_a_target_there_is_nothing_to_do() -> None:
 
 def test_stages_that_are_too_short_are_refused() -> None:
     config = SqueezeConfig(target_rank=2, num_stages=5, end_ratio=1.0)
-    sentence = "schedule has 5 stages but only 600 steps: 120 steps per stage < min_stage_steps=200"
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=r"5 stages but only 600 steps: .*min_stage_steps=200"):
         config.stages(64, 600)
 
 
 def test_a_target_that_is_not_smaller_is_refused() -> None:
-    sentence = "target rank 32 is not smaller than the current rank 16 for every module; nothing to squeeze"
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=r"rank 32 .*rank 16"):
         SqueezeConfig(target_rank=32).stages(16, 1000)
-    with pytest.raises(ValueError, match="target budget 500 is not smaller than the current budget 400"):
+    with pytest.raises(ValueError, match=r"budget 500 .*budget 400"):
         SqueezeConfig(budget=500).stages(400, 1000)
 
 
 @pytest.mark.parametrize(
-    ("fields", "sentence"),
+    ("fields", "named"),
     [
-        ({"target_rank": True}, "rank must be a positive int, got True"),
-        ({"target_rank": -1}, "rank must be a positive int, got -1"),
-        ({"target_rank": 0}, "rank must be a positive int, got 0"),
-        ({"energy": 1.5}, r"energy must be in \(0, 1\], got 1.5"),
-        ({"energy": 0.5, "target_rank": 4}, "pass exactly one of"),
-        ({"budget": "12 potatoes"}, "budget='12 potatoes' cannot be used"),
-        ({"budget": 0}, "budget=0 cannot be used"),
-        ({"schedule": "sudden"}, "schedule='sudden' cannot be used; use one of geometric"),
-        ({"mode": "fold"}, "mode='fold' cannot be used; use one of mask, shrink"),
+        ({"target_rank": True}, "rank=True"),
+        ({"target_rank": 0}, "rank=0"),
+        ({"energy": 1.5}, "energy=1.5"),
+        ({"energy": 0.5, "target_rank": 4}, "rank and energy"),
+        ({"budget": "12 potatoes"}, "budget='12 potatoes'"),
+        ({"budget": 0}, "budget=0"),
+        ({"schedule": "sudden"}, "schedule='sudden' .*geometric"),
+        ({"mode": "fold"}, "mode='fold' .*shrink"),
         ({"optimizer_state": "keep"}, "optimizer_state='keep'"),
         ({"scaling": "double"}, "scaling='double'"),
-        ({"num_stages": 0}, "num_stages must be a positive int, got 0"),
-        ({"interval": 1.5}, "interval must be a positive int, got 1.5"),
-        ({"rewarmup_steps": -1}, "rewarmup_steps must be an int of at least 0, got -1"),
-        ({"start_ratio": 1.0}, "start_ratio=1.0 cannot be used"),
-        ({"end_ratio": 0.0}, "end_ratio=0.0 cannot be used"),
-        ({"start_ratio": 0.8}, "end_ratio=0.75 cannot be used; use more than start_ratio=0.8"),
-        ({"schedule": "step"}, "rank_at_step={} cannot be used; give falling ranks"),
-        ({"schedule": "step", "rank_at_step": {10: 4, 20: 8}}, "give falling ranks"),
-        ({"schedule": "step", "rank_at_step": {10: 4}, "target_rank": 8}, "rank_at_step ends with 4"),
+        ({"num_stages": 0}, "num_stages=0"),
+        ({"interval": 1.5}, "interval=1.5"),
+        ({"rewarmup_steps": -1}, "rewarmup_steps=-1"),
+        ({"start_ratio": 1.0}, "start_ratio=1.0"),
+        ({"end_ratio": 0.0}, "end_ratio=0.0"),
+        ({"start_ratio": 0.8}, "end_ratio=0.75 .*start_ratio=0.8"),
+        ({"schedule": "step"}, "rank_at_step={}"),
+        ({"schedule": "step", "rank_at_step": {10: 4, 20: 8}}, "rank_at_step={10: 4, 20: 8}"),
+        ({"schedule": "step", "rank_at_step": {10: 4}, "target_rank": 8}, "target_rank=8"),
         ({"schedule": "step", "rank_at_step": {10: 4}, "num_stages": 2}, "num_stages=2"),
-        ({"rank_at_step": {10: 4}}, "it belongs to schedule='step'"),
-        ({"energy": 0.9, "num_stages": 2}, "an energy is reached in one squeeze"),
+        ({"rank_at_step": {10: 4}}, "rank_at_step={10: 4}"),
+        ({"energy": 0.9, "num_stages": 2}, "num_stages=2"),
     ],
 )
-@pytest.mark.parametrize("cls", [SqueezeConfig, SqueezeLoraConfig])
-def test_what_cannot_work_is_refused_by_name(cls: type, fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        cls(**fields)
+def test_invalid_fields_are_named(fields: dict[str, Any], named: str) -> None:
+    for cls in (SqueezeConfig, SqueezeLoraConfig):
+        with pytest.raises(ValueError, match=named):
+            cls(**fields)
 
 
 @pytest.mark.parametrize("r", [0, -3, True, 2.5])
 def test_a_rank_that_is_none_is_refused_before_peft_sees_a_model(r: Any) -> None:
-    with pytest.raises(ValueError, match=rf"r={r!r} cannot be used"):
+    with pytest.raises(ValueError, match=rf"r={r!r}"):
         SqueezeLoraConfig(r=r)
 
 

@@ -1,4 +1,4 @@
-"""The study of recipes runs on a tiny model, remembers its runs, and prints every row."""
+"""Studies remember runs, tune each recipe on the validation split and print every row; training itself is replaced."""
 
 from __future__ import annotations
 
@@ -9,49 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from benchmarks import study
 from benchmarks.squeeze import study as squeeze_study
-from tests.tasks.fixtures import text_file, tiny_llama
-
-__all__ = ["text_file", "tiny_llama"]
+from peft_zoo.tasks.base.settings import resolve_settings
 
 KEY = ("recipe", "rate", "seed", "split")
 
 
-@pytest.mark.filterwarnings("ignore:.*keeps only .* of its energy:UserWarning")
-def test_every_recipe_is_trained_and_remembered(
-    tiny_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    words = ["--model", str(tiny_llama), "--data", str(text_file), "--steps", "4", "--max-length", "16"]
-    words += ["--eval-size", "2", "--rates", "0.001,0.01", "--seeds", "0,1", "--output", str(tmp_path)]
-    assert squeeze_study.main(words) == 0
-    table = capsys.readouterr().out
-    for row in (*squeeze_study.RECIPES, "rank 64"):
-        assert f"| {row} |" in table
-    runs = (tmp_path / "runs.jsonl").read_text()
-    recipes = [json.loads(line)["recipe"] for line in runs.splitlines()]
-    assert len(recipes) == 4 * (2 + 2) and set(recipes) == set(squeeze_study.RECIPES)
-
-    assert squeeze_study.main(words) == 0
-    assert (tmp_path / "runs.jsonl").read_text() == runs, "nothing is trained twice"
-    assert "rate 0.01 seed" not in capsys.readouterr().out
-
-    monkeypatch.setattr(study, "ProcessPoolExecutor", OneThread)  # a process of its own takes longer than all of this
-    apart = ["--only", "direct", "--rates", "0.01", "--jobs", "2", "--output", str(tmp_path / "jobs")]
-    assert squeeze_study.main([*words, *apart]) == 0
-    known = {tuple(run[key] for key in KEY): run["scores"] for run in map(json.loads, runs.splitlines())}
-    again = [json.loads(line) for line in (tmp_path / "jobs" / "runs.jsonl").read_text().splitlines()]
-    assert [(run["seed"], run["split"]) for run in again] == [(1000, "validation"), (0, "test"), (1, "test")]
-    assert again[0]["scores"] == pytest.approx(known["direct", 0.01, 1000, "validation"])
-
-
 class OneThread(ThreadPoolExecutor):
-    """Instead of processes; what they are given has to be sent all the same."""
+    """Replaces the process pool by a thread; functions are still pickled."""
 
     def __init__(self, jobs: int, mp_context: Any) -> None:
         assert jobs == 2 and mp_context.get_start_method() == "spawn"
@@ -59,3 +29,52 @@ class OneThread(ThreadPoolExecutor):
 
     def map(self, function: Any, *keys: Any) -> Any:  # type: ignore[override]
         return super().map(pickle.loads(pickle.dumps(function)), *keys)
+
+
+def train(self: study.Study, name: str, rate: float, seed: int, split: str) -> study.Run:
+    """A run whose best learning rate is 0.01."""
+    scores = {name: 5 + abs(rate - 0.01) + seed / 1000, **({"rank 64": 7.0} if name == "post" else {})}
+    print(f"now training {name} {rate:g}")
+    return {**self._full((name, rate, seed, split)), "scores": scores, "parameters": 1234, "seconds": 1.0}
+
+
+def test_every_recipe_is_tuned_and_remembered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study.Study, "train", train)
+    words = ["--rates", "0.001,0.01,0.1", "--seeds", "0,1", "--output", str(tmp_path), "--json", str(tmp_path / "json")]
+    assert squeeze_study.main(words) == 0
+    assert "| post | 1,234 | 0.01 | 5.001 ± 0.001 | 5.000, 5.001 | 1 |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "json").read_text())["rows"]
+    assert list(rows) == ["direct", "post", "rank 64", "cont", "in"]
+    assert rows["in"]["validation"].keys() == {"0.001", "0.01", "0.1"} and not rows["in"]["at_grid_edge"]
+    runs = (tmp_path / "runs.jsonl").read_text()
+    recipes = [json.loads(line)["recipe"] for line in runs.splitlines()]
+    assert len(recipes) == 4 * (3 + 2) and set(recipes) == set(squeeze_study.RECIPES)
+
+    assert squeeze_study.main(words) == 0
+    assert (tmp_path / "runs.jsonl").read_text() == runs and "now training" not in capsys.readouterr().out
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", OneThread)
+    jobs = ["--only", "direct", "--rates", "0.01", "--jobs", "2", "--output", str(tmp_path / "jobs")]
+    assert squeeze_study.main([*words, *jobs]) == 0
+    known = {tuple(run[key] for key in KEY): run["scores"] for run in map(json.loads, runs.splitlines())}
+    again = [json.loads(line) for line in (tmp_path / "jobs" / "runs.jsonl").read_text().splitlines()]
+    assert [(run["seed"], run["split"]) for run in again] == [(1000, "validation"), (0, "test"), (1, "test")]
+    assert again[0]["scores"] == known["direct", 0.01, 1000, "validation"]
+
+
+def test_post_is_scored_before_and_after_its_squeeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoraConfig(r=16, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(32, 32)), config)
+    model.base_model.model[0].lora_B["default"].weight.data *= 0.5 ** torch.arange(16)
+    monkeypatch.setattr(
+        squeeze_study, "perplexity", lambda row, task, model, data: {row: model.peft_config["default"].r}
+    )
+    assert squeeze_study.score("post", None, model, None) == {"rank 64": 16, "post": 8}  # type: ignore[arg-type]
+    assert squeeze_study.score("in", None, model, None) == {"in": 8}  # type: ignore[arg-type]
+
+
+def test_recipes_have_valid_options() -> None:
+    for recipe in squeeze_study.RECIPES.values():
+        resolve_settings({"task": "language", "method": recipe.method}, {"options": recipe.options})

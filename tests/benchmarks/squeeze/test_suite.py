@@ -1,4 +1,4 @@
-"""The benchmark of LoRA-Squeeze at toy sizes: it runs, its rows are complete, and nothing wrong gets a number."""
+"""The benchmark of LoRA-Squeeze at small sizes: complete rows, checked errors, no numbers for wrong results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from benchmarks import common
 from benchmarks.squeeze import files as squeeze_files
 from benchmarks.squeeze import suite as squeeze
-from benchmarks.squeeze.files import Factors, Sizes, relative_error
+from benchmarks.squeeze.files import LoraUpdate, Sizes, relative_error
 from peft_zoo.io import open_adapter
 from peft_zoo.kernels.low_rank.factored import reference
 
@@ -103,7 +103,7 @@ def test_the_result_says_what_it_depends_on(result: Any) -> None:
     assert result["benchmark"] == "squeeze" and result["sizes"] == vars(TINY)
     assert result["machine"]["threads"] == 1 and result["machine"]["torch"] == torch.__version__
     assert "goals" not in result  # they are for other sizes
-    shown = squeeze.shown(result)
+    shown = squeeze.report_text(result)
     assert all(row["method"] in shown for row in (*result["layer"], *result["files"]["rows"]))
 
 
@@ -113,17 +113,17 @@ def test_the_result_says_what_it_depends_on(result: Any) -> None:
 @pytest.mark.parametrize("spectrum", squeeze.SPECTRA)
 def test_the_optimum_and_the_error_are_those_of_the_dense_definition(spectrum: str) -> None:
     layer = squeeze.make_layer(spectrum, TINY)
-    B, A, scale = layer.factors
+    B, A, scale = layer.update
     new_B, new_A, error = reference(B, A, layer.rank, scale, new_scale=scale)
     assert error == pytest.approx(layer.optimum, rel=1e-6)  # float32 factors
     dense, new = scale * B.double() @ A.double(), scale * new_B.double() @ new_A.double()
-    measured = relative_error(layer.factors, Factors(new_B, new_A, scale))
+    measured = relative_error(layer.update, LoraUpdate(new_B, new_A, scale))
     assert measured == pytest.approx(((dense - new).norm() / dense.norm()).item(), rel=1e-10)  # both in float64
 
 
 def test_a_forgotten_scale_is_seen() -> None:
     layer = squeeze.make_layer("power", TINY)
-    assert relative_error(layer.factors, layer.factors._replace(scale=1.0)) == pytest.approx(0.5, rel=1e-12)
+    assert relative_error(layer.update, layer.update._replace(scale=1.0)) == pytest.approx(0.5, rel=1e-12)
 
 
 def test_the_adapter_is_that_of_a_decoder(adapter: Path) -> None:
@@ -158,7 +158,7 @@ def test_goals_are_met_up_to_their_limits(factor: float, met: list[bool]) -> Non
 
 def test_goals_are_printed(result: Any) -> None:
     goal = {"goal": "one layer, milliseconds", "value": 7.0, "limit": "at most 6", "met": False}
-    shown = squeeze.shown({**result, "goals": [goal, {**goal, "value": 5.0, "met": True}]})
+    shown = squeeze.report_text({**result, "goals": [goal, {**goal, "value": 5.0, "met": True}]})
     assert "one layer, milliseconds: 7.0, at most 6: not met" in shown and "5.0, at most 6: met" in shown
 
 
@@ -168,7 +168,7 @@ def test_goals_are_printed(result: Any) -> None:
 def test_a_wrong_method_gets_no_number(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    doubled = squeeze.Method(lambda layer: lambda: layer.factors._replace(scale=1.0), 1e-5)
+    doubled = squeeze.Competitor(lambda layer: lambda: layer.update._replace(scale=1.0), 1e-5)
     monkeypatch.setattr(squeeze, "METHODS", {squeeze.GRAM: doubled, squeeze.QR: squeeze.METHODS[squeeze.QR]})
     monkeypatch.setattr(squeeze, "FACTORED", (squeeze.GRAM, squeeze.QR))
     assert squeeze.main([*QUICK, "--json", str(tmp_path / "squeeze.json")]) == 1

@@ -1,4 +1,4 @@
-"""A saved LoRA compressed from its files: what stock peft loads is the best approximation, to rounding."""
+"""`squeeze_adapter`: stock peft loads the best approximation of each rank, up to rounding."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ CLOSE: dict[str, Any] = {"atol": 1e-6, "rtol": 0}
 PLAIN = [kind for kind in KINDS if "dora" not in kind]
 
 
-@pytest.mark.parametrize("how", [{"rank": 3}, {"energy": 0.95}], ids=["rank", "energy"])
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize(
+    ("kind", "how"), [(kind, {"rank": 3} if place % 2 else {"energy": 0.95}) for place, kind in enumerate(PLAIN)]
+)
 def test_peft_loads_the_optimum(kind: str, how: dict[str, Any], original: Original, tmp_path: Path) -> None:
     before = adapted(**KINDS[kind])
     report = squeeze_adapter(original(kind), tmp_path / "out", **how)
@@ -81,8 +82,7 @@ def test_keep_leaves_the_rule_of_rslora(original: Original, tmp_path: Path) -> N
     assert all(found == pytest.approx(scale, rel=1e-15) for found in scales)
 
 
-@pytest.mark.parametrize("how", [{"rank": 3, "scaling": "fold"}, {"energy": 0.95}], ids=["rank", "energy"])
-@pytest.mark.parametrize("kind", ["rslora", "patterns"])
+@pytest.mark.parametrize(("kind", "how"), [("rslora", {"rank": 3, "scaling": "fold"}), ("patterns", {"energy": 0.95})])
 def test_folded_alpha_is_the_rank(kind: str, how: dict[str, Any], original: Original, tmp_path: Path) -> None:
     report = squeeze_adapter(original(kind), tmp_path / "out", **how)
     new = config(tmp_path / "out")
@@ -143,7 +143,7 @@ def test_bounds_and_multiples_of_ranks(original: Original, tmp_path: Path) -> No
 def test_untrained_modules_stay_trainable(tmp_path: Path) -> None:
     model = adapted()
     layers(model)["linear"].lora_B["default"].weight.data.zero_()
-    with pytest.warns(UserWarning, match=r"untrained \(B = 0\) in 1 modules, such as linear") as caught:
+    with pytest.warns(UserWarning, match=r"untrained .*linear") as caught:
         report = squeeze_adapter(saved(tmp_path / "in", model), tmp_path / "out", rank=3)
     assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
     assert [module.name for module in report.modules if module.untrained] == ["linear"]
@@ -155,7 +155,7 @@ def test_worst_module_is_named(tmp_path: Path) -> None:
     model = adapted()
     nn.init.orthogonal_(layers(model)["linear"].lora_A["default"].weight)
     nn.init.orthogonal_(layers(model)["linear"].lora_B["default"].weight)
-    with pytest.warns(UserWarning, match="linear keeps only 33.3% of its energy at rank 2") as caught:
+    with pytest.warns(UserWarning, match=r"linear .*33\.3%") as caught:
         squeeze_adapter(saved(tmp_path / "in", model), tmp_path / "out", rank=2)
     assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
 
@@ -188,38 +188,37 @@ def test_moments_of_every_kind_of_layer_are_found_by_name(original: Original, tm
     tensors = {name: moment.inputs for name, moment in moments.items()}
     assert report == squeeze_adapter(original("plain"), tmp_path / "tensors", moments=tensors, **how)
     del moments["conv2"]
-    with pytest.raises(ValueError, match="moments has no inputs of module conv2"):
+    with pytest.raises(ValueError, match=r"moments .*conv2"):
         squeeze_adapter(original("plain"), tmp_path / "none", moments=moments, **how)
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "named"),
     [
-        ({"rank": 6}, r"target rank 6 is not smaller than the current rank 6 for every module; .* \(use rank < 6\)"),
-        ({"rank": True}, "rank must be a positive int, got True"),
-        ({"rank": -1}, "rank must be a positive int, got -1"),
-        ({"rank": 0}, "rank must be a positive int, got 0"),
-        ({"energy": 1.5}, r"energy must be in \(0, 1\], got 1.5"),
-        ({}, "pass exactly one of rank, energy"),
-        ({"rank": 2, "energy": 0.9}, "pass exactly one of .* got rank and energy"),
-        ({"budget": 100}, r"budget 100 is below the minimum \(min_rank=1 for 5 modules = 148 parameters\)"),
-        ({"budget": "1KB"}, r"budget 1KB is below the minimum .* 0.01 MB"),
-        ({"budget": 1, "min_rank": 0}, "budget=1 would drop every module"),
-        ({"budget": "12 parsecs"}, "budget='12 parsecs' cannot be used"),
-        ({"rank": 2, "max_rank": 0}, "max_rank must be a positive int, got 0"),
-        ({"rank": 2, "rnak": 3}, "rnak=3 is unknown; use balance, budget"),
-        ({"rank": 2, "scaling": "up"}, "scaling='up' is unknown; use one of auto, keep, fold"),
-        ({"rank": 2, "balance": "down"}, "balance='down' is unknown; use one of sqrt, up"),
-        ({"rank": 2, "method": "svd"}, "method='svd' is unknown; use one of gram, qr"),
-        ({"rank": 2, "score": "best"}, "score='best' is unknown"),
+        ({"rank": 6}, "rank 6 .*rank < 6"),
+        ({"rank": True}, "rank=True"),
+        ({"rank": 0}, "rank=0"),
+        ({"energy": 1.5}, "energy=1.5"),
+        ({}, "exactly one of rank, energy"),
+        ({"rank": 2, "energy": 0.9}, "rank and energy"),
+        ({"budget": 100}, "budget 100 .*148 parameters"),
+        ({"budget": "1KB"}, "budget 1KB .*0.01 MB"),
+        ({"budget": 1, "min_rank": 0}, "budget=1 "),
+        ({"budget": "12 parsecs"}, "budget='12 parsecs'"),
+        ({"rank": 2, "max_rank": 0}, "max_rank=0"),
+        ({"rank": 2, "rnak": 3}, "rnak=3 .*balance, budget"),
+        ({"rank": 2, "scaling": "up"}, "scaling='up' .*auto, keep, fold"),
+        ({"rank": 2, "balance": "down"}, "balance='down'"),
+        ({"rank": 2, "method": "svd"}, "method='svd'"),
+        ({"rank": 2, "score": "best"}, "score='best'"),
         ({"rank": 2, "score": "activation"}, "score='activation' with moments missing"),
         ({"rank": 2, "moments": {}}, "score='absolute' with moments given"),
-        ({"rank": 2, "score": "relative"}, "score='relative' needs the base model's weights; use squeeze_model"),
+        ({"rank": 2, "score": "relative"}, "score='relative'"),
     ],
 )
-def test_bad_arguments(given: dict[str, Any], message: str, original: Original, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_arguments_are_named(given: dict[str, Any], named: str, original: Original, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=named):
         squeeze_adapter(original("plain"), tmp_path / "out", **given)
     assert not any(tmp_path.iterdir())
 

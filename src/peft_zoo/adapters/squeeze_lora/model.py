@@ -31,8 +31,9 @@ from peft_zoo.common.checks import require
 class SqueezeLoraConfig(SqueezeConfig, ZooLoraConfig):
     """Configuration of LoRA-Squeeze: a LoRA whose rank is lowered during training by a schedule.
 
-    It has the fields of peft's `LoraConfig` and of `SqueezeConfig`, and is saved with the adapter. `SqueezeCallback` (for
-    `transformers.Trainer`) or `LoraSqueezer` (for other loops) executes the schedule. Without a target it is a LoRA.
+    It has the fields of peft's `LoraConfig` and of `SqueezeConfig`, and is saved with the adapter. `SqueezeCallback`
+    (for `transformers.Trainer`) or `LoraSqueezer` (for other loops) executes the schedule; without a target the rank
+    stays.
 
     Raises:
         ValueError: If a field is invalid; names the field, its value and the fix.

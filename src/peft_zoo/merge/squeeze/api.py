@@ -96,7 +96,7 @@ def squeeze_adapter(
         budget: Number of parameters of all factors (int) or size of the file (`"24MB"`, `"8 MiB"`), shared by all
             modules so that the total error is smallest.
         progress: Wraps the loop over module names, such as a progress bar; None shows nothing.
-        **options: Further fields of `RankTarget` (`sv_ratio`, `sv_fro`, `rank_multiple_of`, `min_rank`, `max_rank`), and
+        **options: Other fields of `RankTarget` (`sv_ratio`, `sv_fro`, `rank_multiple_of`, `min_rank`, `max_rank`), and
 
             * `scaling`: `"keep"` leaves every scale, so alpha follows the rank; `"fold"` multiplies the scale into the
               factors, so alpha equals the rank, for loaders that ignore patterns; `"auto"` (default) keeps if all new
@@ -251,9 +251,7 @@ def _options(**given: Any) -> tuple[RankTarget, SqueezeOptions]:
     return RankTarget(**target), SqueezeOptions(**how)
 
 
-def _squeeze(
-    source: SqueezeSource, target: RankTarget, how: SqueezeOptions, progress: Progress
-) -> SqueezeReport:
+def _squeeze(source: SqueezeSource, target: RankTarget, how: SqueezeOptions, progress: Progress) -> SqueezeReport:
     """Decomposes all modules, plans their ranks and writes the new factors."""
     found = {name: _decompose(source, name, how) for name in progress(source.names, "decompose")}
     _check_gain(found, target)

@@ -1,4 +1,4 @@
-"""What a compression did or would do, module by module: numbers for programs, a table for people."""
+"""Reports of Post-Squeeze: ranks, errors and singular values of every module, as values, JSON or a text table."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-NAME_WIDTH = 56  # columns of the tables' first column; longer names lose their middle
+NAME_WIDTH = 56  # characters of a module name in a table; the middle of longer names is left out
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module.
+    """Ranks and errors of one module.
 
     Attributes:
         name: Name of the module.
-        old_rank: R.
-        new_rank: r; 0 if the module was dropped.
-        energy: Share of squared singular values that is kept.
-        rel_error: `sqrt(1 - energy)`: relative error of the update in the Frobenius norm; with activation scores that
-            of the outputs on the calibration data.
-        numerical_rank: Number of singular values that are not rounding.
-        params_before: Parameters of the two factors.
-        params_after: The same, compressed.
-        singular_values: Of the update (on activations, if those were the score), descending; empty tails are zeros.
-        output_error: Relative error of the update's effect on random inputs, where it was measured: with DoRA the norms
-            of the whole weight change too, which `rel_error` does not see.
+        old_rank: Rank R before.
+        new_rank: Rank r after; 0 if the module was dropped.
+        energy: Share of squared singular values that is kept, in [0, 1].
+        rel_error: `sqrt(1 - energy)`, the relative error of the update in the Frobenius norm; with activation scores
+            the relative error of the outputs on the calibration data.
+        numerical_rank: Number of singular values above rounding error.
+        params_before: Number of parameters of both factors before.
+        params_after: Number of parameters of both factors after.
+        singular_values: All R singular values of the update (with activation scores, of its outputs), descending.
+        output_error: Relative change of the adapter's contribution to the outputs for random inputs; measured for DoRA
+            in a model, whose weight norms change too, else None.
+
+    Examples:
+        >>> from peft_zoo.merge import ModuleReport
+        >>> ModuleReport("q_proj", 2, 1, 0.64, 0.6, 2, 64, 32, (4.0, 3.0)).untrained
+        False
     """
 
     name: str
@@ -42,18 +47,26 @@ class ModuleReport:
 
     @property
     def untrained(self) -> bool:
-        """Whether the update is zero."""
+        """Whether the update is zero (B = 0)."""
         return self.numerical_rank == 0
 
 
 @dataclass(frozen=True)
 class SqueezeReport:
-    """All modules of one adapter.
+    """Result of `squeeze_adapter` or `squeeze_model`.
 
     Attributes:
-        modules: In the order of the adapter.
-        scaling: `"keep"` or `"fold"`, what was done to the scales.
-        score: What singular values were measured on: `"absolute"`, `"relative"` or `"activation"`.
+        modules: Ranks and errors of every module, in the order of the adapter.
+        scaling: What was done to the scales, `"keep"` or `"fold"`.
+        score: What the errors measure: `"absolute"`, `"relative"` or `"activation"`, see `squeeze_adapter`.
+
+    Examples:
+        >>> from peft_zoo.merge import ModuleReport, SqueezeReport
+        >>> module = ModuleReport("q_proj", 2, 1, 0.64, 0.6, 2, 64, 32, (4.0, 3.0))
+        >>> print(SqueezeReport((module,), scaling="keep", score="absolute").table())
+        module   rank  energy   error  parameters
+        q_proj  2 → 1  64.00%  0.6000          32
+        all            64.00%  0.6000          32
     """
 
     modules: tuple[ModuleReport, ...]
@@ -62,17 +75,17 @@ class SqueezeReport:
 
     @property
     def params_before(self) -> int:
-        """Parameters of all factors."""
+        """Number of parameters of all factors before."""
         return sum(module.params_before for module in self.modules)
 
     @property
     def params_after(self) -> int:
-        """The same, compressed."""
+        """Number of parameters of all factors after."""
         return sum(module.params_after for module in self.modules)
 
     @property
     def rel_error(self) -> float:
-        """Relative error of all updates together, in the Frobenius norm (of what the score measures)."""
+        """Relative error of all updates together, in the norm of the score."""
         total, lost = 0.0, 0.0
         for module in self.modules:
             size = math.fsum(value * value for value in module.singular_values)
@@ -82,11 +95,11 @@ class SqueezeReport:
 
     @property
     def worst(self) -> ModuleReport:
-        """The module that loses most."""
+        """Module with the largest relative error."""
         return max(self.modules, key=lambda module: module.rel_error)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """The report as JSON values."""
         totals = {
             "params_before": self.params_before,
             "params_after": self.params_after,
@@ -97,7 +110,11 @@ class SqueezeReport:
         return {"scaling": self.scaling, "score": self.score, **totals, "modules": modules}
 
     def table(self, limit: int | None = None) -> str:
-        """A line for each module, worst first if only `limit` are shown, and the totals."""
+        """Text table with a line for each module and the totals.
+
+        Args:
+            limit: Number of modules to show, those with the largest errors first; None shows all in order.
+        """
         shown = self.modules if limit is None else sorted(self.modules, key=lambda m: -m.rel_error)[:limit]
         rows = [
             (
@@ -111,24 +128,34 @@ class SqueezeReport:
         ]
         total = ("all", "", f"{1 - self.rel_error**2:.2%}", f"{self.rel_error:.4f}", f"{self.params_after:,}")
         hidden = len(self.modules) - len(shown)
-        more = [(f"and {hidden} more that lose less", "", "", "", "")] if hidden else []
+        more = [(f"and {hidden} more with smaller errors", "", "", "", "")] if hidden else []
         return align([("module", "rank", "energy", "error", "parameters"), *rows, *more, total])
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """How much of each module some ranks would keep; nothing was written.
+    """Result of `rank_report`: how much of each module's update several ranks would keep.
 
     Attributes:
-        ranks: The ranks asked for.
-        modules: With `new_rank` equal to the present one.
+        ranks: The ranks, as passed to `rank_report`.
+        modules: Singular values of every module, with `new_rank` equal to `old_rank`.
+
+    Examples:
+        >>> from peft_zoo.merge import ModuleReport, RankReport
+        >>> module = ModuleReport("q_proj", 2, 2, 1.0, 0.0, 2, 64, 64, (4.0, 3.0))
+        >>> RankReport((1,), (module,)).energy("q_proj", 1)
+        0.64
     """
 
     ranks: tuple[int, ...]
     modules: tuple[ModuleReport, ...]
 
     def energy(self, name: str, rank: int) -> float:
-        """Share of squared singular values that a rank keeps of a module; 1 of an update of zeros.
+        """Share of squared singular values that a module keeps at a rank; 1 for an update of zeros.
+
+        Args:
+            name: Name of the module.
+            rank: The rank, positive.
 
         Raises:
             ValueError: If there is no module of that name.
@@ -140,7 +167,7 @@ class RankReport:
         return math.fsum(value * value for value in values[:rank]) / total if total else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """The report as JSON values."""
         return {
             "ranks": list(self.ranks),
             "modules": [
@@ -156,7 +183,7 @@ class RankReport:
         }
 
     def table(self) -> str:
-        """A line for each module, a column for each rank."""
+        """Text table with a line for each module and a column for each rank."""
         rows = [
             (shorten(m.name), str(m.old_rank), *(f"{self.energy(m.name, rank):.2%}" for rank in self.ranks))
             for m in self.modules
@@ -165,13 +192,13 @@ class RankReport:
 
 
 def shorten(name: str, width: int = NAME_WIDTH) -> str:
-    """A name that is too long without its middle."""
+    """Leaves out the middle of a name that is longer than `width` characters."""
     half = (width - 1) // 2
     return name if len(name) <= width else f"{name[:half]}…{name[-half:]}"
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines with columns of equal width: the first to the left, the others to the right."""
+    """Aligns rows as lines of text: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

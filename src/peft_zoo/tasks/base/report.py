@@ -1,57 +1,20 @@
-"""A run on one screen and on one page: the text summary, and `report.html` with its loss curve drawn as inline SVG.
-
-The page is one file without scripts, fonts or links, so it opens without a network and can be mailed.
-"""
+"""Reports of a training run: a text summary for the terminal, and an HTML page with the loss curve."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
+from peft_zoo.common.html import Plot, Section, render_page
 from peft_zoo.tasks.base.outcome import STAGES, Outcome
 
 Rows = list[tuple[str, str]]
 
-_WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 36  # margins around the plot, in SVG units
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --line: #2563eb; --dots: #93c5fd; --grid: #8884; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 760px; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; width: 100%; margin: 0 0 1.5rem; }}
-th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--grid); vertical-align: top; }}
-th {{ font-weight: 500; width: 40%; }}
-td {{ font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
-svg {{ width: 100%; height: auto; }}
-svg text {{ font: 12px system-ui, sans-serif; fill: currentColor; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{lead}</p>
-<h2>Result</h2>
-{scores}
-<h2>Training loss</h2>
-{curve}
-<p>A dot for each step; the line is the mean of the steps around it.</p>
-<h2>The run</h2>
-{facts}
-<h2>Settings</h2>
-{settings}
-</body>
-</html>
-"""
-
 
 def summary_text(outcome: Outcome) -> str:
-    """The run as text for a terminal: facts first, the scores last, at most 24 lines."""
+    """Summary of at most 24 lines for a terminal; the scores come last."""
     facts = _fact_rows(outcome)
     scores = _score_rows(outcome)
     width = max(len(key) for key, _ in facts + scores) + 2
@@ -63,51 +26,49 @@ def summary_text(outcome: Outcome) -> str:
 
 
 def report_html(outcome: Outcome) -> str:
-    """The run as one self-contained page; every text from outside is escaped."""
-    title = f"{outcome.method} on {outcome.model}"
+    """Self-contained HTML page about a run; all texts are escaped."""
     settings = [(key.replace("_", " "), _plain(value)) for key, value in outcome.settings.items() if value is not None]
-    return _PAGE.format(
-        title=html.escape(title),
-        lead=html.escape(f"{_verdict(outcome)} {outcome.note}".strip()),
-        scores=_table(_score_rows(outcome)),
-        curve=loss_curve(outcome.losses),
-        facts=_table(_fact_rows(outcome)),
-        settings=_table(settings),
+    curve = loss_curve(outcome.losses)
+    note = "A dot for each step; the line is a running mean." if curve else "No finite loss was recorded."
+    return render_page(
+        f"{outcome.method} on {outcome.model}",
+        f"{_verdict(outcome)} {outcome.note}".strip(),
+        [
+            Section("Result", rows=_score_rows(outcome)),
+            Section("Training loss", plot=curve, note=note),
+            Section("The run", rows=_fact_rows(outcome)),
+            Section("Settings", rows=settings),
+        ],
     )
 
 
-def loss_curve(losses: Sequence[tuple[int, float]]) -> str:
-    """The training loss as an SVG element: a dot for each step, a line through the running mean.
+def loss_curve(losses: Sequence[tuple[int, float]]) -> Markup:
+    """Plots the training loss as an SVG element: a dot for each step, and the running mean as a line.
 
     Args:
         losses: Pairs of optimizer step and loss; losses that are not finite are left out.
+
+    Returns:
+        The element; empty if no loss is finite.
     """
     points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     if not points:
-        return "<p>No finite loss was recorded.</p>"
+        return Markup()
     ticks = _ticks(min(loss for _, loss in points), max(loss for _, loss in points))
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
-    low, high = ticks[0], ticks[-1]
+    plot = Plot(720, 300, ticks[0], ticks[-1])
 
     def place(step: float, loss: float) -> tuple[float, float]:
-        x = _LEFT + (step - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT)
-        y = _TOP + (high - loss) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-        return round(x, 1), round(y, 1)
+        return plot.x((step - first) / (last - first)), plot.y(loss)
 
-    dots = [place(step, loss) for step, loss in points]
-    path = " ".join("{},{}".format(*place(step, loss)) for step, loss in _smoothed(points))
-    parts = [_grid_line(place(first, tick)[1], tick) for tick in ticks]
-    parts += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="var(--dots)"/>' for x, y in dots]
-    parts.append(f'<polyline points="{path}" fill="none" stroke="var(--line)" stroke-width="2"/>')
-    base = _HEIGHT - 12
-    parts.append(f'<text x="{_LEFT}" y="{base}">step {first}</text>')
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{base}" text-anchor="end">step {points[-1][0]}</text>')
-    label = f"Training loss from {points[0][1]:.3f} to {points[-1][1]:.3f}"
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    dots = "".join('<circle class="faint" cx="{}" cy="{}" r="2.5"/>'.format(*place(*point)) for point in points)
+    path = " ".join("{},{}".format(*place(*point)) for point in _smoothed(points))
+    label = f"Training loss from {points[0][1]:.3f} at step {first} to {points[-1][1]:.3f} at step {points[-1][0]}"
+    return plot.svg(label, [(tick, f"{tick:g}") for tick in ticks], f'{dots}<polyline points="{path}"/>')
 
 
 def format_count(number: float, units: Sequence[str] = ("", " k", " M", " G"), base: int = 1000) -> str:
-    """A count with three significant digits, as in `1.23 M`."""
+    """Formats a count with three significant digits and a unit, such as `1.23 M`."""
     for unit in units[:-1]:
         if abs(number) < base:
             return f"{number:.3g}{unit}" if unit else f"{number:g}"
@@ -116,12 +77,14 @@ def format_count(number: float, units: Sequence[str] = ("", " k", " M", " G"), b
 
 
 def _verdict(outcome: Outcome) -> str:
+    """Sentence about the metric before and after training."""
     before, after = outcome.scores["before"].value, outcome.scores["after"].value
-    way = "improved" if outcome.improved else "did not improve"
-    return f"{outcome.metric.capitalize()} {way}: {before:.4g} before, {after:.4g} after."
+    change = "improved" if outcome.improved else "did not improve"
+    return f"{outcome.metric.capitalize()} {change}: {before:.4g} before, {after:.4g} after."
 
 
 def _score_rows(outcome: Outcome) -> Rows:
+    """Scores by stage, with the results of the checks after reload and merge."""
     marks = {
         "reloaded": "equal" if outcome.reload_matches else "DIFFERS",
         "merged": "equal to rounding" if outcome.merge_matches else "DIFFERS",
@@ -134,6 +97,7 @@ def _score_rows(outcome: Outcome) -> Rows:
 
 
 def _fact_rows(outcome: Outcome) -> Rows:
+    """Facts about the run: method, data, sizes and times."""
     share = 100 * outcome.trainable_parameters / max(outcome.total_parameters, 1)
     steps = max(len(outcome.losses), 1)
     rows = [
@@ -155,25 +119,14 @@ def _fact_rows(outcome: Outcome) -> Rows:
 
 
 def _plain(value: object) -> str:
+    """Setting as text."""
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items()) or "as the method suggests"
     return str(value)
 
 
-def _table(rows: Rows) -> str:
-    cells = "\n".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows)
-    return f"<table>\n{cells}\n</table>"
-
-
-def _grid_line(y: float, tick: float) -> str:
-    return (
-        f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}" stroke="var(--grid)"/>'
-        f'<text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
-    )
-
-
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers that enclose `low` and `high`."""
+    """Three to seven equally spaced round values from at most `low` to at least `high`."""
     span = max(high - low, 1e-6 * max(abs(high), 1.0))
     magnitude = 10.0 ** math.floor(math.log10(span))
     step = next(size * magnitude for size in (0.2, 0.5, 1.0, 2.0) if span / (size * magnitude) <= 5)
@@ -182,7 +135,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The mean over a window of a fifth of the run around each point."""
+    """Mean over a window of a fifth of the run around each point."""
     reach = max(len(points) // 10, 1)
     window = [[loss for _, loss in points[max(i - reach, 0) : i + reach + 1]] for i in range(len(points))]
     return [(step, sum(values) / len(values)) for (step, _), values in zip(points, window, strict=True)]
