@@ -1,4 +1,4 @@
-"""Configurations are stored and copied exactly and never changed by use; the model card says how to load the adapter."""
+"""Configurations are stored and copied exactly and never changed by use; a model card says how to load the adapter."""
 
 from __future__ import annotations
 

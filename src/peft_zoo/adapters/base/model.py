@@ -112,11 +112,7 @@ class ZooModel(MethodTuner):
         }
 
     def _check_new_adapter_config(self, config: Any) -> None:
-        """Checks as peft does, and that adapters target the same parameters: the keys in a file follow their nesting.
-
-        Raises:
-            ValueError: If `target_parameters` differs from that of another adapter.
-        """
+        """Checks as peft does, and that adapters target the same parameters: keys in a file follow their nesting."""
         super()._check_new_adapter_config(config)
         wanted = set(config.target_parameters or ())
         for name, other in self.peft_config.items():
