@@ -35,8 +35,8 @@ CONFORMANCE, QUICK = [], []
 SKIP = [
     (
         r"::test_lora_conversion\[.*OPTForCausalLM",
-        "it reads the target modules that peft chose off the configuration that get_peft_model was given; ours stays as "
-        "it was. The test runs on the other models",
+        "it reads the target modules that peft chose off the configuration that get_peft_model was given; ours stays"
+        " as it was. The test runs on the other models",
     )
 ]
 LACKS, INIT_FALSE, CONFIG_KWARGS = {}, {}, {}
