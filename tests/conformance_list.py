@@ -31,7 +31,14 @@ MERGE_GROUPS = (
 )
 IN_QUICK = ("EmbConv1D 3", "Conv2d 2", "EmbConv1D 2 identity")
 
-CONFORMANCE, QUICK, SKIP = [], [], []
+CONFORMANCE, QUICK = [], []
+SKIP = [
+    (
+        r"::test_lora_conversion\[.*OPTForCausalLM",
+        "it reads the target modules that peft chose off the configuration that get_peft_model was given; ours stays"
+        " as it was. The test runs on the other models",
+    )
+]
 LACKS, INIT_FALSE, CONFIG_KWARGS = {}, {}, {}
 for method in methods().values():
     config_cls = method.config_cls

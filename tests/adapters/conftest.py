@@ -1,4 +1,4 @@
-"""Every test with an argument `method` runs for each registered method."""
+"""Runs each test with an argument `method` for every registered method."""
 
 from __future__ import annotations
 

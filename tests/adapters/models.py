@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import peft_zoo
+from peft_zoo import registration
 from peft_zoo.adapters.base import ZooModel
 
 # A method that extends peft's LoRA uses peft's own layers, which peft's own test-suite covers.
@@ -289,6 +291,18 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert after[key] == value, key
+
+
+def forget(name: str) -> None:
+    """Removes a method that a test has registered from peft's registry and ours."""
+    value = registration._methods.pop(name).peft_type
+    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        del mapping[value]
+    for table in (PeftType._member_map_, PeftType._value2member_map_):
+        del table[value]
+    for names in (PeftType._member_names_, getattr(PeftType, "_hashable_values_", [value])):
+        names.remove(value)
+    type.__delattr__(PeftType, value)
 
 
 def is_adapter(name: str, config: PeftConfig) -> bool:

@@ -1,4 +1,4 @@
-"""The pieces of the base, with a toy method that shows how little a method has to say."""
+"""Base classes: configuration, layer, tuner, layouts and snapshot, with a small toy method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftType, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,15 +21,15 @@ import peft_zoo
 from peft_zoo import registration
 from peft_zoo.adapters.base import FactorDict, ZooConfig, ZooLayer, ZooModel, option
 from peft_zoo.adapters.base import layer as base_layer_module
-from peft_zoo.adapters.base.config import complete_model_card
+from peft_zoo.adapters.base.card import complete_model_card
 from peft_zoo.adapters.base.layout import ParameterLayout, layout_of
 from peft_zoo.adapters.base.snapshot import Snapshot
-from tests.adapters.models import Wrapped, bits
+from tests.adapters.models import Wrapped, bits, forget
 
 
 @dataclass
 class ToyConfig(ZooConfig):
-    """A LoRA, as the smallest method there is."""
+    """A LoRA with an alpha and two dropouts."""
 
     method_name: ClassVar[str] = "toy"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "toy_alpha"}
@@ -41,7 +40,7 @@ class ToyConfig(ZooConfig):
 
 
 class ToyLayer(ZooLayer):
-    """Two factors."""
+    """A layer with two factors."""
 
     adapter_layer_names = ("zoo_toy_A", "zoo_toy_B")
 
@@ -57,7 +56,7 @@ class ToyLayer(ZooLayer):
 
 
 class ToyModel(ZooModel):
-    """Nothing but names."""
+    """Tuner of the toy method."""
 
     prefix = "zoo_toy_"
     tuner_layer_cls = ToyLayer
@@ -65,20 +64,13 @@ class ToyModel(ZooModel):
 
 @pytest.fixture(autouse=True)
 def toy() -> Iterator[None]:
-    """Registers the method as its author would, and takes it out again so that no other test sees it."""
+    """Registers the method for one test."""
     costs = {"summary": "s", "parameters": "p", "memory": "m", "flops": "f", "paper": "x"}
     before = peft_zoo.methods(), list(PeftType)
     registration.register(ToyConfig, **costs)(ToyModel)
     assert peft_zoo.methods()["toy"].tuner_cls is ToyModel
     yield
-    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
-        del mapping["ZOO_TOY"]
-    for table in (PeftType._member_map_, PeftType._value2member_map_, registration._methods):
-        table.pop("ZOO_TOY" if "ZOO_TOY" in table else "toy")
-    PeftType._member_names_.remove("ZOO_TOY")
-    if "ZOO_TOY" in getattr(PeftType, "_hashable_values_", ()):
-        PeftType._hashable_values_.remove("ZOO_TOY")
-    type.__delattr__(PeftType, "ZOO_TOY")
+    forget("toy")
     assert (peft_zoo.methods(), list(PeftType)) == before
 
 
@@ -100,12 +92,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], tuple[int
 
 
 class TestToyMethod:
-    def test_it_says_little(self) -> None:
+    def test_it_is_short(self) -> None:
         lines = [*inspect.getsource(ToyLayer).splitlines(), *inspect.getsource(ToyModel).splitlines()]
         assert len([line for line in lines if line.strip()]) <= 20
 
     @pytest.mark.parametrize("kind", LAYERS)
-    def test_and_gets_every_layer(self, kind: str) -> None:
+    def test_it_adapts_every_kind_of_layer(self, kind: str) -> None:
         build, example, shape = LAYERS[kind]
         base, x = build(), example()
         expected_base = base(x)
@@ -164,9 +156,7 @@ class TestToyMethod:
     @pytest.mark.parametrize("kind", ["dropout", "drop_path"])
     def test_dropouts_cannot_be_had_with_target_parameters(self, kind: str) -> None:
         chosen = ToyConfig(target_parameters=["layer.weight"], **{f"toy_{kind}": 0.1})
-        with pytest.raises(
-            ValueError, match=rf"ToyConfig: toy_{kind}=0.1 cannot be used; use 0 with `target_parameters`"
-        ):
+        with pytest.raises(ValueError, match=rf"toy_{kind}=0.1"):
             get_peft_model(Wrapped(nn.Linear(3, 3)), chosen)
 
     def test_patterns_that_peft_does_not_know_are_checked_too(self) -> None:
@@ -184,14 +174,14 @@ class TestToyMethod:
                 },
             )
         )
-        with pytest.warns(RuntimeWarning, match=r"The following drop_pattern keys did not match .*\['nothing'\]"):
+        with pytest.warns(RuntimeWarning, match=r"drop_pattern .*\['nothing'\]"):
             get_peft_model(Wrapped(nn.Linear(3, 3)), cls(target_modules=["layer"], drop_pattern={"nothing": 0.1}))
-        with pytest.raises(ValueError, match=r"drop_pattern=3 cannot be used; use a dict"):
+        with pytest.raises(ValueError, match="drop_pattern=3"):
             cls(drop_pattern=3)
 
 
 class TestFusing:
-    """`fused_output` reads the base weight, so it may only be asked where that equals calling the base layer."""
+    """`fused_output` reads the base weight, so it may be called only if that equals calling the base layer."""
 
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -205,7 +195,7 @@ class TestFusing:
         model(torch.randn(2, 6))
         assert asked == ["default"]
 
-    def test_for_a_scaled_one_whose_scale_is_in_its_hands(self, asked: list[str]) -> None:
+    def test_for_a_scaled_layer(self, asked: list[str]) -> None:
         model, layer = toy_layer(nn.Linear(6, 5), toy_alpha=2.0)
         layer.scale_layer(2.0)
         model(torch.randn(2, 6))
@@ -265,7 +255,7 @@ class TestMergeState:
             for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):
                 toy_layer(nn.Linear(3, 3, dtype=dtype))[1].merge()
         assert len(caplog.records) == 1
-        assert "ToyLayer: merging into torch.bfloat16 weights rounds the update" in caplog.text
+        assert "ToyLayer" in caplog.text and "torch.bfloat16" in caplog.text
 
     def test_a_snapshot_is_a_copy_that_is_written_back_in_place(self) -> None:
         _, layer = toy_layer(nn.Linear(3, 3))
@@ -309,28 +299,26 @@ class TestLayout:
         for expert, stored in enumerate(layout.to_base(delta)):
             own = delta[expert * rows : (expert + 1) * rows]
             assert torch.equal(stored, own.t() if is_transposed else own)
-        with pytest.raises(TypeError, match="changing its value during the forward pass"):
+        with pytest.raises(TypeError, match="forward pass of its module"):
             layout.apply(module, torch.randn(2, 5), delta)
 
     @pytest.mark.parametrize("shape", [(3,), (2, 2, 2, 2)])
     def test_parameters_of_other_dimensions_are_refused(self, shape: tuple[int, ...]) -> None:
         module = nn.Module()
         module.up = nn.Parameter(torch.empty(shape))
-        with pytest.raises(
-            ValueError, match=r"parameter 'up' has shape .*; only 2-d and 3-d parameters can be adapted"
-        ):
+        with pytest.raises(ValueError, match="parameter 'up' has shape"):
             ParameterLayout(module, "up")
 
-    def test_zero_3_keeps_the_shape_aside(self) -> None:
+    def test_the_shape_under_zero_3(self) -> None:
         module = nn.Module()
         module.up = nn.Parameter(torch.empty(0))
         module.up.ds_shape = torch.Size((4, 5))
         assert (ParameterLayout(module, "up").out_features, ParameterLayout(module, "up").in_features) == (4, 5)
 
-    def test_unknown_layers_have_none(self) -> None:
+    def test_unsupported_layers_have_no_layout(self) -> None:
         assert layout_of(nn.LayerNorm(3), None) is None
         assert layout_of(nn.Linear(3, 3), SimpleNamespace(layer_type="conv")) is None
-        with pytest.raises(ValueError, match=r"max_norm=2.0: .* build it with max_norm=None"):
+        with pytest.raises(ValueError, match=r"max_norm=2.0"):
             layout_of(nn.Embedding(3, 3, max_norm=2.0), None)
 
 
@@ -360,10 +348,10 @@ class TestConfig:
 
     @pytest.mark.parametrize("value", [0, -1, 1.5, "4", True, None])
     def test_the_rank(self, value: Any) -> None:
-        with pytest.raises(ValueError, match=r"^ToyConfig: r=.* use an integer of at least 1"):
+        with pytest.raises(ValueError, match=r"^ToyConfig: r="):
             ToyConfig(r=value)
 
-    def test_for_module_fills_in_what_matches(self) -> None:
+    def test_for_module_fills_in_matching_patterns(self) -> None:
         config = ToyConfig(rank_pattern={"q": 4, r"layers\.0\..*k": 2}, alpha_pattern={"layers.1.q": 1.0})
         assert config.for_module("layers.0.v") is config
         assert [config.for_module(n).r for n in ("q", "layers.0.q", "layers.0.attention.k", "layers.1.k")] == [
@@ -383,7 +371,7 @@ class TestConfig:
         complete_model_card(tmp_path / "README.md", "zoo_toy")
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_layer_asks_for_the_mathematics(self) -> None:
+    def test_a_layer_without_mathematics_is_abstract(self) -> None:
         layer = ZooLayer(nn.Linear(2, 2))
         with pytest.raises(NotImplementedError):
             layer.init_adapter("a", ToyConfig())

@@ -1,4 +1,4 @@
-"""Configurations are stored and copied exactly and never changed by use; the model card says how to load the adapter."""
+"""Configurations are stored and copied exactly and never changed by use; a model card says how to load the adapter."""
 
 from __future__ import annotations
 
@@ -180,14 +180,17 @@ class TestUse:
         assert torch.equal(results[0][0], results[1][0])
         assert results[0][1:] == results[1][1:]
 
-    def test_what_peft_itself_writes_to_a_configuration(self, method: Method) -> None:
-        """`get_peft_model` sets `base_model_name_or_path` and adds a classifier's head before it makes the tuner."""
-        chosen = config(method, task_type="SEQ_CLS")
-        model = fresh("bert")
+    @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+    def test_peft_itself_writes_two_fields(self, method: Method, task: str) -> None:
+        """Outside of the tuner, peft sets the name of the model and adds the head of a classifier."""
+        chosen = config(method, target_modules=["query"], task_type=task)
+        before, model = copy.deepcopy(vars(chosen)), fresh("bert")
         model.name_or_path = "somebody/bert"
-        get_peft_model(model, chosen)
-        changed = {k for k, v in vars(chosen).items() if v != getattr(config(method, task_type="SEQ_CLS"), k)}
+        adapted_model = get_peft_model(model, chosen)
+        changed = {key for key, value in vars(chosen).items() if value != before[key]}
         assert changed == {"base_model_name_or_path", "modules_to_save"}
+        assert "classifier" in adapted_model.peft_config["default"].modules_to_save
+        assert any("classifier.modules_to_save" in k for k, p in adapted_model.named_parameters() if p.requires_grad)
 
 
 class TestModelCard:

@@ -118,12 +118,12 @@ def test_multihead_attention_reads_its_weights_itself(method: Method) -> None:
     model, x = Attention().eval(), torch.randn(2, 3, 8)
     with (
         unchanged(model),
-        pytest.raises(ValueError, match=r"attention.out_proj: nn.MultiheadAttention reads the weight"),
+        pytest.raises(ValueError, match=r"attention.out_proj: nn.MultiheadAttention"),
     ):
         get_peft_model(model, config(method, target_modules=["linear", "out_proj"]))
     with (
         unchanged(model),
-        pytest.raises(ValueError, match=r"Target module attention: .*MultiheadAttention is not supported"),
+        pytest.raises(ValueError, match=r"Target module attention: .*MultiheadAttention"),
     ):
         get_peft_model(model, config(method, target_modules=["linear", "attention"]))
     with unchanged(model), pytest.raises(ValueError, match="exclude_modules"):
@@ -150,7 +150,7 @@ def test_layers_that_cannot_be_adapted_are_named(method: Method, layer: nn.Modul
         get_peft_model(container, config(method, target_modules=["fine", "bad"]))
 
 
-def test_mixed_models_are_refused_with_a_sentence(method: Method) -> None:
+def test_mixed_models_are_refused(method: Method) -> None:
     model = fresh("llama")
     chosen = config(method, target_modules=["q_proj"])
     with unchanged(model), pytest.raises(ValueError, match=rf"peft_type.*{method.peft_type}"):
@@ -159,25 +159,25 @@ def test_mixed_models_are_refused_with_a_sentence(method: Method) -> None:
         PeftMixedModel(model, chosen)
 
 
-def test_weighted_adapters_are_refused_with_a_sentence(method: Method) -> None:
+def test_weighted_adapters_are_refused(method: Method) -> None:
     model = wrap(method, nn.Linear(4, 4))
     model.add_adapter("other", config(method, target_modules=["layer"]))
-    with unchanged(model), pytest.raises(TypeError, match=r"cannot combine adapters .*set_adapter\(\[\.\.\.\]\)"):
+    with unchanged(model), pytest.raises(TypeError, match="set_adapter"):
         model.base_model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
-    model.base_model.set_adapter(["default", "other"])  # what the sentence advises
+    model.base_model.set_adapter(["default", "other"])  # the alternative in the message
 
 
 def test_alora_offsets_are_refused(method: Method) -> None:
     model = adapted(method, "llama")
-    with pytest.raises(ValueError, match="`alora_offsets` belongs to activated LoRA"):
+    with pytest.raises(ValueError, match="alora_offsets"):
         model(**inputs("llama"), alora_offsets=[1, 1, 1])
-    with pytest.raises(ValueError, match="`alora_offsets` belongs to activated LoRA"):
+    with pytest.raises(ValueError, match="alora_offsets"):
         model.generate(**inputs("llama"), max_new_tokens=2, alora_offsets=[1, 1, 1])
 
 
 def test_an_error_in_the_forward_pass_leaves_no_hooks(method: Method) -> None:
     model = adapted(method, "llama")
-    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
+    with pytest.raises(ValueError, match="adapter_names"):
         model(**inputs("llama"), adapter_names=["default"])
     assert not any(module._forward_pre_hooks for module in model.modules())
     weights = [bits(p) for p in model.parameters()]

@@ -27,7 +27,7 @@ LAYERS: dict[str, Callable[[], Example]] = {
 }
 # Each kind of layer with one dtype; the hypothesis test draws all combinations.
 KIND_AND_DTYPE = pytest.mark.parametrize(
-    ("kind", "dtype"), zip(LAYERS, [torch.float16, torch.bfloat16, torch.float32, torch.bfloat16], strict=True)
+    ("kind", "dtype"), list(zip(LAYERS, [torch.float16, torch.bfloat16, torch.float32, torch.bfloat16], strict=True))
 )
 
 

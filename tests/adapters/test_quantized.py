@@ -77,7 +77,7 @@ KINDS: dict[str, tuple[Callable[[], Any] | None, Callable[[Tensor], Any]]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a saved Llama; wide enough for the 4-bit kernels, which take blocks of 32 × 64 weights."""
+    """A folder with a saved Llama, wide enough for the 4-bit kernels and their blocks of 32 × 64 weights."""
     path = tmp_path_factory.mktemp("base")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "initializer_range": 0.3}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}

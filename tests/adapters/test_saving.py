@@ -1,4 +1,4 @@
-"""Adapters that are saved, loaded, injected and handed to transformers give the same outputs to the bit."""
+"""Adapters that are saved, loaded, injected or added by transformers give bit-identical outputs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def state_of(model: Any) -> dict[str, torch.Tensor]:
-    """All that an adapter keeps: parameters and buffers of the adapter layers."""
+    """Parameters and buffers of the adapter layers."""
     return {k: v for k, v in model.state_dict().items() if is_adapter(k, model.active_peft_config)}
 
 
 def assert_same_state(one: Any, other: Any) -> None:
-    """The adapters of two models are the same to the bit."""
+    """Asserts that the adapters of two models have the same bits."""
     ours, theirs = state_of(one), state_of(other)
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():

@@ -104,7 +104,7 @@ def test_peft_s_all_linear_leaves_an_adapted_head_alone(method: Method) -> None:
 
 
 def other_value(value: Any) -> Any:
-    """A different but valid value of a field that a pattern can replace; None stands for a multiple of another one."""
+    """Another valid value of a field that a pattern overrides; None is replaced by a number."""
     if value is None:
         return 3.0
     return value * 2 if isinstance(value, int) else value / 2

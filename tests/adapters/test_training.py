@@ -1,4 +1,4 @@
-"""Training with transformers' Trainer: stops, resumes, saves and loads."""
+"""Training with transformers' Trainer: stopping, resuming, saving and loading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def trainer(method: Method, folder: Path, steps: int, **changes: Any) -> transformers.Trainer:
-    """A Trainer of a fresh Llama whose schedule is made for four steps, stopped after `steps`."""
+    """A Trainer of a new Llama with a schedule of four steps, stopped after `steps`."""
     torch.manual_seed(0)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),

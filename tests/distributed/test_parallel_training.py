@@ -1,6 +1,6 @@
-"""Two processes must train what one process trains: with DDP, FSDP2 and both kinds of FSDP1, on the CPU with gloo.
+"""Two processes train what one process trains: with DDP, FSDP2 and both kinds of FSDP1, on the CPU with gloo.
 
-Everything is run once, in `runs`; the tests look at what the processes wrote down.
+The fixture `runs` launches everything once; the tests compare the results that the processes wrote.
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
 from tests.distributed import worker
+from tests.distributed.cases import MIDDLE, cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-SOURCE = Path(__file__).parents[2] / "src"
+ROOT = Path(__file__).resolve().parents[2]
+CASES = cases()
 PARALLEL = ["ddp", *worker.FSDP]
-# The processes add up their gradients in another order, which moves the last bit of a loss near 5 (by 5e-7) and, by way
-# of Adam, of a parameter near 1. Mistakes show far above it: importance that is not added up over shards, by 5e-2.
+# Processes sum their gradients in another order, which changes the last bit of a loss near 5 (by 5e-7) and, through
+# Adam, of a parameter near 1. Mistakes are far larger: importance that is not summed over shards, 5e-2.
 LOSS, PARAMETER = 1e-5, 1e-5
 
 
 @dataclass
 class Runs:
-    """What the launched processes left in a folder, and what they said in case it is not there."""
+    """The folder with the results of the launched processes, and their output."""
 
     folder: Path
     log: str
 
     def read(self, mode: str, run: str, rank: int = 0) -> dict[str, Any]:
-        """Losses and budgets of every step."""
+        """Losses and budgets of each step."""
         path = self.folder / mode / f"{run}.rank{rank}.json"
         assert path.exists(), f"{mode}: {run} did not finish\n{self.log[-8000:]}"
         return json.loads(path.read_text())
@@ -69,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def output_of(command: list[str]) -> str:
     """Run a command on the CPU, one thread a process and without network; its failure shows in what it leaves out."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "FSDP"))}
-    path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.run(command, env=environment, timeout=600, check=False, **both).stdout
@@ -77,45 +79,39 @@ def output_of(command: list[str]) -> str:
 
 @pytest.mark.parametrize(
     ("mode", "case"),
-    [(mode, case) for mode in PARALLEL for case in worker.cases() if mode == "ddp" or case not in worker.DDP_ONLY],
+    [(mode, name) for mode in PARALLEL for name, case in CASES.items() if case.fsdp or mode not in worker.FSDP],
 )
 def test_two_processes_train_what_one_trains(runs: Runs, mode: str, case: str) -> None:
-    one, two = runs.read("single", case), runs.read(mode, case)
+    one, first, second = runs.read("single", case), runs.read(mode, case, 0), runs.read(mode, case, 1)
     assert max(one["losses"]) - min(one["losses"]) > 0.1, "nothing was learned, so equal losses would mean nothing"
-    assert two["losses"] == pytest.approx(one["losses"], abs=LOSS)
+    assert first["losses"] == pytest.approx(one["losses"], abs=LOSS)
+    assert first["budgets"] == second["budgets"] == one["budgets"]
+    CASES[case].check(one["budgets"])
     assert_same_adapter(runs.adapter(mode, f"{case}.safetensors"), runs.adapter("single", f"{case}.safetensors"))
 
 
-@pytest.mark.parametrize("mode", PARALLEL)
-def test_both_ranks_have_the_budget_of_one_process(runs: Runs, mode: str) -> None:
-    one, first, second = runs.read("single", "snella"), runs.read(mode, "snella", 0), runs.read(mode, "snella", 1)
-    assert first["budgets"] == second["budgets"] == one["budgets"]
-    assert_competed(one["budgets"])
+with_trainer = pytest.mark.parametrize("case", [f"{name}_trainer" for name, case in CASES.items() if case.trainer])
 
 
-def test_replicas_are_squeezed_to_the_same_bits(runs: Runs) -> None:
-    one, first, second = runs.read("single", "squeeze"), runs.read("ddp", "squeeze", 0), runs.read("ddp", "squeeze", 1)
-    assert first["budgets"] == second["budgets"] == one["budgets"]
-    assert set(one["budgets"][-1]) == {2} and set(one["budgets"][0]) == {8}
-
-
+@with_trainer
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_trainer_with_two_processes_equals_one(runs: Runs, mode: str) -> None:
-    one, first, second = runs.read("single", "trainer"), runs.read(mode, "trainer", 0), runs.read(mode, "trainer", 1)
+def test_trainer_with_two_processes_equals_one(runs: Runs, mode: str, case: str) -> None:
+    one, first, second = runs.read("single", case), runs.read(mode, case, 0), runs.read(mode, case, 1)
     assert first["losses"] == pytest.approx(one["losses"], abs=LOSS)
     assert first["budgets"] == second["budgets"] == one["budgets"]
-    assert_competed(one["budgets"])
-    file = "whole/adapter_model.safetensors"
+    CASES[case.removesuffix("_trainer")].check(one["budgets"])
+    file = f"{case}/whole/adapter_model.safetensors"
     assert_same_adapter(runs.adapter(mode, file), runs.adapter("single", file))
 
 
+@with_trainer
 @pytest.mark.parametrize("mode", ["single", "ddp"])
-def test_resumed_training_allocates_as_if_never_interrupted(runs: Runs, mode: str) -> None:
-    whole, resumed = runs.read(mode, "trainer"), runs.read(mode, "trainer_resumed")
-    assert resumed["budgets"] == whole["budgets"][worker.MIDDLE :]
-    assert resumed["budgets"][0] != whole["budgets"][worker.MIDDLE - 1], "nothing was allocated after the resumption"
-    resumed_adapter = runs.adapter(mode, "resumed/adapter_model.safetensors")
-    whole_adapter = runs.adapter(mode, "whole/adapter_model.safetensors")
+def test_resumed_training_equals_uninterrupted_training(runs: Runs, mode: str, case: str) -> None:
+    whole, resumed = runs.read(mode, case), runs.read(mode, f"{case}_resumed")
+    assert resumed["budgets"] == whole["budgets"][MIDDLE:]
+    assert resumed["budgets"][0] != whole["budgets"][MIDDLE - 1], "nothing was allocated after the resumption"
+    resumed_adapter = runs.adapter(mode, f"{case}/resumed/adapter_model.safetensors")
+    whole_adapter = runs.adapter(mode, f"{case}/whole/adapter_model.safetensors")
     assert resumed_adapter.keys() == whole_adapter.keys()
     assert all(torch.equal(tensor, whole_adapter[name]) for name, tensor in resumed_adapter.items())
 
@@ -126,10 +122,3 @@ def assert_same_adapter(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=0, atol=PARAMETER, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def assert_competed(budgets: list[list[int]]) -> None:
-    """The budget shrank, layers of one size got different shares of it, and the last steps left it alone."""
-    assert sum(budgets[-1]) < sum(budgets[0])
-    assert budgets[-1][0] != budgets[-1][3]  # q_proj of the two layers
-    assert budgets[-1] == budgets[-2]

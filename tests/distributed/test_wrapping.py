@@ -1,4 +1,4 @@
-"""How FSDP1 with `use_orig_params=False` cuts a model of ours into flat parameters, as seen by peft's wrap policy."""
+"""Flat parameters of FSDP1 with `use_orig_params=False` under peft's wrap policy."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import torch
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 
-from peft_zoo.adapters.base import FactorDict
+from peft_zoo import methods
+from peft_zoo.adapters.base import FactorDict, ZooModel
 from tests.distributed import worker
+from tests.distributed.cases import cases
 
 pytest.importorskip("accelerate", reason="peft's policy uses accelerate")
-# peft asks for it by its old name
 
 
-@pytest.mark.parametrize("case", list(worker.cases()))
+@pytest.mark.parametrize("case", list(cases()))
 def test_no_flat_parameter_mixes_frozen_and_trainable(case: str) -> None:
-    """What FSDP1 refuses; the policy asks of a module to be a leaf with a trainable `.weight`."""
+    """FSDP1 refuses a mixture; the policy wraps leaf modules with a trainable `.weight`."""
     model = worker.adapted_model(case)
     policy = fsdp_auto_wrap_policy(model)
     units = [module for module in model.modules() if policy(module=module, recurse=False, nonwrapped_numel=0)]
@@ -30,7 +31,7 @@ def is_inside(module: nn.Module, other: nn.Module) -> bool:
 
 
 def test_only_containers_with_something_to_train_are_wrapped() -> None:
-    model = worker.adapted_model("snell")
+    model = worker.adapted_model(next(name for name, m in methods().items() if issubclass(m.tuner_cls, ZooModel)))
     policy = fsdp_auto_wrap_policy(model)
     containers = [m for m in model.modules() if isinstance(m, FactorDict)]
     wrapped = [m for m in containers if policy(module=m, recurse=False, nonwrapped_numel=0)]

@@ -1,9 +1,9 @@
-"""The program that the tests launch: trains every case under every kind of parallelism and writes down what came out.
+"""Program that the tests launch: trains every case with every kind of parallelism and writes the results.
 
     accelerate launch … worker.py OUTPUT_DIR ddp fsdp2 …
 
-In `OUTPUT_DIR/<mode>/` each process leaves `<run>.rank<n>.json` with the loss and the budget of every step, and the
-first one the adapter: `<run>.safetensors`, or what `Trainer` makes of it.
+In `OUTPUT_DIR/<mode>/` each process writes `<run>.rank<n>.json` with the loss and the budget of each step, and the
+first process the adapter: `<run>.safetensors`, or a folder that `Trainer` saves.
 """
 
 from __future__ import annotations
@@ -28,24 +28,14 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import peft_zoo
+from tests.distributed.cases import MIDDLE, STEPS, Case, cases
 
-STEPS, MIDDLE, BATCH, LENGTH, VOCABULARY = 6, 3, 4, 16, 64
-SCHEDULE = {"sparsity": 0.2, "target_sparsity": 0.8, "total_step": STEPS, "tfinal": 1}
-SQUEEZE = {"target_rank": 2, "num_stages": 2, "end_ratio": 0.67, "min_stage_steps": 1}
-DDP_ONLY = ["squeeze"]  # a rank needs whole tensors
+BATCH, LENGTH, VOCABULARY = 4, 16, 64
 FSDP = {
     "fsdp2": {"version": 2},
     "fsdp1": {"version": 1, "sync_module_states": False, "use_orig_params": True},
     "fsdp1_flat": {"version": 1, "sync_module_states": False, "use_orig_params": False},
 }
-
-
-def cases() -> dict[str, tuple[str, dict[str, Any]]]:
-    """For each case, the method and the fields of its configuration that are not the defaults."""
-    every: dict[str, tuple[str, dict[str, Any]]] = {n: (n, {}) for n, m in peft_zoo.methods().items() if m.trainable}
-    every["randlora"] = ("randlora", {"randlora_alpha": 64})  # at its usual scale these steps magnify the last bits
-    every |= {case: ("squeeze_lora", {"r": 8, **SQUEEZE}) for case in DDP_ONLY}
-    return {**every, "snell_mix_k": ("snell", {"kernel": "mix_k"}), "snella": ("snell", SCHEDULE)}
 
 
 def adapted_model(case: str) -> PeftModel:
@@ -54,8 +44,8 @@ def adapted_model(case: str) -> PeftModel:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
     depth = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": LENGTH}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **depth, initializer_range=0.2))
-    method, fields = cases()[case]
-    config_cls = peft_zoo.methods()[method].config_cls
+    fields = cases()[case].fields
+    config_cls = peft_zoo.methods()[cases()[case].method].config_cls
     if "init_weights" in {field.name for field in dataclasses.fields(config_cls)}:
         fields = {"init_weights": False, **fields}
     return get_peft_model(model, config_cls(target_modules=["q_proj", "v_proj", "down_proj"], **fields))
@@ -67,14 +57,8 @@ def texts(count: int) -> Tensor:
     return pairs.repeat(1, LENGTH // 2)
 
 
-def budget(model: nn.Module) -> list[int]:
-    """The number of kept weights of every layer that has one."""
-    layers = (layer for layer in model.modules() if hasattr(layer, "zoo_snell_num_kept"))
-    return [int(layer.zoo_snell_num_kept["default"]) for layer in layers]
-
-
 def train_in_a_loop(case: str, mode: str, out: Path) -> dict[str, Any]:
-    """Train with a loop of one's own around accelerate."""
+    """Trains in a custom loop with accelerate."""
     arguments = TrainingArguments(output_dir=str(out), **fsdp_arguments(mode)).fsdp_plugin_args
     accelerator = Accelerator(cpu=True, fsdp_plugin=arguments and FullyShardedDataParallelPlugin(**arguments))
     adapted = adapted_model(case)
@@ -86,19 +70,18 @@ def train_in_a_loop(case: str, mode: str, out: Path) -> dict[str, Any]:
         model, optimizer = accelerator.prepare(adapted, optimizer_of(adapted))
     share = BATCH // accelerator.num_processes
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    squeezer = peft_zoo.LoraSqueezer(adapted, STEPS) if case in DDP_ONLY else None
+    chosen = cases()[case]
+    after_step = chosen.start(adapted) if chosen.start else None
     losses, budgets = [], []
     for step, batch in enumerate(texts(STEPS * BATCH).split(BATCH), start=1):
         loss = model(input_ids=batch[rows], labels=batch[rows]).loss
         accelerator.backward(loss)
         optimizer.step()
-        if "target_sparsity" in cases()[case][1]:
-            adapted.update_and_allocate(step)
+        if after_step is not None:
+            after_step(step, optimizer)
         optimizer.zero_grad()
-        if squeezer is not None:
-            squeezer.step(step, optimizer)
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
-        budgets.append(budget(adapted) if squeezer is None else list(squeezer.ranks.values()))
+        budgets.append(chosen.budget(adapted))
     state = full_state_dict_of_fsdp1(model) if mode.startswith("fsdp1") else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         save_file(get_peft_model_state_dict(adapted, state_dict=state), out / f"{case}.safetensors")
@@ -106,31 +89,31 @@ def train_in_a_loop(case: str, mode: str, out: Path) -> dict[str, Any]:
 
 
 def full_state_dict_of_fsdp1(model: FullyShardedDataParallel) -> dict[str, Tensor]:
-    """What `accelerator.get_state_dict` gives; its offloading frees what is on a CPU already (pytorch#188989)."""
+    """As `accelerator.get_state_dict`, without its offloading, which frees tensors on a CPU (pytorch#188989)."""
     whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, whole):
         return model.state_dict()
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what is trainable."""
+    """AdamW over the trainable parameters."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
 class Budgets(TrainerCallback):
-    """Notes the budget of every step."""
+    """Records the budget after each step."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.steps = model, []
+    def __init__(self, model: nn.Module, case: Case) -> None:
+        self.model, self.case, self.steps = model, case, []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(budget(self.model))
+        self.steps.append(self.case.budget(self.model))
 
 
-def train_with_trainer(mode: str, out: Path, resume: bool = False) -> dict[str, Any]:
-    """Train SNELLA with `transformers.Trainer` and its callback, or take up such a run in the middle."""
-    model = adapted_model("snella")
-    budgets = Budgets(model)
+def train_with_trainer(case: str, mode: str, out: Path, resume: bool = False) -> dict[str, Any]:
+    """Trains with `transformers.Trainer` and the method's callback, or resumes such a run in the middle."""
+    model, out = adapted_model(case), out / f"{case}_trainer"
+    budgets = Budgets(model, cases()[case])
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=STEPS,
@@ -143,7 +126,7 @@ def train_with_trainer(mode: str, out: Path, resume: bool = False) -> dict[str, 
         disable_tqdm=True,
         **fsdp_arguments(mode),
     )
-    callback = peft_zoo.methods()["snell"].callback(model)
+    callback = peft_zoo.methods()[cases()[case].method].callback(model)
     data = [{"input_ids": text, "labels": text} for text in texts(STEPS * BATCH)]
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback, budgets])
     trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{MIDDLE}") if resume else None)
@@ -153,12 +136,12 @@ def train_with_trainer(mode: str, out: Path, resume: bool = False) -> dict[str, 
 
 
 def fsdp_arguments(mode: str) -> dict[str, Any]:
-    """What `TrainingArguments` needs to know."""
+    """The arguments of `TrainingArguments` for a mode."""
     return {"use_cpu": True, **({"fsdp": True, "fsdp_config": dict(FSDP[mode])} if mode in FSDP else {})}
 
 
 def allow_fsdp_on_cpu() -> None:
-    """Make accelerate honour an FSDP plugin on a CPU, where by itself it ignores the plugin and trains with DDP."""
+    """Makes accelerate use an FSDP plugin on a CPU, where it ignores the plugin and trains with DDP."""
     original = AcceleratorState.__init__
 
     def patched(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -174,7 +157,7 @@ def allow_fsdp_on_cpu() -> None:
 
 
 def forget_accelerate() -> None:
-    """Let the next run start afresh: accelerate keeps its choices in class attributes and in the environment."""
+    """Resets accelerate, which keeps its choices in class attributes and in the environment."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))]:
@@ -188,11 +171,12 @@ def main(out: Path, modes: list[str]) -> None:
     for mode in modes:
         folder = out / mode
         folder.mkdir(exist_ok=True)
-        runs = {case: partial(train_in_a_loop, case) for case in cases() if case not in DDP_ONLY or mode not in FSDP}
-        if not mode.startswith("fsdp1"):  # Trainer saves by way of that same offloading
-            runs["trainer"] = train_with_trainer
-        if mode not in FSDP:
-            runs["trainer_resumed"] = partial(train_with_trainer, resume=True)
+        runs = {name: partial(train_in_a_loop, name) for name, case in cases().items() if case.fsdp or mode not in FSDP}
+        for name in (name for name, case in cases().items() if case.trainer):
+            if not mode.startswith("fsdp1"):  # Trainer saves with the offloading of `accelerator.get_state_dict`
+                runs[f"{name}_trainer"] = partial(train_with_trainer, name)
+            if mode not in FSDP:
+                runs[f"{name}_trainer_resumed"] = partial(train_with_trainer, name, resume=True)
         for name, run in runs.items():
             (folder / f"{name}.rank{rank}.json").write_text(json.dumps(run(mode, folder)))
             forget_accelerate()

@@ -1,4 +1,4 @@
-"""The `transformers.Trainer` callback of methods that change during training."""
+"""Base of the `transformers.Trainer` callbacks of methods that act at each optimizer step."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from transformers import TrainerCallback
 
 
 class Stepper(Protocol):
-    """What changes during training, one optimizer step at a time."""
+    """An object that acts after each optimizer step and can be saved and restored."""
 
     def step(self, global_step: int) -> bool:
-        """Act after optimizer step `global_step` (1-based), its gradients still there; True if something changed."""
+        """Acts after optimizer step `global_step` (from 1), before gradients are cleared; True if it made a change."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is needed to go on after an interruption."""
+        """Returns the state that resuming needs."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up where `state_dict` left off."""
+        """Restores the state that `state_dict` returned."""
 
 
 class StepCallback(TrainerCallback):
-    """Runs a `Stepper` inside `transformers.Trainer` and keeps its state beside every checkpoint.
+    """Calls a `Stepper` in `transformers.Trainer` and saves its state as file `file_name` in each checkpoint.
 
     Args:
-        stepper: What to run.
+        stepper: Object to call after each optimizer step.
     """
 
     file_name: ClassVar[str]
@@ -37,22 +37,22 @@ class StepCallback(TrainerCallback):
         self.stepper = stepper
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the optimizer's step and before gradients are cleared; `state.global_step` counts the steps before."""
+        """Calls the stepper after the optimizer; `state.global_step` does not yet count this step."""
         self.stepper.step(state.global_step + 1)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the state in the checkpoint's folder; every process its own, which with FSDP is a part."""
+        """Saves the state in the checkpoint; each process its own, since FSDP shards it."""
         save_file(self.stepper.state_dict(), self._file(args, state))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the state of the checkpoint that training resumes from."""
+        """Restores the state from the checkpoint that training resumes from."""
         if state.global_step == 0:
             return
         path = self._file(args, state)
         if path.exists():
             self.stepper.load_state_dict(load_file(path))
         else:
-            warnings.warn(f"{path} is missing; {type(self).__name__} starts from nothing.", stacklevel=2)
+            warnings.warn(f"{path} is missing; {type(self).__name__} starts with a new state.", stacklevel=2)
 
     def _file(self, args: Any, state: Any) -> Path:
         rank = f"_{args.process_index}" if args.world_size > 1 else ""  # as transformers does with `rng_state.pth`

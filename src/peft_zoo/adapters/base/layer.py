@@ -91,10 +91,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         return self.layout.apply(self.get_base_layer(), x, self.delta_weight(name))
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
-        """Returns the output of base layer and scaled update together, or None to compute them separately.
-
-        Called only if `can_fuse` holds. By default None.
-        """
+        """Returns the output of base layer and scaled update; None: not fused. Called only if `can_fuse` holds."""
         return None
 
     def initial_scaling(self, config: ZooConfig) -> float:
@@ -148,14 +145,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
     # ---- forward ----
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Returns the output of the base layer plus the scaled updates of the active adapters.
-
-        Args:
-            x: Input of the base layer.
-            *args: Further arguments of the base layer, as `**kwargs`.
-            adapter_names: One adapter name for each sample, or `"__base__"` for none; default: the active adapters.
-            **kwargs: Further arguments of the base layer.
-        """
+        """Returns the base layer's output plus the updates of the active adapters, or of `adapter_names` by sample."""
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if self.disable_adapters:
@@ -317,11 +307,7 @@ class ParameterTarget(ZooLayer):
         super().__init__(base_layer, **quantization)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Runs the module with the updated parameter.
-
-        Raises:
-            ValueError: If `adapter_names` is given: a parameter has one value for all samples.
-        """
+        """Runs the module with the updated parameter; batches of mixed adapters are refused."""
         if adapter_names is not None:
             raise ValueError(
                 "`adapter_names` cannot be used with `target_parameters`: a parameter has one value for all samples."
@@ -339,11 +325,7 @@ class ParameterTarget(ZooLayer):
         return torch.func.functional_call(self.base_layer, {f"{path}{name}": value}, (x, *args), kwargs)
 
     def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
-        """Creates adapter `name` as in any layer.
-
-        Raises:
-            ValueError: If the configuration has a dropout: the value of a parameter cannot drop parts of an input.
-        """
+        """Creates adapter `name` as in any layer; a configuration with a dropout is refused."""
         for kind in ("dropout", "drop_path"):
             fix = "use 0 with `target_parameters`: a parameter's value cannot drop parts of an input"
             config.require(not getattr(config, kind), f"{config.method_name}_{kind}", fix)

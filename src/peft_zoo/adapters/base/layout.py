@@ -1,8 +1,7 @@
-"""How each kind of base layer uses a matrix: its shape as `(out, in)`, and what it does with an input.
+"""Layouts of base layers: how a matrix update ΔW `(out, in)` is stored in and applied by each kind of layer.
 
-A method only ever sees a matrix update ΔW of shape `(out, in)`. A layout turns ΔW into the shape that the base layer
-stores and applies it the way the base layer applies its own weight, so that adapting and merging agree for every kind
-of layer.
+A method computes ΔW of shape `(out, in)` for any layer. A layout converts it to the shape of the base layer's weight,
+and applies it to an input as the base layer applies its weight, so that adapting and merging agree.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SUPPORTED = (
-    "nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d, nn.Embedding, and the quantized linear layers that peft knows"
+    "nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d, nn.Embedding, and the quantized linear layers that peft supports"
 )
 
 
 class Layout(ABC):
-    """One kind of base layer.
+    """Layout of one kind of base layer.
 
     Attributes:
         out_features: Rows of ΔW.
@@ -36,53 +35,46 @@ class Layout(ABC):
 
     @abstractmethod
     def to_base(self, delta: Tensor) -> Tensor:
-        """ΔW `(out, in)` in the shape and orientation in which the base layer stores its weight."""
+        """Converts ΔW `(out, in)` to the shape and orientation of the base layer's weight."""
 
     @abstractmethod
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """What `base` would add to its output for input `x` if ΔW `(out, in)` were added to its weight."""
+        """Returns the change of the output of `base` for input `x` if ΔW `(out, in)` is added to its weight."""
 
 
 class LinearLayout(Layout):
-    """`nn.Linear` and quantized linear layers: weight `(out, in)`."""
+    """`nn.Linear` and quantized linear layers, weight `(out, in)`; transposed, GPT-2's `Conv1D`, weight `(in, out)`."""
 
     def __init__(self, base: nn.Module) -> None:
         in_features, out_features = _get_in_out_features(base)
         if in_features is None or out_features is None:
             raise ValueError(f"the shape of {type(base).__name__} cannot be determined")
         self.in_features, self.out_features = in_features, out_features
+        self.transposed = isinstance(base, Conv1D)
 
     def to_base(self, delta: Tensor) -> Tensor:
-        """ΔW as it is."""
-        return delta
+        """Returns ΔW, or its transpose for a `Conv1D`."""
+        return delta.t() if self.transposed else delta
 
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """`x` `(..., in)` to `(..., out)`."""
+        """Maps `x` `(..., in)` to `(..., out)`."""
         return F.linear(x, delta.to(x.dtype))
 
 
-class Conv1DLayout(LinearLayout):
-    """GPT-2's `Conv1D`, a linear layer that stores its weight as `(in, out)`."""
-
-    def to_base(self, delta: Tensor) -> Tensor:
-        """ΔW transposed."""
-        return delta.t()
-
-
 class ConvLayout(Layout):
-    """`nn.Conv1d/2d/3d` with any groups: weight `(out, in/groups, *kernel)`, seen as `(out, in/groups · |kernel|)`."""
+    """`nn.Conv1d/2d/3d` with any groups: weight `(out, in/groups, *kernel)`, ΔW `(out, in/groups · |kernel|)`."""
 
     def __init__(self, base: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         self.base_shape = (base.out_channels, base.in_channels // base.groups, *base.kernel_size)
         self.out_features, self.in_features = self.base_shape[0], math.prod(self.base_shape[1:])
 
     def to_base(self, delta: Tensor) -> Tensor:
-        """ΔW folded to the kernel's shape."""
+        """Reshapes ΔW to the weight."""
         return delta.reshape(self.base_shape)
 
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """`x` `(batch, in, *size)` to `(batch, out, *size')`."""
-        # torch's own helper: stride, padding (its mode included), dilation and groups stay in one place
+        """Maps `x` `(batch, in, *size)` to `(batch, out, *size')`."""
+        # torch's own helper handles stride, padding and its mode, dilation and groups
         return base._conv_forward(x, self.to_base(delta).to(x.dtype), None)
 
 
@@ -92,31 +84,31 @@ class EmbeddingLayout(Layout):
     def __init__(self, base: nn.Embedding) -> None:
         if base.max_norm is not None:
             raise ValueError(
-                f"max_norm={base.max_norm}: an embedding that rescales its rows as it runs cannot be adapted; "
+                f"max_norm={base.max_norm}: an embedding that rescales its rows in the forward pass cannot be adapted; "
                 "build it with max_norm=None"
             )
         self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
 
     def to_base(self, delta: Tensor) -> Tensor:
-        """ΔW transposed."""
+        """Transposes ΔW."""
         return delta.t()
 
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """Indices `(...)` to rows `(..., embedding_dim)`, scaled as scaled embeddings (Gemma) scale theirs."""
+        """Maps indices `(...)` to rows `(..., embedding_dim)`, with the scale of scaled embeddings (Gemma)."""
         rows = F.embedding(x, delta.t(), padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         return rows * torch.as_tensor(getattr(base, "embed_scale", 1.0), dtype=rows.dtype, device=rows.device)
 
 
 class ParameterLayout(Layout):
-    """A bare `nn.Parameter`: 2-d `(out, in)`, or a stack of expert matrices `(E, out, in)`, seen as `(E·out, in)`.
+    """An `nn.Parameter`: 2-d `(out, in)`, or a stack of expert matrices `(E, out, in)`, with ΔW `(E·out, in)`.
 
-    A module with `is_transposed = True` (transformers' mark) stores `(E, in, out)`. The experts share what a method
-    keeps per input feature, and own what it keeps per output feature.
+    A module with `is_transposed = True` (set by transformers) stores `(E, in, out)`. The experts share a method's
+    parameters per input feature and have their own parameters per output feature.
     """
 
     def __init__(self, base: nn.Module, parameter_name: str) -> None:
         parameter = getattr(base, parameter_name)
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed ZeRO-3 keeps the real shape aside
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # the full shape under DeepSpeed ZeRO-3
         if len(shape) not in (2, 3):
             raise ValueError(
                 f"parameter {parameter_name!r} has shape {shape}; only 2-d and 3-d parameters can be adapted"
@@ -128,27 +120,21 @@ class ParameterLayout(Layout):
         self.out_features = math.prod(experts) * self.rows
 
     def to_base(self, delta: Tensor) -> Tensor:
-        """ΔW cut into the experts' matrices."""
+        """Splits ΔW into the matrices of the experts."""
         stacked = delta.reshape(*self.experts, self.rows, self.in_features)
         return stacked.transpose(-1, -2) if self.transposed else stacked
 
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """Not defined: only the module that owns a parameter knows what it does with it."""
-        raise TypeError(
-            "a targeted nn.Parameter is adapted by changing its value during the forward pass of its module"
-        )
+        """Raises a TypeError: how a parameter is applied depends on its module."""
+        raise TypeError("a targeted nn.Parameter is adapted by changing its value in the forward pass of its module")
 
 
 def layout_of(base: nn.Module, backend: QuantizationBackend | None) -> Layout | None:
-    """The layout of a base layer, `backend` being that of a quantized one; None if its kind is not supported."""
+    """Returns the layout of a base layer, or None if its kind is not supported; `backend` if it is quantized."""
     if backend is not None:
         return LinearLayout(base) if backend.layer_type == "linear" else None
     if isinstance(base, nn.Embedding):
         return EmbeddingLayout(base)
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ConvLayout(base)
-    if isinstance(base, Conv1D):
-        return Conv1DLayout(base)
-    if isinstance(base, nn.Linear):
-        return LinearLayout(base)
-    return None
+    return LinearLayout(base) if isinstance(base, (nn.Linear, Conv1D)) else None

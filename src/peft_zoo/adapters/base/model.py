@@ -6,8 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
@@ -101,8 +100,7 @@ class ZooModel(MethodTuner):
 
     def _adapted_linear_layers(self) -> set[str]:
         """Returns the names of adapter layers around linear layers, without the output embedding, as peft does."""
-        get_head = getattr(self.model, "get_output_embeddings", lambda: None)
-        head = get_head()
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
         return {
             name
             for name, module in self.model.named_modules()
@@ -112,11 +110,7 @@ class ZooModel(MethodTuner):
         }
 
     def _check_new_adapter_config(self, config: Any) -> None:
-        """Checks as peft does, and that adapters target the same parameters: the keys in a file follow their nesting.
-
-        Raises:
-            ValueError: If `target_parameters` differs from that of another adapter.
-        """
+        """Checks as peft does, and that adapters target the same parameters: keys in a file follow their nesting."""
         super()._check_new_adapter_config(config)
         wanted = set(config.target_parameters or ())
         for name, other in self.peft_config.items():
@@ -149,17 +143,14 @@ class ZooModel(MethodTuner):
             ValueError: With `safe_merge`, if a merged weight would not be finite.
         """
         before = {layer: list(layer.merged_adapters) for layer in self._zoo_layers()}
-
-        def undo() -> None:
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
             for layer, names in before.items():
                 if layer.merged_adapters != names:
                     layer.unmerge()
                     layer.merge(adapter_names=names)
-
-        with ExitStack() as stack:
-            stack.callback(undo)
-            super().merge_adapter(adapter_names, safe_merge)
-            stack.pop_all()
+            raise
 
     def _check_merge_allowed(self) -> None:
         """Warns about weights that other modules share; peft checks only those with the usual names."""
@@ -227,15 +218,12 @@ def _pass_adapter_names(model: nn.Module | None, names: list[str]) -> list[Any]:
     """Registers hooks that pass `adapter_names=names` to each adapter layer; returns their handles."""
     if model is None:
         return []
-    hook = partial(_add_adapter_names, names=names)
+
+    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": names}
+
     layers = [m for m in model.modules() if isinstance(m, (ZooLayer, AuxiliaryTrainingWrapper))]
     return [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
-
-
-def _add_adapter_names(
-    _: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
 
 
 def _encoder_of(model: Any) -> nn.Module | None:
@@ -254,7 +242,9 @@ def _restored_on_error(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
     attributes = [(vars(module), _copy_of(vars(module))) for module in tuner.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
 
-    def undo() -> None:
+    try:
+        yield
+    except BaseException:
         for now, before in attributes:
             for key in now.keys() - before.keys() - _MERGE_STATE:
                 del now[key]
@@ -269,11 +259,7 @@ def _restored_on_error(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         if is_new:
             tuner.peft_config.pop(adapter_name, None)
-
-    with ExitStack() as stack:
-        stack.callback(undo)
-        yield
-        stack.pop_all()
+        raise
 
 
 _MERGE_STATE = {"merged_adapters", "_snapshot"}

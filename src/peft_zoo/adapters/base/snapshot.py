@@ -1,4 +1,4 @@
-"""The base weight as it was before a merge, to the bit."""
+"""A bit-exact copy of the base weight from before a merge."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ if TYPE_CHECKING:
 
 
 class Snapshot:
-    """Remembers the base weight of a layer, writes merged weights in its place and restores it.
+    """Saves the base weight of a layer, replaces it by a merged weight and restores it.
 
-    A plain weight is copied, and written in place so that tied and tracked references stay valid. Quantizing a weight
-    again would not give the same bits, so of a quantized layer the packed weight itself is kept: the backends put a new
-    one in its place.
+    A plain weight is copied, and written in place so that references to it stay valid. A packed weight of a quantized
+    layer is kept itself, since quantizing again would not give the same bits; backends replace it by a new one.
 
     Args:
-        layer: An adapter layer with nothing merged.
+        layer: Adapter layer without merged adapters.
 
     Raises:
-        ValueError: If bitsandbytes has brought a 4-bit weight into a form that cannot be read back.
+        ValueError: If bitsandbytes has repacked a 4-bit weight so that it cannot be dequantized.
     """
 
     def __init__(self, layer: ZooLayer) -> None:
-        self._layer = (layer,)  # in a tuple, so that pickling and deep copies follow it but nn.Module does not
+        self._layer = (layer,)  # in a tuple: nn.Module must not register it, pickle and deepcopy must follow it
         if layer.quantization_backend is None:
             self._original = layer.get_base_weight().clone()
         else:
             self._module = layer.base_layer
             base = layer.get_base_layer()
-            made_anew = isinstance(getattr(type(base), "weight", None), property)  # by a layer that holds its own bits
-            self._packed: Any = None if made_anew else getattr(base, "weight", None)
+            is_computed = isinstance(getattr(type(base), "weight", None), property)  # NormalFloat stores codes instead
+            self._packed: Any = None if is_computed else getattr(base, "weight", None)
             _refuse_repacked(self._packed)
             self._attributes = dict(getattr(self._packed, "__dict__", {}))
             self._state = copy.copy(getattr(base, "state", None))
 
     def weight(self) -> Tensor:
-        """The original weight as a float tensor, dequantized if need be; not to be changed."""
+        """Returns the original weight as a float tensor, dequantized if necessary; do not modify it."""
         (layer,) = self._layer
         if layer.quantization_backend is None:
             return self._original
@@ -48,7 +47,7 @@ class Snapshot:
         return layer.get_base_weight()
 
     def write(self, merged: Tensor) -> None:
-        """Put a merged weight in the place of the original."""
+        """Replaces the original by a merged weight."""
         (layer,) = self._layer
         if layer.quantization_backend is None:
             layer.get_base_weight().copy_(merged)
@@ -56,12 +55,12 @@ class Snapshot:
             layer.set_base_weight(merged)
 
     def restore(self) -> None:
-        """Put the original back."""
+        """Restores the original weight."""
         (layer,) = self._layer
         if layer.quantization_backend is None:
             layer.get_base_weight().copy_(self._original)
             return
-        layer.base_layer = self._module  # HQQ and NormalFloat put a new layer in its place
+        layer.base_layer = self._module  # HQQ and NormalFloat replace the layer
         base = layer.get_base_layer()
         if self._packed is not None:
             if "weight" in vars(base):
@@ -73,7 +72,7 @@ class Snapshot:
 
 
 def _refuse_repacked(weight: Any) -> None:
-    """On CPUs with avx512bf16, the first forward pass repacks a 4-bit weight, and then it dequantizes to nonsense."""
+    """Raises if a 4-bit weight was repacked by a forward pass on a CPU with avx512bf16: it no longer dequantizes."""
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError(
             "bitsandbytes has repacked the 4-bit weight for this CPU in an earlier forward pass, so it cannot be "

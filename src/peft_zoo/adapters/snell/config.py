@@ -69,11 +69,7 @@ class SnellConfig(ZooConfig):
     )
 
     def check(self) -> None:
-        """Validates the method's own fields.
-
-        Raises:
-            ValueError: For the first invalid field.
-        """
+        """Validates the method's own fields."""
         for name, allowed in (
             ("kernel", KERNELS),
             ("kernel_norm", (1, 2)),
@@ -112,14 +108,9 @@ class SnellConfig(ZooConfig):
         self.require(0 <= self.tinit < free, "tinit", f"use less than total_step - tfinal = {free}")
 
     def for_training(self, steps: int) -> SnellConfig:
-        """Returns a copy with `total_step=steps` if a `target_sparsity` needs it, else the configuration itself.
-
-        Raises:
-            ValueError: If `tinit` and `tfinal` leave no step to shrink the budget.
-        """
-        if self.target_sparsity is None or self.total_step is not None:
-            return self
-        return dataclasses.replace(self, total_step=steps)
+        """Returns a copy with `total_step=steps` if `target_sparsity` needs one, else the configuration itself."""
+        is_complete = self.target_sparsity is None or self.total_step is not None
+        return self if is_complete else dataclasses.replace(self, total_step=steps)
 
     @property
     def spec(self) -> KernelSpec:
