@@ -1,1 +1,1 @@
-"""Watermarks: bits, false positives, image quality, attacks."""
+"""Benchmark of watermarks: bit accuracy, false positives, image quality, attacks, cost."""

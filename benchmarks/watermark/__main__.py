@@ -1,4 +1,4 @@
-"""`python -m benchmarks.watermark`."""
+"""Runs `python -m benchmarks.watermark`."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""What happens to a mark: to its images on their way, and to the weights of the decoder that makes them.
+"""Attacks on a mark: changes of marked images, and changes of the weights of the marked decoder.
 
-All of it works on whole batches, where the tensors are. An attack on weights knows the marked decoder and pictures,
-not the key; those that need the clean decoder too (scaling or truncating the mark, adding a LoRA as large as it) say
-what a model's owner may do to it, not what an attacker can.
+All attacks work on batches, on the device of the tensors. An attack on weights knows the marked decoder and images,
+not the key. Attacks that need the clean decoder too (scaling or truncating the mark, adding a LoRA of the same norm)
+show what the owner of a model may do to it, not what an attacker can.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from peft_zoo.tasks.watermark.vae import decode, encode, reconstruct
 
 Images = Callable[[Tensor], Tensor]
 Weights = Callable[[Tensor, Tensor], Tensor]
-"""From a marked and the clean weight to one that was attacked."""
+"""Maps a marked weight and the clean one to the attacked weight."""
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 FINE_TUNING_RATE = 1e-4
 FINE_TUNING_STEPS = (10, 25, 50, 100)
-RANK = 4  # of a LoRA that is added
+RANK = 4  # of the added LoRA
 
 # ---- images, (B, 3, H, W) in [0, 1] ----
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """As a file without loss keeps them."""
+    """Rounds values to 8 bits, as a lossless file does."""
     return (255 * images).round() / 255
 
 
 def crop(images: Tensor, area: float) -> Tensor:
-    """The middle, with this share of the area."""
+    """Crops to the centre, to a share of the area."""
     height, width = (round(side * math.sqrt(area)) for side in images.shape[2:])
     top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
     return images[..., top : top + height, left : left + width]
 
 
 def resize(images: Tensor, share: float) -> Tensor:
-    """To a share of the sides, bicubic."""
+    """Resizes to a share of the sides (bicubic)."""
     sides = [round(share * side) for side in images.shape[2:]]
     return F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def rotate(images: Tensor, degrees: float) -> Tensor:
-    """About the middle, the corners filled with reflections."""
+    """Rotates about the centre; corners are filled by reflection."""
     sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     turn = images.new_tensor([[cosine, -sine, 0], [sine, cosine, 0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
@@ -60,32 +60,32 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian, of 5 pixels a side."""
-    place = torch.arange(5, dtype=images.dtype, device=images.device) - 2
-    bell = torch.exp(-place.square() / (2 * sigma**2))
+    """Blurs with a Gaussian window of 5 x 5 pixels."""
+    offset = torch.arange(5, dtype=images.dtype, device=images.device) - 2
+    bell = torch.exp(-offset.square() / (2 * sigma**2))
     window = (torch.outer(bell, bell) / bell.sum() ** 2).expand(3, 1, 5, 5)
     return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), window, groups=3)
 
 
 def noise(images: Tensor, sigma: float) -> Tensor:
-    """Normal, the same on every device."""
+    """Adds normal noise, the same on every device."""
     drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return (images + sigma * drawn.to(images)).clamp(0, 1)
 
 
 def brighten(images: Tensor, factor: float) -> Tensor:
-    """All values times a factor."""
+    """Multiplies all values by a factor."""
     return (factor * images).clamp(0, 1)
 
 
 def contrast(images: Tensor, factor: float) -> Tensor:
-    """Differences from the mean grey times a factor."""
+    """Multiplies the differences from the mean grey by a factor."""
     mean = _grey(images).mean((1, 2, 3), keepdim=True)
     return (mean + factor * (images - mean)).clamp(0, 1)
 
 
 def saturate(images: Tensor, factor: float) -> Tensor:
-    """Differences from grey times a factor."""
+    """Multiplies the differences from grey by a factor."""
     grey = _grey(images)
     return (grey + factor * (images - grey)).clamp(0, 1)
 
@@ -95,7 +95,7 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def encoded_again(vae: Any, images: Tensor) -> Tensor:
-    """What an autoencoder makes of images; it takes away much that does not belong into an image."""
+    """Encodes and decodes images with an autoencoder, which removes much of an added signal."""
     return decode(vae, encode(vae, images))
 
 
@@ -129,29 +129,29 @@ IMAGES: dict[str, Images] = {
 
 
 def rounded(weight: Tensor, _: Tensor, bits: int) -> Tensor:
-    """To whole multiples of a step that each output channel has."""
+    """Quantizes symmetrically with one step size per output channel."""
     step = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
     return (weight / step).round() * step
 
 
 def pruned(weight: Tensor, _: Tensor, share: float) -> Tensor:
-    """The smallest set to zero."""
+    """Sets the smallest weights to zero."""
     return weight * (weight.abs() > weight.abs().flatten().quantile(share))
 
 
 def scaled(weight: Tensor, clean: Tensor, factor: float) -> Tensor:
-    """The LoRA of the mark times a factor."""
+    """Multiplies the update of the mark by a factor."""
     return clean + factor * (weight - clean)
 
 
 def truncated(weight: Tensor, clean: Tensor, rank: int) -> Tensor:
-    """The LoRA of the mark by its largest singular values alone."""
+    """Truncates the update of the mark to its largest singular values."""
     left, values, right = torch.linalg.svd((weight - clean).flatten(1), full_matrices=False)
     return clean + ((left[:, :rank] * values[:rank]) @ right[:rank]).view(weight.shape)
 
 
 def another_lora(weight: Tensor, clean: Tensor, factor: float) -> Tensor:
-    """A random LoRA on the same layers, its norm in proportion to the mark's."""
+    """Adds a random LoRA whose norm is a multiple of the norm of the mark."""
     rows, columns = len(weight), weight[0].numel()
     generator = torch.Generator().manual_seed(0)
     B, A = torch.randn(rows, RANK, generator=generator), torch.randn(RANK, columns, generator=generator)
@@ -179,12 +179,12 @@ WEIGHTS: dict[str, Weights] = {
 
 @torch.no_grad()
 def changed(marked: Any, clean: Any, change: Weights) -> Any:
-    """A copy of the marked autoencoder, every convolution of its decoder changed.
+    """Returns a copy of the marked autoencoder with an attack applied to each convolution of its decoder.
 
     Args:
-        marked: With the mark merged.
-        clean: The same without.
-        change: Of a weight.
+        marked: Autoencoder with the mark merged.
+        clean: Autoencoder without the mark.
+        change: Attack on a weight.
     """
     result = copy.deepcopy(marked)
     for new, old in zip(result.decoder.parameters(), clean.decoder.parameters(), strict=True):
@@ -193,27 +193,25 @@ def changed(marked: Any, clean: Any, change: Weights) -> Any:
     return result
 
 
-def fine_tuned(
-    marked: Any, pictures: Tensor, batch_size: int, steps: Sequence[int] = FINE_TUNING_STEPS
-) -> Iterator[tuple[int, Any]]:
-    """The marked autoencoder while its decoder learns to restore pictures: what removes a mark without knowing it.
+def fine_tuned(marked: Any, images: Tensor, batch_size: int, steps: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Fine-tunes the decoder to reconstruct images, which removes a mark without knowledge of the key.
 
     Args:
-        marked: With the mark merged; it stays as it is.
-        pictures: What the attacker has.
-        batch_size: Of them, a step.
-        steps: After how many to look.
+        marked: Autoencoder with the mark merged; it does not change.
+        images: Images of the attacker.
+        batch_size: Images per step.
+        steps: Numbers of steps after which the autoencoder is yielded.
 
     Yields:
-        Number of steps, and the autoencoder; it changes later.
+        Number of steps, and the autoencoder, which the next step changes.
     """
     vae, generator = copy.deepcopy(marked), torch.Generator().manual_seed(0)
     with frozen(vae):
-        latents, _ = reconstruct(vae, pictures)
+        latents, _ = reconstruct(vae, images)
         optimizer = torch.optim.AdamW(vae.decoder.requires_grad_(True).parameters(), lr=FINE_TUNING_RATE)
         for step in range(1, max(steps) + 1):
-            chosen = torch.randint(len(pictures), (batch_size,), generator=generator).to(pictures.device)
-            loss = F.mse_loss(decode(vae, latents[chosen]), pictures[chosen])
+            chosen = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
+            loss = F.mse_loss(decode(vae, latents[chosen]), images[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

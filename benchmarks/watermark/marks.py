@@ -1,4 +1,4 @@
-"""What `benchmarks.watermark.suite` marks: an autoencoder and pictures; and how a mark is trained."""
+"""Autoencoder and images that the benchmark marks, and the training of marks."""
 
 from __future__ import annotations
 
@@ -23,28 +23,25 @@ from peft_zoo.tasks.watermark.export import merged
 from peft_zoo.tasks.watermark.vae import decode, reconstruct
 from peft_zoo.watermark import EmbedReport, WatermarkKey, calibrate_decoder, embed_watermark
 
-CHUNK = 128  # images at once, outside of training
+CHUNK = 128  # images per batch, outside of training
 
 
 class WrongFigureError(Exception):
-    """What was measured cannot be."""
-
-
-# ---- what is marked ----
+    """A measured value is impossible."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The clean autoencoder and pictures, all on one device.
+    """Clean autoencoder and images, all on one device.
 
     Attributes:
-        vae: It never changes.
-        train: Pictures to train marks on.
-        calibration: What the clean decoder makes of them.
-        attacker: Others, to fine-tune marks away.
-        latents: Of pictures that neither has seen.
-        clean: What the clean decoder makes of them.
-        options: The command line.
+        vae: Clean autoencoder; it never changes.
+        train: Images to train marks on.
+        calibration: Training images as decoded by the clean autoencoder.
+        attacker: Other images, for fine-tuning attacks.
+        latents: Latents of held-out images.
+        clean: Held-out images as decoded by the clean autoencoder.
+        options: Command-line options.
     """
 
     vae: Any
@@ -57,44 +54,44 @@ class Subject:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Subject:
-        """What the command line asks for."""
+        """Builds autoencoder and images from command-line options."""
         device = torch.device(options.device)
-        pictures = (generated if options.quick else loaded)(options)
+        images = (generated if options.quick else loaded)(options)
         vae = (tiny() if options.quick else taef2(options.taef2)).to(device)
-        train, attacker, test = (picture.to(device) for picture in pictures)
+        train, attacker, test = (split.to(device) for split in images)
         with frozen(vae):
             calibration = reconstruct(vae, train, CHUNK)[1]
             return cls(vae, train, calibration, attacker, *reconstruct(vae, test, CHUNK), options)
 
     def decoder(self, key: WatermarkKey, config: WatermarkLoraConfig) -> KeyedDecoder:
-        """What reads a key's bits, calibrated on clean images."""
+        """Returns the decoder of a key, calibrated on clean images."""
         return calibrate_decoder(key, self.calibration.split(CHUNK), config.num_filters, self.clean.device)
 
 
 def tiny() -> Any:
-    """A random autoencoder."""
+    """Returns a small random autoencoder."""
     torch.manual_seed(0)
     sides = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     vae: Any = AutoencoderTiny(**sides, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
     with torch.no_grad():
-        vae.decoder.layers[-1].weight.mul_(5)  # else its images are almost black
+        vae.decoder.layers[-1].weight.mul_(5)  # its images are otherwise almost black
     return vae.eval()
 
 
 def loaded(options: argparse.Namespace) -> list[Tensor]:
-    """Photographs to train on, for the attacker, and held out; in [0, 1].
+    """Loads photographs for training, for the attacker, and held out, with values in [0, 1].
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If `options.images` does not exist.
     """
     if not options.images.exists():
-        raise ValueError(f"--images {str(options.images)!r} is not there: give {LAYOUTS}.")
+        raise ValueError(f"--images {str(options.images)!r} does not exist: give {LAYOUTS}.")
     splits = draw_splits(open_source(str(options.images)), options.size, options.pictures, options.held_out)
     return [split.pixels.float() / 255 for split in splits]
 
 
 def generated(options: argparse.Namespace) -> list[Tensor]:
-    """As many blots with noise."""
+    """Generates the same number of images: random blots with noise."""
     counts, random = (options.pictures, options.held_out, options.held_out), torch.Generator().manual_seed(0)
     coarse = torch.rand(sum(counts), 3, 5, 5, generator=random)
     blots = F.interpolate(coarse, options.size, mode="bicubic")
@@ -104,23 +101,20 @@ def generated(options: argparse.Namespace) -> list[Tensor]:
 
 
 def key_of(bits: int, seed: int, role: str = "owner") -> WatermarkKey:
-    """A key for measuring: the same each time, which one to be used never is."""
+    """Returns a reproducible key, for measurements only."""
     return WatermarkKey(hashlib.sha256(f"benchmark {role} {seed}".encode()).digest(), bits)
 
 
 def config_of(options: argparse.Namespace, bits: int, seed: int, **changes: Any) -> WatermarkLoraConfig:
-    """The configuration of a training."""
+    """Returns the configuration of a training; options that are None keep the default of the method."""
     names = ("steps", "batch_size", "num_filters", "psnr_target", "bit_target", "learning_rate")
     fields = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return WatermarkLoraConfig(num_bits=bits, seed=seed, **{**fields, **changes})
 
 
-# ---- trainings ----
-
-
 @dataclass(frozen=True)
 class Mark:
-    """A marked autoencoder, its LoRA merged; what reads its message; and how it was trained."""
+    """Marked autoencoder with its LoRA merged, the decoder of its message, and the report of its training."""
 
     vae: Any
     decoder: KeyedDecoder
@@ -129,24 +123,24 @@ class Mark:
 
 
 def train_lora(subject: Subject, vae: Any, key: WatermarkKey, config: WatermarkLoraConfig) -> Mark:
-    """By the library.
+    """Trains a mark with `embed_watermark`.
 
     Raises:
-        WrongFigureError: If merging changes the images.
+        WrongFigureError: If merging changes the decoded images.
     """
     vae, decoder = copy.deepcopy(vae), subject.decoder(key, config)
     report = embed_watermark(vae, subject.train, config, key, decoder=decoder, progress=False)
     mark = Mark(merged(vae), decoder, key.message.to(subject.clean.device), report)
-    with torch.no_grad():  # in float64, as a GPU's convolutions may be of TF32
+    with torch.no_grad():  # in float64, since convolutions on a GPU may use TF32
         one, other = (decode(copy.deepcopy(model).double(), subject.latents[:16].double()) for model in (vae, mark.vae))
     difference = float((one - other).abs().max())
-    if not difference < 1e-4:  # some roundings of the merged weights in float32
-        raise WrongFigureError(f"merged, the decoder makes images that differ by {difference:.1e}")
+    if not difference < 1e-4:  # rounding of the merged weights to float32
+        raise WrongFigureError(f"images of the merged decoder differ by {difference:.1e}")
     return mark
 
 
 def train_full(subject: Subject, vae: Any, key: WatermarkKey, config: WatermarkLoraConfig) -> Mark:
-    """The same losses and controller, but all weights of the decoder, as Stable Signature has it."""
+    """Trains all weights of the decoder, as Stable Signature does, with the same losses and controller."""
     vae, decoder = copy.deepcopy(vae), subject.decoder(key, config)
     message = key.message.to(subject.clean.device)
     with frozen(vae, decoder):
@@ -155,8 +149,4 @@ def train_full(subject: Subject, vae: Any, key: WatermarkKey, config: WatermarkL
         training.parameters = dict(vae.decoder.named_parameters())
         training.train(latents, clean, None, config.steps, False)
         facts: dict[str, Any] = training.evaluate(subject.latents, subject.clean)
-    count = sum(parameter.numel() for parameter in training.parameters.values())
-    seconds, trace = training.trace[-1]["seconds"], training.trace
-    return Mark(
-        vae, decoder, message, EmbedReport(config.steps, count, **facts, seconds=seconds, trace=trace, decoder=decoder)
-    )
+    return Mark(vae, decoder, message, training.report(facts))

@@ -1,10 +1,10 @@
 """TAEF2, a small pretrained autoencoder of FLUX.2's latents, built from diffusers' `AutoencoderTiny`.
 
-Its three middle blocks on each side have a branch with GroupNorm that diffusers 0.42 does not know; the rest, names of
-tensors included, is diffusers'.
+Three middle blocks of encoder and decoder have a branch with GroupNorm that diffusers 0.42 lacks; everything else,
+including the names of tensors, is as in diffusers.
 
-Source: github.com/madebyollin/taesd (MIT). The weights lie beside the checkout in `shared/data/models/taef2`, or where
-`PEFT_ZOO_TAEF2` points.
+Source: github.com/madebyollin/taesd (MIT). The weights are read from `shared/data/models/taef2` next to the checkout,
+or from the folder in `PEFT_ZOO_TAEF2`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDTH, GROUPS = 64, 4
 
 
 class MiddleBlock(nn.Module):
-    """A block of `AutoencoderTiny` after a branch that knows the whole image through GroupNorm."""
+    """Block of `AutoencoderTiny` behind a residual branch with GroupNorm."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class MiddleBlock(nn.Module):
 
 
 def taef2(folder: str | Path | None = None) -> Any:
-    """The pretrained model, in evaluation mode. Images are in [-1, 1], 1/8 of their size are the latents' sides.
+    """Returns the pretrained model in evaluation mode; images in [-1, 1], latents of 1/8 of their sides.
 
     Args:
-        folder: With the weights, or where `save_pretrained` or `merge_and_export` has written such a model; None looks
-            where `available` does.
+        folder: Folder with the weights, or one that `save_pretrained` or `merge_and_export` has written; None (default)
+            for that of `available`.
 
     Raises:
-        ValueError: If they are not there.
+        ValueError: If the folder has no weights.
     """
     folder = folder or available()
     names = [] if folder is None else [name for name in (FILE, SAVED_FILE) if Path(folder, name).is_file()]
@@ -61,17 +61,17 @@ def taef2(folder: str | Path | None = None) -> Any:
 
 
 def untrained() -> Any:
-    """The same with random weights."""
+    """Returns a model of the same architecture with random weights."""
     model = AutoencoderTiny(latent_channels=32)
-    for side, places in MIDDLE.items():
+    for side, indices in MIDDLE.items():
         layers = model.get_submodule(side).layers
-        for place in places:
-            layers[place] = MiddleBlock(layers[place])
+        for index in indices:
+            layers[index] = MiddleBlock(layers[index])
     return model
 
 
 def available() -> Path | None:
-    """The folder of the weights, None if they are not on this machine."""
+    """Returns the folder of the weights, or None if they are not on this machine."""
     beside = Path(__file__).parents[3] / "shared" / "data" / "models" / "taef2"
     folder = Path(os.environ.get("PEFT_ZOO_TAEF2", beside))
     return folder if (folder / FILE).is_file() else None

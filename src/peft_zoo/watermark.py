@@ -1,13 +1,13 @@
-"""Watermarks in the images of an autoencoder: keys, training, verification, export."""
+"""Watermarks in the images of an autoencoder: keys, training, export and verification."""
 
-from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig, WatermarkLoraModel, last_up_block
-from peft_zoo.tasks.watermark.controllers import DlwsController, TwoSidedController
+from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 from peft_zoo.tasks.watermark.embed import embed_watermark
 from peft_zoo.tasks.watermark.export import merge_and_export
 from peft_zoo.tasks.watermark.key import WatermarkKey
 from peft_zoo.tasks.watermark.leak_scan import refuse_key_in
 from peft_zoo.tasks.watermark.report import EmbedReport
 from peft_zoo.tasks.watermark.saved_decoder import calibrate_decoder, load_decoder, save_decoder
+from peft_zoo.tasks.watermark.significance import message_p_value
 from peft_zoo.tasks.watermark.verify import (
     Identification,
     Verification,
@@ -17,20 +17,17 @@ from peft_zoo.tasks.watermark.verify import (
 )
 
 __all__ = [
-    "DlwsController",
     "EmbedReport",
     "Identification",
-    "TwoSidedController",
     "Verification",
     "WatermarkKey",
     "WatermarkLoraConfig",
-    "WatermarkLoraModel",
     "calibrate_decoder",
     "embed_watermark",
     "identify_watermark",
-    "last_up_block",
     "load_decoder",
     "merge_and_export",
+    "message_p_value",
     "read_bits",
     "refuse_key_in",
     "save_decoder",

@@ -163,7 +163,7 @@ def test_a_payload(here: Path) -> None:
         (["new-key", "k", "--payload", "four"], "payload has 4 bytes, but num_bits=48 with errors=3 holds at most 3"),
         (["new-key", "k", "--bits", "8"], "did you mean --num-bits?"),
         (["sign"], "invalid choice: 'sign'"),
-        (EMBED[1:], "path='owner.key' is no file"),
+        (EMBED[1:], "path='owner.key'"),
         (["verify", "--images", "photos", "--key", "vae/config.json"], "this is not a watermark key"),
         (["verify", "--images", "photos"], "--key"),
     ],
@@ -185,7 +185,7 @@ def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], words: list[st
         ({"32": "0"}, [], "--size cannot be 0"),
         ({}, ["--set", "num_filters=30"], "40 are too few to calibrate 30 filters: give at least 60"),
         ({}, ["--set", "rank=3"], "unknown field of watermark_lora"),
-        ({}, ["--set", "num_bits=9"], "config.num_bits=9 is not the key's 8"),
+        ({}, ["--set", "num_bits=9"], "config.num_bits=9"),
         ({}, ["--set", "target_modules=none_such"], "matches no module"),
         ({}, ["--device", "abacus"], "abacus"),
     ],
@@ -206,9 +206,9 @@ def test_a_test_that_the_key_is_too_short_for(here: Path, capsys: pytest.Capture
     verify = ["watermark", "verify", "--images", "photos", "--key", "owner.key"]
     assert main(verify) == 2
     said = capsys.readouterr().err
-    assert "fpr=1e-06 needs a message of at least 20 bits, and the key's has 8: no number of images helps" in said
+    assert "fpr=1e-06 needs a message of at least 20 bits" in said
     assert main([*verify, "--fpr", "0.01"]) == 2
-    assert "is no file: embed with this key first" in capsys.readouterr().err
+    assert "embed with this key first" in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_tested(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +222,7 @@ def test_pictures_that_cannot_be_tested(here: Path, capsys: pytest.CaptureFixtur
     Path("broken", "text.png").write_text("not a picture")
     for folder, sentence in (
         ("two", "images: 2 are too few for fpr=0.004"),
-        ("two", "give 3, as an odd number never splits in half"),
+        ("two", "give 3 images"),
         ("small", "images are of 20 x 20 pixels: give them at least 32"),
         ("broken", "cannot identify image file"),
         ("vae", "has no images"),

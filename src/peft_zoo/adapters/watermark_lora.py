@@ -1,23 +1,24 @@
-"""EW-LoRA: a LoRA in the decoder of an autoencoder that makes every image carry a secret message.
+"""EW-LoRA: a LoRA in the decoder of an autoencoder that embeds a secret message in every decoded image.
 
     loss = lambda_i L_i(x_w, x) + lambda_w BCE(D(x_w), message)        x, x_w: the decoder's output, clean and marked
 
-D reads bits from an image and is known to its owner only. Whoever has images, and the key, can test for the message;
-neither model nor prompt is needed. It protects a *merged* decoder: a LoRA that is not loaded marks nothing.
+D maps an image to bits and is secret. Its owner can test images for the message, without the model or the prompt. The
+mark protects a *merged* decoder; a LoRA in a file of its own can simply be omitted. Fine-tuning the decoder removes the
+mark.
 
-Cost: a LoRA of rank 4 in the six convolutions of the last block, 35,328 parameters for the autoencoder of Stable
-Diffusion; nothing once merged. It is no proof against fine-tuning of the decoder, which removes the mark.
+Cost: rank 4 in the six convolutions of the last block, 35,328 parameters for the autoencoder of Stable Diffusion; no
+cost at inference once merged.
 
-Here is what is public: the configuration, and the plain form of a saved adapter. `watermark_lora_key` has the secret,
-`watermark_lora_decoder` D, `watermark_lora_embed` the training, `watermark_lora_verify` the test, and
-`peft_zoo.tasks.watermark.export` makes the files that protect.
+This file has the public part: the configuration, and the plain LoRA files of a saved adapter. Key, decoder, training,
+test and export are in `peft_zoo.tasks.watermark`.
 
 Source: EW-LoRA (Lin et al., arXiv 2410.20202). Its "up.0.block.conv" is the finest level, diffusers' last up block:
-only there has a LoRA of rank 4 the paper's 0.0353 M parameters.
+only there does a LoRA of rank 4 have the paper's 0.0353 M parameters.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -26,7 +27,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -35,6 +35,7 @@ from torch import nn
 from peft_zoo import registration
 from peft_zoo.adapters.base import Conformance, ZooLoraConfig, ZooLoraModel, option
 from peft_zoo.adapters.base.card import add_to_card
+from peft_zoo.common.checks import is_number
 
 __all__ = ["WatermarkLoraConfig"]
 
@@ -45,22 +46,32 @@ PLAIN_FOLDER, DIFFUSERS_FILE, DIFFUSERS_HEADER = (
     "lora_adapter_metadata",
 )
 PEFT_PREFIX = "base_model.model."
-DECODERS, CONTROLLERS, IMAGE_LOSSES = ("keyed", "custom"), ("two_sided", "dlws"), ("mse", "mse+l1")
+CHOICES = {"decoder": ("keyed", "custom"), "controller": ("two_sided", "dlws"), "image_loss": ("mse", "mse+l1")}
 AUGMENTATIONS = ("crop", "resize", "jpeg", "noise")
-MOST_BITS = 256
-CARD_TEXT = """This LoRA puts an invisible watermark into what the decoder of an autoencoder makes (EW-LoRA, {bits}
-bits). As a file of its own it protects nothing: who leaves it out has images without the mark."""
+MAX_BITS = 256
+CARD_TEXT = """This LoRA adds an invisible watermark to the images of an autoencoder (EW-LoRA, {bits} bits). As a
+separate file it protects nothing: without it, images have no mark."""
 
 
 @dataclass
 class WatermarkLoraConfig(ZooLoraConfig):
-    """Configuration of a watermark: public facts only. Key, message and decoder are never fields, which get published.
+    """Configuration of a watermark LoRA and its training; it is published with the adapter and holds no secret.
 
-    Every field of peft's `LoraConfig` works as there, with another default rank and alpha; `target_modules` may also be
-    `"last_up_block"` (what None means for an autoencoder of diffusers).
+    All fields of peft's `LoraConfig` keep their meaning, with other defaults for rank and alpha. `target_modules` may
+    also be `"last_up_block"`, the default for autoencoders of diffusers. `embed_watermark` trains with it.
 
     Raises:
-        ValueError: For every field with a value that cannot work, naming the field, the value and the fix.
+        ValueError: If a field has an invalid value, naming the field, the value and the fix.
+
+    Examples:
+        >>> from diffusers import AutoencoderTiny
+        >>> from peft import get_peft_model
+        >>> from peft_zoo import WatermarkLoraConfig
+        >>> side = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+        >>> vae = AutoencoderTiny(**side, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+        >>> model = get_peft_model(vae, WatermarkLoraConfig(r=4, num_bits=48))
+        >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        960
     """
 
     method_name: ClassVar[str] = "watermark_lora"
@@ -68,152 +79,135 @@ class WatermarkLoraConfig(ZooLoraConfig):
     conformance: ClassVar[Conformance] = Conformance(arguments={"r": 8})
 
     r: int = option(4, "Rank, at least 1.")
-    lora_alpha: int = option(32, "The update is multiplied by alpha / r.")
+    lora_alpha: int = option(32, "Scale of the update is lora_alpha / r.")
     num_bits: int = option(48, "Bits of the message, 1 to 256; no false-positive rate below 2^-num_bits can be tested.")
-    decoder: str = option("keyed", "keyed: random filters that follow from the key, not trained; custom: one of yours.")
+    decoder: str = option("keyed", "keyed: random filters that follow from the key, untrained; custom: your module.")
     num_filters: int = option(160, "Filters of the keyed decoder, at least num_bits.")
-    image_loss: str = option("mse+l1", "mse: squared error; mse+l1: half of it, half absolute error of coarse pixels.")
-    controller: str = option("two_sided", "What balances the losses: two_sided, or dlws (Algorithm 1 of the paper).")
-    psnr_target: float = option(30.0, "PSNR in dB between marked and clean images that is good enough.")
-    bit_target: float = option(0.99, "two_sided: bit accuracy that is good enough, above 0.5 and at most 1.")
-    controller_rate: float = option(0.05, "two_sided: how fast the logarithm of lambda_w / lambda_i changes, a step.")
-    controller_limit: float = option(3.0, "two_sided: the largest absolute value of that logarithm.")
-    controller_gamma: float = option(0.3, "dlws: gamma.")
-    learning_rate: float = option(2e-3, "Of AdamW at first; it falls to 0 along a cosine. The paper's is 5e-4.")
-    batch_size: int = option(4, "Images a step.")
-    steps: int = option(1000, "Steps of training.")
-    augmentations: list[str] = option(list, "What images must survive, any of crop, resize, jpeg, noise.")
-    seed: int = option(0, "Of the training: the LoRA's start, the order of images, augmentations. Not secret.")
-    commitment: str | None = option(None, "Hash that binds the key (WatermarkKey.commitment); it reveals nothing.")
+    image_loss: str = option("mse+l1", "mse: squared error; mse+l1: mean of it and absolute error of coarse pixels.")
+    controller: str = option(
+        "two_sided", "Controller of the loss weights: two_sided, or dlws (Algorithm 1 of EW-LoRA)."
+    )
+    psnr_target: float = option(30.0, "Target PSNR of marked to clean images, in dB.")
+    bit_target: float = option(0.99, "two_sided: target bit accuracy, above 0.5 and at most 1.")
+    controller_rate: float = option(0.05, "two_sided: change of log(lambda_w / lambda_i) per step.")
+    controller_limit: float = option(3.0, "two_sided: largest absolute value of log(lambda_w / lambda_i).")
+    controller_gamma: float = option(0.3, "dlws: gamma, the increment of the loss weights.")
+    learning_rate: float = option(2e-3, "Initial learning rate of AdamW, with cosine decay to 0; 5e-4 in the paper.")
+    batch_size: int = option(4, "Images per step.")
+    steps: int = option(1000, "Training steps.")
+    augmentations: list[str] = option(list, "Changes that the mark shall survive: any of crop, resize, jpeg, noise.")
+    seed: int = option(0, "Seed of initial factors, order of images and augmentations, 0 to 2^32 - 1; not secret.")
+    commitment: str | None = option(None, "Public hash of the key, WatermarkKey.commitment; it reveals nothing.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choices()
-        for name in ("r", "num_bits", "num_filters", "batch_size", "steps"):
-            self._require(_is_count(getattr(self, name)), name, "use an integer of at least 1")
-        self._require(self.num_bits <= MOST_BITS, "num_bits", f"use at most {MOST_BITS}")
-        self._require(
-            self.decoder != "keyed" or self.num_bits <= self.num_filters,
-            "num_bits",
-            f"each filter gives one bit at most: use at most num_filters={self.num_filters}, or more filters",
-        )
+        for name, choices in CHOICES.items():
+            self.require(getattr(self, name) in choices, name, f"use one of {', '.join(choices)}")
+        kinds = self.augmentations
+        valid = isinstance(kinds, list) and set(kinds) <= set(AUGMENTATIONS)
+        self.require(valid, "augmentations", f"use a list of any of {', '.join(AUGMENTATIONS)}")
+        for name in ("num_bits", "num_filters", "batch_size", "steps"):
+            value = getattr(self, name)
+            self.require(type(value) is int and value > 0, name, "use an integer of at least 1")
+        self.require(self.num_bits <= MAX_BITS, "num_bits", f"use at most {MAX_BITS}")
+        enough = self.decoder != "keyed" or self.num_bits <= self.num_filters
+        self.require(enough, "num_bits", f"use at most num_filters={self.num_filters}, or more filters")
         for name in ("psnr_target", "controller_rate", "controller_limit", "controller_gamma", "learning_rate"):
             value = getattr(self, name)
-            self._require(_is_number(value) and 0 < value < float("inf"), name, "use a positive number")
-        self._require(
-            _is_number(self.bit_target) and 0.5 < self.bit_target <= 1, "bit_target", "use a share above 0.5, up to 1"
-        )
-        self._require(type(self.seed) is int and 0 <= self.seed < 2**32, "seed", "use an integer from 0 to 2^32 - 1")
-        self._require(
-            self.commitment is None or re.fullmatch("[0-9a-f]{64}", str(self.commitment)) is not None,
-            "commitment",
-            "use that of WatermarkKey.commitment, 64 hexadecimal digits",
-        )
+            self.require(is_number(value) and value > 0, name, "use a positive number")
+        valid = is_number(self.bit_target) and 0.5 < self.bit_target <= 1
+        self.require(valid, "bit_target", "use a share above 0.5, up to 1")
+        self.require(type(self.seed) is int and 0 <= self.seed < 2**32, "seed", "use an integer from 0 to 2^32 - 1")
+        valid = self.commitment is None or re.fullmatch("[0-9a-f]{64}", str(self.commitment)) is not None
+        self.require(valid, "commitment", "use WatermarkKey.commitment, 64 hexadecimal digits")
 
     def plain_lora(self, model: nn.Module | None = None) -> LoraConfig:
-        """The same adapter as peft's own class: for injecting, and for who has no peft-zoo.
+        """Returns the same adapter as a `LoraConfig` of peft, for injection and for programs without peft-zoo.
 
         Args:
-            model: An autoencoder, to look up `"last_up_block"` in.
+            model: Autoencoder to resolve `"last_up_block"` for; None (default) leaves `target_modules` as it is.
 
         Raises:
-            ValueError: If the last up block of the model is not known.
+            ValueError: If the last up block of the model is unknown.
         """
-        values = {item.name: getattr(self, item.name) for item in fields(LoraConfig) if item.init}
-        if model is not None and _is_open(self):
+        values = {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(LoraConfig) if item.init}
+        if model is not None and _uses_default_target(self):
             values["target_modules"] = last_up_block(model)
         return LoraConfig(**{**values, "peft_type": None})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as peft does, and beside it, in `plain_lora/`, what peft and diffusers load without peft-zoo.
+        """Saves as peft does, and adds `plain_lora/`, which stock peft and diffusers load without peft-zoo.
 
-        The model card says that an adapter protects nothing; with a commitment, which says that it is somebody's mark,
-        a warning does too.
+        Warns if the configuration has a commitment, that is, belongs to a mark; the model card says in any case that an
+        adapter protects nothing.
         """
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # peft writes the weights first
             return
-        write_plain_form(folder, self.plain_lora())
+        write_plain_lora(folder, self.plain_lora())
         add_to_card(folder / "README.md", [CARD_TEXT.format(bits=self.num_bits)])
         if self.commitment is not None:
             warnings.warn(
-                f"{save_directory!r} has the watermark as a LoRA, which anybody leaves out who wants to: publish what "
-                "peft_zoo.tasks.watermark.export.merge_and_export writes instead.",
+                f"{save_directory!r} has the watermark as a LoRA, which can simply be omitted: publish the output of "
+                "peft_zoo.watermark.merge_and_export instead.",
                 stacklevel=3,
             )
-
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("decoder", DECODERS),
-            ("controller", CONTROLLERS),
-            ("image_loss", IMAGE_LOSSES),
-        ):
-            self._require(getattr(self, name) in choices, name, f"use one of {', '.join(choices)}")
-        given = self.augmentations
-        self._require(
-            isinstance(given, list) and set(given) <= set(AUGMENTATIONS),
-            "augmentations",
-            f"use a list of any of {', '.join(AUGMENTATIONS)}",
-        )
-
-    def _require(self, condition: bool, name: str, fix: str) -> None:
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} cannot be used; {fix}.")
 
 
 @registration.register(
     WatermarkLoraConfig,
-    summary="EW-LoRA: a LoRA in the decoder of an autoencoder; merged, it marks every image with a secret message.",
+    summary="EW-LoRA: a LoRA in the decoder of an autoencoder; merged, it embeds a secret message in every image.",
     parameters="r·(in·k² + out) of a k×k convolution",
     memory="as LoRA: T·r",
     flops="as LoRA: 4·T·in·out + 6·T·r·(in + out)",
     paper="EW-LoRA, arXiv 2410.20202",
 )
 class WatermarkLoraModel(ZooLoraModel):
-    """peft's LoRA, found under the type of `WatermarkLoraConfig`; knows the last up block of an autoencoder."""
+    """peft's LoRA with the target `"last_up_block"`, registered under the type of `WatermarkLoraConfig`."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
-        if peft_config.target_modules == LAST_UP_BLOCK or (_is_open(peft_config) and _decoder(self.model) is not None):
+        is_vae = _decoder(self.model) is not None
+        if peft_config.target_modules == LAST_UP_BLOCK or (is_vae and _uses_default_target(peft_config)):
             peft_config.target_modules = last_up_block(self.model)
         return super()._prepare_adapter_config(peft_config, model_config)
 
 
 def last_up_block(model: nn.Module) -> str:
-    """A regular expression for the convolutions of the decoder's block that works at the image's full size.
+    """Returns a regular expression that matches the convolutions in the decoder's last block, at full image size.
 
     Args:
-        model: An `AutoencoderKL` (and what has its `decoder.up_blocks`) or `AutoencoderTiny` (`decoder.layers`).
+        model: Autoencoder with `decoder.up_blocks`, as `AutoencoderKL`, or `decoder.layers`, as `AutoencoderTiny`.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the model has neither.
     """
     decoder = _decoder(model)
     blocks, layers = getattr(decoder, "up_blocks", None), getattr(decoder, "layers", None)
     if blocks is not None and hasattr(blocks[-1], "resnets"):
         return rf"decoder\.up_blocks\.{len(blocks) - 1}\.resnets\.\d+\.conv[12]"
     if layers is not None:
-        last = max((place for place, layer in enumerate(layers) if isinstance(layer, nn.Upsample)), default=-1)
-        after = {f"decoder.layers.{place}": layers[place] for place in range(last + 1, len(layers))}
+        last = max((index for index, layer in enumerate(layers) if isinstance(layer, nn.Upsample)), default=-1)
+        after = {f"decoder.layers.{index}": layers[index] for index in range(last + 1, len(layers))}
         found = [
-            rf"{name}.conv.{place}".replace(".", r"\.")
+            rf"{name}.conv.{index}".replace(".", r"\.")
             for name, block in after.items()
-            for place, layer in enumerate(getattr(block, "conv", ()))
+            for index, layer in enumerate(getattr(block, "conv", ()))
             if isinstance(layer, nn.Conv2d)
         ]
         if found:
             return "|".join(found)
     raise ValueError(
-        f"target_modules={LAST_UP_BLOCK!r} is not known for {type(model).__name__}: name convolutions of its decoder."
+        f"target_modules={LAST_UP_BLOCK!r} is unknown for {type(model).__name__}: name convolutions of its decoder."
     )
 
 
-def write_plain_form(folder: Path, config: LoraConfig) -> None:
-    """Write `plain_lora/` into a folder that has an adapter: for stock peft, and one file for stock diffusers.
+def write_plain_lora(folder: Path, config: LoraConfig) -> None:
+    """Writes `plain_lora/` into the folder of an adapter: a folder for stock peft, with a file for stock diffusers.
 
     Args:
-        folder: With `adapter_model.safetensors`.
-        config: Plain.
+        folder: Folder that has `adapter_model.safetensors`.
+        config: Result of `plain_lora`; set to inference mode.
     """
     plain = folder / PLAIN_FOLDER
     plain.mkdir(exist_ok=True)
@@ -234,14 +228,5 @@ def _decoder(model: nn.Module) -> nn.Module | None:
     return decoder if isinstance(decoder, nn.Module) and hasattr(model, "encode") else None
 
 
-def _is_open(config: LoraConfig) -> bool:
-    """Whether it is left to us which modules are adapted."""
+def _uses_default_target(config: LoraConfig) -> bool:
     return config.target_modules in (None, LAST_UP_BLOCK) and not config.target_parameters
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and not torch.tensor(float(value)).isnan()

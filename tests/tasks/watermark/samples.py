@@ -1,4 +1,4 @@
-"""Autoencoders of a few channels, pictures, and a watermark that trains in seconds."""
+"""Small autoencoders, images, a decoder stand-in, and a watermark configuration that trains in seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_zoo import WatermarkLoraConfig
 from peft_zoo.watermark import WatermarkKey
@@ -16,7 +16,7 @@ SIDE, FILTERS = 32, 16
 
 
 def pictures(count: int = 40, seed: int = 0, side: int = SIDE) -> Tensor:
-    """Blots of random sizes, contrasts and colours with some noise, `(count, 3, side, side)` in [0, 1]."""
+    """Returns random blots of different contrast with some noise, `(count, 3, side, side)` in [0, 1]."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 5, 5, generator=random)
     blots = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
@@ -26,25 +26,51 @@ def pictures(count: int = 40, seed: int = 0, side: int = SIDE) -> Tensor:
 
 
 def tiny_vae(seed: int = 0) -> Any:
-    """An `AutoencoderTiny`, random, of factor 2."""
+    """Returns a random `AutoencoderTiny` that downsamples by 2."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sides = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
         vae = AutoencoderTiny(**sides, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
         with torch.no_grad():
-            vae.decoder.layers[-1].weight.mul_(5)  # else its images are almost black
+            vae.decoder.layers[-1].weight.mul_(5)  # its images are otherwise almost black
         return vae
 
 
 def kl_vae(seed: int = 0) -> Any:
-    """An `AutoencoderKL`, random, of factor 2."""
+    """Returns a random `AutoencoderKL` that downsamples by 2."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
         return AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=2, latent_channels=4).eval()
 
 
+class Plain(nn.Module):
+    """Autoencoder that is not of diffusers: `encode` and `decode` return tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 6, 2, 2), nn.ConvTranspose2d(6, 6, 2, 2)
+        self.last = nn.Conv2d(6, 3, 3, padding=1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.down(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.last(torch.relu(self.up(z)))
+
+
+class FixedBits(nn.Module):
+    """Decoder that returns given bits, `(m, n)`, for any images."""
+
+    def __init__(self, bits: Tensor) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 2 * self.bits[: len(images)] - 1
+
+
 def watermark(**changes: Any) -> WatermarkLoraConfig:
-    """A configuration for these."""
+    """Returns a configuration for these autoencoders."""
     fields = {"num_bits": KEY.num_bits, "num_filters": FILTERS, "steps": 3, "learning_rate": 5e-3, "psnr_target": 30.0}
     return WatermarkLoraConfig(**(fields | changes))

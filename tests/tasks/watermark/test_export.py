@@ -1,4 +1,4 @@
-"""Exported autoencoders: the mark is in the weights, the key is not in the files, and the model is as it was."""
+"""Exported autoencoders: the weights have the mark, the files lack the key, and the model does not change."""
 
 from __future__ import annotations
 
@@ -12,62 +12,58 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from benchmarks.watermark.taef2 import taef2, untrained
 from peft_zoo.tasks.watermark.export import merge_and_export, merged
 from peft_zoo.tasks.watermark.vae import decode, encode
-from peft_zoo.watermark import EmbedReport, WatermarkKey, embed_watermark, save_decoder, verify_watermark
-from tests.tasks.watermark.samples import KEY, kl_vae, pictures, tiny_vae, watermark
+from peft_zoo.watermark import WatermarkKey, embed_watermark, read_bits, save_decoder, verify_watermark
+from tests.tasks.watermark.conftest import Embedded
+from tests.tasks.watermark.samples import KEY, Plain, kl_vae, pictures, tiny_vae, watermark
 
-CONFIG = watermark(steps=40, commitment=KEY.commitment)
+CONFIG = watermark(steps=1, commitment=KEY.commitment)
 
 
 @pytest.fixture(scope="module")
-def marked() -> tuple[Any, EmbedReport]:
-    vae = tiny_vae()
-    return vae, embed_watermark(vae, pictures(48), CONFIG, KEY)
+def kl_marked() -> Any:
+    """A marked `AutoencoderKL`; tests must not change it."""
+    vae = kl_vae()
+    embed_watermark(vae, pictures(32), CONFIG, KEY, eval_images=pictures(2))
+    return vae
 
 
-def outputs(vae: Any) -> torch.Tensor:
+def outputs(vae: Any) -> Tensor:
     with torch.no_grad():
         return decode(vae, encode(vae, pictures(9, seed=4)))
 
 
-def test_what_is_exported_carries_the_mark_without_peft(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:
-    vae, report = marked
+def test_an_exported_autoencoder_carries_the_mark_without_peft(embedded: Embedded, tmp_path: Path) -> None:
+    vae, report = embedded.vae, embedded.report
     before = outputs(vae)
-    folder = merge_and_export(vae, tmp_path / "out", CONFIG, KEY, calibration={"fpr": 0.01, "measured": 0.009})
+    rates = {"fpr": 0.01, "measured": 0.009}
+    folder = merge_and_export(vae, tmp_path / "out", embedded.config, KEY, calibration=rates)
     assert torch.equal(outputs(vae), before) and any(isinstance(m, BaseTunerLayer) for m in vae.modules())
     loaded = AutoencoderTiny.from_pretrained(folder)
     assert not any(isinstance(module, BaseTunerLayer) for module in loaded.modules())
     assert loaded.state_dict().keys() == tiny_vae().state_dict().keys()
-    torch.testing.assert_close(outputs(loaded), before, rtol=0, atol=1e-5)  # one sum of two products, rounded
+    torch.testing.assert_close(outputs(loaded), before, rtol=0, atol=1e-5)  # rounding of one sum
     assert verify_watermark(outputs(loaded), KEY, decoder=report.decoder, fpr=0.01).decision
     record = json.loads((folder / "watermark.json").read_text())
     assert record["commitment"] == KEY.commitment and record["method"] == "watermark_lora" and record["num_bits"] == 8
-    assert (
-        "differing_tensors" not in record
-        and record["decoder"] == "keyed"
-        and record["calibration"] == {"fpr": 0.01, "measured": 0.009}
-    )
+    assert "differing_tensors" not in record and record["decoder"] == "keyed" and record["calibration"] == rates
     card = (folder / "README.md").read_text()
     assert "invisible watermark (EW-LoRA, 8 bits)" in card and "- watermark" in card
 
 
-def test_nothing_secret_is_in_any_file(tmp_path: Path) -> None:
-    """With a key long enough for its message not to stand anywhere by chance."""
+def test_no_file_has_a_secret(tmp_path: Path) -> None:
+    """Of a key whose message is too long to occur by chance."""
     key = WatermarkKey(bytes(range(90, 122)), 24, b"me", 1)
-    vae, config = tiny_vae(), watermark(num_bits=24, num_filters=24, commitment=key.commitment)
+    vae, config = tiny_vae(), watermark(num_bits=24, num_filters=24, steps=2, commitment=key.commitment)
     embed_watermark(vae, pictures(48), config, key, checkpoint=tmp_path / "run", checkpoint_every=1)
     merge_and_export(vae, tmp_path / "out", config, key)
     bits = "".join("1" if bit else "0" for bit in key.message)
-    secrets = [
-        key.secret,
-        key.secret.hex().encode(),
-        bits.encode(),
-        ", ".join(bits).encode(),
-        str(key.seed("decoder")).encode(),
-    ]
+    texts = [key.secret.hex(), bits, ", ".join(bits), str(key.seed("decoder"))]
+    secrets = [key.secret, *(text.encode() for text in texts)]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 5
     for path in files:
@@ -75,82 +71,91 @@ def test_nothing_secret_is_in_any_file(tmp_path: Path) -> None:
         assert not any(secret in content for secret in secrets), path
 
 
-def test_a_pipeline_is_exported_whole_and_keeps_its_own(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:
-    vae = kl_vae()
-    embed_watermark(vae, pictures(40), watermark(), KEY)
-    pipeline = Pipeline(vae, DDPMScheduler())
-    expected = outputs(merged(vae))
-    merge_and_export(pipeline, tmp_path / "pipe", watermark(), KEY)
-    assert pipeline.vae is vae
+def test_a_pipeline_is_exported_and_keeps_its_autoencoder(kl_marked: Any, tmp_path: Path) -> None:
+    pipeline = Pipeline(kl_marked, DDPMScheduler())
+    expected = outputs(merged(kl_marked))
+    merge_and_export(pipeline, tmp_path / "pipe", CONFIG, KEY)
+    assert pipeline.vae is kl_marked
     loaded = AutoencoderKL.from_pretrained(tmp_path / "pipe" / "vae")
     assert torch.equal(outputs(loaded), expected)
     assert (tmp_path / "pipe" / "watermark.json").is_file() and (tmp_path / "pipe" / "scheduler").is_dir()
 
 
 class Pipeline(DiffusionPipeline):  # type: ignore[misc]
-    """The least that has an autoencoder."""
+    """Smallest pipeline with an autoencoder."""
 
     def __init__(self, vae: Any, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(vae=vae, scheduler=scheduler)
 
 
-def test_a_module_of_one_s_own(tmp_path: Path) -> None:
-    from tests.tasks.watermark.test_embed import Plain
-
+def test_an_autoencoder_that_is_not_of_diffusers(tmp_path: Path) -> None:
     vae, config = Plain(), watermark(target_modules=["last"])
     names = set(vae.state_dict())
     embed_watermark(vae, pictures(), config, KEY)
     merge_and_export(vae, tmp_path / "out", config, KEY)
-    from safetensors.torch import load_file
-
     fresh = Plain()
     fresh.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     torch.testing.assert_close(outputs(fresh), outputs(vae), rtol=0, atol=1e-5)
     assert set(fresh.state_dict()) == names
 
 
-def test_an_autoencoder_that_its_class_does_not_know_is_loaded_as_the_card_says(tmp_path: Path) -> None:
-    """TAEF2 is an `AutoencoderTiny` with blocks that the class has not."""
+class Extended(nn.Module):
+    """A convolution with a layer that `AutoencoderTiny` lacks."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.weight, self.bias, self.extra = layer.weight, layer.bias, nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.extra(nn.functional.conv2d(x, self.weight, self.bias, padding=1))
+
+
+def extended_vae() -> Any:
     torch.manual_seed(0)
-    vae = untrained()
-    embed_watermark(vae, pictures(), watermark(), KEY)
-    with pytest.warns(UserWarning, match=r"a new `AutoencoderTiny` in 24 tensors, such as .*pool.* Build the model"):
-        folder = merge_and_export(vae, tmp_path / "out", watermark(), KEY)
+    vae = tiny_vae()
+    vae.decoder.layers[0] = Extended(vae.decoder.layers[0])
+    return vae
+
+
+def test_a_modified_autoencoder_is_loaded_as_the_card_says(tmp_path: Path) -> None:
+    vae = extended_vae()
+    embed_watermark(vae, pictures(32), CONFIG, KEY)
+    with pytest.warns(UserWarning, match=r"model: .*`AutoencoderTiny` in 2 tensors, such as .*extra"):
+        folder = merge_and_export(vae, tmp_path / "out", CONFIG, KEY)
     differing = json.loads((folder / "watermark.json").read_text())["differing_tensors"]
-    assert len(differing) == 24 and all(".pool." in name for name in differing)
+    assert differing == [f"decoder.layers.0.extra.{name}" for name in ("bias", "weight")]
     card = (folder / "README.md").read_text()
-    assert "24 tensors" in card and "model.load_state_dict" in card and "invisible watermark" in card
-    torch.testing.assert_close(outputs(taef2(folder)), outputs(vae.eval()), rtol=0, atol=1e-5)
+    assert "2 tensors" in card and "model.load_state_dict" in card and "invisible watermark" in card
+    loaded = extended_vae()
+    loaded.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    torch.testing.assert_close(outputs(loaded), outputs(vae.eval()), rtol=0, atol=1e-5)
 
 
-def test_what_is_refused_leaves_nothing(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:
-    vae, report = marked
-    target = tmp_path / "out"
-    with pytest.raises(ValueError, match="vae has no adapter: embed a watermark first"):
-        merge_and_export(tiny_vae(), target, CONFIG, KEY)
-    with pytest.raises(ValueError, match="is not the configuration's: give the one used"):
-        merge_and_export(vae, target, CONFIG, WatermarkKey(bytes(32), 8))
-    with pytest.raises(ValueError, match="adapter 'watermark' carries the message of another key"):
-        merge_and_export(vae, target, watermark(), WatermarkKey(bytes(32), 8))
-    with pytest.raises(ValueError, match="model is a dict without a vae"):
-        merge_and_export({}, target, CONFIG, KEY)
-    with pytest.raises(ValueError, match="contains the watermark key"):
-        merge_and_export(vae, target, CONFIG, KEY, calibration={"oops": KEY.secret.hex()})
-    layer = next(module for module in vae.modules() if isinstance(module, BaseTunerLayer))
-    layer.merge()
-    with pytest.raises(ValueError, match="an adapter that is merged, disabled or not active"):
+def test_a_refused_export_leaves_nothing(embedded: Embedded, tmp_path: Path) -> None:
+    vae, target, other = copy.deepcopy(embedded.vae), tmp_path / "out", WatermarkKey(bytes(32), 8)
+    cases: list[tuple[Any, Any, WatermarkKey, Any, str]] = [
+        (tiny_vae(), CONFIG, KEY, None, "vae has no adapter"),
+        (vae, CONFIG, other, None, "key .*config"),
+        (vae, watermark(), other, None, "adapter 'watermark' .*another key"),
+        ({}, CONFIG, KEY, None, "model is a dict"),
+        (vae, CONFIG, KEY, {"oops": KEY.secret.hex()}, "contains the watermark key"),
+    ]
+    for model, config, key, calibration, named in cases:
+        with pytest.raises(ValueError, match=named):
+            merge_and_export(model, target, config, key, calibration)
+    next(module for module in vae.modules() if isinstance(module, BaseTunerLayer)).merge()
+    with pytest.raises(ValueError, match=r"vae .*merged"):
         merge_and_export(vae, target, CONFIG, KEY)
-    layer.unmerge()
     assert not list(tmp_path.iterdir())
-    save_decoder(report.decoder, KEY, target / "key")
-    with pytest.raises(ValueError, match=r"path=.* exists and is not an empty folder"):
-        merge_and_export(vae, target, CONFIG, KEY)
+    save_decoder(embedded.report.decoder, KEY, target / "key")
+    with pytest.raises(ValueError, match="path="):
+        merge_and_export(embedded.vae, target, CONFIG, KEY)
 
 
-def test_only_what_was_trained_as_a_watermark_is_exported(tmp_path: Path) -> None:
-    """Whatever its rank, its name and the type of its configuration say."""
-    target, said = tmp_path / "out", "was not trained by embed_watermark since the model was loaded"
+def test_only_adapters_of_embed_watermark_are_exported(kl_marked: Any, tmp_path: Path) -> None:
+    """Rank, name and type of the configuration do not make a LoRA a watermark."""
+    target, said = tmp_path / "out", "was not trained by embed_watermark"
     lora = {"r": 4, "lora_alpha": 32, "target_modules": r"decoder\.up_blocks\.1\.resnets\.\d+\.conv[12]"}
     one, two, other = kl_vae(), kl_vae(), tiny_vae()
     one.add_adapter(LoraConfig(**lora, init_lora_weights=False), adapter_name="style")
@@ -160,8 +165,7 @@ def test_only_what_was_trained_as_a_watermark_is_exported(tmp_path: Path) -> Non
         for config in (CONFIG, watermark()):
             with pytest.raises(ValueError, match=f"adapter '{name}' {said}"):
                 merge_and_export(vae, target, config, KEY)
-    both = kl_vae()
-    embed_watermark(both, pictures(), watermark(), KEY)
+    both = copy.deepcopy(kl_marked)  # a copy counts as trained
     with pytest.warns(UserWarning, match="multiple adapters"):  # peft's
         both.add_adapter(LoraConfig(**lora, init_lora_weights=False), adapter_name="style")
     for active in ("style", ["watermark", "style"]):
@@ -174,30 +178,34 @@ def test_only_what_was_trained_as_a_watermark_is_exported(tmp_path: Path) -> Non
     assert (target / "watermark.json").is_file()
 
 
-def test_a_copy_is_still_known_as_marked_and_a_saved_lora_is_not(
-    marked: tuple[Any, EmbedReport], tmp_path: Path
-) -> None:
-    merge_and_export(copy.deepcopy(marked[0]), tmp_path / "out", CONFIG, KEY)
+def test_a_loaded_lora_is_exported_after_embedding_from_the_checkpoint(tmp_path: Path) -> None:
     vae, again = kl_vae(), kl_vae()
-    embed_watermark(vae, pictures(), CONFIG, KEY, checkpoint=tmp_path / "run")
+    given = {"eval_images": pictures(2), "checkpoint": tmp_path / "run"}
+    embed_watermark(vae, pictures(32), CONFIG, KEY, **given)
     vae.save_lora_adapter(tmp_path / "lora", adapter_name="watermark")
     assert all(KEY.commitment.encode() not in path.read_bytes() for path in (tmp_path / "lora").iterdir())
     again.load_lora_adapter(tmp_path / "lora", prefix=None, use_safetensors=True, adapter_name="watermark")
-    with pytest.raises(ValueError, match=r"embed here, which from a checkpoint .* takes no time"):
+    with pytest.raises(ValueError, match="adapter 'watermark'"):
         merge_and_export(again, tmp_path / "again", CONFIG, KEY)
     again.unload_lora()
-    embed_watermark(again, pictures(), CONFIG, KEY, checkpoint=tmp_path / "run")
+    embed_watermark(again, pictures(32), CONFIG, KEY, **given)
     merge_and_export(again, tmp_path / "again", CONFIG, KEY)
     assert torch.equal(outputs(AutoencoderKL.from_pretrained(tmp_path / "again")), outputs(merged(vae)))
 
 
-def test_models_that_peft_has_wrapped(marked: tuple[Any, EmbedReport], tmp_path: Path) -> None:
-    """A `PeftModel` can be merged; but what it trains is no mark of `embed_watermark`."""
+def test_merged_images_and_bits_are_the_same(embedded: Embedded) -> None:
+    with torch.no_grad():
+        images = decode(merged(embedded.vae), embedded.latents)
+    torch.testing.assert_close(images, embedded.marked, rtol=0, atol=1e-5)  # rounding of one sum
+    assert read_bits(embedded.decoder, images).equal(read_bits(embedded.decoder, embedded.marked))
+
+
+def test_a_peft_model_can_be_merged_but_not_exported(tmp_path: Path) -> None:
     model = get_peft_model(tiny_vae(), watermark(init_lora_weights=False, lora_alpha=1))
     result = merged(model)
     assert not any(isinstance(module, BaseTunerLayer) for module in result.modules())
     torch.testing.assert_close(outputs(result), outputs(model.get_base_model()), rtol=0, atol=1e-5)
     assert (outputs(result) - outputs(tiny_vae())).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="adapter 'default' was not trained by embed_watermark"):
+    with pytest.raises(ValueError, match="adapter 'default'"):
         merge_and_export(model, tmp_path / "out", CONFIG, KEY)
     assert not (tmp_path / "out").exists()

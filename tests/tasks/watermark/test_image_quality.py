@@ -1,4 +1,4 @@
-"""PSNR and SSIM against the formulas in loops, and values known beforehand."""
+"""PSNR and SSIM, compared with their formulas in loops and with known values."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def test_ssim_is_that_of_the_formula() -> None:
     window = torch.tensor(weights, dtype=torch.float64) / sum(map(sum, weights))
     for image in range(2):
         found = []
-        for colour in range(2):
+        for channel in range(2):
             for top in range(2):
                 for left in range(3):
-                    a, b = (z[image, colour, top : top + 11, left : left + 11] for z in (x, y))
+                    a, b = (z[image, channel, top : top + 11, left : left + 11] for z in (x, y))
                     ma, mb = (window * a).sum(), (window * b).sum()
                     va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
                     both = (window * (a - ma) * (b - mb)).sum()
@@ -33,7 +33,7 @@ def test_ssim_is_that_of_the_formula() -> None:
         assert float(ssim(x, y)[image]) == pytest.approx(float(sum(found)) / len(found), rel=1e-9)
 
 
-def test_equal_images_are_alike() -> None:
+def test_ssim_of_equal_and_inverted_images() -> None:
     x = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(ssim(x, x), torch.ones(2))
     assert (ssim(x, 1 - x) < 0.1).all()

@@ -1,10 +1,9 @@
-"""What an interrupted training goes on from: one file, replaced as a whole, that holds nothing of the key."""
+"""Checkpoint of an interrupted training: one file, replaced atomically, without anything of the key."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,33 +14,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
+from peft_zoo.common.atomic import replaced_file
 from peft_zoo.tasks.watermark.controllers import DlwsController, TwoSidedController
 from peft_zoo.tasks.watermark.key import WatermarkKey
-
-__all__: list[str] = []
 
 NAME = "watermark_checkpoint.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
-# Names of modules are part of a fingerprint; a module that has moved keeps the name that saved checkpoints have.
-SAVED_MODULE_NAMES = {
-    "peft_zoo.tasks.watermark.decoder": "peft_zoo.kernels.keyed_decoder",
-    "peft_zoo.tasks.watermark.losses": "peft_zoo.adapters.watermark_lora_losses",
-}
+# Module names are part of a fingerprint: a module that has moved keeps the name in saved checkpoints.
+SAVED_MODULE_NAMES = {"peft_zoo.tasks.watermark.decoder": "peft_zoo.kernels.keyed_decoder"}
 
 
 def fingerprint(
     config: WatermarkLoraConfig, key: WatermarkKey, images: Tensor, modules: Mapping[str, Any], adapter_name: str
 ) -> str:
-    """A hash of what a training depends on; of the key it knows the commitment.
+    """Returns a hash of everything that a training depends on; of the key, only the commitment.
 
     Args:
-        config: What is trained.
-        key: Whose message.
-        images: On what.
-        modules: Autoencoder, decoder and image loss, by what they are there for: of a module all its tensors count, of
-            a function its name.
-        adapter_name: Of the LoRA.
+        config: Configuration of the training.
+        key: Key whose message is embedded.
+        images: Training images.
+        modules: Autoencoder, decoder and image loss by role; a module is hashed with all its tensors, a function by
+            its name.
+        adapter_name: Name of the LoRA.
     """
     facts = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     digest = hashlib.sha256()
@@ -51,30 +46,34 @@ def fingerprint(
         kind = module if hasattr(module, "__qualname__") else type(module)
         module_name = SAVED_MODULE_NAMES.get(kind.__module__, kind.__module__)
         digest.update(f"{role} {module_name}.{kind.__qualname__}\n".encode())
-        if isinstance(module, nn.Module):  # not its state dict, which leaves buffers out that are not persistent
+        if isinstance(module, nn.Module):  # not the state dict, which omits non-persistent buffers
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 _add(digest, name, tensor)
     return digest.hexdigest()
 
 
 class EmbedCheckpoint:
-    """The file of one training.
+    """Checkpoint file of one training.
+
+    Args:
+        folder: Folder of the file; it need not exist.
+        of: `fingerprint` of the training.
 
     Raises:
-        ValueError: If the folder has the checkpoint of another training.
+        ValueError: If `folder` is a file, or has the checkpoint of another training.
     """
 
     def __init__(self, folder: str | Path, of: str) -> None:
         self.path, self.of = Path(folder) / NAME, of
         if self.path.parent.exists() and not self.path.parent.is_dir():
-            raise ValueError(f"checkpoint={str(folder)!r} is no folder: give a new name, or the folder of a run.")
+            raise ValueError(f"checkpoint={str(folder)!r} is not a folder: give a new name, or the folder of a run.")
         if self.path.exists() and (found := self._facts().get("of")) != of:
             what = (
                 "is damaged"
                 if found is None
                 else "is of a training with other settings, images, key, autoencoder or decoder"
             )
-            raise ValueError(f"{str(self.path)!r} {what}: give another folder, or delete it to start anew.")
+            raise ValueError(f"checkpoint: {str(self.path)!r} {what}: give another folder, or delete it to start anew.")
 
     def save(
         self,
@@ -83,17 +82,20 @@ class EmbedCheckpoint:
         controller: TwoSidedController | DlwsController,
         trace: list[dict[str, float]],
     ) -> None:
-        """Replace the file by one of now."""
+        """Replaces the file by the current state.
+
+        Args:
+            parameters: Trained parameters by name.
+            optimizer: AdamW over these parameters.
+            controller: Controller of the loss weights.
+            trace: Entries of all steps so far.
+        """
         tensors = {f"value.{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment].cpu().contiguous() for moment in MOMENTS}
         facts = {"of": self.of, "controller": controller.state_dict(), "trace": trace}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        work = self.path.with_name(f".unfinished-{NAME}")
-        save_file(tensors, work, metadata={"training": json.dumps(facts)})
-        with work.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(work, self.path)
+        with replaced_file(self.path) as work:
+            save_file(tensors, work, metadata={"training": json.dumps(facts)})
 
     def load(
         self,
@@ -101,10 +103,12 @@ class EmbedCheckpoint:
         optimizer: torch.optim.Optimizer,
         controller: TwoSidedController | DlwsController,
     ) -> list[dict[str, float]]:
-        """Fill in what was saved, if anything was.
+        """Restores parameters, optimizer and controller if there is a file; returns its trace, or an empty list.
 
-        Returns:
-            The trace so far.
+        Args:
+            parameters: As in `save`.
+            optimizer: As in `save`.
+            controller: As in `save`.
         """
         if not self.path.exists():
             return []
@@ -113,13 +117,14 @@ class EmbedCheckpoint:
             for name, parameter in parameters.items():
                 parameter.copy_(file.get_tensor(f"value.{name}"))
                 moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
-                # As AdamW keeps them: the count of steps stays on the CPU.
+                # AdamW keeps the step count on the CPU.
                 state = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
                 optimizer.state[parameter] = state
         controller.load_state_dict(facts["controller"])
         return list(facts["trace"])
 
     def _facts(self) -> dict[str, Any]:
+        """Returns the metadata of the file; empty if it is damaged."""
         try:
             with safe_open(self.path, "pt") as file:
                 return json.loads((file.metadata() or {}).get("training", "{}"))

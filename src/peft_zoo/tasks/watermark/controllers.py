@@ -1,15 +1,15 @@
-"""How much the bits weigh against the picture while a watermark is trained.
+"""Controllers that balance the image loss against the bit loss while a watermark is trained.
 
-The loss is `lambda_i L_i + lambda_w L_w`. After each step a controller looks at PSNR and bit accuracy:
+The loss is `lambda_i L_i + lambda_w L_w`. A controller updates the weights after each step from PSNR and bit accuracy:
 
-* `TwoSidedController`: `lambda_w / lambda_i = exp(u)`, and u goes down while the picture misses its target, up while
-  only the bits do, by the same amount, and never beyond a limit. Targets are fixed, and averages are looked at. So the
-  bits get what the picture's target leaves them.
-* `DlwsController`: Algorithm 1 of EW-LoRA. Bits first, then the picture, both weights only grow, and targets that were
-  met five times are raised. The bit accuracy's cannot be above 1, where the paper leaves it free to go to 1.06.
+* `TwoSidedController`: `lambda_w / lambda_i = exp(u)`; u falls while the PSNR is below its target, rises by the same
+  amount while only the bit accuracy is, and its absolute value is limited. Targets are constant and compared with
+  moving averages. The bits get the capacity that the PSNR target leaves.
+* `DlwsController`: Algorithm 1 of EW-LoRA. Bits before image quality; both weights only grow, and a target that was met
+  five times in a row is raised. The bit target is limited to 1; in the paper it can reach 1.06.
 
-Source: Algorithm 1 (dynamic loss weight scheduling) of EW-LoRA (arXiv 2410.20202), which does not say that a missed
-target starts its count anew, as it does here. The two-sided one is ours.
+Source: Algorithm 1 (dynamic loss weight scheduling) of EW-LoRA (arXiv 2410.20202). Resetting the count after a missed
+target is our reading, the paper does not say. The two-sided controller is ours.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["DlwsController", "TwoSidedController"]
+from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
+
+__all__ = ["DlwsController", "TwoSidedController", "new_controller"]
 
 
 class TwoSidedController:
-    """An integrator with a limit.
+    """Integral controller with limits.
 
     Attributes:
-        psnr_target: In dB.
-        bit_target: Bit accuracy, up to 1.
-        rate: Change of u for a step.
-        limit: Largest |u|.
-        decay: Of the averages, in [0, 1): what an average keeps of itself in a step.
-        log_ratio: u.
+        psnr_target: Target PSNR in dB.
+        bit_target: Target bit accuracy, up to 1.
+        rate: Change of u per step, default 0.05.
+        limit: Largest absolute value of u, default 3.
+        decay: Decay of the moving averages per step, in [0, 1), default 0.9.
+        log_ratio: Current u, the logarithm of `lambda_w / lambda_i`.
     """
 
     def __init__(
@@ -42,29 +44,29 @@ class TwoSidedController:
         self.bit_accuracy: float | None = None
 
     def weights(self) -> tuple[float, float]:
-        """`lambda_i` and `lambda_w`; their sum is 1, as only the ratio matters to Adam."""
+        """Returns `lambda_i` and `lambda_w`; they sum to 1, since only their ratio matters to Adam."""
         share = 1 / (1 + math.exp(-self.log_ratio))
         return 1 - share, share
 
     def update(self, psnr: float, bit_accuracy: float) -> None:
-        """Take note of a step.
+        """Updates u after a step.
 
         Args:
-            psnr: Of its marked images to the clean ones, in dB.
-            bit_accuracy: Of its marked images.
+            psnr: PSNR of the marked images of the step to the clean ones, in dB.
+            bit_accuracy: Bit accuracy on the marked images.
         """
         self.psnr = self._average(self.psnr, psnr)
         self.bit_accuracy = self._average(self.bit_accuracy, bit_accuracy)
-        # The picture first: where both targets cannot be met, u would else stay wherever it was when they were missed.
+        # PSNR has priority: if both targets are missed, u would otherwise stay constant.
         push = -1 if self.psnr < self.psnr_target else int(self.bit_accuracy < self.bit_target)
         self.log_ratio = min(max(self.log_ratio + self.rate * push, -self.limit), self.limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes, as JSON can hold it."""
+        """Returns the state that changes, as values that JSON can hold."""
         return {"log_ratio": self.log_ratio, "psnr": self.psnr, "bit_accuracy": self.bit_accuracy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restores the state that `state_dict` returned."""
         _restore(self, state)
 
     def _average(self, old: float | None, new: float) -> float:
@@ -75,11 +77,11 @@ class DlwsController:
     """Dynamic loss weight scheduling.
 
     Attributes:
-        psnr_target: rho, in dB; rises by `PSNR_STEP`.
-        bit_target: mu; rises by `BIT_STEP` up to 1.
-        gamma: What is added to `lambda_i`, and half of what is added to `lambda_w`.
-        image_weight: `lambda_i`.
-        bit_weight: `lambda_w`.
+        psnr_target: Target PSNR in dB, rho in the paper, default 30; rises by `PSNR_STEP`.
+        bit_target: Target bit accuracy, mu in the paper, default 0.9; rises by `BIT_STEP` up to 1.
+        gamma: Increment of `lambda_i`, and half the increment of `lambda_w`, default 0.3.
+        image_weight: Current `lambda_i`.
+        bit_weight: Current `lambda_w`.
     """
 
     PATIENCE, PSNR_STEP, BIT_STEP = 5, 2.5, 0.08
@@ -87,14 +89,14 @@ class DlwsController:
     def __init__(self, psnr_target: float = 30.0, bit_target: float = 0.9, gamma: float = 0.3) -> None:
         self.psnr_target, self.bit_target, self.gamma = psnr_target, bit_target, gamma
         self.image_weight, self.bit_weight = 1.0, 0.0
-        self.bits_met, self.picture_met = 0, 0
+        self.bits_met, self.picture_met = 0, 0  # names in saved checkpoints
 
     def weights(self) -> tuple[float, float]:
-        """`lambda_i` and `lambda_w`."""
+        """Returns `lambda_i` and `lambda_w`."""
         return self.image_weight, self.bit_weight
 
     def update(self, psnr: float, bit_accuracy: float) -> None:
-        """Take note of a step; arguments as `TwoSidedController.update`."""
+        """Updates weights and targets after a step; arguments as in `TwoSidedController.update`."""
         if bit_accuracy < self.bit_target:
             self.bit_weight += 2 * self.gamma
             self.bits_met = 0
@@ -111,16 +113,25 @@ class DlwsController:
             self.psnr_target, self.picture_met = self.psnr_target + self.PSNR_STEP, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes, as JSON can hold it."""
+        """Returns the state that changes, as values that JSON can hold."""
         names = ("psnr_target", "bit_target", "image_weight", "bit_weight", "bits_met", "picture_met")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restores the state that `state_dict` returned."""
         _restore(self, state)
+
+
+def new_controller(config: WatermarkLoraConfig) -> TwoSidedController | DlwsController:
+    """Returns a new controller of the kind and with the targets of a configuration."""
+    if config.controller == "dlws":
+        return DlwsController(config.psnr_target, gamma=config.controller_gamma)
+    return TwoSidedController(config.psnr_target, config.bit_target, config.controller_rate, config.controller_limit)
 
 
 def _restore(controller: TwoSidedController | DlwsController, state: dict[str, Any]) -> None:
     if odd := controller.state_dict().keys() ^ state.keys():
-        raise ValueError(f"state of a {type(controller).__name__} has other fields: {', '.join(sorted(odd))}.")
+        raise ValueError(
+            f"state of a {type(controller).__name__} has missing or unknown fields: {', '.join(sorted(odd))}."
+        )
     vars(controller).update(state)

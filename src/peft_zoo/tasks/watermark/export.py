@@ -1,4 +1,4 @@
-"""Files of a watermarked autoencoder: merged, which protects, with a public record and nothing of the key."""
+"""Export of a marked autoencoder: merged weights and a public record, without anything of the key."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ __all__ = ["RECORD", "merge_and_export", "merged"]
 
 RECORD, VERSION = "watermark.json", 1
 CARD_TEXT = """Images decoded by this model carry an invisible watermark (EW-LoRA, {bits} bits), which its owner can
-detect. What is public about it is in `watermark.json`."""
-DIFFERING_TEXT = """The autoencoder was changed by hand: it differs from a new `{kind}` in {count} tensors, such as
-`{name}`. `from_pretrained` leaves out what it does not know, and then makes other images. Build the model as it was,
-and load the file: `model.load_state_dict(safetensors.torch.load_file(...))`."""
+detect. `watermark.json` has the public facts."""
+DIFFERING_TEXT = """The autoencoder has been modified: it differs from a new `{kind}` in {count} tensors, such as
+`{name}`. `from_pretrained` ignores tensors that the class does not define, and then decodes other images. Build the
+modified model and load the file: `model.load_state_dict(safetensors.torch.load_file(...))`."""
 
 
 def merged(vae: nn.Module) -> Any:
-    """A copy of an autoencoder with its LoRA in the weights, and no LoRA layers; the one given stays as it is.
+    """Returns a copy of an autoencoder with the LoRA merged into the weights and without LoRA layers.
 
     Args:
-        vae: With a LoRA that is active and not merged; a `PeftModel` stands for what it wraps.
+        vae: Autoencoder, or `PeftModel` around one, with an active LoRA that is not merged; it does not change.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such LoRA.
     """
-    vae = _unwrapped(vae)
+    vae = _without_peft_model(vae)
     layers = [module for module in vae.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise ValueError("vae has no adapter: embed a watermark first.")
     if any(layer.merged or layer.disable_adapters or not layer.active_adapters for layer in layers):
-        raise ValueError("vae has an adapter that is merged, disabled or not active: unmerge and enable it first.")
+        raise ValueError("vae has an adapter that is merged, disabled or inactive: unmerge and enable it first.")
     result = copy.deepcopy(vae)
     for module in result.modules():
         if isinstance(module, BaseTunerLayer):
@@ -65,34 +65,49 @@ def merge_and_export(
     key: WatermarkKey,
     calibration: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an autoencoder, or a pipeline with it, with the watermark merged: a folder as diffusers writes it.
+    """Writes a marked autoencoder, or a pipeline with one, with the LoRA merged, in diffusers' folder format.
 
-    Beside the weights there are `watermark.json` (method, bits, kind of decoder, commitment, date, calibration) and a
-    model card that says that images are marked. The folder is searched for the key before it gets its name.
+    The folder also has `watermark.json` (method, bits, kind of decoder, commitment, date, calibration) and a model card
+    that says that images are marked. It is scanned for the key before it appears at `path`.
 
-    An autoencoder that was changed by hand may have tensors that `from_pretrained` does not know. They are written, and
-    listed in `watermark.json`; a warning and the model card say how to load them.
+    A modified autoencoder may have tensors that `from_pretrained` ignores. They are written and listed in
+    `watermark.json`; a warning and the model card say how to load them.
 
     Args:
-        model: The autoencoder that `embed_watermark` has marked, or a pipeline with it as `vae`. It does not change.
-        path: A new folder.
-        config: What the watermark was embedded with.
-        key: The key; only its commitment is written.
-        calibration: What is to be public about false positives: numbers and texts, as JSON holds them.
+        model: Autoencoder marked by `embed_watermark`, or a pipeline with it as `vae`; it does not change.
+        path: Folder to create.
+        config: Configuration that the watermark was embedded with.
+        key: Key of the watermark; only its commitment is written.
+        calibration: Facts about false positives to publish, values that JSON can hold; such as
+            `EmbedReport.calibration`. Default none.
 
     Returns:
-        The folder.
+        Path of the folder.
 
     Raises:
-        ValueError: If there is something at `path`, the model has no active adapter or one that was not trained here
-            with this key, the key is not the configuration's, or a file would give it away.
+        ValueError: If `path` exists, the active adapter is missing or was not trained here with this key, the key does
+            not fit `config`, or a written file contains the key.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from diffusers import AutoencoderTiny
+        >>> from peft_zoo.watermark import WatermarkKey, WatermarkLoraConfig, embed_watermark
+        >>> side = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+        >>> vae = AutoencoderTiny(**side, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+        >>> key, config = WatermarkKey.generate(8), WatermarkLoraConfig(num_bits=8, num_filters=16, steps=2)
+        >>> report = embed_watermark(vae, torch.rand(32, 3, 32, 32), config, key)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     exported = merge_and_export(vae, f"{folder}/marked-vae", config, key, report.calibration)
+        ...     print(*sorted(file.name for file in exported.iterdir()))
+        README.md config.json diffusion_pytorch_model.safetensors watermark.json
     """
     if key.num_bits != config.num_bits or config.commitment not in (None, key.commitment):
-        raise ValueError(f"key with commitment={key.commitment!r} is not the configuration's: give the one used.")
+        raise ValueError(f"key with commitment={key.commitment!r} does not fit config: give the key of the embedding.")
     is_pipeline = not isinstance(model, nn.Module)
     if is_pipeline and not isinstance(getattr(model, "vae", None), nn.Module):
-        raise ValueError(f"model is a {type(model).__name__} without a vae: give the autoencoder, or its pipeline.")
-    marked = _unwrapped(model.vae if is_pipeline else model)
+        raise ValueError(f"model is a {type(model).__name__} without vae: give the autoencoder, or its pipeline.")
+    marked = _without_peft_model(model.vae if is_pipeline else model)
     _check_trained(marked, key)
     vae = merged(marked)
     record, texts = public_record(config, key, calibration), [CARD_TEXT.format(bits=config.num_bits)]
@@ -102,7 +117,7 @@ def merge_and_export(
         warnings.warn(f"model: {' '.join(texts[-1].split())}", stacklevel=2)
     with new_folder(path, "path") as folder:
         if is_pipeline:
-            with _replaced(model, vae):
+            with _with_vae(model, vae):
                 model.save_pretrained(folder)
         else:
             _save(vae, folder)
@@ -115,12 +130,12 @@ def merge_and_export(
 def public_record(
     config: WatermarkLoraConfig, key: WatermarkKey, calibration: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What `watermark.json` says; it names the key's commitment, which reveals nothing.
+    """Returns the content of `watermark.json`; of the key it has only the commitment.
 
     Args:
-        config: What the watermark was embedded with.
-        key: The key.
-        calibration: As for `merge_and_export`.
+        config: Configuration that the watermark was embedded with.
+        key: Key of the watermark.
+        calibration: As in `merge_and_export`.
     """
     return {
         "version": VERSION,
@@ -134,35 +149,39 @@ def public_record(
 
 
 def differing_tensors(vae: Any) -> list[str]:
-    """Names of tensors that either an autoencoder has or a new one of its class and configuration, but not both.
+    """Returns the names of tensors that only one of an autoencoder and a new one of its class and config has.
 
     Args:
-        vae: Without LoRA. None are found if its class has no `from_config`, as those of diffusers have.
+        vae: Autoencoder without LoRA; the result is empty if its class has no `from_config`, unlike diffusers' classes.
     """
     if not hasattr(vae, "from_config"):
         return []
-    known = signature(type(vae)).parameters  # `from_config` logs each field that is not
+    known = signature(type(vae)).parameters  # `from_config` would log each unknown field
     with torch.device("meta"):
         fresh = type(vae)(**{name: value for name, value in vae.config.items() if name in known})
     return sorted(vae.state_dict().keys() ^ fresh.state_dict().keys())
 
 
-def _unwrapped(vae: nn.Module) -> nn.Module:
+def _without_peft_model(vae: nn.Module) -> nn.Module:
     return vae.get_base_model() if isinstance(vae, PeftModel) else vae
 
 
 def _check_trained(vae: nn.Module, key: WatermarkKey) -> None:
-    """See that all that would be merged is the mark of the key."""
+    """Checks that all active adapters were trained by `embed_watermark` with this key.
+
+    Raises:
+        ValueError: If one was not.
+    """
     active = {name for module in vae.modules() if isinstance(module, BaseTunerLayer) for name in module.active_adapters}
     for name in sorted(active):
         found = trained_commitment(vae, name)
         if found is None:
             raise ValueError(
-                f"adapter {name!r} was not trained by embed_watermark since the model was loaded, so it may be no "
-                "watermark: embed here, which from a checkpoint of the finished training takes no time."
+                f"adapter {name!r} was not trained by embed_watermark in this process, so it may be no watermark: call "
+                "embed_watermark, which trains nothing with the checkpoint of a finished training."
             )
         if found != key.commitment:
-            raise ValueError(f"adapter {name!r} carries the message of another key: give the key it was embedded with.")
+            raise ValueError(f"adapter {name!r} carries the message of another key: give that key.")
 
 
 def _save(vae: Any, folder: Path) -> None:
@@ -175,7 +194,8 @@ def _save(vae: Any, folder: Path) -> None:
 
 
 @contextmanager
-def _replaced(pipeline: Any, vae: nn.Module) -> Iterator[None]:
+def _with_vae(pipeline: Any, vae: nn.Module) -> Iterator[None]:
+    """Replaces the autoencoder of a pipeline for the duration of the block."""
     before = pipeline.vae
     pipeline.vae = vae
     try:

@@ -1,4 +1,4 @@
-"""How much two images differ: PSNR and SSIM, differentiable.
+"""Image quality metrics PSNR and SSIM, differentiable.
 
 Source: Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity",
 IEEE Trans. Image Processing 13 (2004), with its window of 11 pixels and constants.
@@ -14,38 +14,34 @@ __all__ = ["psnr", "ssim"]
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
-LEAST_ERROR = 1e-10  # 100 dB: equal images have a finite value
+MIN_ERROR = 1e-10  # limits the PSNR of equal images to 100 dB
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, `(B,)`; 100 where they are equal.
+    """Returns the peak signal-to-noise ratio of each image in dB, `(B,)`; 100 for equal images.
 
     Args:
-        images: `(B, C, H, W)`, with values in [0, 1].
-        others: Of the same shape.
+        images: `(B, C, H, W)` with values in [0, 1].
+        others: Images to compare with, of the same shape.
     """
-    return -10 * (images - others).square().mean((1, 2, 3)).clamp(min=LEAST_ERROR).log10()
+    return -10 * (images - others).square().mean((1, 2, 3)).clamp(min=MIN_ERROR).log10()
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of each image, `(B,)`: 1 where they are equal; the mean over windows inside, and colours.
+    """Returns the structural similarity of each image, `(B,)`, the mean over channels and windows; 1 for equal images.
 
     Args:
-        images: `(B, C, H, W)`, with values in [0, 1] and sides of at least 11 pixels.
-        others: Of the same shape.
+        images: `(B, C, H, W)` with values in [0, 1] and sides of at least 11 pixels.
+        others: Images to compare with, of the same shape.
     """
-    place = torch.arange(WINDOW, dtype=images.dtype, device=images.device) - WINDOW // 2
-    bell = torch.exp(-place.square() / (2 * SIGMA**2))
+    offset = torch.arange(WINDOW, dtype=images.dtype, device=images.device) - WINDOW // 2
+    bell = torch.exp(-offset.square() / (2 * SIGMA**2))
     window = torch.outer(bell, bell) / bell.sum() ** 2
 
     def mean(x: Tensor) -> Tensor:
-        return F.conv2d(x.flatten(0, 1).unsqueeze(1), window[None, None]).view(*x.shape[:2], *_inside(x))
+        return F.conv2d(x.flatten(0, 1).unsqueeze(1), window[None, None]).unflatten(0, x.shape[:2]).squeeze(2)
 
     x, y = mean(images), mean(others)
     xx, yy, xy = mean(images**2) - x**2, mean(others**2) - y**2, mean(images * others) - x * y
-    found = (2 * x * y + C1) * (2 * xy + C2) / ((x**2 + y**2 + C1) * (xx + yy + C2))
-    return found.mean((1, 2, 3))
-
-
-def _inside(x: Tensor) -> tuple[int, int]:
-    return x.shape[2] - WINDOW + 1, x.shape[3] - WINDOW + 1
+    similarity = (2 * x * y + C1) * (2 * xy + C2) / ((x**2 + y**2 + C1) * (xx + yy + C2))
+    return similarity.mean((1, 2, 3))

@@ -1,9 +1,10 @@
-"""What JPEG does to an image, without the file: differentiable, the gradient passing straight through the rounding.
+"""Differentiable JPEG compression of a batch of images; gradients pass straight through the rounding.
 
-Colours become luminance and two chrominances, these lose half of their resolution (4:2:0), each block of 8 x 8 goes
-through a cosine transform, is rounded to multiples of a table, and comes back. Only the table depends on the quality.
+RGB becomes luminance and two chrominance channels, whose resolution is halved (4:2:0). Each block of 8 x 8 is
+transformed by the DCT, rounded to multiples of a quantization table and transformed back. Only the tables depend on the
+quality.
 
-Source: ITU-T T.81 (1992), annexes A and K; the scale of the tables is that of the Independent JPEG Group's library.
+Source: ITU-T T.81 (1992), annexes A and K; the tables scale with quality as in the Independent JPEG Group's library.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from peft_zoo.common.checks import check_int
 
 __all__ = ["jpeg"]
 
@@ -31,32 +34,31 @@ SIDE = 8
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
-    """Images as they come back from a JPEG file.
+    """Returns the images after JPEG compression and decompression.
 
     Args:
-        images: `(B, 3, H, W)`, with values in [0, 1].
-        quality: 1 to 100.
+        images: `(B, 3, H, W)` with values in [0, 1].
+        quality: 1 (smallest file) to 100.
 
     Returns:
-        `(B, 3, H, W)`, in [0, 1].
+        `(B, 3, H, W)` with values in [0, 1].
 
     Raises:
-        ValueError: If the quality cannot be.
+        ValueError: If `quality` is out of range.
     """
-    if type(quality) is not int or not 1 <= quality <= 100:
-        raise ValueError(f"quality must be an int from 1 to 100, got {quality!r}: such as 80.")
+    check_int("quality", quality, most=100)
     height, width = images.shape[2:]
     padded = F.pad(images, (0, -width % (2 * SIDE), 0, -height % (2 * SIDE)), mode="replicate")
     mixing = torch.tensor(TO_YCBCR, dtype=images.dtype, device=images.device)
-    luminance, chrominance = (255 * _mixed(padded, mixing)).split([1, 2], dim=1)
-    luminance = _rounded(luminance - 128, _table(LUMINANCE, quality, images)) + 128
-    halved = _rounded(F.avg_pool2d(chrominance, 2), _table(CHROMINANCE, quality, images))
+    luminance, chrominance = (255 * _mix_channels(padded, mixing)).split([1, 2], dim=1)
+    luminance = _quantize(luminance - 128, _table(LUMINANCE, quality, images)) + 128
+    halved = _quantize(F.avg_pool2d(chrominance, 2), _table(CHROMINANCE, quality, images))
     chrominance = F.interpolate(halved, scale_factor=2, mode="bilinear")
-    back = _mixed(torch.cat([luminance, chrominance], 1) / 255, torch.linalg.inv(mixing))
-    return back[..., :height, :width].clamp(0, 1)
+    restored = _mix_channels(torch.cat([luminance, chrominance], 1) / 255, torch.linalg.inv(mixing))
+    return restored[..., :height, :width].clamp(0, 1)
 
 
-def _mixed(images: Tensor, matrix: Tensor) -> Tensor:
+def _mix_channels(images: Tensor, matrix: Tensor) -> Tensor:
     return torch.einsum("ij,bjhw->bihw", matrix, images)
 
 
@@ -66,21 +68,20 @@ def _table(base: tuple[int, ...], quality: int, like: Tensor) -> Tensor:
     return table.view(SIDE, SIDE).to(like)
 
 
-def _rounded(plane: Tensor, table: Tensor) -> Tensor:
-    """Each block of 8 x 8 with its cosine coefficients rounded to multiples of the table."""
+def _quantize(plane: Tensor, table: Tensor) -> Tensor:
+    """Rounds the DCT coefficients of each block of 8 x 8 to multiples of the table."""
     batch, channels, height, width = plane.shape
     blocks = plane.view(batch, channels, height // SIDE, SIDE, width // SIDE, SIDE).transpose(3, 4)
-    cosines = _cosines(plane)
-    steps = cosines @ blocks @ cosines.T / table
-    # The value is rounded, the gradient that of the identity.
-    steps = steps + (steps.detach().round() - steps.detach())
-    back = cosines.T @ (steps * table) @ cosines
-    return back.transpose(3, 4).reshape(plane.shape)
+    dct = _dct_matrix(plane)
+    steps = dct @ blocks @ dct.T / table
+    steps = steps + (steps.detach().round() - steps.detach())  # straight-through gradient
+    restored = dct.T @ (steps * table) @ dct
+    return restored.transpose(3, 4).reshape(plane.shape)
 
 
-def _cosines(like: Tensor) -> Tensor:
-    """The orthogonal matrix of the cosine transform, `(8, 8)`."""
-    place = torch.arange(SIDE, dtype=torch.float64)
-    matrix = torch.cos(math.pi * (2 * place + 1) * place[:, None] / (2 * SIDE)) * math.sqrt(2 / SIDE)
+def _dct_matrix(like: Tensor) -> Tensor:
+    """Returns the orthogonal matrix of the cosine transform, `(8, 8)`."""
+    index = torch.arange(SIDE, dtype=torch.float64)
+    matrix = torch.cos(math.pi * (2 * index + 1) * index[:, None] / (2 * SIDE)) * math.sqrt(2 / SIDE)
     matrix[0] /= math.sqrt(2)
     return matrix.to(like)

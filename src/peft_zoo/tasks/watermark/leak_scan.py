@@ -1,7 +1,7 @@
-"""Before a folder is uploaded: does anything in it give the key of a watermark away?
+"""Scan of a folder for the secrets of a key before the folder is uploaded.
 
-What is searched for follows from the key alone, in the forms that are likely to get into a folder: what was saved,
-printed or pickled. It finds accidents, not somebody who hides a key.
+The search patterns follow from the key alone, in the forms that programs save, print or pickle. The scan finds
+accidents, not deliberately hidden keys.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from peft_zoo.tasks.watermark.saved_decoder import DECODER_FORMAT, PURPOSE
 
 __all__ = ["refuse_key_in"]
 
-CHUNK, OVERLAP = 2**24, 2**14  # bytes of a file that are searched at once, and again with the next
-SHORTEST_TEXT = 16  # bits: shorter messages are found in any text with digits
-SHORTEST_RAW = 48  # bits: six bytes are found in 16 GB of random ones once in 16,000 times, fewer too often
+CHUNK, OVERLAP = 2**24, 2**14  # bytes of a file searched at once, and repeated in the next search
+MIN_TEXT_BITS = 16  # shorter messages occur in any text with digits
+MIN_RAW_BITS = 48  # six bytes occur in 16 GB of random data once in 16,000 times
 BFLOAT16 = {0: b"\0\0", 1: b"\x80\x3f", -1: b"\x80\xbf"}
-ELEMENTS = [  # of tensors, arrays and pickled lists: what stands there for a 0 bit, as 0 or -1, and for a 1 bit
+ELEMENTS = [  # bytes of a 0 bit (as 0 or -1) and of a 1 bit in tensors, arrays and pickled lists
     (b"\0", b"\1"),
     *((struct.pack(f"<{kind}", low), struct.pack(f"<{kind}", 1)) for kind in "hiqefd" for low in (0, -1)),
     *((BFLOAT16[low], BFLOAT16[1]) for low in (0, -1)),
@@ -34,95 +34,107 @@ ELEMENTS = [  # of tensors, arrays and pickled lists: what stands there for a 0 
     (b"K\0", b"K\1"),
     (b"G" + struct.pack(">d", 0), b"G" + struct.pack(">d", 1)),
 ]
-FILTER_BYTES = 8  # two numbers; several such, as another machine may round one of them differently
+FILTER_BYTES = 8  # two values; several such pieces, as another machine may round one of them differently
 FILTER_PIECES = 4
 
-Trace = bytes | re.Pattern[bytes]
+Pattern = bytes | re.Pattern[bytes]
 
 
 def refuse_key_in(folder: str | os.PathLike[str], key: WatermarkKey) -> None:
-    """Make sure that a folder can be uploaded without giving a key away.
+    """Raises if a folder contains secrets of a key, so that it can be uploaded if this returns.
 
-    All files and names, in subfolders too, are searched for the secret as bytes, hexadecimal digits or base64; for the
-    decoder's seed as digits or eight bytes, its filters, and state dicts of keyed decoders, as safetensors and torch
-    write them, whoever's they are; for the message, from 16 bits on, as digits or a list of integers, floats or truth
-    values, also of -1 and 1; from 48 bits on also packed into bytes or hexadecimal digits, and as a tensor or pickled
-    list.
+    Searches all files and names, also in subfolders, for the secret as bytes, hexadecimal digits or base64; for the
+    decoder's seed as digits or eight bytes, for its filters, and for state dicts of any keyed decoder, as safetensors
+    and torch write them; for messages of 16 bits or more as digits or a list of integers, floats or bools, also of -1
+    and 1; for messages of 48 bits or more also packed into bytes or hexadecimal digits, as a tensor or a pickled list.
 
     Args:
-        folder: What is going to be uploaded.
-        key: What must not be in it.
+        folder: Folder to be uploaded.
+        key: Key that must not be in it.
 
     Raises:
-        ValueError: If it is no folder or something is found; names the file.
+        ValueError: If `folder` is not a folder, or a secret is found; names the file.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from peft_zoo.watermark import WatermarkKey
+        >>> key = WatermarkKey.generate()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     refuse_key_in(folder, key)
+        ...     _ = pathlib.Path(folder, "notes.txt").write_text(key.secret.hex())
+        ...     try:
+        ...         refuse_key_in(folder, key)
+        ...     except ValueError:
+        ...         print("found")
+        found
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"folder={str(root)!r} is no folder: give the one that is to be uploaded.")
-    traces = [*_of_secret(key.secret), *_of_decoder(key), *_of_message(key)]
+        raise ValueError(f"folder={str(root)!r} is not a folder: give the one that is to be uploaded.")
+    patterns = [*_secret_patterns(key.secret), *_decoder_patterns(key), *_message_patterns(key)]
     for path in sorted(root.rglob("*")):
-        if _found(traces, os.fsencode(path.name)):  # quoting the name would give it away
-            raise ValueError(f"the name of something in {str(path.parent)!r} gives the watermark key away: rename it.")
-        if path.is_file() and _found_in(path, traces):
+        if _found(patterns, os.fsencode(path.name)):  # the error must not quote the name
+            raise ValueError(f"the name of an entry of {str(path.parent)!r} contains the watermark key: rename it.")
+        if path.is_file() and _found_in(path, patterns):
             raise ValueError(
                 f"{str(path)!r} contains the watermark key, its message or decoder: move it out of the folder."
             )
 
 
-def _of_secret(secret: bytes) -> Iterator[Trace]:
+def _secret_patterns(secret: bytes) -> Iterator[Pattern]:
     yield secret
     yield from _hexadecimal(secret)
     for before in range(3):
-        # The secret may start at any of the three bytes of a group; digits that depend on its neighbours are left out.
+        # The secret may start at any of the three bytes of a base64 group; digits that mix it with neighbours are cut.
         text = base64.b64encode(b"\0" * before + secret)[-(-8 * before // 6) : 8 * (before + SECRET_BYTES) // 6]
         yield from {text, text.replace(b"+", b"-").replace(b"/", b"_")}
 
 
-def _of_decoder(key: WatermarkKey) -> Iterator[Trace]:
-    """Of the key's decoder all but the calibration, which does not follow from the key: of that, only what it is."""
+def _decoder_patterns(key: WatermarkKey) -> Iterator[Pattern]:
+    """Yields seed and filters of the key's decoder, and the structure of its calibration, whose values are unknown."""
     yield DECODER_FORMAT.encode()
     seed = key.seed(PURPOSE)
     raw = seed.to_bytes(8, "big")
     yield from (str(seed).encode(), raw, raw[::-1], *_hexadecimal(raw))
-    numbers = random_filters(seed, 1).numpy().astype("<f4").tobytes()
-    yield from (numbers[FILTER_BYTES * place :][:FILTER_BYTES] for place in range(FILTER_PIECES))
-    # Headers of safetensors list names in alphabetical order; pickles have the order of the state dict, and names
-    # followed by the letter for "remember this".
+    values = random_filters(seed, 1).numpy().astype("<f4").tobytes()
+    yield from (values[FILTER_BYTES * piece :][:FILTER_BYTES] for piece in range(FILTER_PIECES))
+    # safetensors headers list names alphabetically; pickles keep the order of the state dict, and a memoize opcode
+    # follows each name.
     shape = rb'centre":\{[^{}]{0,60}"shape":\[%d\][^{}]{0,90}\},"[^"]{0,300}projection":\{' % key.num_bits
     yield re.compile(shape)
     yield re.compile(rb"projection[qr\x94].{1,600}?centre[qr\x94]", re.DOTALL)
 
 
-def _of_message(key: WatermarkKey) -> Iterator[Trace]:
-    """No match is longer than `OVERLAP`."""
+def _message_patterns(key: WatermarkKey) -> Iterator[Pattern]:
+    """Yields the forms of the message; no match is longer than `OVERLAP`."""
     bits = key.message.tolist()
-    if len(bits) >= SHORTEST_TEXT:
+    if len(bits) >= MIN_TEXT_BITS:
         yield re.compile(rb"[\s,]{0,24}".join(b"1" if bit else b"0" for bit in bits))
         zeros = rb"\.0{0,18}(?:e\+00)?"
         yield re.compile(rb"[\s,]{1,24}".join((b"1" if bit else b"0") + zeros for bit in bits))
         yield re.compile(rb"[\s,]{1,24}".join((b"1" if bit else b"-1") + rb"(?:%s)?" % zeros for bit in bits))
         words = rb"[\s,]{1,24}".join(b"[Tt]rue" if bit else b"[Ff]alse" for bit in bits)
-        yield re.compile(words[4:])  # without the first of two cases: a pattern that begins with text is faster
-    if len(bits) >= SHORTEST_RAW:
+        yield re.compile(words[4:])  # a pattern that begins with a literal is faster than one with two cases
+    if len(bits) >= MIN_RAW_BITS:
         packed = np.packbits(bits).tobytes()
         yield from (packed, *_hexadecimal(packed))
         yield from (b"".join(element[bit] for bit in bits) for element in ELEMENTS)
 
 
 def _hexadecimal(data: bytes) -> set[bytes]:
-    """Digits, small and capital."""
+    """Returns the hexadecimal digits in lower and upper case."""
     return {data.hex().encode(), data.hex().upper().encode()}
 
 
-def _found(traces: list[Trace], content: bytes) -> bool:
-    return any(trace in content if isinstance(trace, bytes) else trace.search(content) for trace in traces)
+def _found(patterns: list[Pattern], content: bytes) -> bool:
+    return any(pattern in content if isinstance(pattern, bytes) else pattern.search(content) for pattern in patterns)
 
 
-def _found_in(path: Path, traces: list[Trace]) -> bool:
+def _found_in(path: Path, patterns: list[Pattern]) -> bool:
     content = b""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             content = content[-OVERLAP:] + chunk
-            if _found(traces, content):
+            if _found(patterns, content):
                 return True
     return False

@@ -1,4 +1,4 @@
-"""What is known of a watermark after its training."""
+"""Report of a training: image quality, bit accuracy, false positives and detection."""
 
 from __future__ import annotations
 
@@ -11,29 +11,39 @@ from peft_zoo.tasks.watermark.significance import MatchDistribution, message_p_v
 
 __all__ = ["EmbedReport"]
 
-DETECTION_FPR, MOST_TOGETHER = 1e-6, 63  # the second: images of one test, an odd number
+DETECTION_FPR = 1e-6
+MAX_POOLED = 63  # images of the joint test, an odd number
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What came of a training, measured on `eval_images`, or if there were none on the first 64 images trained on.
+    """Result of `embed_watermark`, measured on `eval_images`, by default the first 64 training images.
 
     Attributes:
-        steps: Of training.
-        parameters: Trained.
-        psnr: In dB, marked to clean images, the mean over those evaluated.
-        ssim: The same.
-        bit_accuracy: Share of bits that are right on marked images.
-        clean_bit_accuracy: On clean images: about 0.5.
-        nominal_fpr: False-positive rate that was asked for in the next, 0.01 or, with less than 7 bits, 2^-n.
-        measured_fpr: Share of 20,000 random messages that the exact test accepted on the clean images evaluated.
-        images_per_test: 9, or as many as there are; an odd number.
-        detection_fpr: False-positive rate in the next two: 1e-6 or, with less than 20 bits, 2^-n.
-        found: Whether the exact test finds the message in the images together: up to 63, an odd number.
-        found_alone: Share of the images that it finds the message in when they are tested one by one.
-        seconds: Of training, all parts of it if it was interrupted.
-        trace: For each step `step`, `psnr`, `bit_accuracy` (of its batch), `lambda_i`, `lambda_w`, `seconds` so far.
-        decoder: What reads the message; secret, keep it with `save_decoder`.
+        steps: Training steps.
+        parameters: Number of trained parameters.
+        psnr: Mean PSNR of marked to clean images, in dB.
+        ssim: Mean SSIM of marked to clean images.
+        bit_accuracy: Share of correct bits on marked images.
+        clean_bit_accuracy: Share of matching bits on clean images, about 0.5.
+        nominal_fpr: False-positive rate requested for `measured_fpr`: 0.01, or 2^-n for fewer than 7 bits.
+        measured_fpr: Share of 20,000 random messages that the exact test accepted on the clean images.
+        images_per_test: Images per test for `measured_fpr`: 9 or the largest available odd number.
+        detection_fpr: False-positive rate for `found` and `found_alone`: 1e-6, or 2^-n for fewer than 20 bits.
+        found: Whether the exact test detects the message in the images together, an odd number of 63 at most.
+        found_alone: Share of single images in which the exact test detects the message.
+        seconds: Training time, including the interrupted parts.
+        trace: `step`, `psnr` and `bit_accuracy` of the batch, `lambda_i`, `lambda_w` and elapsed `seconds` by step.
+        decoder: Decoder of the message; a `KeyedDecoder` is secret, keep it with `save_decoder`.
+
+    Examples:
+        >>> import torch
+        >>> measured = dict(psnr=31, ssim=0.93, bit_accuracy=0.99, clean_bit_accuracy=0.5, found=True, found_alone=0.9)
+        >>> rates = dict(nominal_fpr=0.01, measured_fpr=0.008, images_per_test=9, detection_fpr=1e-6)
+        >>> trace = [{"bit_accuracy": step / 30, "seconds": 0.1 * step} for step in range(31)]
+        >>> report = EmbedReport(30, 960, **measured, **rates, seconds=3.0, trace=trace, decoder=torch.nn.Identity())
+        >>> report.calibration["measured_fpr"], report.seconds_to(0.5, window=1)
+        (0.008, 1.5)
     """
 
     steps: int
@@ -54,11 +64,11 @@ class EmbedReport:
 
     @property
     def calibration(self) -> dict[str, float]:
-        """What may be public about false positives, for `merge_and_export` and `save_decoder`."""
+        """False-positive rates to publish, for `merge_and_export` and `save_decoder`."""
         return {name: getattr(self, name) for name in ("nominal_fpr", "measured_fpr", "images_per_test")}
 
     def seconds_to(self, bit_accuracy: float, window: int = 10) -> float | None:
-        """Seconds after which the bit accuracy, as the mean over some steps, first reached a value; None if never."""
+        """Returns the seconds until the mean bit accuracy over `window` steps first reached a value, None if never."""
         values = [entry["bit_accuracy"] for entry in self.trace]
         for end in range(window, len(values) + 1):
             if sum(values[end - window : end]) >= bit_accuracy * window:
@@ -66,17 +76,17 @@ class EmbedReport:
         return None
 
 
-def detection(read: Tensor, message: Tensor) -> dict[str, Any]:
-    """What `EmbedReport` says of the test for the message.
+def detection_facts(read: Tensor, message: Tensor) -> dict[str, Any]:
+    """Tests for the message, and returns `detection_fpr`, `found` and `found_alone` of `EmbedReport`.
 
     Args:
-        read: `(m, n)`, bits of each image.
-        message: `(n,)`, 0 or 1.
+        read: Bits of each image, `(m, n)`.
+        message: Bits `(n,)`, values 0 and 1.
     """
     fpr = max(DETECTION_FPR, 2.0 ** -read.shape[1])
-    together = read[: min(MOST_TOGETHER, (len(read) - 1) | 1)]
-    one = MatchDistribution.of(read[:1])  # of a single image it does not depend on the bits
-    alone = [one.p_value(matches) <= fpr for matches in (read == message).sum(1).tolist()]
+    together = read[: min(MAX_POOLED, (len(read) - 1) | 1)]
+    single = MatchDistribution.of(read[:1])  # the same for every single image
+    alone = [single.p_value(matches) <= fpr for matches in (read == message).sum(1).tolist()]
     return {
         "detection_fpr": fpr,
         "found": message_p_value(together, message) <= fpr,

@@ -1,104 +1,106 @@
-"""Does a message stand in images? A test that is exact whatever the decoder does: only the message need be random.
+"""Exact significance test for a message in images; its false-positive rate holds for any decoder.
 
-A decoder reads n bits from each of m images; c_i of the m images have 1 as bit i. The statistic K counts the bits that
-agree with the message, n m at most. If the message, drawn uniformly, has nothing to do with images and decoder (H0)::
+A decoder reads n bits from each of m images; c_i of the m images have bit i set. The statistic K counts the bits that
+match the message, n m at most. Under the null hypothesis H0, a message drawn uniformly and independently of images and
+decoder::
 
     K = sum_i X_i,    X_i = c_i or m - c_i with probability 1/2 each, independently        p-value = P(K >= k)
 
-The randomness is the message's, not the images': bits of a decoder are biased and correlated on natural images, and the
-same in all of them. The usual `K ~ Binomial(n m, 1/2)` takes one bias for independent evidence, m times: measured with
-m = 128, it raises false alarms 16 times as often as it says. For m = 1 both are the same test.
+The randomness is that of the message, not of the images: bits of a decoder are biased and correlated on natural images,
+and the same in all of them. The usual `K ~ Binomial(n m, 1/2)` counts one bias as m independent observations: measured
+with m = 128, it raises 16 times as many false alarms as its nominal rate. For m = 1 both tests are the same.
 
-All of it is computed in whole numbers, K's distribution as ways out of 2^n, and divided once: p-values are correctly
-rounded, however small. None is below 2^-n: it is bits, not images, that decide how sure one can be.
+The distribution of K is computed in exact integers, as counts out of 2^n messages, and divided once, so p-values are
+correctly rounded however small. No p-value is below 2^-n: more bits lower this limit, more images do not.
 
-A message is accepted if K >= threshold, with P(K >= threshold) <= fpr. (Some released code looks for
-P(K > threshold) <= fpr and then accepts K = threshold: 1.65e-6 in place of 1e-6.) For N messages tested at once and a
-false-positive rate of all together, divide it by N (Bonferroni).
+A message is accepted if K >= threshold, where P(K >= threshold) <= fpr. (Some released code computes the threshold from
+P(K > threshold) <= fpr and then accepts K = threshold: 1.65e-6 instead of 1e-6.) To test N messages at a joint
+false-positive rate, test each at fpr / N (Bonferroni).
 
-Sources: a randomisation test, Fisher, "The Design of Experiments" (1935), chapter 3; the sum of two-point laws is the
-null distribution of Wilcoxon's signed-rank statistic with other weights.
+Sources: a randomisation test, Fisher, "The Design of Experiments" (1935), chapter 3; the sum of two-point distributions
+is the null distribution of Wilcoxon's signed-rank statistic with other weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from peft_zoo.common.checks import check_int
 from peft_zoo.tasks.watermark.bch import as_bits
 
 __all__ = [
-    "FalseAlarms",
     "MatchDistribution",
-    "binomial_p_value",
-    "binomial_threshold",
     "bits_needed",
-    "count_false_alarms",
     "count_matches",
+    "false_alarm_rate",
+    "match_threshold",
     "message_p_value",
-    "threshold",
 ]
 
-MOST_VALUES = 2**18
-"""Of K, from the least to the largest: some seconds with n = 256, and enough for a thousand images of any bias."""
+MAX_VALUES = 2**18
+"""Limit of the number of values of K: seconds with n = 256, and enough for a thousand images of any bias."""
 
 
 @dataclass(frozen=True)
 class MatchDistribution:
-    """The matches K under H0, for the bits that were read from one set of images.
+    """Distribution of the matches K under H0, for the bits that were read from one set of images.
 
-    It depends on no message, hence serves for any number of them.
+    It does not depend on the message and serves for any number of messages.
 
     Attributes:
-        num_bits: n.
-        least: K of the message that agrees least.
-        ways: Of the 2^n messages, how many have `K >= least + j`: for each j from 0 up to the largest K.
+        num_bits: Bits of a message, n.
+        min_matches: Smallest possible K.
+        tail_counts: Number of the 2^n messages with `K >= min_matches + j`, for each j from 0 to the largest K.
     """
 
     num_bits: int
-    least: int
-    ways: tuple[int, ...]
+    min_matches: int
+    tail_counts: tuple[int, ...]
 
     @classmethod
     def of(cls, bits: Tensor) -> MatchDistribution:
-        """That of decoded bits.
+        """Computes the distribution for decoded bits.
 
         Args:
-            bits: `(m, n)`, bool or numbers that are 0 or 1.
+            bits: Bits of each image, `(m, n)`, bool or numeric with values 0 and 1.
 
         Raises:
-            ValueError: If they have another shape or other values, or are too many.
+            ValueError: If `bits` has another shape or other values, or is too large.
         """
         bits = as_bits("bits", bits, (None, None))
         return cls.from_counts(bits.sum(0).tolist(), len(bits))
 
     @classmethod
     def from_counts(cls, counts: Sequence[int], images: int) -> MatchDistribution:
-        """That of bits of which only sums are known. Time and memory grow with `n sum_i |m - 2 c_i|`.
+        """Computes the distribution from the sums of decoded bits; time and memory grow with `n sum_i |m - 2 c_i|`.
 
         Args:
-            counts: c_i, in how many images bit i is 1.
-            images: m.
+            counts: Number of images in which each bit is set, c_i.
+            images: Number of images, m.
 
         Raises:
-            ValueError: If there are none, a count is not an int from 0 to m, or they are too many.
+            ValueError: If `counts` is empty, a count is not an int from 0 to m, or K has too many values.
         """
-        _check_counts(counts, images)
+        check_int("images", images)
+        if len(counts) == 0:
+            raise ValueError("counts is empty: give one count per bit of the message.")
+        for position, count in enumerate(counts):
+            check_int(f"counts[{position}]", count, 0, images)
         steps = [abs(images - 2 * count) for count in counts]
-        if sum(steps) >= MOST_VALUES:
+        if sum(steps) >= MAX_VALUES:
             raise ValueError(
-                f"images={images} with {len(counts)} bits make {sum(steps) + 1} values of K, more than {MOST_VALUES}: "
+                f"images={images} with {len(counts)} bits make {sum(steps) + 1} values of K, more than {MAX_VALUES}: "
                 "test fewer images, more of them add little."
             )
-        # K is the least possible value plus some of the steps. The generating function of the ways is the product of
-        # (1 + x^step); at x = 2^(8 width) no coefficient, at most 2^n, runs into the next: one int holds them all.
+        # K is its smallest value plus a subset of the steps; the generating function of the number of subsets is the
+        # product of (1 + x^step). At x = 2^(8 width) no coefficient, 2^n at most, overflows: one int holds all of them.
         width = len(counts) // 8 + 1
         product = reduce(lambda product, step: product + (product << 8 * width * step), steps, 1)
         packed = product.to_bytes(width * (sum(steps) + 1), "little")
@@ -107,186 +109,132 @@ class MatchDistribution:
         return cls(len(counts), sum(min(count, images - count) for count in counts), tuple(reversed(tails)))
 
     def p_value(self, matches: int) -> float:
-        """`P(K >= matches)` under H0, correctly rounded.
+        """Returns `P(K >= matches)` under H0, correctly rounded.
 
         Args:
-            matches: As `count_matches` gives them.
+            matches: Number of matching bits, from `count_matches`.
         """
-        place = max(matches - self.least, 0)
-        # Python divides ints of any size correctly rounded.
-        return (self.ways[place] if place < len(self.ways) else 0) / 2**self.num_bits
+        index = max(matches - self.min_matches, 0)
+        # Python divides ints of any size with correct rounding.
+        return (self.tail_counts[index] if index < len(self.tail_counts) else 0) / 2**self.num_bits
 
     def threshold(self, fpr: float) -> int | None:
-        """The smallest K with `P(K >= threshold) <= fpr`: accept a message with this many matches, or more.
+        """Returns the smallest k with `P(K >= k) <= fpr`; a message with k matches or more is to be accepted.
+
+        The result is None if even a message that matches in all bits has a larger p-value, since bits that are set in
+        exactly half of the images match any message equally.
 
         Args:
-            fpr: Highest probability to accept a message that has nothing to do with the images, in (0, 1).
-
-        Returns:
-            None if even a message with all matches has a larger p-value: bits that are 1 in exactly half of the images
-            agree with any message and say nothing.
+            fpr: False-positive rate, in (0, 1): largest probability of accepting a message that is not in the images.
 
         Raises:
-            ValueError: If `fpr` is not in (0, 1), or below 2^-n, which no number of images can reach.
+            ValueError: If `fpr` is not in (0, 1), or is below 2^-n, which no number of images can reach.
         """
         needed = bits_needed(fpr)
         if needed > self.num_bits:
             raise ValueError(
-                f"fpr={fpr!r} is below 2^-{self.num_bits}, out of reach of {self.num_bits} bits with any number of "
-                f"images: use a message of at least {needed} bits, or a larger fpr."
+                f"fpr={fpr!r} is below 2^-{self.num_bits}, the limit of {self.num_bits} bits with any number of images:"
+                f" use a message of at least {needed} bits, or a larger fpr."
             )
-        allowed = _allowed(fpr, self.num_bits)
-        return next((self.least + place for place, ways in enumerate(self.ways) if ways <= allowed), None)
+        limit = _max_tail_count(fpr, self.num_bits)
+        found = (index for index, count in enumerate(self.tail_counts) if count <= limit)
+        return next((self.min_matches + index for index in found), None)
 
 
 def count_matches(bits: Tensor, message: Tensor) -> int:
-    """K, how many bits agree with the message.
+    """Returns K, the number of bits that match the message.
 
     Args:
-        bits: `(m, n)`, bool or numbers that are 0 or 1.
-        message: `(n,)`, the same.
+        bits: Bits of each image, `(m, n)`, bool or numeric with values 0 and 1.
+        message: Bits `(n,)`, likewise.
 
     Raises:
-        ValueError: If they have other shapes or other values.
+        ValueError: If the arguments have other shapes or other values.
     """
     bits = as_bits("bits", bits, (None, None))
     return int((bits == as_bits("message", message, (bits.shape[1],))).sum())
 
 
 def message_p_value(bits: Tensor, message: Tensor) -> float:
-    """P-value of the exact message test: how likely so many matches are for a message drawn at random.
+    """Returns the p-value of the exact test: the probability of as many matches with a message drawn at random.
 
     Args:
-        bits: `(m, n)`, bool or numbers that are 0 or 1: decoded from m images, before any error correction.
-        message: `(n,)`, the same; its owner drew it uniformly and without looking at the images.
+        bits: Bits of each image, `(m, n)`, bool or numeric with values 0 and 1, before any error correction.
+        message: Bits `(n,)`, likewise; its owner drew it uniformly and independently of the images.
 
     Raises:
-        ValueError: If they have other shapes or other values, or are too many.
+        ValueError: If the arguments have other shapes or other values, or `bits` is too large.
+
+    Examples:
+        >>> import torch
+        >>> bits = torch.tensor([[1, 0, 1, 1], [1, 0, 1, 0]])
+        >>> message_p_value(bits, torch.tensor([1, 0, 1, 1]))
+        0.125
     """
     return MatchDistribution.of(bits).p_value(count_matches(bits, message))
 
 
-def threshold(counts: Sequence[int], images: int, fpr: float) -> int | None:
-    """`MatchDistribution.threshold` for counts: the smallest K that is to be accepted, None if there is none.
+def match_threshold(counts: Sequence[int], images: int, fpr: float) -> int | None:
+    """Returns the smallest number of matches to accept for sums of decoded bits, or None if there is none.
 
     Args:
-        counts: c_i, in how many images bit i is 1; with one image, any.
-        images: m.
-        fpr: In (0, 1) and at least 2^-n.
+        counts: Number of images in which each bit is set, c_i; arbitrary for a single image.
+        images: Number of images, m.
+        fpr: False-positive rate, in (0, 1) and at least 2^-n.
 
     Raises:
-        ValueError: As `MatchDistribution.from_counts` and `MatchDistribution.threshold` do.
+        ValueError: As `MatchDistribution.from_counts` and `MatchDistribution.threshold`.
     """
     return MatchDistribution.from_counts(counts, images).threshold(fpr)
 
 
-class FalseAlarms(NamedTuple):
-    """Shares of random messages that are accepted.
+def false_alarm_rate(
+    bits: Tensor,
+    images: int,
+    fpr: float,
+    messages: int = 20_000,
+    seed: int = 0,
+    threshold: Callable[[Sequence[int], int, float], int | None] = match_threshold,
+) -> float:
+    """Measures the false-positive rate: the share of random messages that are accepted in unmarked images.
 
-    Attributes:
-        exact: By the exact test.
-        binomial: By the usual one.
-    """
-
-    exact: float
-    binomial: float
-
-
-def count_false_alarms(bits: Tensor, images: int, fpr: float, messages: int = 20_000, seed: int = 0) -> FalseAlarms:
-    """The measured false-positive rate beside the nominal one: random messages looked for in images that have none.
-
-    Each message is tested on each group of images: the first m, the next m, and so on, without a rest. The deviation
-    of a share is at most `sqrt(fpr / messages)`.
+    Each message is tested on each complete group of consecutive images. The standard deviation of the result is at most
+    `sqrt(fpr / messages)`.
 
     Args:
-        bits: `(N, n)`, bool or numbers that are 0 or 1: decoded from images that carry none of the messages.
-        images: m, of a group, from 1 to N.
-        fpr: The nominal rate, as for `MatchDistribution.threshold`.
-        messages: How many; memory grows with `messages N / m`.
-        seed: Of the messages.
+        bits: Bits of each image, `(N, n)`, bool or numeric with values 0 and 1; the images carry none of the messages.
+        images: Images per test, m, from 1 to N.
+        fpr: Nominal rate, in (0, 1) and at least 2^-n.
+        messages: Number of random messages, default 20,000; memory grows with `messages N / m`.
+        seed: Seed of the messages, default 0.
+        threshold: Maps counts, images and fpr to the smallest number of matches to accept; default the exact test.
 
     Raises:
-        ValueError: If an argument cannot be used, as `MatchDistribution` says.
+        ValueError: If an argument is invalid.
     """
     bits = as_bits("bits", bits, (None, None))
-    if type(images) is not int or not 1 <= images <= len(bits):
-        raise ValueError(f"images={images!r} must be an int from 1 to the {len(bits)} that were decoded.")
+    check_int("images", images, most=len(bits))
     counts = torch.stack([group.sum(0) for group in bits.split(images)[: len(bits) // images]])
     drawn = torch.randint(2, (messages, bits.shape[1]), generator=torch.Generator().manual_seed(seed))
-    # A bit agrees with c images if the message has 1 there, with m - c if it has 0.
+    # A bit matches in c images if it is set in the message, and in m - c otherwise.
     matches = (images - counts).sum(1) + drawn.float() @ (2 * counts - images).float().T
     limits = [threshold(row, images, fpr) for row in counts.tolist()]
-    usual = binomial_threshold(bits.shape[1] * images, fpr)
     limit = matches.new_tensor([math.inf if limit is None else limit for limit in limits])
-    accepted = (matches >= limit, matches >= (math.inf if usual is None else usual))
-    return FalseAlarms(*(float(hit.double().mean()) for hit in accepted))
+    return float((matches >= limit).double().mean())
 
 
 def bits_needed(fpr: float) -> int:
-    """The smallest n with `2^-n <= fpr`: how long a message must be to be accepted at this false-positive rate at all.
+    """Returns the smallest n with `2^-n <= fpr`: the least length of a message that can be accepted at this rate.
 
     Raises:
         ValueError: If `fpr` is not in (0, 1).
     """
     if not 0 < fpr < 1:
-        raise ValueError(f"fpr must be between 0 and 1, got {fpr!r}: a false-positive rate such as 1e-6.")
+        raise ValueError(f"fpr={fpr!r} must be between 0 and 1: use a false-positive rate such as 1e-6.")
     return 1 - math.frexp(fpr)[1]  # frexp: fpr = fraction 2^exponent, 1/2 <= fraction < 1
 
 
-def binomial_p_value(matches: int, trials: int) -> float:
-    """`P(Binomial(trials, 1/2) >= matches)`, correctly rounded.
-
-    For one image it is the p-value of the message; for m pooled images, `trials = n m`, it is what others use and too
-    small: for comparison only.
-
-    Raises:
-        ValueError: If there is no trial.
-    """
-    _check_trials(trials)
-    ways = 0 if matches > trials else next(ways for k, ways in _tails(trials) if k <= max(matches, 0))
-    return ways / 2**trials
-
-
-def binomial_threshold(trials: int, fpr: float) -> int | None:
-    """The smallest k with `P(Binomial(trials, 1/2) >= k) <= fpr`, None if it is larger than `trials`; see above.
-
-    Raises:
-        ValueError: If there is no trial or `fpr` is not in (0, 1).
-    """
-    _check_trials(trials)
-    bits_needed(fpr)  # for its check
-    allowed = _allowed(fpr, trials)
-    most = next(k for k, ways in _tails(trials) if ways > allowed)  # at the latest 0, which all ways have
-    return most + 1 if most < trials else None
-
-
-def _allowed(fpr: float, bits: int) -> int:
-    """The largest number of 2^bits equally likely ways whose probability is at most `fpr`, exactly."""
+def _max_tail_count(fpr: float, bits: int) -> int:
+    """Returns the largest count out of 2^bits whose probability is at most `fpr`, exactly."""
     numerator, denominator = fpr.as_integer_ratio()
     return numerator * 2**bits // denominator
-
-
-def _tails(trials: int) -> Iterator[tuple[int, int]]:
-    """For each k, the largest first, how many of the 2^trials ways have at least k successes."""
-    ways, single = 0, 1
-    for k in range(trials, -1, -1):
-        ways += single
-        yield k, ways
-        single = single * k // (trials - k + 1)
-
-
-def _check_counts(counts: Sequence[int], images: int) -> None:
-    if type(images) is not int or images < 1:
-        raise ValueError(f"images must be a positive int, got {images!r}: how many were decoded.")
-    if len(counts) == 0:
-        raise ValueError("counts is empty: give one for each bit of the message.")
-    for place, count in enumerate(counts):
-        if type(count) is not int or not 0 <= count <= images:
-            raise ValueError(
-                f"counts[{place}]={count!r} must be an int from 0 to images={images}: in how many of them the bit is 1."
-            )
-
-
-def _check_trials(trials: int) -> None:
-    if type(trials) is not int or trials < 1:
-        raise ValueError(f"trials must be a positive int, got {trials!r}: bits times images.")

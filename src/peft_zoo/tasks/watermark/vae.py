@@ -1,4 +1,4 @@
-"""What embedding needs of an autoencoder: latents, images, the LoRA put in and taken out, and all else as it was."""
+"""Operations on an autoencoder for embedding: check, encode, decode, and add or remove the LoRA."""
 
 from __future__ import annotations
 
@@ -11,54 +11,52 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 
-__all__: list[str] = []
-
 ATTENTION = ("attn", "attention", "to_q", "to_k", "to_v", "to_out")
 ENCODER = ("encoder", "quant_conv")
 
 
 def check_vae(vae: Any, config: WatermarkLoraConfig) -> None:
-    """Whether a watermark can be trained into an autoencoder.
+    """Checks that a watermark can be trained in an autoencoder with a configuration.
 
     Raises:
-        ValueError: If it does not encode and decode, is not in float32, has adapters already, or the configuration's
-            target is nothing, attention only, or not in the decoder, or it asks for more to be trained than the LoRA.
+        ValueError: If `vae` cannot encode and decode, is not in float32 or has adapters; if the target modules are
+            missing, attention only, or not in the decoder; or if `config` trains more than the LoRA.
     """
     if not isinstance(vae, nn.Module) or not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ValueError(f"vae is a {type(vae).__name__}: give a module that has encode and decode, such as pipe.vae.")
     other = {p.dtype for p in vae.parameters() if p.is_floating_point()} - {torch.float32}
     if other:
-        raise ValueError(f"vae has weights in {other.pop()}, whose steps are too coarse to train: use vae.float().")
+        raise ValueError(f"vae has weights in {other.pop()}, which is too coarse for training: use vae.float().")
     layers = [module for module in vae.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError("vae has a merged adapter, which would become part of the mark: unmerge and delete it first.")
     if layers:
-        raise ValueError("vae has adapters already: merge them for good (unload) or delete them first.")
-    for name, nothing in (("modules_to_save", None), ("bias", "none")):
-        if (value := getattr(config, name)) not in (nothing, []):
-            raise ValueError(f"config.{name}={value!r} is not trained with a watermark: use {name}={nothing!r}.")
+        raise ValueError("vae has adapters: merge them permanently (merge_and_unload) or delete them first.")
+    for name, default in (("modules_to_save", None), ("bias", "none")):
+        if (value := getattr(config, name)) not in (default, []):
+            raise ValueError(f"config.{name}={value!r} cannot be trained with a watermark: use {name}={default!r}.")
     _check_target(vae, config.plain_lora(vae))
 
 
 def _check_target(vae: Any, config: LoraConfig) -> None:
     names = [name for name, _ in vae.named_modules() if name and check_target_module_exists(config, name)]
-    asked = f"target_modules={config.target_modules!r}"
+    given = f"target_modules={config.target_modules!r}"
     if not names:
-        raise ValueError(f"{asked} matches no module of {type(vae).__name__}: use 'last_up_block', or its names.")
+        raise ValueError(f"{given} matches no module of {type(vae).__name__}: use 'last_up_block', or module names.")
     outside = [name for name in names if name.split(".")[0] in ENCODER]
     if outside:
-        raise ValueError(f"{asked} matches {outside[0]!r}, which decoding does not use: name modules of the decoder.")
+        raise ValueError(f"{given} matches {outside[0]!r}, which decoding does not use: name modules of the decoder.")
     if all(any(word in name for word in ATTENTION) for name in names):
-        raise ValueError(f"{asked} matches attention only, where training is unstable: name convolutions too.")
+        raise ValueError(f"{given} matches attention only, where training is unstable: name convolutions too.")
 
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> Tensor:
-    """Latents of images: of a distribution, its mode.
+    """Returns the latents of images; the mode if the encoder returns a distribution.
 
     Args:
-        vae: An autoencoder.
-        images: `(B, 3, H, W)` in [0, 1].
+        vae: Autoencoder.
+        images: `(B, 3, H, W)` with values in [0, 1].
     """
     found = vae.encode(2 * images - 1)
     if hasattr(found, "latent_dist"):
@@ -67,22 +65,22 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images `(B, 3, H, W)` in [0, 1] of latents."""
+    """Returns the images of latents, `(B, 3, H, W)` with values in [0, 1]."""
     found = vae.decode(latents)
     return ((getattr(found, "sample", found) + 1) / 2).clamp(0, 1)
 
 
 @torch.no_grad()
 def reconstruct(vae: Any, images: Tensor, batch_size: int = 16) -> tuple[Tensor, Tensor]:
-    """Latents of images, and what the autoencoder makes of them; both where the images are.
+    """Encodes and decodes images; returns latents and decoded images on the device of `images`.
 
     Args:
-        vae: An autoencoder.
-        images: `(N, 3, H, W)` in [0, 1].
-        batch_size: Images at once.
+        vae: Autoencoder.
+        images: `(N, 3, H, W)` with values in [0, 1].
+        batch_size: Images per batch, default 16.
 
     Raises:
-        ValueError: If the images come back in another size.
+        ValueError: If the decoded images have another size.
     """
     device = next(vae.parameters()).device
     latents, decoded = [], []
@@ -91,17 +89,22 @@ def reconstruct(vae: Any, images: Tensor, batch_size: int = 16) -> tuple[Tensor,
         decoded.append(decode(vae, latents[-1]).to(images.device))
         if decoded[-1].shape != batch.shape:
             raise ValueError(
-                f"images of {batch.shape[2]} x {batch.shape[3]} pixels come back from the vae as "
-                f"{decoded[-1].shape[2]} x {decoded[-1].shape[3]}: use sides that its factor of reduction divides."
+                f"images of {batch.shape[2]} x {batch.shape[3]} pixels are decoded by vae to "
+                f"{decoded[-1].shape[2]} x {decoded[-1].shape[3]}: use sides divisible by its downsampling factor."
             )
     return torch.cat(latents).to(images.device), torch.cat(decoded)
 
 
 def add_lora(vae: Any, config: WatermarkLoraConfig, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Put the LoRA into an autoencoder, as peft's own class so that all of diffusers works with it.
+    """Adds the LoRA to an autoencoder as stock peft layers, so that diffusers' functions work on it.
+
+    Args:
+        vae: Autoencoder.
+        config: Configuration; its seed determines the initial factors.
+        adapter_name: Name of the adapter.
 
     Returns:
-        Its parameters by name, those of one seed always the same.
+        The LoRA parameters by name.
     """
     plain = config.plain_lora(vae)
     with torch.random.fork_rng():
@@ -114,23 +117,17 @@ def add_lora(vae: Any, config: WatermarkLoraConfig, adapter_name: str) -> dict[s
 
 
 def mark_trained(vae: Any, adapter_name: str, commitment: str) -> None:
-    """Remember, in memory only, that a LoRA carries a key's message.
-
-    Args:
-        vae: With the LoRA.
-        adapter_name: Of the LoRA.
-        commitment: The key's.
-    """
+    """Records, in memory only, that an adapter carries the message of the key with this commitment."""
     vae.peft_config[adapter_name].watermark_commitment = commitment
 
 
 def trained_commitment(vae: Any, adapter_name: str) -> str | None:
-    """What `mark_trained` has noted; None for every other LoRA."""
+    """Returns the commitment that `mark_trained` recorded for an adapter, or None."""
     return getattr(getattr(vae, "peft_config", {}).get(adapter_name), "watermark_commitment", None)
 
 
 def remove_lora(vae: Any) -> None:
-    """Take all LoRA layers out of an autoencoder; what is merged stays in the weights."""
+    """Removes all LoRA layers from an autoencoder; merged updates stay in the weights."""
     for name, module in list(vae.named_modules()):
         if isinstance(module, BaseTunerLayer):
             vae.set_submodule(name, module.get_base_layer())

@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.watermark.suite`: means over the keys."""
+"""Markdown tables of the benchmark results, averaged over keys."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ NAMES = {"two_sided": "LoRA", "dlws": "LoRA, dlws", "augmented": "LoRA, augmente
 
 Run = Mapping[str, Any]
 UNTIMED = {"seconds": None, "seconds_to_99": None}
-"""Of a run on another machine than that of the table."""
+"""Replaces the times of runs on another machine than that of the table."""
 Cells = dict[tuple[str, int], list[Run]]
-"""Runs of every method and number of bits, one for each key."""
+"""Maps method and number of bits to runs, one per key."""
 
 
-def tables(result: Mapping[str, Any]) -> str:
-    """All tables in Markdown.
+def all_tables(result: Mapping[str, Any]) -> str:
+    """Returns all tables in Markdown.
 
     Args:
-        result: What the benchmark saves.
+        result: Saved result of the benchmark.
     """
     cells: Cells = {}
     for name, run in result["runs"].items():
         method, bits, _ = name.split("/")
         cells.setdefault((method, int(bits)), []).append(run)
     ours = {bits: runs for (method, bits), runs in sorted(cells.items()) if method == "two_sided"}
-    parts = [_quality(cells), costs(cells), alarms(ours), _images(cells), _weights(cells)]
+    attacked = [_attacks(cells, kind, f"to the {kind}") for kind in ("images", "weights")]
+    parts = [_quality(cells), cost_table(cells), alarm_table(ours), *attacked]
     return "\n\n".join(parts)
 
 
 def write_docs(path: Path, *others: Path) -> None:
-    """Put the tables of a saved result into the page of the method, after what it was measured on.
+    """Writes the machine, the settings and the tables of saved results to the page of the method.
 
     Args:
-        path: The result.
-        others: Of other machines, with more keys; their times are not counted.
+        path: Path of a result.
+        others: Paths of results from other machines, with more keys; their times are omitted.
 
     Raises:
-        ValueError: If one was trained with other settings.
+        ValueError: If the settings differ.
     """
     result = json.loads(path.read_text(encoding="utf-8"))
     given = {name: value for name, value in result["settings"].items() if value is not None and name != "quick"}
@@ -52,28 +53,28 @@ def write_docs(path: Path, *others: Path) -> None:
     parts = [f"{common.describe(result['machine'])}; {said}."]
     for other in (json.loads(path.read_text(encoding="utf-8")) for path in others):
         parts.append(_joined(result, other))
-    content = f"{' '.join(parts)}\n\n{tables(result)}"
+    content = f"{' '.join(parts)}\n\n{all_tables(result)}"
     page = common.replace_block(PAGE.read_text(encoding="utf-8"), "measured", content)
     PAGE.write_text(page, encoding="utf-8")
 
 
 def _joined(result: dict[str, Any], other: Mapping[str, Any]) -> str:
-    """Add the runs of another machine to a result; returns a sentence that names them."""
+    """Adds the runs of another machine to a result; returns a sentence that names them."""
     if unlike := differing(result["settings"], other["settings"]) - {"device"}:
-        raise ValueError(f"--docs: results differ in {', '.join(sorted(unlike))}; give those of the same settings.")
+        raise ValueError(f"--docs: results differ in {', '.join(sorted(unlike))}; give results with the same settings.")
     more = {name: {**run, **UNTIMED} for name, run in other["runs"].items() if name not in result["runs"]}
     result["runs"] |= more
     return f"Trained apart, and without its times: {', '.join(more)} ({common.describe(other['machine'])})."
 
 
 def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> set[str]:
-    """Names of settings that differ; one that a result is too old to know is None, the method's default."""
+    """Returns the names of settings that differ; a missing one counts as None, the default of the method."""
     return {name for name in {*settings, *others} if settings.get(name) != others.get(name)}
 
 
 def _quality(cells: Cells) -> str:
     tests = list(next(iter(cells.values()))[0]["found"])
-    header = ["mark", "PSNR, dB", "SSIM", "bits right", *(f"found: {_test(test)}" for test in tests)]
+    header = ["mark", "PSNR, dB", "SSIM", "bits correct", *(f"found: {_test_title(test)}" for test in tests)]
     rows = []
     for (method, bits), runs in _ordered(cells):
         figures = [_deviating(runs, "psnr", "{:.1f}"), _mean((run["ssim"] for run in runs), "{:.3f}")]
@@ -83,12 +84,13 @@ def _quality(cells: Cells) -> str:
     return common.markdown(header, rows)
 
 
-def _test(name: str) -> str:
+def _test_title(name: str) -> str:
     images, rate = name.split(", ")
     return f"{images} image{'s' if images != '1' else ''} at {rate}"
 
 
-def costs(cells: Cells) -> str:
+def cost_table(cells: Cells) -> str:
+    """Returns the table of trained parameters and times."""
     rows = []
     for (method, bits), runs in _ordered(cells):
         runs = [run for run in runs if run["seconds"] is not None]
@@ -102,16 +104,16 @@ def costs(cells: Cells) -> str:
         parameters = f"{runs[0]['parameters']:,}"
         seconds = _mean((run["seconds"] for run in runs), "{:.1f}")
         rows.append([f"{bits} bits, {NAMES[method]}", parameters, seconds, to_99])
-    return common.markdown(["mark", "trained", "s of training", "s to 99 % of a batch's bits"], rows)
+    return common.markdown(["mark", "parameters", "training, s", "s to 99 % of a batch's bits"], rows)
 
 
-def alarm(test: str, rate: float) -> str:
-    """What a share of false alarms is called: without its rate where results had this one only, at first."""
+def alarm_name(test: str, rate: float) -> str:
+    """Returns the name of a false-alarm rate in results; without its rate for 1e-3, the only rate of old results."""
     return test if rate == 1e-3 else f"{test}, {rate:g}"
 
 
-def alarms(ours: Mapping[int, list[Run]]) -> str:
-    """Shares of random messages that are found, for every number of bits and of images in one test."""
+def alarm_table(ours: Mapping[int, list[Run]]) -> str:
+    """Returns the table of false-alarm rates by number of bits and images per test."""
     found = {bits: [run["false_alarms"] for run in runs] for bits, runs in ours.items()}
     every = [one for shares in found.values() for one in shares]
     wheres = union(every)
@@ -124,26 +126,18 @@ def alarms(ours: Mapping[int, list[Run]]) -> str:
         for bits, shares in found.items()
         for count in images
     ]
-    return common.markdown(["images of one test", *map(", ".join, columns)], rows)
+    return common.markdown(["images per test", *map(", ".join, columns)], rows)
 
 
 def union(names: Iterable[Iterable[str]]) -> list[str]:
-    """Each name once, in the order in which they come."""
+    """Returns each name once, in order of first occurrence."""
     return list(dict.fromkeys(chain.from_iterable(names)))
 
 
-def _images(cells: Cells) -> str:
-    return _attacks(cells, "images", "to the images")
-
-
-def _weights(cells: Cells) -> str:
-    return _attacks(cells, "weights", "to the weights")
-
-
 def _attacks(cells: Cells, kind: str, title: str) -> str:
-    """For each attack the share of right bits, and in brackets of groups of images that are found; PSNR if it has.
+    """Returns the table of attacks: bit accuracy, share of detected groups in brackets, and PSNR if measured.
 
-    Images also have a column of controls: clean ones after the same attack, read with a key of the most bits.
+    Attacks on images have a further column of clean images after the same attack, for a key with the most bits.
     """
     attacked = {key: [run["attacks"] for run in runs] for key, runs in _ordered(cells) if "attacks" in runs[0]}
     columns = [
@@ -154,12 +148,12 @@ def _attacks(cells: Cells, kind: str, title: str) -> str:
         known = [one["controls"] for one in attacked["two_sided", most] if "controls" in one]
         columns += [(f"clean images, {most} bits", known)] if known else []
     names = union(one for _, runs in columns for one in runs)
-    rows = [[name, *(_left([one.get(name) for one in runs]) for _, runs in columns)] for name in names]
+    rows = [[name, *(_attack_cell([one.get(name) for one in runs]) for _, runs in columns)] for name in names]
     return common.markdown([title, *(header for header, _ in columns)], rows)
 
 
-def _left(found: Sequence[Run | None]) -> str:
-    """What one attack has left of the marks of all keys; a dash if a result does not know it."""
+def _attack_cell(found: Sequence[Run | None]) -> str:
+    """Formats the values of one attack, averaged over keys; a dash if a result lacks it."""
     known = [one for one in found if one is not None]
     if len(known) < len(found):
         return "-"
@@ -176,14 +170,14 @@ def _ordered(cells: Cells) -> list[tuple[tuple[str, int], list[Run]]]:
 
 
 def _mean(values: Iterable[float | None], form: str) -> str:
-    """A dash if one is missing."""
+    """Formats the mean; a dash if a value is missing."""
     found = list(values)
     known = [value for value in found if value is not None]
     return form.format(statistics.fmean(known)) if len(known) == len(found) else "-"
 
 
 def _deviating(runs: list[Run], name: str, form: str) -> str:
-    """Mean, and the standard deviation over the keys."""
+    """Formats mean and standard deviation over keys."""
     values = [run[name] for run in runs]
     text = form.format(statistics.fmean(values))
     return text if len(values) == 1 else f"{text} ± {form.format(statistics.stdev(values))}"
