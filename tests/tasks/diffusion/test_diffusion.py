@@ -1,4 +1,4 @@
-"""The whole diffusion job on a denoiser with random weights, and the composition of what it trains."""
+"""The diffusion task from training to reloading on a denoiser with random weights, and composition of its adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.tasks.diffusion.samples import SHAPE, garment_file, lora_folders, tin
 
 __all__ = ["garment_file", "lora_folders", "tiny_base"]
 
-TRAINED = [name for name, method in methods().items() if getattr(method.config_cls, "trainable", True)]
+# One method with parameters of its own; those with factors of a LoRA are like the baseline here.
+OURS = [name for name, method in methods().items() if method.trainable and method.tuner_cls.prefix != "lora_"][-1]
 
 
 @pytest.fixture
@@ -44,12 +45,11 @@ def settings(garment_file: Path, tiny_base: Path, tmp_path: Path) -> dict[str, A
     }
 
 
-@pytest.mark.parametrize("method", [*TRAINED, BASELINE])
-def test_every_method_trains_saves_reloads_and_merges(method: str, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", [OURS, BASELINE])
+def test_an_adapter_is_trained_saved_reloaded_and_merged(method: str, settings: dict[str, Any]) -> None:
     outcome = train(load_task(TrainSettings(method=method, concept="checker", **settings)))
     assert outcome.improved, outcome.scores
-    assert outcome.reload_matches
-    assert outcome.merge_matches
+    assert outcome.reload_matches and outcome.merge_matches
     names = list(load_file(Path(settings["output"]) / "adapter_model.safetensors"))
     for layer in ("resnets.0.conv1", "resnets.0.time_emb_proj", "attentions.0.to_q"):
         assert any(f"down_blocks.1.{layer}." in name for name in names), names
@@ -62,7 +62,7 @@ def test_each_concept_is_another_job(settings: dict[str, Any]) -> None:
     assert {int(splits["checker"].train[i]["labels"]) for i in range(16)} == set(range(8))
     first = [splits[name].test[0]["images"] for name in CONCEPTS[1:]]
     assert not any(torch.equal(first[i], first[j]) for i in range(3) for j in range(i))
-    with pytest.raises(SettingError, match=r"unknown concept 'stripes': Choose one of bag, gradient"):
+    with pytest.raises(SettingError, match="concept 'stripes'"):
         load_task(TrainSettings(concept="stripes", **settings))
 
 
