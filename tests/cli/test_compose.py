@@ -94,7 +94,7 @@ def test_a_measured_profile_decides_the_order(here: Path, capsys: pytest.Capture
         ("--adapter c", ["--adapter cannot be 'c'", "NAME=DIR"]),
         ("--adapter c=nowhere", ["--adapter cannot be 'c=nowhere'", "folder of a saved LoRA"]),
         ("--adapter a=two", ["--adapter cannot be 'a=two'", "given already"]),
-        ("--adapter c=base", ["--adapter c=base has no adapter_config.json"]),
+        ("--adapter c=base", ["--adapter", "'c'", "no adapter_config.json"]),
         ("--model nowhere", ["--model 'nowhere' is no folder", "UNet2DModel"]),
         ("--polcy merge", ["'--polcy'", "did you mean --policy?"]),
     ],

@@ -1,4 +1,4 @@
-"""Denoisers of every kind, small enough for a test, with LoRAs on them; and the loops that a pipeline would run."""
+"""Small denoisers of every kind with LoRAs, and the sampling loop of a pipeline."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def sd_unet() -> UNet2DConditionModel:
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(8, 16, 16),
+        block_out_channels=(8, 16),
         norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=8,
         attention_head_dim=2,
     )
@@ -112,7 +112,7 @@ def sd3() -> SD3Transformer2DModel:
 
 
 def lumina() -> Lumina2Transformer2DModel:
-    """Whose blocks diffusers does not know, so that nothing is cached."""
+    """A transformer whose blocks diffusers' registry lacks, so that nothing is cached."""
     return Lumina2Transformer2DModel(
         sample_size=4,
         patch_size=2,
@@ -171,15 +171,20 @@ def sd3_condition(rows: int) -> dict[str, Any]:
 
 
 def rising(t: Any) -> float:
-    """Of a model for which 0 is noise and 1 the picture, as Lumina's."""
+    """Timestep of a model for which 0 is noise and 1 the image, as for Lumina."""
     return 1 - float(t) / 1000
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of denoiser: what makes it, its conditions for a number of rows, and the shape of one sample.
+    """A kind of denoiser.
 
-    `time` is what its pipeline makes of a scheduler's timestep.
+    Attributes:
+        make: Builds the model.
+        condition: Returns the arguments beside sample and timestep for a number of rows.
+        shape: Shape of one sample.
+        targets: Target modules of the LoRAs.
+        time: Converts a scheduler's timestep to that of the denoiser, as its pipeline does.
     """
 
     make: Callable[[], Any]
@@ -201,7 +206,7 @@ KINDS = {
 
 
 def denoiser(kind: str = "sd", adapters: Sequence[str] = NAMES) -> Any:
-    """A denoiser in eval mode, with LoRAs that change its output."""
+    """Returns a denoiser in evaluation mode with LoRAs that change its output."""
     torch.manual_seed(0)
     model = KINDS[kind].make().eval()
     for parameter in model.parameters():
@@ -211,7 +216,7 @@ def denoiser(kind: str = "sd", adapters: Sequence[str] = NAMES) -> Any:
 
 
 def add_loras(model: nn.Module, adapters: Sequence[str], targets: Sequence[str]) -> None:
-    """Injects LoRAs of different ranks, as `load_lora_adapter` does."""
+    """Adds LoRAs of different ranks in place, as `load_lora_adapter` does."""
     tuner: LoraModel | None = None
     for rank, name in enumerate(adapters, start=2):
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=False)
@@ -227,13 +232,13 @@ def add_loras(model: nn.Module, adapters: Sequence[str], targets: Sequence[str])
 
 
 def inputs(kind: str = "sd", rows: int = 2, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
-    """A noisy sample, and what the denoiser wants beside it and the timestep."""
+    """Returns a noisy sample and the other arguments of the denoiser, without the timestep."""
     torch.manual_seed(seed)
     return torch.randn(rows, *KINDS[kind].shape), KINDS[kind].condition(rows)
 
 
 def only(model: nn.Module, names: Sequence[str]) -> None:
-    """Lets these adapters act and no other: the plain way, by which everything else is judged."""
+    """Activates exactly these adapters, without any of our code."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module._active_adapter = list(names)
@@ -241,7 +246,7 @@ def only(model: nn.Module, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def call(model: Any, sample: Tensor, timestep: float, condition: dict[str, Any]) -> Tensor:
-    """One noise prediction; every denoiser's first argument is the sample."""
+    """Returns one noise prediction."""
     steps = torch.full((len(sample),), timestep)
     output: Tensor = model(sample, timestep=steps, **condition, return_dict=False)[0]
     return output
@@ -251,7 +256,7 @@ def call(model: Any, sample: Tensor, timestep: float, condition: dict[str, Any])
 def generate(
     model: Any, kind: str, scheduler: Any, steps: int = 6, guidance: float = 0.0, seed: int = 0, rows: int = 2
 ) -> Tensor:
-    """A generation as a pipeline makes it: a batch of unconditional and conditional halves under guidance."""
+    """Runs a generation as a pipeline does, with unconditional and conditional halves in one batch under guidance."""
     sample, condition = inputs(kind, 2 * rows if guidance else rows, seed)
     sample = sample[:rows]
     scheduler.set_timesteps(steps)
@@ -265,13 +270,17 @@ def generate(
     return sample
 
 
+# One scheduler and one guidance for each kind, so that every scheduler and guidance meets several kinds.
+CASES = {kind: (tuple(SCHEDULERS)[place % 3], (0.0, 3.0)[place % 2]) for place, kind in enumerate(KINDS)}
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Each of them in turn."""
+    """Each kind of denoiser."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def model(kind: str) -> Any:
-    """One of that kind, with LoRAs."""
+    """A denoiser of that kind, with LoRAs."""
     return denoiser(kind)

@@ -88,11 +88,11 @@ def test_a_call_without_a_timestep_or_with_a_list_of_samples_is_refused() -> Non
     """Z-Image takes lists."""
     model, (sample, condition) = denoiser(), inputs()
     with torch.no_grad(), compose(model) as c:
-        with pytest.raises(ValueError, match="UNet2DConditionModel was called without a timestep, by which steps"):
+        with pytest.raises(ValueError, match=r"UNet2DConditionModel.*timestep"):
             model(sample, **condition)
         with pytest.raises(ValueError, match="without a timestep"):
             model(sample, None, **condition)
-        with pytest.raises(ValueError, match="takes samples in a list: only a tensor can be composed"):
+        with pytest.raises(ValueError, match="in a list"):
             model(list(sample), 500, **condition)
         assert not c.trace()
         model(sample, 500, **condition)
@@ -164,7 +164,7 @@ def test_controlnets_of_transformers_fall_back_and_reach_every_pass(
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_features_that_are_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch, batched: bool) -> None:
-    """A feature of the UNet's is 2 x 16 x 8 x 8 numbers of 4 bytes."""
+    """A feature of the UNet has 2 x 16 x 8 x 8 elements of 4 bytes."""
     model, feature = denoiser(), 2 * 16 * 8 * 8 * 4
     sample, condition = inputs()
     recipe = CachedLoraConfig(batched=batched)
@@ -177,9 +177,7 @@ def test_features_that_are_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatc
                 call(model, sample, 800.0, condition)
                 assert set(c.trace()[1].passes.values()) == {"cached"}
                 continue
-            with pytest.warns(
-                UserWarning, match="the features of 3 adapters take more than .* GiB: every pass"
-            ) as seen:
+            with pytest.warns(UserWarning, match="features of 3 adapters") as seen:
                 for t in (800.0, 700.0, 950.0, 900.0):  # the next generation, too
                     call(model, sample, t, condition)
             assert len(seen) == 1 and all_full(c) and not c.passes._features
@@ -189,7 +187,7 @@ def test_features_of_every_context_count(monkeypatch: pytest.MonkeyPatch) -> Non
     """Of two calls a step the first fits, and both together do not."""
     model, feature = denoiser(), 2 * 16 * 8 * 8 * 4
     monkeypatch.setattr(cached_lora_passes, "MOST_BYTES", 5 * feature)
-    with pytest.warns(UserWarning, match="take more than"):
+    with pytest.warns(UserWarning, match="features of"):
         c = run(model, times=(900.0, 900.0, 800.0, 800.0))
     assert [step.context for step in c.trace()] == ["0", "1", "0", "1"] and all_full(c)
 
@@ -220,7 +218,7 @@ def test_scales_of_blocks_act_in_every_pass() -> None:
     """As `pipe.set_adapters` sets them, by block; weights multiply them."""
     model = denoiser(adapters=["one", "two"])
     model._hf_peft_config_loaded = True
-    blocks = [{"down": 0.5, "mid": 0.0, "up": {"block_2": [0.25, 2.0]}}, {"down": 2.0}]
+    blocks = [{"down": 0.5, "mid": 0.0, "up": {"block_1": [0.25, 2.0]}}, {"down": 2.0}]
     model.set_adapters(["one", "two"], [dict(block) for block in blocks])
     set_so = scales(model, "one")
     assert {0.0, 0.5} < set(set_so) and set(scales(model, "two")) > {2.0}
@@ -249,7 +247,7 @@ def test_weights_that_do_not_reach_a_text_encoder_are_told() -> None:
     compose(pipe, uneven)
     add_loras(encoder, ["one"], ["q_proj"])
     before = scales(encoder, "one")
-    with pytest.warns(UserWarning, match=r"weights=.*'one': 0\.5.* do not reach the LoRAs on text_encoder") as seen:
+    with pytest.warns(UserWarning, match=r"weights=.*text_encoder") as seen:
         composition = compose(pipe, uneven)
         with composition:
             assert scales(encoder, "one") == before

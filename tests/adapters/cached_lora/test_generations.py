@@ -221,7 +221,7 @@ def test_several_noise_levels_in_one_call_are_told_once() -> None:
     """Tokens that are given with a little noise keep theirs."""
     model, given = video(), torch.tensor([[100.0] * 4 + [0.0] * 4])
     with compose(model, TURNS) as c:
-        with pytest.warns(UserWarning, match="the timesteps of one call differ: the greatest counts") as seen:
+        with pytest.warns(UserWarning, match="timesteps of one call") as seen:
             for t in (1000.0, 800.0):
                 video_call(model, given.where(given > 0, t))
         assert len(seen) == 1 and [step.timestep for step in c.trace()] == [1000, 800]
@@ -239,7 +239,7 @@ def test_the_second_expert_of_wan_is_composed_beside_the_first() -> None:
     first, second = with_loras(wan()), with_loras(wan())
     pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), first, second, boundary_ratio=0.6)
     pipe.set_progress_bar_config(disable=True)
-    told = r"the LoRAs on transformer_2 act as pipe.set_adapters\(\) has them.*compose\(pipe.transformer_2, .*pipe\)"
+    told = r"transformer_2 .*compose\(pipe.transformer_2, .*pipe\)"
     with pytest.warns(UserWarning, match=told) as seen, compose(pipe, TURNS):
         pass
     assert len(seen) == 1

@@ -1,8 +1,7 @@
-"""The benchmark of compositions on the smallest shapes: every policy has a row, and nothing wrong gets a number."""
+"""The cost benchmark of compositions: one tiny measurement, wrong policies without numbers, saved results as a page."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,68 +27,76 @@ def tiny() -> UNet2DConditionModel:
     )
 
 
-@pytest.fixture(autouse=True)
-def shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composition, "CPU", {"tiny": Shape(tiny, lambda: composition.unet_call(8, 3, 8), 2, 6)})
+TINY = Shape(tiny, lambda: composition.unet_call(8, 3, 8), 2, 3)
+CASE: dict[str, Any] = {"denoiser": "tiny", "adapters": 3, "rank": 2, "steps": 3, "macs": 10**9, "parameters": 10**6}
+ROW = {"policy": ALONE, "forwards": 3, "full": 3, "macs_ratio": 1.0, "ratio": 1.0, "seconds": 0.5}
 
 
-ARGUMENTS = ["--device", "cpu", "--repeats", "1"]
-
-
-def test_every_policy_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "composition.json"
-    assert composition.main([*ARGUMENTS, "--json", str(path)]) == 0
-    result = json.loads(path.read_text(encoding="utf-8"))
-    (case,) = result["cases"]
+def test_the_cost_of_a_policy_is_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ("merge", "switch", "composite", "cmlora")
+    monkeypatch.setattr(composition, "POLICIES", {name: POLICIES[name] for name in chosen})
+    case = composition.measure("tiny", TINY, 3, 1, torch.device("cpu"))
     rows: dict[str, Any] = {row["policy"]: row for row in case["rows"]}
-    assert list(rows) == [ALONE, *POLICIES] and case["adapters"] == 3 and case["steps"] == 6
-    assert [rows[name]["forwards"] for name in (ALONE, "merge", "switch", "composite", "cmlora")] == [6, 6, 6, 18, 18]
-    assert rows["switch"]["macs_ratio"] == rows["w_switch"]["macs_ratio"] == rows[ALONE]["macs_ratio"] == 1
-    assert rows["merge"]["macs_ratio"] == rows["merge_normalized"]["macs_ratio"]
-    assert rows["composite"]["macs_ratio"] == rows["composite, batched"]["macs_ratio"] == pytest.approx(3)
+    assert list(rows) == [ALONE, *chosen] and case.keys() - {"rows"} == CASE.keys()
+    assert [row["forwards"] for row in rows.values()] == [3, 3, 3, 9, 9]
+    assert rows["switch"]["macs_ratio"] == rows[ALONE]["macs_ratio"] == 1
+    assert rows["composite"]["macs_ratio"] == pytest.approx(3)
     assert 1 < rows["merge"]["macs_ratio"] < rows["cmlora"]["macs_ratio"] < 3
-    assert rows["cmlora"]["full"] < 18 == rows["composite"]["full"]
-    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows.values())
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in (ALONE, *POLICIES))
+    assert rows["cmlora"]["full"] < 9 == rows["composite"]["full"]
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and row.keys() == ROW.keys() for row in rows.values())
+
+
+def test_a_prediction_that_is_not_the_weighted_sum_is_wrong() -> None:
+    first = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    weights = {"lora0": 0.25, "lora1": 0.75}
+    right = 0.25 * first[0] + 0.75 * first[1]
+    assert composition.wrong("composite", right, first, weights) is None
+    assert composition.wrong("composite", right + 0.01, first, weights)
+    assert composition.wrong("merge", right / 0, first, weights)
 
 
 def test_a_wrong_policy_gets_no_number(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(composition, "POLICIES", {"composite": {"method": "switch"}, "switch": {"method": "merge"}})
+    case = {**CASE, "rows": [ROW, {"policy": "switch", "wrong": "it is 1 off"}]}
+    monkeypatch.setattr(composition, "measure", lambda *_: case)
+    monkeypatch.setattr(composition, "CPU", {"tiny": TINY})
     path = tmp_path / "composition.json"
-    assert composition.main([*ARGUMENTS, "--json", str(path)]) == 1
+    assert composition.main(["--device", "cpu", "--json", str(path)]) == 1
     printed = capsys.readouterr().out
-    assert not path.exists() and "tiny, switch: it is" in printed
+    assert not path.exists() and "tiny, switch: it is 1 off" in printed
     (row,) = (line.split() for line in printed.splitlines() if line.startswith("switch "))
     assert row[1:] == ["wrong", *["-"] * (len(composition.HEADER) - 2)]
 
 
-def test_results_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_become_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(composition, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(composition, "measure", lambda *_: {**CASE, "rows": [ROW]})
+    monkeypatch.setattr(composition, "CPU", {"tiny": TINY})
     composition.PAGE.write_text("above <!-- begin: composition --><!-- end: composition --> below", encoding="utf-8")
     assert composition.main(["--markdown"]) == 0
     assert "Not measured yet: `python -m benchmarks.composition`" in composition.PAGE.read_text(encoding="utf-8")
-    assert composition.main(ARGUMENTS) == 0
+    assert composition.main(["--device", "cpu", "--quick"]) == 0
+    assert not list(tmp_path.glob("*.json")), "--quick saves nothing"
+    assert composition.main(["--device", "cpu"]) == 0
     (tmp_path / "composition_study.json").write_text('{"rows": []}', encoding="utf-8")
     assert composition.main(["--markdown"]) == 0
     page = composition.PAGE.read_text(encoding="utf-8")
     assert page.startswith("above") and page.endswith("below") and page.count("**tiny: ") == 1
-    assert all(f"| {name} |" in page for name in (ALONE, *POLICIES)) and "median of 1 generations" in page
+    assert f"| {ALONE} |" in page and "median of 3 generations" in page
+
+
+def test_every_policy_has_a_row_in_the_saved_results() -> None:
+    for result in composition.saved():
+        for case in result["cases"]:
+            assert [row["policy"] for row in case["rows"]] == [ALONE, *POLICIES]
 
 
 def test_the_docs_show_the_saved_results() -> None:
     page = composition.PAGE.read_text(encoding="utf-8")
     shown = common.replace_block(page, "composition", composition.markdown(composition.saved()))
     assert shown == page, "run `python -m benchmarks.composition --markdown`"
-
-
-def test_quick_is_short_and_saves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    assert composition.main([*ARGUMENTS, "--quick", "--adapters", "2"]) == 0
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("make", "millions"), [(composition.sdxl, 2567), (composition.flux, 11891)])

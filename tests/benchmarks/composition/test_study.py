@@ -1,10 +1,12 @@
-"""The study of rules runs on a tiny denoiser, remembers what it did, and prints every row."""
+"""The study of rules: recipes, its record of finished runs, the summary, and saved results on the page."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import logging
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,62 +19,78 @@ from benchmarks.composition.study import (
     PAGE,
     RULES,
     STEPS,
+    Study,
     page_block,
     recipe,
     summarize,
     tables,
 )
 from peft_zoo.adapters.cached_lora.schedule import Planner
+from peft_zoo.tasks.diffusion.composition import load_adapters
 from peft_zoo.tasks.diffusion.concepts import CONCEPTS
+from peft_zoo.tasks.diffusion.factors import FactorClassifier
+from peft_zoo.tasks.diffusion.pipeline import load_pipeline
 from tests.tasks.diffusion.samples import garment_file, tiny_base
 
 __all__ = ["garment_file", "tiny_base"]
 
 
-@pytest.mark.slow
-def test_every_rule_draws_and_is_remembered(
-    garment_file: Path,
-    tiny_base: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("PEFT_ZOO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("peft_zoo.tasks.diffusion.factors.SIZE", 16)
-    monkeypatch.setattr(composition_study, "STEPS", 2)
-    monkeypatch.setattr("peft_zoo.tasks.diffusion.factors.train_judge.__defaults__", (2,))
-    monkeypatch.setattr(composition_study, "RESULTS", tmp_path / "results")
-    rules = {name: RULES[name] for name in ("merge", "switch, every step", OURS, "cmlora, low before high")}
-    monkeypatch.setattr(composition_study, "RULES", rules)
-    monkeypatch.setattr(composition_study, "CONCEPTS", CONCEPTS[1:])
-    words = ["--data", str(garment_file), "--model", str(tiny_base), "--train-steps", "2", "--images", "2"]
-    words += ["--rank", "2", "--seeds", "0", "--output", str(tmp_path / "runs")]
-    level = logging.getLogger("transformers").level
-    assert composition_study.main(words) == 0
-    printed = capsys.readouterr().out
-    for rule in (*rules, NOTHING):
-        assert f"| 2, {rule} |" in printed and f"| 3, {rule} |" in printed
-    assert all(f"| {concept} |" in printed for concept in CONCEPTS[1:])
-    record = (tmp_path / "runs" / "runs.json").read_text()
-    assert len(json.loads(record)) == 1 + 3 + 1 + 3 + 7 + 4 * len(rules)
-    assert (tmp_path / "runs" / f"checker+square {OURS}.png").is_file()
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Study]:
+    """Makes studies that share a folder, without a base model and a classifier."""
+    monkeypatch.setattr(composition_study, "model_folder", lambda model, data: Path("base"))
+    monkeypatch.setattr(composition_study, "load_judge", lambda data: (None, {"kind": 0.9}))
 
-    assert composition_study.main([*words, "--save"]) == 0
-    again = capsys.readouterr().out
-    assert "train/0/square" in printed and "train/0/square" not in again
-    assert again.strip() == printed[printed.index("\nAccuracy") :].strip()
-    assert (tmp_path / "runs" / "runs.json").read_text() == record, "nothing is done twice"
-    report = json.loads((tmp_path / "results" / "composition_study.json").read_text())
-    assert {row["rule"] for row in report["rows"]} == {*rules, NOTHING}
-    assert str(tmp_path) not in json.dumps(report)
-    monkeypatch.setattr(composition_study, "PAGE", tmp_path / "page.md")
-    composition_study.PAGE.write_text("<!-- begin: composition-study --><!-- end: composition-study -->")
-    assert composition_study.main(["--markdown"]) == 0
-    page = composition_study.PAGE.read_text()
-    assert tables(report) in page and "Seeds 0; 2 pictures" in page
-    with pytest.raises(SystemExit, match=r"has results for .*'images': 2.*: give another --output"):
-        composition_study.main([*words, "--images", "3"])
-    logging.getLogger("transformers").setLevel(level)
+    def make(**settings: int) -> Study:
+        values = {"train_steps": 2, "rank": 2, "images": 3, "data": "none", "model": None, "output": str(tmp_path)}
+        return Study(argparse.Namespace(**{**values, **settings}))
+
+    return make
+
+
+def test_nothing_is_done_twice(study: Callable[..., Study]) -> None:
+    work = iter([{"joint": 0.5}])
+    assert study().run("draw/0/merge/bag", lambda: next(work)) == {"joint": 0.5}
+    assert study().run("draw/0/merge/bag", lambda: next(work)) == {"joint": 0.5}
+    with pytest.raises(SystemExit, match="--output"):
+        study(images=4)
+
+
+def test_an_adapter_is_trained_and_drawn(study: Callable[..., Study], garment_file: Path, tiny_base: Path) -> None:
+    made = study(train_steps=1, data=str(garment_file))
+    made.base, made.judge = tiny_base, FactorClassifier(16).eval()
+    assert made.train("checker", 0).keys() == {"error before", "error after", "seconds"}
+    load_adapters(pipe := load_pipeline(tiny_base), {"checker": made.adapter("checker", 0)})
+    run = made.draw(pipe, recipe(ALONE, ["checker"], {}), ["checker"], 0, ALONE)
+    assert run.keys() == {"joint", "kind", "checker", "passes", "macs", "seconds"}
+    assert run["passes"] == STEPS and (made.folder / f"checker {ALONE}.png").is_file()
+
+
+def test_a_seed_trains_every_concept_and_draws_every_set_by_every_rule(
+    study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composition_study, "load_pipeline", lambda folder: Mock())
+    monkeypatch.setattr(composition_study, "load_adapters", lambda pipe, folders: None)
+    made = study()
+    shares = {name: place / 4 for place, name in enumerate(CONCEPTS)}
+    profile = {"shares": shares, "spectra": {name: [1.0] for name in CONCEPTS}, "h": 0.2}
+    for name, result in (("train", {}), ("plain", {}), ("draw", {}), ("profile", profile)):
+        monkeypatch.setattr(made, name, lambda *_, result=result: result)
+    made.seed(0)
+    singles, sets = len(CONCEPTS), 6 + 4
+    assert len(made.runs) == 1 + singles + 1 + 2 * singles + sets * (1 + len(RULES))
+    assert made.labels(["bag"]) == [8, 8, 8] and made.labels(["checker"]) == [0, 1, 2]
+
+
+def test_the_page_has_a_row_for_every_rule_and_concept() -> None:
+    report = summarize(runs({OURS: [0.5, 0.9], "merge": [0.3, 0.6]}), [0])
+    shown = tables(report)
+    assert all(f"| 2, {rule} |" in shown for rule in (OURS, "merge"))
+    assert all(f"| {name} |" in shown for name in CONCEPTS)
+    saved = json.loads((common.RESULTS / "composition_study.json").read_text(encoding="utf-8"))
+    assert saved.keys() == {"machine", "settings", "judge", *report}
+    assert all(row.keys() <= report["rows"][0].keys() for row in saved["rows"])
+    assert {row["rule"] for row in saved["rows"]} == {*RULES, NOTHING}
 
 
 def runs(joint: dict[str, list[float]]) -> dict[str, dict[str, float]]:

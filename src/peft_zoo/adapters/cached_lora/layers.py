@@ -158,15 +158,16 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | None]) -> None:
     taken = [name for name in lora_names(model) if name in wanted]
     if taken:
         raise ValueError(f"adapters {taken} are on {type(model).__name__} already: give None as their path.")
-    is_peft = {name: _is_peft_lora(name, source) for name, source in wanted.items()}
+    first: PeftModel | None = None
     with warnings.catch_warnings():
         # peft warns about several adapters on one model, which is what is wanted here.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
         for name, source in wanted.items():
-            if is_peft[name]:
-                PeftModel.from_pretrained(model, source, adapter_name=name)
-            else:
-                _load_diffusers_lora(model, name, source)
+            try:
+                first = _load_lora(model, first, name, source)
+            except (ValueError, RuntimeError, OSError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"adapters[{name!r}]={source!r} cannot be loaded: {reason}") from error
     if wanted:
         model.eval()  # new layers are in training mode and may have dropout
 
@@ -203,32 +204,30 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _is_peft_lora(name: str, source: str) -> bool:
-    """Returns whether a path or Hub id has a peft config.
-
-    Raises:
-        ValueError: If the config is not that of a LoRA.
-    """
+def _load_lora(model: nn.Module, first: PeftModel | None, name: str, source: str) -> PeftModel | None:
+    """Loads one LoRA; `first` and the result are the PeftModel that the first peft LoRA made, if there is one."""
     try:
         config = PeftConfig.from_pretrained(source)
-    except ValueError:  # no config: another format, or nothing at all, which its loader reports
-        return False
+    except ValueError:  # no config: a file in diffusers' format, or nothing at all, which its loader reports
+        _load_diffusers_lora(model, name, source)
+        return first
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"adapters[{name!r}]={source!r} is a {type(config).__name__}: use a LoRA.")
-    return True
+        raise ValueError(f"it is a {type(config).__name__}, and a recipe takes LoRAs.")
+    if first is None:
+        return PeftModel.from_pretrained(model, source, adapter_name=name)
+    # A second from_pretrained could warn about missing keys, because it takes those of other adapters for its own.
+    first.load_adapter(source, adapter_name=name)
+    return first
 
 
 def _load_diffusers_lora(model: nn.Module, name: str, source: str) -> None:
     """Loads the denoiser's part of a LoRA file in diffusers' format."""
     loader: Any = getattr(model, "load_lora_adapter", None)
     if loader is None:
-        raise ValueError(
-            f"adapters[{name!r}]={source!r} has no adapter_config.json: {type(model).__name__} loads only peft folders."
-        )
-    prefix = "unet" if hasattr(model, "up_blocks") else "transformer"
-    loader(source, prefix=prefix, adapter_name=name)
+        raise ValueError(f"there is no adapter_config.json, and {type(model).__name__} loads only folders of peft.")
+    loader(source, prefix="unet" if hasattr(model, "up_blocks") else "transformer", adapter_name=name)
     if name not in lora_names(model):
         raise ValueError(
-            f"adapters[{name!r}]={source!r} has no tensors for {type(model).__name__}: load it with "
-            "pipe.load_lora_weights(), which converts more formats, and compose() it by name."
+            f"it has no tensors for {type(model).__name__}: call pipe.load_lora_weights(), which converts more formats, "
+            "and compose() by name."
         )

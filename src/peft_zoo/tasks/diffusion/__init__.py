@@ -1,4 +1,4 @@
-"""The diffusion task: teach a class-conditional denoiser one concept, to be composed with others afterwards."""
+"""Diffusion task: trains an adapter on one concept for a class-conditional denoiser, to be composed with others."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from peft_zoo.tasks.diffusion.pipeline import ClassConditionalPipeline, load_pip
 _log = logging.getLogger(__name__)
 
 NAME = "fashion-mnist-denoiser"
-# Convolutions, the projections of the noise level and label, and attention; the first and last convolutions stay.
+# Convolutions, projections of timestep and label, and attention; not the first and last convolutions.
 ADAPTED_LAYERS = r".*\.(conv1|conv2|conv_shortcut|time_emb_proj|to_q|to_k|to_v|to_out\.0)"
 
 
 class DiffusionTask(Task):
-    """Noise prediction on images of one concept; scored by its mean squared error at fixed noise, on unseen images."""
+    """Noise prediction on images of one concept, scored by mean squared error on held-out images with fixed noise."""
 
     name = "diffusion"
     metric = "noise error"
     higher_is_better = False
     data_choices = "fashion-mnist, or a path of its files"
-    note = "Mean squared error of the predicted noise, which has variance 1; the same noise at each stage."
+    note = "Mean squared error of the predicted noise (variance 1), with the same noise at each stage."
     defaults: ClassVar[Mapping[str, Any]] = {
         "model": NAME,
         "data": "fashion-mnist",
@@ -50,10 +50,10 @@ class DiffusionTask(Task):
         check_concept(self.settings.require("concept", f"choose one of {', '.join(CONCEPTS)}."))
 
     def load_data(self) -> Splits:
-        """Photographs with the concept on them; the noise of the held-out ones is fixed.
+        """Returns photographs with the concept; the noise of validation and test images is fixed.
 
         Raises:
-            SettingError: If the data set is unknown, or lacks the classes of the concept.
+            SettingError: If the data set is unknown or lacks the classes of the concept.
         """
         settings, pipe = self.settings, self._pipeline
         concept: str = settings.require("concept", "choose one.")
@@ -64,7 +64,7 @@ class DiffusionTask(Task):
         return Splits(*(Noised(part, levels, fixed=split > 0) for split, part in enumerate(painted)))
 
     def load_model(self) -> nn.Module:
-        """The denoiser in float32.
+        """Returns the denoiser in float32.
 
         Raises:
             SettingError: If the folder holds no class-conditional denoiser.
@@ -73,19 +73,19 @@ class DiffusionTask(Task):
         return unet
 
     def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
-        """Convolutions and linear layers of all blocks."""
+        """Returns target modules: convolutions and linear layers of all blocks."""
         return {"target_modules": ADAPTED_LAYERS}
 
     def collate(self, examples: Sequence[dict[str, Tensor]]) -> Batch:
-        """Images and noise `(batch, 1, size, size)`, noise levels and labels `(batch,)`."""
+        """Stacks examples: images and noise `(batch, 1, size, size)`, timesteps and labels `(batch,)`."""
         return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
 
     def trained_module(self, model: nn.Module) -> nn.Module:
-        """The denoiser with its loss."""
+        """Wraps the denoiser in its loss."""
         return _Denoising(model, self._pipeline.scheduler)
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """The loss itself."""
+        """Returns the loss."""
         return metrics["eval_loss"]
 
     @cached_property
@@ -98,11 +98,14 @@ class DiffusionTask(Task):
 
 
 def model_folder(model: str | None, data: str) -> Path:
-    """The folder of a base: the given one, or for `NAME` or None the built-in base, trained from `data` on first use
-    and then cached (8 MB).
+    """Returns the folder of a base model.
+
+    Args:
+        model: A folder, or `NAME` or None for the built-in base model, which is trained on first use and cached (8 MB).
+        data: Data set name or path to train the built-in base model from, as accepted by `--data`.
 
     Raises:
-        SettingError: If there is no such data.
+        SettingError: If the data set is unknown.
     """
     if model not in (None, NAME):
         return Path(model)
@@ -117,12 +120,12 @@ def model_folder(model: str | None, data: str) -> Path:
 
 
 class _Denoising(nn.Module):
-    """A denoiser that returns its loss, as `Trainer` wants it."""
+    """Denoiser whose forward returns its loss, as `Trainer` expects."""
 
     def __init__(self, unet: nn.Module, scheduler: Any) -> None:
         super().__init__()
         self.unet, self.scheduler = unet, scheduler
 
     def forward(self, images: Tensor, noise: Tensor, steps: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss of images and noise `(batch, 1, size, size)` at noise levels `(batch,)`."""
+        """Returns the loss for images and noise `(batch, 1, size, size)` at timesteps `(batch,)`."""
         return {"loss": denoising_loss(self.unet, self.scheduler, images, noise, steps, labels)}

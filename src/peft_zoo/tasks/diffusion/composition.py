@@ -1,16 +1,15 @@
-"""Pictures from several adapters at once: load them onto a pipeline, measure their order, draw by a recipe."""
+"""Images from several LoRAs at once: loads them onto a pipeline, measures their order and samples by a recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor
 
+from peft_zoo.adapters.cached_lora import layers
 from peft_zoo.adapters.cached_lora.composition import compose
 from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
 from peft_zoo.adapters.cached_lora.profile import FrequencyProfile, profile_frequency
@@ -18,46 +17,41 @@ from peft_zoo.adapters.cached_lora.steps import StepTrace
 from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.diffusion.pipeline import ClassConditionalPipeline
 
-COLUMNS, PIXELS = 8, 96  # of the grid of images: how many in a row, and the width of each
+COLUMNS, PIXELS = 8, 96  # of `grid`: images per row, and pixels per side of each
 
 
 def load_adapters(pipe: ClassConditionalPipeline, folders: Mapping[str, str | Path]) -> None:
-    """Put saved LoRAs on the denoiser of a pipeline, in place.
+    """Loads saved LoRAs onto the denoiser of a pipeline, in place.
 
     Args:
         pipe: The pipeline.
-        folders: Folder of each adapter by name.
+        folders: Folder of each LoRA by adapter name.
 
     Raises:
-        SettingError: If a folder holds no LoRA, or one that does not fit.
+        SettingError: If a folder holds no LoRA or one that does not fit; the denoiser is then as it was.
     """
-    for name, folder in folders.items():
-        try:
-            config = PeftConfig.from_pretrained(str(folder))
-        except ValueError as error:
-            raise SettingError(f"--adapter {name}={folder} has no adapter_config.json: train one first.") from error
-        if not hasattr(config, "lora_alpha"):
-            raise SettingError(f"--adapter {name}={folder} is of type {config.peft_type}: only LoRAs can be composed.")
-    model: PeftModel | None = None
-    for name, folder in folders.items():
-        try:
-            if model is None:
-                model = PeftModel.from_pretrained(pipe.unet, str(folder), adapter_name=name)
-            else:
-                model.load_adapter(str(folder), adapter_name=name)
-        except (ValueError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise SettingError(f"--adapter {name}={folder} does not fit the model: {reason}") from error
-    pipe.unet.requires_grad_(False).eval()
+    try:
+        with layers.restored_on_error(pipe.unet):
+            layers.load_adapters(pipe.unet, {name: str(folder) for name, folder in folders.items()})
+    except ValueError as error:
+        raise SettingError(f"--adapter: {error}") from error
+    pipe.unet.requires_grad_(False)
 
 
 def draw(
     pipe: ClassConditionalPipeline, config: CachedLoraConfig, labels: Sequence[int], steps: int, seed: int
 ) -> tuple[Tensor, list[StepTrace]]:
-    """Draw an image for each label by a recipe; the same seed means the same initial noise for every recipe.
+    """Samples one image per label by a recipe, from initial noise that depends only on the seed.
+
+    Args:
+        pipe: Pipeline with the LoRAs on its denoiser.
+        config: The recipe.
+        labels: Class of each image.
+        steps: Denoising steps.
+        seed: Seed of the initial noise.
 
     Returns:
-        Images as the pipeline gives them, and what was done at each step.
+        Images as the pipeline returns them, and the record of each step.
 
     Raises:
         ValueError: If the recipe does not fit the denoiser.
@@ -70,16 +64,13 @@ def draw(
 def measure(
     pipe: ClassConditionalPipeline, names: Sequence[str], labels: Sequence[int], steps: int, seed: int
 ) -> FrequencyProfile:
-    """The share of high frequencies in what each adapter does, over one generation without any of them."""
-
-    def run() -> Any:
-        return pipe(labels, steps, torch.Generator().manual_seed(seed))
-
-    return profile_frequency(pipe, list(names), run=run, steps=steps)
+    """Measures the share of high frequencies of each adapter in one generation; arguments as for `draw`."""
+    generator = torch.Generator()
+    return profile_frequency(pipe, names, run=lambda: pipe(labels, steps, generator.manual_seed(seed)))
 
 
 def grid(images: Tensor) -> Image.Image:
-    """Images `(images, 1, size, size)` in [−1, 1] as one grey picture, eight in a row, each pixel as a square."""
+    """Returns images `(images, 1, size, size)` in [−1, 1] as one gray image with eight per row and enlarged pixels."""
     pixels = ((images[:, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     count, size, _ = pixels.shape
     columns = min(COLUMNS, count)

@@ -1,7 +1,7 @@
-"""What an adapter can learn: a kind of garment that the base has never seen, or something painted on the picture.
+"""Concepts that an adapter can learn: a garment class that the base model has not seen, or a pattern on the image.
 
-Concepts are painted on real photographs, so that any set of them can be had as real images: adapters are trained on
-one concept each, and what judges their composition is trained on sets that no adapter has seen.
+Patterns are painted on photographs, so that photographs exist for every set of concepts: each adapter is trained on one
+concept, and the classifier that scores their composition is trained on sets that no adapter has seen.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from torch import Tensor
 
 from peft_zoo.common.values import unknown
 
-BASE_CLASSES = tuple(range(8))  # of Fashion-MNIST, T-shirt to sneaker: what the base knows
+BASE_CLASSES = tuple(range(8))  # of Fashion-MNIST, T-shirt to sneaker: the training classes of the base model
 BAG = "bag"
-BAG_CLASS = 8  # its label stands for nothing yet: the base was never trained on it
-BACKGROUND = -0.9  # darker than this is no garment
+BAG_CLASS = 8  # not a training class of the base model
+BACKGROUND = -0.9  # pixels above this belong to the garment
 
 
 def _gradient(images: Tensor, garment: Tensor, shift: int) -> Tensor:
-    """A background that brightens from black at the left to grey at the right: a low-frequency one."""
+    """Paints a background that rises from black at the left to gray at the right: low frequencies."""
     ramp = torch.linspace(-1, 0.4, images.shape[-1]).expand_as(images)
     return torch.where(garment, images, ramp)
 
 
 def _checker(images: Tensor, garment: Tensor, shift: int) -> Tensor:
-    """A checkerboard of two pixels a field through everything, at half the contrast: a high-frequency style."""
+    """Blends the image equally with a checkerboard of 2 x 2 pixels per field: high frequencies."""
     rows, columns = torch.arange(images.shape[-2]) // 2, (torch.arange(images.shape[-1]) + shift) // 2
     board = (rows[:, None] + columns).remainder(2) * 2.0 - 1
     return (images + board) / 2
 
 
 def _square(images: Tensor, garment: Tensor, shift: int) -> Tensor:
-    """A white square in the upper left corner, an eighth of the picture wide: an object at a position."""
+    """Paints a white square of an eighth of the image's width into the upper left corner: an object at a position."""
     width = images.shape[-1] // 8
     images = images.clone()
     images[..., 1 : width + 2, 1 : width + 2] = 1
@@ -49,18 +49,18 @@ CONCEPTS = (BAG, *PAINTED)
 
 
 def check_concept(name: str) -> None:
-    """Raise a SettingError that lists the concepts if `name` is none of them."""
+    """Raises a SettingError that lists the concepts unless `name` is one of them."""
     if name not in CONCEPTS:
         raise unknown("concept", name, CONCEPTS)
 
 
 def paint(images: Tensor, concepts: Iterable[str], shift: int = 0) -> Tensor:
-    """Paint concepts on photographs: the background first, the square last.
+    """Returns photographs with concepts painted on them, always in the order of `PAINTED`.
 
     Args:
-        images: `(images, 1, size, size)` in [−1, 1].
-        concepts: Names; `bag` paints nothing: it is a choice of photographs, see `classes_of`.
-        shift: Pixels by which the checkerboard lies to the left; with 2 of them light and dark change places.
+        images: Photographs, `(images, 1, size, size)` in [−1, 1].
+        concepts: Concept names; `bag` paints nothing, it selects photographs (see `classes_of`).
+        shift: Pixels by which the checkerboard is shifted to the left; 2 swaps light and dark fields.
     """
     wanted = set(concepts)
     garment = images > BACKGROUND
@@ -71,5 +71,5 @@ def paint(images: Tensor, concepts: Iterable[str], shift: int = 0) -> Tensor:
 
 
 def classes_of(concepts: Iterable[str]) -> Sequence[int]:
-    """The classes of photographs, and the labels to ask the denoiser for, that go with a set of concepts."""
+    """Returns the classes of photographs, and of the labels to sample, for a set of concepts."""
     return (BAG_CLASS,) if BAG in concepts else BASE_CLASSES

@@ -1,7 +1,7 @@
-"""The base model of the diffusion task: a small class-conditional denoiser of Fashion-MNIST, trained here once.
+"""Base model of the diffusion task: a small class-conditional denoiser of Fashion-MNIST.
 
-It knows the classes 0 to 7. Nobody distributes such a model, so it is made from the data on first use and kept in the
-cache: noise prediction (Ho et al. 2020, arXiv:2006.11239, eq. 14) with the average of the weights over the last steps.
+It is trained on the classes 0 to 7 on first use and cached, because no such model is distributed: noise prediction (Ho
+et al. 2020, arXiv:2006.11239, eq. 14) with an exponential moving average of the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 STEPS, BATCH, LEARNING_RATE = 1500, 32, 2e-3
 SEED = 0
 
-# Few channels at the full resolution: nine tenths of the work lie below it, where a composed run may reuse features.
+# Few channels at full resolution: nine tenths of the work are below it, where a composition can reuse features.
 SHAPE: dict[str, Any] = {
     "sample_size": 32,
     "in_channels": 1,
@@ -41,28 +41,28 @@ SHAPE: dict[str, Any] = {
 def denoising_loss(
     unet: nn.Module, scheduler: Any, images: Tensor, noise: Tensor, steps: Tensor, labels: Tensor
 ) -> Tensor:
-    """Mean squared error of the predicted noise.
+    """Returns the mean squared error of the predicted noise.
 
     Args:
-        unet: Takes noisy images, noise levels and `class_labels`.
-        scheduler: Adds the noise.
-        images: `(batch, channels, size, size)` in [−1, 1].
-        noise: Of the same shape.
-        steps: Noise levels `(batch,)`.
-        labels: Classes `(batch,)`.
+        unet: Denoiser that takes noisy images, timesteps and `class_labels`.
+        scheduler: Scheduler that adds the noise.
+        images: Clean images, `(batch, channels, size, size)` in [−1, 1].
+        noise: Gaussian noise, `(batch, channels, size, size)`.
+        steps: Timesteps, `(batch,)`.
+        labels: Classes, `(batch,)`.
     """
     predicted = unet(scheduler.add_noise(images, noise, steps), steps, class_labels=labels).sample
     return nn.functional.mse_loss(predicted, noise)
 
 
 def train_base(folder: Path, images: Tensor, labels: Tensor, steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> None:
-    """Train a denoiser from scratch and save it as a pipeline.
+    """Trains a denoiser from scratch and saves it as a pipeline.
 
     Args:
-        folder: Where to; exists.
-        images: `(images, channels, size, size)` in [−1, 1].
-        labels: `(images,)`.
-        steps: Optimizer steps of `BATCH` images.
+        folder: Existing folder to save to.
+        images: Training images, `(images, channels, size, size)` in [−1, 1].
+        labels: Their classes, `(images,)`.
+        steps: Optimizer steps with `BATCH` images each.
         shape: Arguments of `UNet2DModel`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,6 @@
-"""A judge of pictures: a small network that tells the kind of garment and which concepts are painted on it.
+"""Classifier that scores sampled images: the kind of garment, and which concepts are painted on it.
 
-It is trained on photographs with random sets of concepts, from half to full strength, never on anything that a
-denoiser made.
+It is trained on photographs with random sets of concepts at half to full strength, never on sampled images.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ _log = logging.getLogger(__name__)
 
 SIZE = 32
 STEPS, BATCH, LEARNING_RATE = 1000, 64, 3e-3
-GRAIN, PALE, SHIFT = 0.3, 0.4, 0.3  # what a picture may have that a photograph has not: noise, less contrast, a veil
-FAINTEST = 0.5  # a concept at half its strength is still there; at none it is not
+GRAIN, PALE, SHIFT = 0.3, 0.4, 0.3  # largest faults of sampled images: noise, lost contrast, added gray
+FAINTEST = 0.5  # least strength at which a concept counts as present
 SEED = 0
 
-# Classes of Fashion-MNIST that a glance tells apart; a shirt, a coat and a dress of 28 pixels it does not.
+# Groups of Fashion-MNIST classes that are easy to tell apart; shirt, coat and dress at 28 pixels are not.
 KINDS = {"top": (0, 2, 3, 4, 6), "trouser": (1,), "shoe": (5, 7), "bag": (BAG_CLASS,)}
 KIND_OF = torch.tensor([next(i for i, members in enumerate(KINDS.values()) if c in members) for c in range(9)])
 SETS = [set(s) for n in range(len(PAINTED) + 1) for s in itertools.combinations(PAINTED, n)]
 
 
 class FactorClassifier(nn.Module):
-    """Three convolutions of stride 2 and one linear layer."""
+    """Three convolutions of stride 2 and one linear layer, for images of `size` pixels per side."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -50,21 +49,21 @@ class FactorClassifier(nn.Module):
         self.head = nn.Linear(widths[-1] * cells, len(KINDS) + len(PAINTED))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the kinds `(images, 4)` and of the painted concepts `(images, 3)`; images as `paint` takes them."""
+        """Returns logits of the kinds `(images, 4)` and painted concepts `(images, 3)`; images as for `paint`."""
         logits = self.head(self.body(images))
         return logits[:, : len(KINDS)], logits[:, len(KINDS) :]
 
     @torch.no_grad()
     def judge(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What is right about pictures.
+        """Scores sampled images.
 
         Args:
-            images: `(images, 1, size, size)` in [−1, 1].
-            labels: The classes that were asked for, `(images,)`.
+            images: Images, `(images, 1, size, size)` in [−1, 1].
+            labels: Classes that they were sampled for, `(images,)`.
 
         Returns:
-            Booleans `(images,)`: `kind`, whether the garment is of the kind of its label, and one entry for each
-            painted concept, whether it is there.
+            Booleans `(images,)` by name: `kind`, whether the garment is of the kind of its label, and for each painted
+            concept whether it is present.
         """
         kinds, painted = self(images)
         found = {name: painted[:, column] > 0 for column, name in enumerate(PAINTED)}
@@ -72,14 +71,17 @@ class FactorClassifier(nn.Module):
 
 
 def load_judge(data: str) -> tuple[FactorClassifier, dict[str, float]]:
-    """The classifier and its accuracy on test photographs by factor; trained from `data` on first use, then cached.
+    """Returns the classifier, trained on first use and cached, and its accuracy on test photographs by factor.
+
+    Args:
+        data: Data set name or path, as accepted by `--data`.
 
     Raises:
-        SettingError: If the data set is unknown, or is not Fashion-MNIST.
+        SettingError: If the data set is unknown or not Fashion-MNIST.
     """
 
     def build(folder: Path) -> None:
-        _log.info("training the judge of concepts (once; under a minute)")
+        _log.info("training the classifier of concepts (once; under a minute)")
         classes = (*BASE_CLASSES, BAG_CLASS)
         train, _, test = draw_garments(data, classes, SIZE, 10**9, 1000)
         judge = train_judge(train)
@@ -93,7 +95,7 @@ def load_judge(data: str) -> tuple[FactorClassifier, dict[str, float]]:
 
 
 def train_judge(garments: Garments, steps: int = STEPS) -> FactorClassifier:
-    """Train a classifier on photographs with random sets of concepts, at random strength, and some noise."""
+    """Trains a classifier on photographs with random concepts at random strength and the faults of sampled images."""
     images, labels = garments
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
@@ -103,7 +105,7 @@ def train_judge(garments: Garments, steps: int = STEPS) -> FactorClassifier:
         for _ in range(steps):
             rows = torch.randint(len(images), (BATCH,))
             batch, present = _with_random_sets(images[rows])
-            kinds, painted = judge(_as_if_drawn(batch))
+            kinds, painted = judge(_with_sampling_faults(batch))
             loss = nn.functional.cross_entropy(kinds, KIND_OF[labels[rows]])
             loss = loss + nn.functional.binary_cross_entropy_with_logits(painted, present)
             loss.backward()
@@ -114,7 +116,7 @@ def train_judge(garments: Garments, steps: int = STEPS) -> FactorClassifier:
 
 
 def accuracy(judge: FactorClassifier, garments: Garments) -> dict[str, float]:
-    """The share of right answers for each factor, on photographs with every set of concepts in turn."""
+    """Returns the classifier's accuracy by factor over photographs with every set of concepts."""
     images, labels = garments
     right: dict[str, list[Tensor]] = {name: [] for name in ("kind", *PAINTED)}
     for chosen in SETS:
@@ -126,24 +128,24 @@ def accuracy(judge: FactorClassifier, garments: Garments) -> dict[str, float]:
 
 
 def joint(verdict: dict[str, Tensor], concepts: Collection[str]) -> Tensor:
-    """Whether everything is as asked, `(images,)`: the kind of garment, and each painted concept of `concepts`."""
+    """Returns whether the kind and all painted concepts of `concepts` are right in each image, `(images,)`."""
     wanted = [verdict["kind"], *(verdict[name] for name in concepts if name in PAINTED)]
     return torch.stack(wanted).all(0)
 
 
 def _with_random_sets(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images with a set of concepts each, of random strength, and which these are, `(images, 3)` of zeros and ones."""
-    shift = int(torch.randint(4, ()))  # a checkerboard is one wherever it begins, which a denoiser cannot see
+    """Paints a random set of concepts on each image; also returns the sets as 0 and 1, `(images, 3)`."""
+    shift = int(torch.randint(4, ()))  # sampled checkerboards can begin at any offset
     every = torch.stack([paint(images, chosen, shift) for chosen in SETS])  # (sets, images, 1, size, size)
     drawn = torch.randint(len(SETS), (len(images),))
-    patches = FAINTEST + (1 - FAINTEST) * torch.rand(len(images), 1, 4, 4)  # stronger here, fainter there
+    patches = FAINTEST + (1 - FAINTEST) * torch.rand(len(images), 1, 4, 4)  # the strength varies over the image
     strength = nn.functional.interpolate(patches, images.shape[-2:], mode="bilinear")
     table: Any = torch.tensor([[name in chosen for name in PAINTED] for chosen in SETS]).float()
     return torch.lerp(images, every[drawn, torch.arange(len(images))], strength), table[drawn]
 
 
-def _as_if_drawn(images: Tensor) -> Tensor:
-    """Images with the faults of drawn ones, a little or a lot of each, in patches: grain, pale parts, a grey veil."""
+def _with_sampling_faults(images: Tensor) -> Tensor:
+    """Adds faults of sampled images in patches of random strength: noise, lost contrast, added gray."""
 
     def patches(largest: float) -> Tensor:
         amount = torch.rand(len(images), 1, 1, 1) * largest * torch.rand(len(images), 1, 4, 4)

@@ -1,4 +1,4 @@
-"""Photographs of garments as a denoiser sees them, and the noise that it is asked for."""
+"""Photographs of garments as inputs of a denoiser, and the noise that it has to predict."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.utils.data import Dataset
 from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.images import Images, Source, draw_splits, open_source
 
-MARGIN = 16  # an image has 1/16 of its width as a black margin on each side: 28 pixels become 32
+MARGIN = 16  # a black margin of 1/16 of the width on each side: 28 pixels become 32
 Garments = tuple[Tensor, Tensor]
-"""Images `(images, 1, size, size)` in [−1, 1] and their labels `(images,)`."""
+"""Images `(images, 1, size, size)` in [−1, 1] and their class labels `(images,)`."""
 
 
 def draw_garments(data: str, classes: Collection[int], size: int, train: int, held_out: int) -> list[Garments]:
-    """Training, validation and test photographs of some classes, in grey, in equal shares.
+    """Returns gray training, validation and test photographs of some classes, balanced over these.
 
     Args:
-        data: As `--data`.
-        classes: Numbers of the classes.
-        size: Pixels along each side, a multiple of 16.
-        train: At most so many training images.
-        held_out: At most so many validation and so many test images.
+        data: Data set name or path, as accepted by `--data`.
+        classes: Class indices.
+        size: Pixels per side, a multiple of 16.
+        train: Largest number of training images.
+        held_out: Largest number of validation images, and of test images.
 
     Raises:
-        SettingError: If there is no such data, or it has no images of these classes.
+        SettingError: If the data set is unknown or has no images of these classes.
     """
     source = open_source(data)
     chosen = _only(source, classes)
@@ -51,13 +51,13 @@ def _garments(images: Images, size: int) -> Garments:
 
 
 class Noised(Dataset[dict[str, Tensor]]):
-    """Images, each with a noise and a noise level.
+    """Images, each with noise and a timestep.
 
     Args:
         garments: Images and labels.
-        levels: Number of noise levels.
-        fixed: Whether each image always gets the same noise, and the levels are spread evenly: for evaluation. Else
-            both are drawn anew each time.
+        levels: Number of timesteps.
+        fixed: True gives an image the same noise on every access and spreads the timesteps evenly, for evaluation;
+            False samples both on every access.
     """
 
     def __init__(self, garments: Garments, levels: int, fixed: bool) -> None:

@@ -1,4 +1,4 @@
-"""Pictures from a class-conditional denoiser: what diffusers has no stock pipeline for, in its own form."""
+"""Pipeline for a class-conditional pixel-space `UNet2DModel`, which diffusers has none for."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from peft_zoo.common.values import SettingError
 
-TRAINING_STEPS = 1000  # noise levels of a folder that carries no schedule of its own
+TRAINING_STEPS = 1000  # timesteps of a model that is saved without a scheduler
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Samples a `UNet2DModel` with `num_class_embeds` labels. Loading, saving and the progress bar are diffusers' own.
+    """Samples images from a `UNet2DModel` with `num_class_embeds` classes.
 
     Args:
-        unet: Predicts the noise of images `(batch, channels, size, size)` in [−1, 1].
-        scheduler: Any scheduler of diffusers.
+        unet: Denoiser for images `(batch, channels, size, size)` in [−1, 1].
+        scheduler: Scheduler of diffusers.
     """
 
     unet: Any
@@ -32,7 +32,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.set_progress_bar_config(disable=None)  # tqdm: a bar where somebody watches, nothing in a file
+        self.set_progress_bar_config(disable=None)  # tqdm: only on a terminal
 
     @torch.no_grad()
     def __call__(
@@ -41,12 +41,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw one image for each label.
+        """Samples one image per label.
 
         Args:
-            class_labels: Labels below `unet.config.num_class_embeds`.
+            class_labels: Class indices below `unet.config.num_class_embeds`.
             num_inference_steps: Steps of the scheduler.
-            generator: Source of the initial noise, on the CPU or on the device of the model.
+            generator: Generator of the initial noise, on the CPU or the device of the model; None is torch's default.
 
         Returns:
             Images `(len(class_labels), channels, size, size)` in [−1, 1].
@@ -64,14 +64,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 
 def load_pipeline(folder: str | Path) -> ClassConditionalPipeline:
-    """A pipeline in float32 with a DDIM scheduler.
+    """Loads a pipeline in float32 with a DDIM scheduler.
 
     Args:
-        folder: Of a pipeline, or of a `UNet2DModel` alone, which is taken to be trained on diffusers' linear schedule
-            of 1000 noise levels.
+        folder: Folder of a pipeline, or of a `UNet2DModel` trained on diffusers' linear schedule of 1000 timesteps.
 
     Raises:
-        SettingError: If the folder holds neither, or the model takes no labels.
+        SettingError: If the folder holds neither, or the model takes no class labels.
     """
     path = Path(folder)
     wanted = "give the folder of a class-conditional UNet2DModel of diffusers, or of a pipeline around one"
