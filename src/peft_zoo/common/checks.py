@@ -1,4 +1,4 @@
-"""Checks of arguments and fields; every error names the field, its value and the fix."""
+"""Validation of arguments and fields; each error names the field, its value and the fix."""
 
 from __future__ import annotations
 
