@@ -70,15 +70,15 @@ def cases(sizes: Sizes) -> list[Case]:
         return random_tensor(rows, columns, device=device, scale=width**-0.5, dtype=torch.bfloat16)
 
     def restored(device: torch.device) -> Arguments:
-        return *tensor(device), *CONFIG.numbers, N, torch.bfloat16
+        return *tensor(device), *CONFIG.integers, N, torch.bfloat16
 
     def linear(device: torch.device) -> Arguments:
         x, low = factor(TOKENS, width, device), factor(TOKENS, RANK, device)
-        return x, *tensor(device), low, factor(width, RANK, device), None, *CONFIG.numbers, width, width, False
+        return x, *tensor(device), low, factor(width, RANK, device), None, *CONFIG.integers, width, width, False
 
     def merged(device: torch.device) -> Arguments:
         A, B = factor(RANK, width, device), factor(width, RANK, device)
-        return *tensor(device), A, B, 0.5, *CONFIG.numbers, torch.bfloat16
+        return *tensor(device), A, B, 0.5, *CONFIG.integers, torch.bfloat16
 
     read, factors = round(CONFIG.bits_per_value * N / 8), 2 * RANK * width
     restore, multiply = Work(read + 2 * N, slots=8 * N), Work(read + factors, slots=8 * N)

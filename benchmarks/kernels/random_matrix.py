@@ -7,15 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import BFLOAT16, PRODUCT, Arguments, Case, Sizes, Step, Work, random_tensor
-from peft_zoo.kernels.random_matrix.basis import UNIFORM, fill_basis, read_basis
-from peft_zoo.kernels.random_matrix.randlora_linear import (
-    Factors,
-    RandLoraSpec,
-    randlora_linear,
-    randlora_weight,
-    weight_is_cheaper,
-)
+from benchmarks.kernels.case import PRODUCT, Arguments, Case, Sizes, Work, random_tensor
+from peft_zoo.kernels.random_matrix.basis import UNIFORM, fill_basis
+from peft_zoo.kernels.random_matrix.factors import RandLoraFactors, RandLoraSpec
+from peft_zoo.kernels.random_matrix.randlora_linear import randlora_linear, randlora_weight, weight_is_cheaper
 
 RANK, CHUNK = 32, 64 * 2**20
 
@@ -29,18 +24,13 @@ def _stored(rows: int, columns: int, matrix: int, device: torch.device) -> Tenso
 _normal = functools.partial(random_tensor, dtype=torch.bfloat16)
 
 
-def _factors(sizes: Sizes, device: torch.device) -> tuple[Factors, RandLoraSpec]:
+def _factors(sizes: Sizes, device: torch.device) -> tuple[RandLoraFactors, RandLoraSpec]:
     """Of a square layer, with an update about as large as its weight."""
     width, bases = sizes.width, sizes.width // RANK
     lambda_ = _normal(RANK, bases, device=device, scale=width**-0.5, dtype=torch.float32)
     gamma = _normal(bases, width, device=device, scale=width**-0.5, dtype=torch.float32)
     A, B = _stored(RANK, width, 1, device), _stored(width, width, 0, device)
-    return Factors(lambda_, gamma, A, B), RandLoraSpec(width, False, 1.0, UNIFORM, CHUNK)
-
-
-def _decoded(x: Tensor, B: Tensor, *_: object) -> Step:
-    values = read_basis(B, UNIFORM, len(B), 0, B.shape[1], x.dtype)
-    return lambda: x @ values.mT
+    return RandLoraFactors(lambda_, gamma, A, B), RandLoraSpec(width, False, 1.0, UNIFORM, CHUNK)
 
 
 def cases(sizes: Sizes) -> list[Case]:
@@ -51,19 +41,6 @@ def cases(sizes: Sizes) -> list[Case]:
 
     def empty(device: torch.device) -> Arguments:
         return torch.zeros(sizes.width, sizes.width, dtype=torch.uint8, device=device), 0, 0, UNIFORM, 0
-
-    def basis(device: torch.device) -> Arguments:
-        x = _normal(T, sizes.width, device=device)
-        B = _stored(sizes.width, sizes.width, 0, device)
-        return x, B, UNIFORM, sizes.width, sizes.width, False, CHUNK
-
-    def scaled(device: torch.device) -> Arguments:
-        (lambda_, gamma, A, _), _ = _factors(sizes, device)
-        return _normal(T, sizes.width, device=device), A, lambda_, gamma, 1.0, UNIFORM, False, CHUNK
-
-    def gradient(device: torch.device) -> Arguments:
-        x, *others = scaled(device)
-        return _normal(T + 1, sizes.width, device=device)[1:], x, *others[:5], CHUNK
 
     def weight(device: torch.device) -> Arguments:
         factors, spec = _factors(sizes, device)
@@ -76,9 +53,6 @@ def cases(sizes: Sizes) -> list[Case]:
     draws = Work(N, slots=N * 10 * 12 // 16)  # ten rounds of about twelve instructions for sixteen bytes
     return [
         Case("fill_basis, a byte an entry", ("fill_basis",), empty, (draws,)),
-        Case("basis_product", ("basis_product",), basis, (product,), peers={"decoded": _decoded}, **norm),
-        Case("scaled_basis_product", ("scaled_basis_product",), scaled, (product,), **norm),
-        Case("scaled_basis_grad", ("scaled_basis_grad",), gradient, (product,), tolerance=BFLOAT16, by_norm=True),
         Case(
             "RandLoRA weight, forward and backward",
             ("randlora_weight", "randlora_weight_backward"),
@@ -103,7 +77,7 @@ def cases(sizes: Sizes) -> list[Case]:
 
 def _weight_training(*arguments: object) -> Arguments:
     lambda_, gamma, A, B, *spec = arguments
-    W = randlora_weight(Factors(lambda_, gamma, A, B), RandLoraSpec(*spec))
+    W = randlora_weight(RandLoraFactors(lambda_, gamma, A, B), RandLoraSpec(*spec))
     return W.detach(), *torch.autograd.grad(W, (lambda_, gamma), _like(W))
 
 
@@ -123,7 +97,7 @@ def _linear_training(*arguments: object) -> Arguments:
     x, lambda_, gamma, A, B, *spec, dy = arguments
     size = gamma.shape[1]
     by_weight = weight_is_cheaper(len(x), lambda_.numel(), size, size, frozen=False, training=True)
-    y = randlora_linear(x, Factors(lambda_, gamma, A, B), RandLoraSpec(*spec), by_weight=by_weight)
+    y = randlora_linear(x, RandLoraFactors(lambda_, gamma, A, B), RandLoraSpec(*spec), by_weight=by_weight)
     return y.detach(), *torch.autograd.grad(y, (x, lambda_, gamma), dy)
 
 

@@ -49,7 +49,7 @@ QUICK = Sizes(layers=2, sample=2**11, size=256, rank=16)
 
 def definition(tensor: NFTensor, config: NFConfig, shape: Sequence[int]) -> Tensor:
     """What a quantized matrix stands for, not by the code that is timed."""
-    return dequantize_operator.reference(*tensor, *config.numbers, math.prod(shape), torch.float32).view(shape)
+    return dequantize_operator.reference(*tensor, *config.integers, math.prod(shape), torch.float32).view(shape)
 
 
 def shapes(sizes: Sizes) -> dict[str, tuple[int, int]]:

@@ -143,13 +143,13 @@ def _nf_dequantize(dtype: torch.dtype) -> list[Arguments]:
     samples = []
     for config in (NFConfig(3, 4, "bf16", 16, 2), NFConfig(4, 8, "fp32", 64, 256)):
         tensor = quantize(torch.randn(5, 31), config)
-        samples.append((*tensor, *config.numbers, 155, dtype))
+        samples.append((*tensor, *config.integers, 155, dtype))
     return samples
 
 
 def _nf_linear(dtype: torch.dtype) -> list[Arguments]:
     config, (rows, columns) = NFConfig(3, 4, "bf16", 16, 2), (6, 32)
-    tensor, numbers = quantize(torch.randn(rows, columns), config), (*config.numbers, rows, columns)
+    tensor, numbers = quantize(torch.randn(rows, columns), config), (*config.integers, rows, columns)
     x = _leaf(2, 2, columns, dtype=dtype)
     low, B, bias = _leaf(2, 2, 5, dtype=dtype), _leaf(rows, 5, dtype=dtype), _leaf(rows, dtype=dtype)
     return [
@@ -161,7 +161,7 @@ def _nf_linear(dtype: torch.dtype) -> list[Arguments]:
 def _nf_merge(dtype: torch.dtype) -> list[Arguments]:
     config, (rows, columns) = NFConfig(4, 8, "fp32", 64, 256), (5, 64)
     A, B = torch.randn(3, columns, dtype=dtype), torch.randn(rows, 3, dtype=dtype)
-    return [(*quantize(torch.randn(rows, columns), config), A, B, 0.3, *config.numbers, dtype)]
+    return [(*quantize(torch.randn(rows, columns), config), A, B, 0.3, *config.integers, dtype)]
 
 
 def _fill_basis(dtype: torch.dtype) -> list[Arguments]:
@@ -169,27 +169,6 @@ def _fill_basis(dtype: torch.dtype) -> list[Arguments]:
         (torch.zeros(3, 40, dtype=torch.uint8), 7, 1, UNIFORM, 2),
         (torch.zeros(3, 5, dtype=torch.uint8), -(2**63), 0, 43, 0),
     ]
-
-
-def _basis_product(dtype: torch.dtype) -> list[Arguments]:
-    return [
-        (torch.randn(4, 7, dtype=dtype), _stored(9, 8, UNIFORM, 0), UNIFORM, 9, 7, False, 64),
-        (torch.randn(4, 9, dtype=dtype), _stored(9, 8, 43, 0), 43, 9, 7, True, 64),
-    ]
-
-
-def _scaled_basis_product(dtype: torch.dtype) -> list[Arguments]:
-    scales = torch.randn(3, 4, dtype=dtype), torch.randn(4, 7, dtype=dtype)
-    return [
-        (torch.randn(5, 7, dtype=dtype), _stored(3, 8, UNIFORM, 1), *scales, 0.7, UNIFORM, False, 64),
-        (torch.randn(5, 12, dtype=dtype), _stored(3, 8, 43, 1), *scales, 0.7, 43, True, 64),
-    ]
-
-
-def _scaled_basis_grad(dtype: torch.dtype) -> list[Arguments]:
-    u, v = torch.randn(5, 34, dtype=dtype), torch.randn(5, 7, dtype=dtype)
-    scales = torch.randn(2, 17, dtype=dtype), torch.randn(17, 7, dtype=dtype)
-    return [(u, v, _stored(3, 8, k, 1), *scales, 0.7, k, 64) for k in (UNIFORM, 43)]
 
 
 def _randlora(dtype: torch.dtype, k: int) -> Arguments:
@@ -258,9 +237,6 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[Arguments]]] = {
     "nf_linear": _nf_linear,
     "nf_merge": _nf_merge,
     "fill_basis": _fill_basis,
-    "basis_product": _basis_product,
-    "scaled_basis_product": _scaled_basis_product,
-    "scaled_basis_grad": _scaled_basis_grad,
     "randlora_weight": _randlora_weight,
     "randlora_weight_backward": _randlora_weight_backward,
     "randlora_linear": _randlora_linear,

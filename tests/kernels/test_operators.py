@@ -226,19 +226,3 @@ def test_what_the_kernels_do_not_take_is_refused_with_a_reason(monkeypatch: pyte
     assert OPERATORS["merge_lora"].why_not_triton(torch.ones(2, 2), [], [], [], None) == "there is nothing to add"
     one = [torch.ones(1, 2)], [torch.ones(2, 1)], [1.0], None
     assert OPERATORS["merge_lora_"].why_not_triton(torch.ones(2, 2), *one) == "it is a single addmm"
-
-
-@pytest.mark.parametrize("name", ["basis_product", "scaled_basis_product", "scaled_basis_grad"])
-def test_products_with_random_matrices_are_the_library_s_unless_the_kernels_are_asked_for(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    samples = SAMPLES[name](torch.float32)
-    monkeypatch.setattr(base, "why_not_triton", lambda tensor: None)
-    monkeypatch.setenv("PEFT_ZOO_KERNELS", "auto")
-    for arguments in samples:
-        reason = OPERATORS[name].why_not_triton(*arguments)
-        assert isinstance(reason, base.PreferTorch) and "library's product" in reason
-    for arguments in SAMPLES["fill_basis"](torch.float32):
-        assert OPERATORS["fill_basis"].why_not_triton(*arguments) is None
-    monkeypatch.setenv("PEFT_ZOO_KERNELS", "triton")
-    assert all(OPERATORS[name].why_not_triton(*arguments) is None for arguments in samples)

@@ -1,9 +1,10 @@
-"""Checks of arguments and fields; every error names the field, its value and the fix."""
+"""Validation of arguments and fields; each error names the field, its value and the fix."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any
 
 
@@ -16,8 +17,18 @@ def require(condition: bool, owner: object, field: str, fix: str) -> None:
         field: Name of the attribute.
         fix: What to do, without a full stop, such as `"use an int of at least 1"`.
     """
+    check(condition, f"{type(owner).__name__}: {field}", getattr(owner, field), fix)
+
+
+def check(condition: bool, field: str, value: object, fix: str) -> None:
+    """Raises a ValueError that names `field`, `value` and the fix unless `condition` holds; see `require`."""
     if not condition:
-        raise ValueError(f"{type(owner).__name__}: {field}={getattr(owner, field)!r} cannot be used; {fix}.")
+        raise ValueError(f"{field}={value!r} cannot be used; {fix}.")
+
+
+def check_choice(field: str, value: object, choices: Collection[str]) -> None:
+    """Raises a ValueError that names `field` and the valid values unless `value` is one of `choices`."""
+    check(value in choices, field, value, f"use one of {', '.join(choices)}")
 
 
 def check_count(field: str, value: int | None, least: int = 1) -> None:
@@ -33,7 +44,7 @@ def check_share(field: str, value: float | None) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite real number and not a bool."""
+    """Returns whether `value` is a finite real number and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

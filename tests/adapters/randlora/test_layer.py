@@ -212,7 +212,7 @@ def test_layers_and_adapters_share_one_copy_and_let_go_of_it() -> None:
     assert layers(model)["wide"].bases["default"][cpu].B.dtype == torch.uint8
     del model
     gc.collect()
-    assert not [key for key in list(sharing._all) if key.seed in (77, 78)]
+    assert not [key for key in list(sharing._registry) if key.seed in (77, 78)]
 
 
 def test_copies_and_pickles_share_the_matrices_too() -> None:

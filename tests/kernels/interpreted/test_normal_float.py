@@ -24,7 +24,7 @@ def test_every_bit_is_that_of_the_definition(
 ) -> None:
     weight = torch.randn(shape, device=device) * torch.logspace(-2, 1, shape[0], device=device)[:, None]
     tensor = quantize(weight, config)
-    numbers = (*config.numbers, weight.numel(), dtype)
+    numbers = (*config.integers, weight.numel(), dtype)
     operator = OPERATORS["nf_dequantize"]
     assert operator.why_not_triton(*tensor, *numbers) is None
     found = dequantize(tensor, config, shape, dtype)

@@ -1,8 +1,7 @@
-"""The low-rank engine against dense decompositions, and what its docstrings promise."""
+"""Truncation of factored matrices against dense decompositions: optimality, errors, memory and activations."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from peft_zoo.kernels.low_rank.randomized import randomized_svd
 from tests.kernels.low_rank.cases import SPECTRA, SizeGuard, dense, distance, factors, orthonormal
 
 METHODS: Any = ("gram", "qr")
-# The smallest singular value that each method sees, of the product of the factors' norms (its docstring).
+# The smallest singular value that each method resolves, relative to the product of the factors' norms.
 SEEN = {"gram": 5e-8, "qr": 1e-13}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,9 +120,7 @@ def test_lossless_where_the_rank_is_low(method: Any, dtype: torch.dtype, toleran
         assert low.error < 1e-6 and distance(dense(B, A, 0.5), dense(low.B, low.A)) < tolerance
 
 
-@pytest.mark.parametrize("mixing", [1.0, 1e3])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scale", [2.0, -0.1])
+@pytest.mark.parametrize(("mixing", "method", "scale"), [(1.0, "gram", 2.0), (1e3, "gram", -0.1), (1e3, "qr", 2.0)])
 def test_equals_the_reference(mixing: float, method: Any, scale: float) -> None:
     B, A = factors(60, 50, SPECTRA["exp"](12), mixing=mixing, dtype=torch.float64)
     ref_B, ref_A, ref_error = reference(B, A, 5, scale, 0.5)
@@ -142,8 +139,7 @@ def test_reference_of_nothing() -> None:
 # --- the factors ---
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("new_scale", [1.0, 4.0])
+@pytest.mark.parametrize(("method", "new_scale"), [("gram", 1.0), ("gram", 4.0), ("qr", 4.0)])
 def test_rotation_alone_changes_nothing_and_balances(method: Any, new_scale: float) -> None:
     B, A = factors(80, 60, SPECTRA["power"](8), mixing=100.0)
     low = truncate_factors(B, A, 8, scale=3.0, new_scale=new_scale, method=method)
@@ -164,9 +160,10 @@ def test_balance_up_leaves_orthonormal_rows(method: Any) -> None:
     assert distance(sqrt.B @ sqrt.A, low.B @ low.A) < 1e-9
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("balance", ["sqrt", "up"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("method", "balance", "dtype"),
+    [("gram", "sqrt", torch.float64), ("gram", "up", torch.float32), ("qr", "sqrt", torch.float32)],
+)
 def test_maps_give_the_factors(method: Any, balance: Any, dtype: torch.dtype) -> None:
     B, A = factors(40, 30, SPECTRA["exp"](6), mixing=10.0, dtype=dtype)
     low = truncate_factors(B, A, 4, method=method, balance=balance)
@@ -248,7 +245,7 @@ def test_untrained_embeddings_keep_the_first_columns(method: Any) -> None:
 @pytest.mark.parametrize("kind", ["zero", "copied", "combined"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_spare_pairs_change_nothing_and_can_still_learn(kind: str, transposed: bool, method: Any) -> None:
+def test_unused_pairs_change_nothing_and_can_be_trained(kind: str, transposed: bool, method: Any) -> None:
     m, n, R, used = 50, 40, 6, 3
     B, A = torch.randn(m, R), torch.randn(R, n)
     if kind == "zero":
@@ -295,7 +292,7 @@ def test_truncation_beyond_the_numerical_rank(method: Any) -> None:
     ids=["gram", "qr", "diagonal moment", "untrained"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_of_the_size_of_the_matrix_is_made(compress: Callable[..., LowRank], dtype: torch.dtype) -> None:
+def test_no_tensor_has_the_size_of_the_matrix(compress: Callable[..., LowRank], dtype: torch.dtype) -> None:
     m, n, R = 700, 600, 16
     B, A, C = torch.randn(m, R, dtype=dtype), torch.randn(R, n, dtype=dtype), torch.rand(n)
     with SizeGuard(m * R + 1) as guard:  # 26 times less than m n
@@ -325,7 +322,7 @@ def test_is_faster_than_what_forms_the_matrix() -> None:
     torch.set_num_threads(1)
     try:
         B, A = torch.randn(4096, 64), torch.randn(64, 4096)
-        W = torch.ones(4096, 4096)  # what is in it does not matter to the time
+        W = torch.ones(4096, 4096)  # its values do not affect the time
         # Measured on a busy machine: a factor of 37.
         assert fastest(lambda: randomized_svd(W, 16), 2) > 10 * fastest(lambda: truncate_factors(B, A, 16), 5)
         # Measured on a busy machine: 79. It grows with the square of the size, but so does the time of this test.
@@ -361,9 +358,10 @@ def dense_solution(M: Tensor, C: Tensor, rank: int) -> Tensor:
     return U @ U.mT @ M
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-@pytest.mark.parametrize(("rank", "scale"), [(1, 1.0), (4, -0.5), (8, 2.0)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("diagonal", "rank", "scale", "method"),
+    [(False, 1, 1.0, "gram"), (True, 4, -0.5, "gram"), (False, 4, -0.5, "qr"), (True, 8, 2.0, "qr")],
+)
 def test_is_the_best_on_data(diagonal: bool, rank: int, scale: float, method: Any) -> None:
     B, A = factors(40, 30, SPECTRA["flat"](8), mixing=10.0, dtype=torch.float64)
     C = torch.logspace(0, -3, 30, dtype=torch.float64) if diagonal else moments(30)[1]
@@ -397,8 +395,8 @@ def test_fewer_samples_than_the_rank_of_the_factors() -> None:
     B, A = factors(20, 15, SPECTRA["flat"](6), dtype=torch.float64)
     X, C = moments(15, samples=2)
     low = truncate_factors(B, A, 4, input_moment=C)
-    # Two directions are all that the data know, to the precision of Gram matrices: they are kept. The other pairs are
-    # spare; A, as the data see it, has lost more rank than B, so that they wait with B's columns.
+    # The data span two directions, which are kept to the precision of Gram matrices. Restricted to the data, A has lost
+    # more rank than B, so the unused pairs keep B's columns.
     assert on_data(dense(B, A), dense(low.B, low.A), C) < 1e-6 and low.error == 0
     assert torch.allclose(X @ dense(B, A).mT, X @ dense(low.B, low.A).mT, atol=1e-6)
     assert not low.A[2:].any() and low.B.any(0).all()
@@ -412,8 +410,7 @@ def test_a_moment_of_one_is_none(moment: Tensor) -> None:
     assert low.error == pytest.approx(plain.error, rel=1e-9)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 6])
-@pytest.mark.parametrize("deficient", [False, True])
+@pytest.mark.parametrize(("rank", "deficient"), [(1, False), (3, True), (6, False), (6, True)])
 def test_moments_of_outputs_and_of_inputs_agree(rank: int, deficient: bool) -> None:
     B, A = factors(40, 30, SPECTRA["power"](6), mixing=10.0, dtype=torch.float64)
     if deficient:
@@ -432,7 +429,7 @@ def test_moments_of_outputs_and_of_inputs_agree(rank: int, deficient: bool) -> N
 
 def test_outputs_are_projected_onto_the_largest_directions() -> None:
     B, A = factors(25, 20, SPECTRA["flat"](5))
-    Y = torch.randn(60, 25) * torch.linspace(3, 0.1, 25)  # any outputs, also what B cannot give
+    Y = torch.randn(60, 25) * torch.linspace(3, 0.1, 25)  # also outside of the column space of B
     moment = Y.mT @ Y / 60
     low = project_outputs(B, A, 2, moment)
     basis = torch.linalg.qr(B.double()).Q
@@ -483,7 +480,7 @@ def test_energy_of_special_spectra() -> None:
 
 @pytest.mark.parametrize("energy", [0, -0.5, 1.5, math.nan, math.inf, True])
 def test_bad_energy(energy: float) -> None:
-    with pytest.raises(ValueError, match=r"energy must be in \(0, 1\], got "):
+    with pytest.raises(ValueError, match="energy="):
         rank_for_energy(torch.ones(3), energy)
 
 
@@ -493,50 +490,50 @@ GOOD = {"B": torch.ones(6, 3), "A": torch.ones(3, 5), "rank": 2}
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"rank": 0}, "rank must be a positive int, got 0"),
-        ({"rank": True}, "rank must be a positive int, got True"),
-        ({"rank": 2.0}, r"rank must be a positive int, got 2\.0"),
-        ({"rank": 4}, "rank=4 is larger than the rank of the factors: use at most 3"),
-        ({"B": torch.ones(6, 4)}, r"B of \(6, 4\) and A of \(3, 5\) are no factors"),
-        ({"B": torch.ones(6)}, "are no factors"),
-        ({"A": torch.ones(3, 5, 1)}, "are no factors"),
-        ({"A": torch.ones(3, 0)}, "none of them empty"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": True}, "rank=True"),
+        ({"rank": 2.0}, r"rank=2\.0"),
+        ({"rank": 4}, "rank=4 .* 3"),
+        ({"B": torch.ones(6, 4)}, r"B of \(6, 4\) and A of \(3, 5\)"),
+        ({"B": torch.ones(6)}, "B of .* and A of"),
+        ({"A": torch.ones(3, 5, 1)}, "B of .* and A of"),
+        ({"A": torch.ones(3, 0)}, r"A of \(3, 0\)"),
         ({"B": torch.ones(6, 3, dtype=torch.int64)}, r"B is torch\.int64 on cpu"),
-        ({"A": torch.ones(3, 5, device="meta")}, "A is .* on meta: use floating point on one device"),
+        ({"A": torch.ones(3, 5, device="meta")}, "A is .* on meta"),
     ],
 )
 @pytest.mark.parametrize("function", [truncate_factors, lambda B, A, rank: project_outputs(B, A, rank, torch.eye(6))])
-def test_bad_factors(function: Any, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_factors_are_named(function: Any, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         function(**{**GOOD, **changes})
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"method": "svd"}, "method='svd' cannot be used; use one of gram, qr"),
-        ({"balance": "down"}, "balance='down' cannot be used; use one of sqrt, up"),
-        ({"scale": math.inf}, "scale=inf cannot be used; use a finite number"),
-        ({"new_scale": -1.0}, r"new_scale=-1\.0 cannot be used; use a positive number"),
-        ({"new_scale": math.nan}, "new_scale=nan cannot be used"),
-        ({"input_moment": torch.ones(4)}, r"input_moment of shape \(4,\) .* give finite values of \(5,\) or \(5, 5\)"),
-        ({"input_moment": torch.full((5,), math.nan)}, "input_moment .* give finite values"),
+        ({"method": "svd"}, "method='svd' .* gram, qr"),
+        ({"balance": "down"}, "balance='down' .* sqrt, up"),
+        ({"scale": math.inf}, "scale=inf"),
+        ({"new_scale": -1.0}, r"new_scale=-1\.0"),
+        ({"new_scale": math.nan}, "new_scale=nan"),
+        ({"input_moment": torch.ones(4)}, r"input_moment of shape \(4,\)"),
+        ({"input_moment": torch.full((5,), math.nan)}, "input_moment"),
     ],
 )
-def test_bad_options(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_options_are_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         truncate_factors(**{**GOOD, **changes})
 
 
 @pytest.mark.parametrize("moment", [torch.ones(6), torch.eye(5), torch.full((6, 6), math.inf)])
 def test_bad_output_moment(moment: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"output_moment .* give finite values of \(6, 6\)"):
+    with pytest.raises(ValueError, match="output_moment"):
         project_outputs(**GOOD, output_moment=moment)
 
 
-@pytest.mark.parametrize(("name", "value"), list(itertools.product("BA", [math.nan, math.inf])))
+@pytest.mark.parametrize(("name", "value"), [("B", math.nan), ("A", math.inf)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -552,5 +549,5 @@ def test_non_finite_factors(name: str, value: float, options: dict[str, Any]) ->
     bad = GOOD[name].clone()
     bad[1, 2] = value
     function: Any = project_outputs if "output_moment" in options else truncate_factors
-    with pytest.raises(ValueError, match=f"non-finite values in {name}: repair or retrain"):
+    with pytest.raises(ValueError, match=f"non-finite values in {name}"):
         function(**{**GOOD, name: bad, **options})

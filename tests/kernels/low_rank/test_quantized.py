@@ -163,7 +163,7 @@ def test_fitted_levels_serve_the_numbers_that_matter(config: NFConfig) -> None:
     torch.testing.assert_close(lloyd_levels(W, config, torch.ones(96)), blind, rtol=0, atol=1e-6)
     found = decompose(W, 0, config, (row, column), codebook="lloyd")
     torch.testing.assert_close(found.Q.levels, aware, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"column has the shape \(3,\); it must be \(128,\)"):
+    with pytest.raises(ValueError, match=r"column has shape \(3,\)"):
         lloyd_levels(W, config, row, torch.ones(3))
 
 

@@ -41,26 +41,28 @@ def test_is_a_linear_layer_with_a_lora(weight: NFTensor, dtype: torch.dtype) -> 
         torch.testing.assert_close(found, wanted, rtol=0.0, atol=atol)
 
 
-def test_gradients_and_theirs(weight: NFTensor) -> None:
-    x, bias = (torch.randn(*size).double().requires_grad_() for size in ((3, SHAPE[1]), (SHAPE[0],)))
+def test_first_and_second_derivatives() -> None:
+    shape = (3, 16)
+    weight = quantize(torch.randn(shape), CONFIG)
 
     def layer(*leaves: Tensor) -> Tensor:
         x, bias, A, B = leaves
-        return nf_linear(x, weight, CONFIG, SHAPE, bias, A, B, 0.7)
+        return nf_linear(x, weight, CONFIG, shape, bias, A, B, 0.7)
 
-    leaves = (x, bias, *factors(torch.float64))
+    sizes = ((2, shape[1]), (shape[0],), (2, shape[1]), (shape[0], 2))
+    leaves = [torch.randn(size).double().requires_grad_() for size in sizes]
     assert torch.autograd.gradcheck(layer, leaves)
     assert torch.autograd.gradgradcheck(layer, leaves)
 
 
-def test_its_transpose_which_is_its_gradient(weight: NFTensor) -> None:
-    arguments = (torch.randn(3, SHAPE[0]).requires_grad_(), *weight, *[None] * 3, *CONFIG.numbers, *SHAPE, True)
+def test_the_transposed_product(weight: NFTensor) -> None:
+    arguments = (torch.randn(3, SHAPE[0]).requires_grad_(), *weight, *[None] * 3, *CONFIG.integers, *SHAPE, True)
     operator = OPERATORS["nf_linear"]
     torch.testing.assert_close(operator(*arguments), operator.reference(*arguments))
     torch.library.opcheck(operator.op, arguments)
 
 
-def test_keeps_neither_weight_nor_input(weight: NFTensor) -> None:
+def test_saves_neither_the_restored_weight_nor_the_input(weight: NFTensor) -> None:
     x, kept = torch.randn(64, SHAPE[1]).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         nf_linear(x, weight, CONFIG, SHAPE)
@@ -83,28 +85,25 @@ def test_merging(weight: NFTensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(merged.double(), exact.detach(), rtol=2**-8, atol=1e-5)
 
 
-def test_what_is_refused(weight: NFTensor) -> None:
+def test_bad_arguments_are_named(weight: NFTensor) -> None:
     x, (A, B) = torch.randn(3, SHAPE[1]), factors()
-    with pytest.raises(ValueError, match=r"x is torch.float32 of shape \(3, 24\); it must be .* \(..., 40\)"):
-        nf_linear(torch.randn(3, 24), weight, CONFIG, SHAPE)
-    with pytest.raises(ValueError, match=r"bias has the shape \(40,\); it must be \(24,\)"):
-        nf_linear(x, weight, CONFIG, SHAPE, torch.zeros(40))
-    with pytest.raises(ValueError, match="both A and B"):
-        nf_linear(x, weight, CONFIG, SHAPE, A=A)
-    with pytest.raises(ValueError, match=r"\(r, 40\) and \(24, r\)"):
-        nf_linear(x, weight, CONFIG, SHAPE, A=A, B=B[:, :4])
-    with pytest.raises(ValueError, match="of one floating-point dtype"):
-        nf_merge(weight, CONFIG, A, B.bfloat16())
-    with pytest.raises(ValueError, match=r"codes has the shape .* a matrix of \(25, 40\) needs"):
-        nf_linear(x, weight, CONFIG, (25, 40))
+    for named, call in [
+        ("x is torch.float32", lambda: nf_linear(torch.randn(3, 24), weight, CONFIG, SHAPE)),
+        (r"bias has shape \(40,\)", lambda: nf_linear(x, weight, CONFIG, SHAPE, torch.zeros(40))),
+        ("B is None", lambda: nf_linear(x, weight, CONFIG, SHAPE, A=A)),
+        (r"B torch.float32 of shape \(24, 4\)", lambda: nf_linear(x, weight, CONFIG, SHAPE, A=A, B=B[:, :4])),
+        ("B torch.bfloat16", lambda: nf_merge(weight, CONFIG, A, B.bfloat16())),
+        ("codes has shape", lambda: nf_linear(x, weight, CONFIG, (25, 40))),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            call()
 
 
-@pytest.mark.parametrize(("mode", "most"), [("auto", 2), ("triton", 32)])
-def test_the_kernel_runs_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, mode: str, most: int) -> None:
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+def test_the_kernel_takes_up_to_two_tokens(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(base, "why_not_triton", lambda tensor: None)
     monkeypatch.setenv("PEFT_ZOO_KERNELS", mode)
-    rest = (*quantize(torch.randn(24, 64), CONFIG), None, None, None, *CONFIG.numbers, 24, 64, False)
+    rest = (*quantize(torch.randn(24, 64), CONFIG), None, None, None, *CONFIG.integers, 24, 64, False)
     operator = OPERATORS["nf_linear"]
-    assert operator.why_not_triton(torch.randn(most, 64), *rest) is None
-    reason = operator.why_not_triton(torch.randn(most + 1, 64), *rest)
-    assert isinstance(reason, base.Choice) and "the library multiplies" in reason
+    assert operator.why_not_triton(torch.randn(2, 64), *rest) is None
+    assert isinstance(operator.why_not_triton(torch.randn(3, 64), *rest), base.Choice)

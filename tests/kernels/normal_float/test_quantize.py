@@ -1,4 +1,4 @@
-"""Quantization in NormalFloat: levels, packing, and the double-quantized scales, against a transcription in numpy."""
+"""NormalFloat quantization: levels, packing and quantized scales against the formulas in numpy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_zoo.kernels.normal_float.packing import pack, unpack
-from peft_zoo.kernels.normal_float.quantize import NFConfig, _places, codebook, dequantize, quantize
+from peft_zoo.kernels.normal_float.quantize import NFConfig, _code_finder, codebook, dequantize, quantize
 
 # The table of QLoRA (arXiv 2305.14314, appendix E), and those of two and three bits by the same rule.
 LEVELS = {
@@ -58,13 +58,13 @@ def test_levels(bits: int) -> None:
     if bits in LEVELS:
         torch.testing.assert_close(levels, torch.tensor(LEVELS[bits]), rtol=0, atol=6e-8)
     normal = torch.distributions.Normal(0.0, 1.0)
-    places = normal.cdf(levels.double() * normal.icdf(torch.tensor(0.9677083, dtype=torch.float64)))
+    quantiles = normal.cdf(levels.double() * normal.icdf(torch.tensor(0.9677083, dtype=torch.float64)))
     half = 2 ** (bits - 1)
     torch.testing.assert_close(
-        places[half - 1 :].diff(), torch.full((half,), 0.4677083 / half).double(), rtol=0, atol=1e-7
+        quantiles[half - 1 :].diff(), torch.full((half,), 0.4677083 / half).double(), rtol=0, atol=1e-7
     )
     wanted = torch.full((half - 1,), 0.4677083 / (half - 1)).double()
-    torch.testing.assert_close(places[:half].diff(), wanted, rtol=0, atol=1e-7)
+    torch.testing.assert_close(quantiles[:half].diff(), wanted, rtol=0, atol=1e-7)
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(0, 200), st.integers(0, 2**32 - 1))
@@ -76,7 +76,7 @@ def test_packing_loses_nothing(bits: int, count: int, seed: int) -> None:
     assert torch.equal(unpack(words, bits, count), codes.to(torch.uint8))
 
 
-def test_the_place_of_every_bit() -> None:
+def test_the_position_of_every_bit() -> None:
     for bits in (2, 4, 8):
         codes = torch.zeros(64 // bits, dtype=torch.uint8)
         codes[32 // bits + 1] = 2**bits - 1  # value 1 of word 1
@@ -132,7 +132,7 @@ def test_other_dtypes_are_quantized_as_their_float32(dtype: torch.dtype) -> None
     assert restored.dtype == dtype
 
 
-def test_levels_of_ones_own() -> None:
+def test_custom_levels() -> None:
     weight = torch.randn(64, 64)
     levels = torch.tensor([-0.586, -0.171, 0.175, 0.590])
     config = NFConfig(2)
@@ -155,11 +155,11 @@ def test_large_matrices_are_quantized_in_pieces(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 5}, r"bits=5 must be one of \(2, 3, 4, 8\)"),
-        ({"scale_bits": 1}, "scale_bits=1 must be one of"),
-        ({"scale_dtype": "fp8"}, "scale_dtype='fp8' must be one of"),
-        ({"block": 0}, "block=0 must be an integer of at least 1"),
-        ({"group": 2.0}, "group=2.0 must be an integer"),
+        ({"bits": 5}, "bits=5"),
+        ({"scale_bits": 1}, "scale_bits=1"),
+        ({"scale_dtype": "fp8"}, "scale_dtype='fp8'"),
+        ({"block": 0}, "block=0"),
+        ({"group": 2.0}, "group=2.0"),
     ],
 )
 def test_bad_configurations(change: dict[str, Any], message: str) -> None:
@@ -170,17 +170,17 @@ def test_bad_configurations(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("weight", "config", "levels", "message"),
     [
-        (torch.tensor([1.0, float("nan")]), NFConfig(), None, "not finite"),
-        (torch.tensor([1.0, float("inf")]), NFConfig(), None, "not finite"),
-        (torch.empty(0), NFConfig(), None, "empty"),
+        (torch.tensor([1.0, float("nan")]), NFConfig(), None, "weight .*non-finite"),
+        (torch.tensor([1.0, float("inf")]), NFConfig(), None, "weight .*non-finite"),
+        (torch.empty(0), NFConfig(), None, "weight is empty"),
         (
             torch.tensor([1.0] * 64 + [1e6] * 64),
             NFConfig(scale_dtype="fp16"),
             None,
-            "scale_dtype='fp16' cannot hold 1e",
+            "scale_dtype='fp16'",
         ),
-        (torch.ones(4), NFConfig(2), torch.ones(3), "levels: give 4 finite values"),
-        (torch.ones(4), NFConfig(2), torch.tensor([0.0, 1.0, 0.5, 2.0]), "ascending order"),
+        (torch.ones(4), NFConfig(2), torch.ones(3), "levels of shape"),
+        (torch.ones(4), NFConfig(2), torch.tensor([0.0, 1.0, 0.5, 2.0]), "levels of shape"),
     ],
     ids=str,
 )
@@ -189,14 +189,14 @@ def test_bad_input(weight: Tensor, config: NFConfig, levels: Tensor | None, mess
         quantize(weight, config, levels)
 
 
-def test_no_such_codebook() -> None:
-    with pytest.raises(ValueError, match="bits=5 must be one of"):
+def test_an_unknown_codebook_is_refused() -> None:
+    with pytest.raises(ValueError, match="bits=5"):
         codebook(5)
 
 
 @pytest.mark.parametrize("kind", ["2", "3", "4", "8", "random", "twins", "wide"])
-def test_the_table_finds_what_bucketize_does(kind: str) -> None:
-    """Also for levels that no table serves: equal ones, and some outside of [-1, 1]."""
+def test_the_table_equals_bucketize(kind: str) -> None:
+    """Including levels too close for the table, and levels outside of [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     if kind.isdigit():
         levels = codebook(int(kind))
@@ -207,15 +207,14 @@ def test_the_table_finds_what_bucketize_does(kind: str) -> None:
     edges = torch.arange(2**11 + 1) / 2**10 - 1
     some = torch.cat([middles, levels, edges, torch.tensor([-9.0, 9.0, 0.0]), torch.randn(4096, generator=generator)])
     values = torch.cat([some, some.nextafter(torch.tensor(9.0)), some.nextafter(torch.tensor(-9.0))])
-    assert torch.equal(_places(middles)(values), torch.bucketize(values, middles).to(torch.uint8))
+    assert torch.equal(_code_finder(middles)(values), torch.bucketize(values, middles).to(torch.uint8))
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("place", [0, 9, 17, 50])
-def test_a_value_that_is_not_finite_is_found_wherever_it_is(value: float, place: int) -> None:
+@pytest.mark.parametrize(("value", "place"), [(torch.nan, 0), (torch.inf, 9), (-torch.inf, 17), (torch.nan, 50)])
+def test_a_non_finite_value_is_found_at_any_position(value: float, place: int) -> None:
     weight = torch.randn(51)
     weight[place] = value
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="non-finite"):
         quantize(weight, NFConfig(4, 4, "bf16", 16, 2))
 
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.optimize
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_zoo.kernels.planning.knapsack import METHODS, Allocation, allocate
+from peft_zoo.kernels.planning import knapsack
+from peft_zoo.kernels.planning.knapsack import SOLVERS, Allocation, allocate
 
 Table = list[list[float]]
 Problem = tuple[Table, list[list[int]], int]
 
-# A handful of additions of numbers up to 1e3, each rounded to 2**-53 of the result: below 1e-12. `exact` promises 1e-9
-# of the largest gain, which is at most 2e3 here.
-ROUNDING, SOLVER = 1e-12, 2e-6
+# Of at most ten additions of values up to 1e3.
+ROUNDING = 1e-12
 
 
 @st.composite
@@ -42,6 +40,10 @@ def random_problem(seed: int, items: int, options: int) -> Problem:
     values = rng.random((items, options)) * np.sqrt(costs + 1)
     low, high = int(costs.min(1).sum()), int(costs.max(1).sum())
     return values.tolist(), costs.tolist(), low + (high - low) // 3
+
+
+def greedy(values: Any, costs: Any, budget: int) -> Allocation:
+    return allocate(values, costs, budget, solver="greedy")
 
 
 def brute_force(values: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> float:
@@ -69,34 +71,68 @@ def largest_step(values: Sequence[Sequence[float]], costs: Sequence[Sequence[int
 
 
 def check_sums(found: Allocation, values: Table, costs: list[list[int]], budget: int) -> None:
-    """That the allocation is one, and adds up to what it says."""
+    """Checks that the allocation keeps the budget and that its cost and value are the sums of its choices."""
     assert len(found.choices) == len(values)
     assert found.cost == sum(row[k] for row, k in zip(costs, found.choices, strict=True)) <= budget
     assert found.value == math.fsum(row[k] for row, k in zip(values, found.choices, strict=True)) <= found.bound
 
 
-# --- both methods against all combinations ---
+# --- both solvers against all combinations ---
 
 
-@given(problems())
-def test_exact_is_the_optimum(problem: Problem) -> None:
-    found = allocate(*problem, method="exact")
+@given(problems() | problems(st.floats(-1e3, 1e3)), st.sampled_from(["auto", "dynamic"]), st.integers(1, 9))
+def test_dynamic_is_the_optimum(problem: Problem, solver: Any, unit: int) -> None:
+    values, costs, budget = problem
+    costs, budget = [[unit * cost for cost in row] for row in costs], unit * budget
+    found = allocate(values, costs, budget, solver=solver)
+    check_sums(found, values, costs, budget)
+    assert found.value == pytest.approx(brute_force(values, costs, budget), rel=0, abs=ROUNDING)
+    assert found.bound == pytest.approx(found.value, rel=0, abs=ROUNDING)
+
+
+@given(problems(), st.integers(1, 30))
+def test_dynamic_with_rounded_costs_keeps_the_budget(problem: Problem, bins: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "BINS", bins)
+        found = allocate(*problem, solver="dynamic")
     check_sums(found, *problem)
-    assert found.value == found.bound == brute_force(*problem)  # whole numbers: nothing is rounded
+    assert allocate(*problem, solver="greedy").value <= found.value <= brute_force(*problem) <= found.bound + ROUNDING
 
 
-@settings(max_examples=50)
-@given(problems(st.floats(-1e3, 1e3)))
-def test_exact_is_the_optimum_within_the_tolerance_of_the_solver(problem: Problem) -> None:
-    found = allocate(*problem, method="exact")
-    check_sums(found, *problem)
-    assert found.value == found.bound == pytest.approx(brute_force(*problem), rel=0, abs=SOLVER)
-    assert found.value >= allocate(*problem).value
+# Seeds, sizes of layers, grid steps and sparsities of layer-wise pruning, with the optima found by brute force.
+PRUNING = [
+    (0, (200, 100, 400, 300), 10, 0.5, 0.643968),
+    (0, (200, 100, 400, 300), 10, 0.7, 2.061389),
+    (1, (64, 640, 128, 320), 10, 0.6, 0.500348),
+    (2, (50, 50, 50, 50), 10, 0.4, 0.656692),
+    (3, (1000, 10, 10, 10), 20, 0.5, 0.177468),
+    (4, (300, 200, 250, 250), 8, 0.55, 2.334423),  # here greedy is worse than the same sparsity for all
+    (5, (128, 256, 512, 104), 16, 0.3, 0.094029),
+    (6, (97, 211, 155, 301), 10, 0.45, 0.719916),
+    (7, (97, 211, 155, 301), 10, 0.6, 0.614650),
+]
+
+
+@pytest.mark.parametrize(("seed", "sizes", "steps", "sparsity", "optimum"), PRUNING)
+def test_optima_of_pruning_problems(
+    seed: int, sizes: tuple[int, ...], steps: int, sparsity: float, optimum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, pruned = np.random.default_rng(seed), np.linspace(0, 1, steps + 1, dtype=np.float32)
+    curves = [(rng.uniform(0.5, 3), rng.uniform(1.5, 5)) for _ in sizes]
+    values = [[-float(v) for v in (a * pruned**q).astype(np.float32)] for a, q in curves]
+    costs = [[n - round(float(p) * n) for p in pruned] for n in sizes]
+    budget = int((1 - sparsity) * sum(sizes))
+    found = allocate(values, costs, budget)
+    assert found.value == pytest.approx(-optimum, abs=1e-6) and found.bound == found.value
+    for bins, factor in ((64, 1.12), (256, 1.07)):
+        monkeypatch.setattr(knapsack, "BINS", bins)
+        rounded = allocate(values, costs, budget, solver="dynamic")
+        assert rounded.cost <= budget and -rounded.value <= factor * optimum
 
 
 @given(problems() | problems(st.floats(-1e3, 1e3)))
 def test_greedy_and_its_bound_enclose_the_optimum(problem: Problem) -> None:
-    found = allocate(*problem)
+    found = greedy(*problem)
     check_sums(found, *problem)
     optimum = brute_force(*problem)
     assert found.value <= optimum <= found.bound + ROUNDING
@@ -106,7 +142,7 @@ def test_greedy_and_its_bound_enclose_the_optimum(problem: Problem) -> None:
 @given(problems())
 def test_greedy_leaves_nothing_that_still_fits(problem: Problem) -> None:
     values, costs, budget = problem
-    found = allocate(*problem)
+    found = greedy(*problem)
     for row, prices, k in zip(values, costs, found.choices, strict=True):
         left = budget - found.cost + prices[k]
         assert all(price > left or value <= row[k] for value, price in zip(row, prices, strict=True))
@@ -115,16 +151,7 @@ def test_greedy_leaves_nothing_that_still_fits(problem: Problem) -> None:
 @given(problems(), st.integers(0, 20))
 def test_the_bound_rises_with_the_budget(problem: Problem, more: int) -> None:
     values, costs, budget = problem
-    assert allocate(values, costs, budget).bound <= allocate(values, costs, budget + more).bound + ROUNDING
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_exact_closes_the_gap_of_larger_problems(seed: int) -> None:
-    problem = random_problem(seed, 12, 9)
-    greedy, exact = allocate(*problem), allocate(*problem, method="exact")
-    check_sums(exact, *problem)
-    # A bound of the solver's own: its gap here is 1e-9 of the largest gain, and that is at most 100.
-    assert greedy.value <= exact.value == exact.bound <= greedy.bound + 1e-7
+    assert greedy(values, costs, budget).bound <= greedy(values, costs, budget + more).bound + ROUNDING
 
 
 # --- where greedy is the optimum ---
@@ -136,7 +163,7 @@ def test_greedy_is_the_optimum_where_gains_fall_and_costs_are_equal(
 ) -> None:
     values = [[float(v) for v in itertools.accumulate(sorted(row, reverse=True), initial=0)] for row in gains]
     costs = [[unit * k for k in range(len(row))] for row in values]
-    found = allocate(values, costs, budget)
+    found = greedy(values, costs, budget)
     assert found.value == found.bound == brute_force(values, costs, budget)
 
 
@@ -148,7 +175,7 @@ def test_ranks_of_modules_of_one_shape() -> None:
     values = [[math.fsum(row[:r]) for r in range(full + 1)] for row in energies]
     costs = [[r * (m + n) for r in range(full + 1)]] * modules
     for kept in (0, 1, 17, 40, modules * full):
-        found = allocate(values, costs, kept * (m + n) + m)  # m more, which buys nothing
+        found = greedy(values, costs, kept * (m + n) + m)  # m more, which buys nothing
         level = np.sort(energies, axis=None)[::-1][kept - 1] if kept else math.inf
         assert found.choices == tuple(int((row >= level).sum()) for row in energies)
         assert found.value == found.bound
@@ -157,9 +184,9 @@ def test_ranks_of_modules_of_one_shape() -> None:
 def test_ranks_of_modules_of_different_shapes_may_miss_the_optimum() -> None:
     """The best ratio leaves room that only the other module could have used."""
     values, costs = [[0.0, 3.0], [0.0, 4.0]], [[0, 2], [0, 3]]
-    assert allocate(values, costs, 3).value == 3.0
-    assert allocate(values, costs, 3).bound == 3.0 + 4.0 / 3
-    assert allocate(values, costs, 3, method="exact").choices == (0, 1)
+    assert greedy(values, costs, 3).value == 3.0
+    assert greedy(values, costs, 3).bound == 3.0 + 4.0 / 3
+    assert allocate(values, costs, 3).choices == (0, 1)
 
 
 # --- the parts of greedy ---
@@ -167,13 +194,13 @@ def test_ranks_of_modules_of_different_shapes_may_miss_the_optimum() -> None:
 
 def test_fill_goes_on_behind_a_step_that_does_not_fit() -> None:
     values, costs = [[0, 10], [0, 9], [0, 1]], [[0, 4], [0, 4], [0, 1]]
-    found = allocate(values, costs, 7)
+    found = greedy(values, costs, 7)
     assert found == Allocation(choices=(1, 0, 1), cost=5, value=11.0, bound=10 + 9 * 3 / 4)
 
 
 def test_fill_takes_options_that_are_not_on_the_hull() -> None:
     values, costs = [[0, 10], [0, 3, 8]], [[0, 4], [0, 2, 4]]  # 3 for 2 lies below the chord from 0 to 8 for 4
-    found = allocate(values, costs, 6)
+    found = greedy(values, costs, 6)
     assert found == Allocation(choices=(1, 1), cost=6, value=13.0, bound=10 + 8 * 2 / 4)
 
 
@@ -188,14 +215,14 @@ def test_nothing_is_spent_for_nothing() -> None:
 def test_ties_go_to_what_is_listed_first() -> None:
     assert allocate([[0, 1, 1]], [[0, 2, 2]], 2).choices == (1,)
     assert allocate([[0, 1]] * 3, [[0, 2]] * 3, 4).choices == (1, 1, 0)
-    assert allocate([[0, 1]] * 3, [[0, 2]] * 3, 4, method="exact").choices == (1, 1, 0)
+    assert allocate([[0, 1]] * 3, [[0, 2]] * 3, 4, solver="dynamic").choices == (1, 1, 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("seed", range(5))
-def test_order_is_irrelevant_without_ties(method: Any, seed: int) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("seed", range(2))
+def test_order_is_irrelevant_without_ties(solver: Any, seed: int) -> None:
     values, costs, budget = random_problem(seed, 7, 6)
-    found = allocate(values, costs, budget, method=method)
+    found = allocate(values, costs, budget, solver=solver)
     rng = np.random.default_rng(seed)
     items = rng.permutation(7).tolist()
     options = [rng.permutation(6).tolist() for _ in items]
@@ -203,7 +230,7 @@ def test_order_is_irrelevant_without_ties(method: Any, seed: int) -> None:
         [[values[i][k] for k in order] for i, order in zip(items, options, strict=True)],
         [[costs[i][k] for k in order] for i, order in zip(items, options, strict=True)],
         budget,
-        method=method,
+        solver=solver,
     )
     assert tuple(order[k] for order, k in zip(options, moved.choices, strict=True)) == tuple(
         found.choices[i] for i in items
@@ -211,14 +238,14 @@ def test_order_is_irrelevant_without_ties(method: Any, seed: int) -> None:
     assert moved.cost == found.cost and moved.value == found.value
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_unusual_but_valid(method: Any) -> None:
-    assert allocate([], [], 0, method=method) == Allocation((), 0, 0.0, 0.0)
-    assert allocate([[-3.0]], [[4]], 4, method=method) == Allocation((0,), 4, -3.0, -3.0)
-    arrays = allocate(np.array([[0.0, 1.0]]), np.array([[2**52, 2**53]]), np.int64(2**53), method=method)  # type: ignore[arg-type]
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_unusual_but_valid(solver: Any) -> None:
+    assert allocate([], [], 0, solver=solver) == Allocation((), 0, 0.0, 0.0)
+    assert allocate([[-3.0]], [[4]], 4, solver=solver) == Allocation((0,), 4, -3.0, -3.0)
+    arrays = allocate(np.array([[0.0, 1.0]]), np.array([[2**52, 2**53]]), np.int64(2**53), solver=solver)  # type: ignore[arg-type]
     assert arrays == Allocation((1,), 2**53, 1.0, 1.0)
     assert [type(x) for x in (arrays.choices[0], arrays.cost, arrays.value, arrays.bound)] == [int, int, float, float]
-    assert allocate([[0.0, 1.0]], [[0, 1]], 10**30, method=method).choices == (1,)
+    assert allocate([[0.0, 1.0]], [[0, 1]], 10**30, solver=solver).choices == (1,)
 
 
 # --- many modules with many options ---
@@ -254,12 +281,12 @@ def test_the_bound_is_the_linear_relaxation(make: Callable[[int, int], Problem])
         b_eq=np.ones(20),
     )
     # The solver meets constraints and optimality to 1e-7, in rows with entries of the size of its result or less.
-    assert allocate(values, costs, budget).bound == pytest.approx(-solution.fun, rel=1e-6)
+    assert greedy(values, costs, budget).bound == pytest.approx(-solution.fun, rel=1e-6)
 
 
 @pytest.mark.parametrize("make", [concave, jump, scattered])
 def test_time_is_a_multiple_of_reading_the_input(make: Callable[[int, int], Problem]) -> None:
-    """Measured: about 4 times for all three; a hull in quadratic time would take hundreds of times."""
+    """Measured: up to 8 times; a hull in quadratic time would take hundreds of times."""
     values, costs, budget = make(224, 512)
 
     def seconds(work: Callable[[], object]) -> float:
@@ -268,86 +295,37 @@ def test_time_is_a_multiple_of_reading_the_input(make: Callable[[int, int], Prob
         return time.process_time() - start
 
     reading = min(seconds(lambda: (np.array(values), np.array(costs))) for _ in range(2))
-    assert min(seconds(lambda: allocate(values, costs, budget)) for _ in range(2)) < 25 * reading
-
-
-# --- the solver ---
-
-
-def test_exact_says_how_to_install_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("scipy", "scipy.optimize", "scipy.sparse"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install 'peft-zoo\[exact\]'"):
-        allocate([[0.0]], [[0]], 0, method="exact")
-    assert allocate([[0.0]], [[0]], 0).choices == (0,)
-
-
-TRAP: Problem = ([[0, 3], [0, 4]], [[0, 2], [0, 3]], 3)  # greedy takes the 3
-
-
-def test_exact_reports_a_solver_that_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scipy.optimize, "milp", lambda *_, **__: SimpleNamespace(status=1, message="Time limit."))
-    with pytest.raises(RuntimeError, match=r"gave up: Time limit. Use method='greedy'."):
-        allocate(*TRAP, method="exact")
-
-
-def answers(monkeypatch: pytest.MonkeyPatch, *solutions: list[float]) -> list[float]:
-    """Makes the solver answer with these, one by one; returns the budgets that it is asked for."""
-    limits: list[float] = []
-
-    def milp(*_: Any, constraints: Any, **__: Any) -> SimpleNamespace:
-        limits.append(constraints.ub[-1])
-        return SimpleNamespace(status=0, x=np.array(solutions[len(limits) - 1]))
-
-    monkeypatch.setattr(scipy.optimize, "milp", milp)
-    return limits
-
-
-def test_exact_rounds_what_the_solver_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, [1 - 1e-7, 1e-7, 1e-7, 1 - 1e-7])
-    assert allocate(*TRAP, method="exact") == Allocation((0, 1), 3, 4.0, 4.0)
-
-
-def test_exact_repeats_what_exceeds_the_budget_and_claims_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = answers(monkeypatch, [0, 1, 0, 1], [1, 0, 0, 1])  # the first costs 5, 2 too many
-    assert allocate(*TRAP, method="exact") == Allocation((0, 1), 3, 4.0, 3 + 4 / 3)
-    assert limits == [3, 1]
-
-
-def test_exact_is_never_worse_than_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, [1, 0, 1, 0])
-    assert allocate(*TRAP, method="exact").choices == allocate(*TRAP).choices == (1, 0)
+    assert min(seconds(lambda: greedy(values, costs, budget)) for _ in range(2)) < 25 * reading
 
 
 # --- errors ---
 
 
 @pytest.mark.parametrize(
-    ("values", "costs", "budget", "message"),
+    ("values", "costs", "budget", "named"),
     [
-        ([[1.0], []], [[1], []], 9, r"values\[1\] has 0 options, costs\[1\] 0; .* at least one"),
-        ([[1.0, 2.0]], [[1]], 9, r"values\[0\] has 2 options, costs\[0\] 1; they must have equally many"),
-        ([[1.0]], [[1], [2]], 9, "values has 1 items, costs 2; both must"),
-        ([[1.0, 2.0]], [[1, -2]], 9, r"costs\[0\]\[1\]=-2 must be an int from 0"),
-        ([[1.0, 2.0]], [[1, 2.0]], 9, r"costs\[0\]\[1\]=2.0 must be an int from 0"),
-        ([[1.0], [2.0]], [[1], [True]], 9, r"costs\[1\]\[0\]=True must be an int from 0"),
-        ([[1.0]], [[2**53 + 1]], 2**60, r"costs\[0\]\[0\]=9007199254740993 must be an int from 0 to 2\*\*53"),
-        ([[1.0], [1.0]], [[2**53], [1]], 2**60, r"costs add up to 9007199254740993, .* larger unit"),
-        ([[1.0, math.nan]], [[1, 2]], 9, r"values\[0\]\[1\]=nan must be finite"),
-        ([[-math.inf]], [[1]], 9, r"values\[0\]\[0\]=-inf must be finite"),
-        ([[1e308], [-1e308]], [[1], [1]], 9, "values add up to .* divide all of them"),
-        ([[1.0, 0.0], [1.0]], [[7, 3], [4]], 6, "budget=6 is below the cheapest allocation; it must be at least 7"),
-        ([], [], -1, "budget=-1 is below the cheapest allocation; it must be at least 0"),
-        ([[1.0]], [[1]], 9.0, "budget=9.0 must be an int"),
-        ([[1.0]], [[1]], True, "budget=True must be an int"),
+        ([[1.0], []], [[1], []], 9, r"values\[1\] has 0"),
+        ([[1.0, 2.0]], [[1]], 9, r"values\[0\] has 2 options, costs\[0\] 1"),
+        ([[1.0]], [[1], [2]], 9, "values has 1 items, costs 2"),
+        ([[1.0, 2.0]], [[1, -2]], 9, r"costs\[0\]\[1\]=-2"),
+        ([[1.0, 2.0]], [[1, 2.0]], 9, r"costs\[0\]\[1\]=2.0"),
+        ([[1.0], [2.0]], [[1], [True]], 9, r"costs\[1\]\[0\]=True"),
+        ([[1.0]], [[2**53 + 1]], 2**60, r"costs\[0\]\[0\]=9007199254740993"),
+        ([[1.0], [1.0]], [[2**53], [1]], 2**60, "costs add up to 9007199254740993"),
+        ([[1.0, math.nan]], [[1, 2]], 9, r"values\[0\]\[1\]=nan"),
+        ([[-math.inf]], [[1]], 9, r"values\[0\]\[0\]=-inf"),
+        ([[1e308], [-1e308]], [[1], [1]], 9, "values add up to"),
+        ([[1.0, 0.0], [1.0]], [[7, 3], [4]], 6, "budget=6 .* 7"),
+        ([], [], -1, "budget=-1 .* 0"),
+        ([[1.0]], [[1]], 9.0, "budget=9.0"),
+        ([[1.0]], [[1]], True, "budget=True"),
     ],
 )
-@pytest.mark.parametrize("method", METHODS)
-def test_bad_input(values: Any, costs: Any, budget: Any, message: str, method: Any) -> None:
-    with pytest.raises(ValueError, match=message):
-        allocate(values, costs, budget, method=method)
+def test_bad_input_is_named(values: Any, costs: Any, budget: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        allocate(values, costs, budget)
 
 
-def test_unknown_method() -> None:
-    with pytest.raises(ValueError, match="method='best' is unknown; choose one of greedy, exact"):
-        allocate([[1.0]], [[1]], 1, method="best")  # type: ignore[arg-type]
+def test_an_unknown_solver_is_refused() -> None:
+    with pytest.raises(ValueError, match="solver='best'"):
+        allocate([[1.0]], [[1]], 1, solver="best")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Ranks from spectra: one by one against their definitions, and together under a budget against the alternatives."""
+"""Ranks from singular values: single targets by their definitions, budgets against alternatives and bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_zoo.kernels.low_rank.factored import rank_for_energy
-from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, check_count, parse_budget, plan_ranks
+from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, parse_budget, plan_ranks
 
 Spectra = dict[str, Spectrum]
 
@@ -109,7 +109,7 @@ def test_greedy_budget_beats_one_rank_and_one_energy_for_all() -> None:
         fits = size(spectra, plan_ranks(spectra, RankTarget(energy=middle))) <= budget
         low, high = (middle, high) if fits else (low, middle)
     threshold = plan_ranks(spectra, RankTarget(energy=low))
-    assert size(spectra, threshold) > 0.97 * budget  # it is given a fair chance
+    assert size(spectra, threshold) > 0.97 * budget  # the comparison is fair
     assert size(spectra, greedy) <= budget
     assert error(spectra, greedy) < 0.6 * error(spectra, threshold) < 0.6 * error(spectra, uniform)
 
@@ -160,7 +160,7 @@ def test_a_budget_is_kept_to_and_so_are_the_bounds(
     ranks = plan_ranks(spectra, target)
     assert size(spectra, ranks, unit) <= budget and set(ranks.values()) <= set(steps)
     if share >= 1:
-        assert set(ranks.values()) == {most}  # nothing has to go
+        assert set(ranks.values()) == {most}  # everything fits
 
 
 def test_budgets_in_bytes_count_the_size_of_the_parameters() -> None:
@@ -221,7 +221,7 @@ def test_budgets_are_read(text: int | str, expected: tuple[int, str]) -> None:
     "budget", [0, -1, True, 1.5, "24", "MB", "24 TB", "-3MB", "0.1B", "0MB", "1e3MB", "1,5MB", "", None]
 )
 def test_budgets_that_cannot_be_read(budget: Any) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"budget={budget!r} cannot be used; give a number of parameters")):
+    with pytest.raises(ValueError, match=re.escape(f"budget={budget!r}")):
         parse_budget(budget)
 
 
@@ -231,7 +231,7 @@ def test_budgets_that_cannot_be_read(budget: Any) -> None:
         (
             {"budget": "1 MB"},
             0,
-            "budget 1 MB is below the minimum (min_rank=1 for 3 modules = 1.2 MB): raise the budget or lower min_rank",
+            "budget 1 MB is below the minimum (min_rank=1 for 3 modules = 1.2 MB)",
         ),
         (
             {"budget": "1 MB"},
@@ -255,44 +255,36 @@ def test_the_smallest_possible_budget_is_named(fields: dict[str, Any], reserved:
 
 # --- errors ---
 
-ONE = "pass exactly one of rank, energy, sv_ratio, sv_fro and budget, got "
+ONE = "exactly one of rank, energy, sv_ratio, sv_fro and budget, got "
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     [
         ({}, ONE + "none"),
         ({"rank": 4, "energy": 0.9}, ONE + "rank and energy"),
         ({"sv_ratio": 4, "sv_fro": 0.9, "budget": 5}, ONE + "sv_ratio and sv_fro and budget"),
-        ({"rank": True}, "rank=True must be"),
-        ({"rank": -1}, "rank=-1 must be"),
-        ({"rank": 0}, "rank=0 must be"),
-        ({"rank": 8.0}, "rank=8.0 must be"),
-        ({"energy": 0}, "energy=0 must be"),
-        ({"energy": 1.01}, "energy=1.01 must be"),
-        ({"energy": True}, "energy=True must be"),
-        ({"energy": math.nan}, "energy=nan must be"),
-        ({"sv_fro": -0.5}, "sv_fro=-0.5 must be"),
-        ({"sv_ratio": 0.5}, "sv_ratio must be at least 1, got 0.5"),
-        ({"sv_ratio": math.inf}, "sv_ratio must be at least 1, got inf"),
-        ({"sv_ratio": True}, "sv_ratio must be at least 1, got True"),
-        ({"budget": "8 sheep"}, "budget='8 sheep' cannot be used"),
-        ({"budget": False}, "budget=False cannot be used"),
-        ({"rank": 4, "rank_multiple_of": 0}, "rank_multiple_of=0 must be"),
-        ({"rank": 4, "min_rank": -1}, "min_rank=-1 must be"),
-        ({"rank": 4, "min_rank": True}, "min_rank=True must be"),
-        ({"rank": 4, "max_rank": 0}, "max_rank=0 must be"),
-        ({"rank": 4, "max_rank": 2, "min_rank": 3}, "max_rank=2 is below min_rank=3: exchange them"),
+        ({"rank": True}, "rank=True "),
+        ({"rank": -1}, "rank=-1 "),
+        ({"rank": 0}, "rank=0 "),
+        ({"rank": 8.0}, "rank=8.0 "),
+        ({"energy": 0}, "energy=0 "),
+        ({"energy": 1.01}, "energy=1.01 "),
+        ({"energy": True}, "energy=True "),
+        ({"energy": math.nan}, "energy=nan "),
+        ({"sv_fro": -0.5}, "sv_fro=-0.5 "),
+        ({"sv_ratio": 0.5}, "sv_ratio=0.5 "),
+        ({"sv_ratio": math.inf}, "sv_ratio=inf "),
+        ({"sv_ratio": True}, "sv_ratio=True "),
+        ({"budget": "8 sheep"}, "budget='8 sheep' "),
+        ({"budget": False}, "budget=False "),
+        ({"rank": 4, "rank_multiple_of": 0}, "rank_multiple_of=0 "),
+        ({"rank": 4, "min_rank": -1}, "min_rank=-1 "),
+        ({"rank": 4, "min_rank": True}, "min_rank=True "),
+        ({"rank": 4, "max_rank": 0}, "max_rank=0 "),
+        ({"rank": 4, "max_rank": 2, "min_rank": 3}, "max_rank=2 is below min_rank=3"),
     ],
 )
-def test_bad_targets(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_bad_targets_are_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
         RankTarget(**fields)
-
-
-def test_check_count() -> None:
-    check_count("steps", None)
-    check_count("steps", 1)
-    check_count("steps", 0, least=0)
-    with pytest.raises(ValueError, match="steps=199: give a whole number such as must be"):
-        check_count("steps", 199, least=200)

@@ -1,4 +1,4 @@
-"""Counting, scheduling, dividing and scoring, each against a plain loop or the function that defines it."""
+"""SNELLA's budget: counts, schedule, division and importance against plain loops and definitions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_kept_count_of_the_authors() -> None:
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
 def test_bad_sparsity(sparsity: float) -> None:
-    with pytest.raises(ValueError, match="must lie in"):
+    with pytest.raises(ValueError, match="sparsity="):
         kept_count(sparsity, 10)
 
 
@@ -89,8 +89,8 @@ def test_schedule_at_epoch_starts_is_the_one_of_the_authors() -> None:
     [
         ({"tinit": -1}, "tinit=-1"),
         ({"tfinal": -1}, "tfinal=-1"),
-        ({"deltaT": 0}, "deltaT=0 be at least 1"),
-        ({"tinit": 11}, "tinit=11 leaves no step.*less than total_step - tfinal = 11"),
+        ({"deltaT": 0}, "deltaT=0"),
+        ({"tinit": 11}, "tinit=11 .* 11"),
     ],
 )
 def test_bad_schedule(changes: dict[str, int], message: str) -> None:
@@ -133,7 +133,7 @@ def layers(draw: st.DrawFn, scores: st.SearchStrategy[float] = SCORES) -> tuple[
 
 
 @given(layers())
-def test_everything_is_given_and_no_cap_exceeded(case: tuple[Tensor, Tensor, int]) -> None:
+def test_the_whole_budget_is_given_within_the_caps(case: tuple[Tensor, Tensor, int]) -> None:
     scores, caps, budget = case
     alloc = water_fill(scores, caps, budget)
     assert alloc.dtype == torch.int64 and int(alloc.sum()) == min(budget, int(caps.sum()))
@@ -180,9 +180,9 @@ def test_water_fill_by_hand() -> None:
     assert water_fill(scores, caps, 9, minimum=torch.tensor([0, 0, 0, 9])).tolist() == [0, 0, 0, 9]
 
 
-@pytest.mark.parametrize("nothing", [0.0, float("nan"), float("inf")])
-def test_scores_that_say_nothing_divide_in_proportion_to_size(nothing: float) -> None:
-    assert water_fill(torch.full((3,), nothing), torch.tensor([10, 20, 30]), 30).tolist() == [5, 10, 15]
+@pytest.mark.parametrize("score", [0.0, float("nan"), float("inf")])
+def test_unusable_scores_divide_in_proportion_to_size(score: float) -> None:
+    assert water_fill(torch.full((3,), score), torch.tensor([10, 20, 30]), 30).tolist() == [5, 10, 15]
 
 
 def test_equal_scores_differ_by_at_most_one() -> None:
@@ -193,11 +193,11 @@ def test_equal_scores_differ_by_at_most_one() -> None:
 @pytest.mark.parametrize(
     ("scores", "caps", "budget", "minimum", "message"),
     [
-        ([1.0], [1, 2], 1, 0, "both must be"),
-        ([1.0], [-1], 1, 0, "must not be negative"),
-        ([1.0], [1], -1, 0, "must not be negative"),
-        ([1.0], [5], 1, -1, "must not be negative"),
-        ([1.0, 1.0], [5, 5], 3, 2, "minimum adds up to 4, more than budget=3"),
+        ([1.0], [1, 2], 1, 0, "scores has shape"),
+        ([1.0], [-1], 1, 0, "budget=.*caps and minimum"),
+        ([1.0], [1], -1, 0, "budget=.*caps and minimum"),
+        ([1.0], [5], 1, -1, "budget=.*caps and minimum"),
+        ([1.0, 1.0], [5, 5], 3, 2, "minimum adds up to 4"),
     ],
 )
 def test_bad_division(scores: list[float], caps: list[int], budget: int, minimum: int, message: str) -> None:
@@ -279,7 +279,7 @@ def test_resume() -> None:
 def test_state_of_other_layers_is_refused_and_changes_nothing() -> None:
     tracker = ImportanceTracker(two_layers())
     state = {name: torch.ones_like(tensor) for name, tensor in tracker.state_dict().items()}
-    with pytest.raises(ValueError, match=r"names that differ: .*U.q.1"):
+    with pytest.raises(ValueError, match=r"U.q.1"):
         tracker.load_state_dict({name: tensor for name, tensor in state.items() if name != "U.q.1"})
     with pytest.raises(ValueError, match=r"U.q.1 has shape"):
         tracker.load_state_dict(state | {"U.q.1": torch.ones(3)})
@@ -295,7 +295,7 @@ def test_sixteen_bit_factors_have_averages_in_32_bits() -> None:
 
 
 def test_bad_tracker() -> None:
-    with pytest.raises(ValueError, match=r"beta2=1.0 must lie in"):
+    with pytest.raises(ValueError, match=r"beta2=1.0"):
         ImportanceTracker({}, 0.5, 1.0)
-    with pytest.raises(ValueError, match="importance='w_mag' is unknown"):
+    with pytest.raises(ValueError, match="importance='w_mag'"):
         ImportanceTracker({}, importance="w_mag")

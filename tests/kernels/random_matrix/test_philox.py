@@ -1,4 +1,4 @@
-"""Philox against the known answers that its authors publish, and what makes it usable: a key and a position decide."""
+"""Philox against the known answers that its authors publish."""
 
 from __future__ import annotations
 

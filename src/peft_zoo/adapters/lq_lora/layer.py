@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear
 from peft_zoo.kernels.low_rank.factored import truncate_factors
-from peft_zoo.kernels.normal_float.linear import SMALL
+
+FUSED_TOKENS = 32
+"""Largest number of tokens for which base layer and LoRA are computed by one operator."""
 
 
 class LqLinear(LoraLinear):
@@ -133,7 +135,7 @@ class LqLinear(LoraLinear):
     def _only_adapter(self, x: Tensor) -> str | None:
         """Returns the active adapter if one operator can compute the layer: inference, few tokens, a plain LoRA."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if torch.is_grad_enabled() or self.training or len(active) != 1 or x.shape[:-1].numel() > SMALL:
+        if torch.is_grad_enabled() or self.training or len(active) != 1 or x.shape[:-1].numel() > FUSED_TOKENS:
             return None
         (name,) = active
         # Subclasses shard the weight (FSDP), hooks need the module's output, and accelerate's hook loads the weight.

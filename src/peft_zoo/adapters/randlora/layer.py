@@ -37,13 +37,8 @@ from peft_zoo.adapters.base.layout import layout_of
 from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import PeftProjection, draw, usual_dtype
 from peft_zoo.kernels.random_matrix.basis import UNIFORM, unit
-from peft_zoo.kernels.random_matrix.randlora_linear import (
-    Factors,
-    RandLoraSpec,
-    randlora_linear,
-    randlora_weight,
-    weight_is_cheaper,
-)
+from peft_zoo.kernels.random_matrix.factors import RandLoraFactors, RandLoraSpec
+from peft_zoo.kernels.random_matrix.randlora_linear import randlora_linear, randlora_weight, weight_is_cheaper
 from peft_zoo.kernels.random_matrix.shared import BasisKey, SharedBasis, shared_basis
 from peft_zoo.registration import register
 
@@ -139,13 +134,13 @@ class RandLoraLayer(ZooLayer):
         scale *= 1.0 if config.is_peft_basis else unit(k) ** 2
         return RandLoraSpec(self.large, self.in_features > self.out_features, scale, k, config.chunk_mb * 2**20)
 
-    def _factors(self, name: str) -> Factors:
+    def _factors(self, name: str) -> RandLoraFactors:
         factors = self.factor("zoo_randlora_lambda", name), self.factor("zoo_randlora_gamma", name)
         lambda_, gamma = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in factors)
         if name in self.projections:
-            return Factors(lambda_, gamma, *self.projections[name].matrices(lambda_.device))
+            return RandLoraFactors(lambda_, gamma, *self.projections[name].matrices(lambda_.device))
         basis = self._basis(name, lambda_)
-        return Factors(lambda_, gamma, basis.A, basis.B)
+        return RandLoraFactors(lambda_, gamma, basis.A, basis.B)
 
     def _basis(self, name: str, lambda_: Tensor) -> SharedBasis:
         basis = self.bases[name].get(lambda_.device)
@@ -155,7 +150,7 @@ class RandLoraLayer(ZooLayer):
             smallest = "int8" if kind == UNIFORM else "packed2"
             storage = smallest if config.basis_storage == "auto" else config.basis_storage
             basis = shared_basis(BasisKey(config.projection_prng_key, kind, storage, lambda_.device))
-            basis.require(A=(config.r, self.small), B=(self.large, lambda_.numel()))
+            basis.reserve(A=(config.r, self.small), B=(self.large, lambda_.numel()))
             self.bases[name][lambda_.device] = basis
         return basis
 

@@ -1,1 +1,1 @@
-"""Low-rank approximations of factored, dense and implicitly given matrices, and of quantization errors."""
+"""Low-rank approximation of factored, dense and quantized matrices."""

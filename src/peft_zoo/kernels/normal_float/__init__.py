@@ -1,1 +1,1 @@
-"""NormalFloat quantization with 2 to 8 bits per weight, and products with quantized matrices."""
+"""NormalFloat quantization of matrices, and linear layers with quantized weights."""

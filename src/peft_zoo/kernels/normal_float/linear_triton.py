@@ -1,4 +1,4 @@
-"""Triton kernels of `nf_linear` for few tokens and of `nf_merge`: the weight is decoded where it is used."""
+"""Triton kernels of `nf_linear` for up to two tokens and of `nf_merge`; both decode the weight in registers."""
 
 # mypy: disable-error-code="no-untyped-def"
 # The arguments of a `triton.jit` function have no Python types.
@@ -13,15 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, dot_like, load_tile, narrow, store_tile, widen
-from peft_zoo.kernels.normal_float.linear import FEW, SMALL
+from peft_zoo.kernels.normal_float.linear import KERNEL_TOKENS
 from peft_zoo.kernels.normal_float.quantize_triton import decode
 
-ROWS, WIDTH, CHUNK, NUM_WARPS = 16, 64, 16, 4
-"""For merging and more tokens: rows and columns of the weight in a tile, ranks at a time (everywhere), and warps."""
-VALUES, WIDEST, FEW_WARPS = 4096, 2048, 2
-"""For few tokens: values of the weight in a tile, of those at most in one row, and warps."""
-LEAST = 16
-"""Tokens in the smallest tile of a tensor core."""
+VALUES, WIDEST, LINEAR_WARPS = 4096, 2048, 2
+"""For `nf_linear`: weights in a tile, columns of a tile at most, and warps of a program."""
+ROWS, WIDTH, MERGE_WARPS = 16, 64, 4
+"""For `nf_merge`: rows and columns of a tile, and warps of a program."""
+CHUNK = 16
+"""Ranks that both kernels process at a time."""
 
 
 def nf_linear(
@@ -42,38 +42,33 @@ def nf_linear(
     columns: int,
     transposed: bool,
 ) -> Tensor:
-    """`nf_linear.nf_linear`, for at most `SMALL` tokens."""
+    """Launches the kernel of `linear.nf_linear`, for at most `KERNEL_TOKENS` tokens."""
     tokens = x.shape[:-1].numel()
     y = x.new_empty(*x.shape[:-1], rows)
     rank = 0 if B is None else B.shape[1]
-    packed = codes, scales, group_scales, offset, levels
-    # An unused pointer is never read.
+    # Absent tensors are replaced by y: their pointers are never read.
     low_rows = y if low is None else low.reshape(tokens, rank).contiguous()
     dense = low_rows, y if B is None else B.contiguous(), y if bias is None else bias.contiguous()
     x = x.reshape(tokens, columns).contiguous()
-    tile = _tile(tokens, columns, x.dtype)
+    tile = _tile(tokens, columns)
     _product[(triton.cdiv(rows, tile["ROWS"]),)](
-        *(x, *packed, *dense, y, tokens, rows, columns, rank),
+        *(x, codes, scales, group_scales, offset, levels, *dense, y, tokens, rows, columns, rank),
         BITS=bits,
         SCALE_BITS=scale_bits,
         BLOCK=block,
         GROUP=group,
         HAS_BIAS=bias is not None,
         **tile,
+        num_warps=LINEAR_WARPS,
         enable_fp_fusion=False,
     )
     return y
 
 
-def _tile(tokens: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sizes for so many tokens, and whether tensor cores multiply."""
-    if tokens <= FEW:
-        width = min(WIDEST, triton.next_power_of_2(columns))
-        sizes = {"TOKENS": triton.next_power_of_2(tokens), "ROWS": VALUES // width, "WIDTH": width}
-        return {**sizes, "CHUNK": CHUNK, "DOTS": False, "num_warps": FEW_WARPS}
-    # Of float32 twice as many columns would take too many registers.
-    sizes = {"ROWS": ROWS, "WIDTH": WIDTH // 2 if dtype == torch.float32 else WIDTH, "CHUNK": CHUNK}
-    return {**sizes, "TOKENS": LEAST if tokens <= LEAST else SMALL, "DOTS": True, "num_warps": NUM_WARPS}
+def _tile(tokens: int, columns: int) -> dict[str, int]:
+    """Returns the compile-time sizes of the kernel of `nf_linear`."""
+    width = min(WIDEST, triton.next_power_of_2(columns))
+    return {"TOKENS": triton.next_power_of_2(tokens), "ROWS": VALUES // width, "WIDTH": width, "CHUNK": CHUNK}
 
 
 def nf_merge(
@@ -91,7 +86,7 @@ def nf_merge(
     group: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`nf_linear.nf_merge`."""
+    """Launches the kernel of `linear.nf_merge`."""
     rows, columns = len(B), A.shape[1]
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     _merge[(triton.cdiv(rows, ROWS), triton.cdiv(columns, WIDTH))](
@@ -104,7 +99,7 @@ def nf_merge(
         ROWS=ROWS,
         WIDTH=WIDTH,
         CHUNK=CHUNK,
-        num_warps=NUM_WARPS,
+        num_warps=MERGE_WARPS,
         enable_fp_fusion=False,
     )
     return out
@@ -131,7 +126,6 @@ def _product(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    DOTS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -161,25 +155,18 @@ def _product(
             ROWS,
             WIDTH,
         )
-        if DOTS:
-            x = load_tile(x_ptr, token, first + tl.arange(0, WIDTH), tokens, columns)
-            total += dot_like(x, tl.trans(tl.reshape(weight, (ROWS, WIDTH))), dtype)
-        else:
-            weight = widen(narrow(weight, dtype))
-            column = first + (tl.arange(0, ROWS * UNITS) % UNITS * EACH)[:, None] + tl.arange(0, EACH)[None, :]
-            for t in tl.static_range(TOKENS):
-                there = column < tl.where(t < tokens, columns, 0)
-                x = widen(tl.load(x_ptr + t * columns + column, mask=there, other=0.0))
-                found = tl.sum(tl.reshape(tl.sum(weight * x, 1), (ROWS, UNITS)), 1)
-                total += tl.where(token[:, None] == t, found[None, :], 0.0)
+        weight = widen(narrow(weight, dtype))
+        column = first + (tl.arange(0, ROWS * UNITS) % UNITS * EACH)[:, None] + tl.arange(0, EACH)[None, :]
+        for t in tl.static_range(TOKENS):
+            inside = column < tl.where(t < tokens, columns, 0)
+            x = widen(tl.load(x_ptr + t * columns + column, mask=inside, other=0.0))
+            sums = tl.sum(tl.reshape(tl.sum(weight * x, 1), (ROWS, UNITS)), 1)
+            total += tl.where(token[:, None] == t, sums[None, :], 0.0)
     for first in range(0, rank, CHUNK):
         k = first + tl.arange(0, CHUNK)
         low = load_tile(low_ptr, token, k, tokens, rank)
         B = widen(load_tile(B_ptr, row, k, rows, rank))
-        if DOTS:
-            total += dot_like(low, tl.trans(B), dtype)
-        else:
-            total += tl.sum(widen(low)[:, None, :] * B[None, :, :], 2)
+        total += tl.sum(widen(low)[:, None, :] * B[None, :, :], 2)
     if HAS_BIAS:
         total += widen(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[None, :]
     store_tile(out_ptr, token, row, tokens, rows, total)
@@ -235,35 +222,30 @@ def _merge(
     store_tile(out_ptr, row, column, rows, columns, tl.reshape(weight, (ROWS, WIDTH)) + scaling * update)
 
 
-_DOTS = (torch.bfloat16, LEAST), (torch.bfloat16, SMALL), (torch.float16, SMALL), (torch.float32, SMALL)
-
-
 def compile_specs() -> Iterator[CompileSpec]:
-    """What the compile gate compiles: every width of value; one token and the most; factors of both sizes."""
+    """Yields the configurations for the compile gate: all widths of codes, one and two tokens, both factor dtypes."""
     packed = {"codes_ptr": "*i32", "scales_ptr": "*i32", "group_scales_ptr": "*bf16"}
     packed |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32"}
-    numbers = dict.fromkeys(("rows", "columns", "rank"), "i32")
+    sizes = dict.fromkeys(("rows", "columns", "rank"), "i32")
     for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
-        way = {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256, "CHUNK": CHUNK}
-        for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, FEW), *_DOTS, (torch.float32, 1)):
+        quantization = {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256}
+        for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, KERNEL_TOKENS), (torch.float32, 1)):
             dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
-            tile = _tile(tokens, WIDEST, dtype)
             yield CompileSpec(
                 f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
                 _product,
-                packed | dense | numbers | {"tokens": "i32"},
-                way | {"HAS_BIAS": True} | {name: size for name, size in tile.items() if name != "num_warps"},
-                num_warps=tile["num_warps"],
-                has_dot=bool(tile["DOTS"]),
-                loads_matrix=bool(tile["DOTS"]),
+                packed | dense | sizes | {"tokens": "i32"},
+                quantization | {"HAS_BIAS": True} | _tile(tokens, WIDEST),
+                num_warps=LINEAR_WARPS,
+                loads_matrix=False,
             )
         for factors in (torch.bfloat16, torch.float32):
             dense = dict.fromkeys(("A_ptr", "B_ptr"), POINTERS[factors]) | {"out_ptr": "*bf16", "scaling": "fp32"}
             yield CompileSpec(
                 f"nf_merge[{bits} bits, {POINTERS[factors][1:]} factors]",
                 _merge,
-                packed | dense | numbers,
-                way | {"ROWS": ROWS, "WIDTH": WIDTH},
-                num_warps=NUM_WARPS,
+                packed | dense | sizes,
+                quantization | {"ROWS": ROWS, "WIDTH": WIDTH, "CHUNK": CHUNK},
+                num_warps=MERGE_WARPS,
                 has_dot=True,
             )

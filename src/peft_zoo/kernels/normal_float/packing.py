@@ -1,22 +1,20 @@
-"""Codes of 2, 3, 4 or 8 bits packed into words of 32, in the layout of LQ-LoRA's released code (arXiv 2311.12023)."""
+"""Packs codes of 2, 3, 4 or 8 bits into int32 words, in the layout of LQ-LoRA's released code (arXiv 2311.12023)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "packed_length", "unpack"]
-
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes in int32 words, the first in the lowest bits.
+    """Packs codes into int32 words, the first code in the lowest bits.
 
-    With 2, 4 and 8 bits value j of a word has its bits `[j b, (j + 1) b)`. With 3 bits, 32 values make three words, and
-    word t has bit t of value j in its bit j. The last word is filled up with zeros.
+    With 2, 4 and 8 bits, code j of a word occupies its bits `[j b, (j + 1) b)`. With 3 bits, 32 codes make three words,
+    and bit j of word t is bit t of code j. The last word is padded with zeros.
 
     Args:
-        codes: Any shape, integers of at least 0 and below 2^bits.
-        bits: 2, 3, 4 or 8.
+        codes: Integers from 0 to 2^bits - 1, any shape with n entries.
+        bits: Bits of a code: 2, 3, 4 or 8.
 
     Returns:
         int32 of shape `(ceil(n / 32) * 3,)` for 3 bits, else `(ceil(n bits / 32),)`.
@@ -31,7 +29,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _bytes(values: Tensor, bits: int) -> Tensor:
-    """The last axis in one byte, the first value in the lowest bits; four bytes are a word, the first the lowest."""
+    """Packs the last axis into one byte, the first value in the lowest bits."""
     packed = values[..., 0].clone(memory_format=torch.contiguous_format)
     for place in range(1, values.shape[-1]):
         packed |= values[..., place] << bits * place
@@ -39,12 +37,12 @@ def _bytes(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes, uint8 of shape `(count,)`.
+    """Unpacks the first `count` codes, uint8 of shape `(count,)`.
 
     Args:
-        words: As `pack` gives them.
-        bits: 2, 3, 4 or 8.
-        count: How many.
+        words: Words, as `pack` returns them.
+        bits: Bits of a code: 2, 3, 4 or 8.
+        count: Number of codes.
     """
     packed = words.contiguous().view(torch.uint8)
     if bits == 3:
@@ -55,11 +53,11 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _spread_bits(device: torch.device) -> Tensor:
-    """Of every byte the eight bits as the bytes of an int64, the lowest first."""
+    """Returns for every byte value an int64 with its eight bits as bytes, the lowest first."""
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
     return bits.to(torch.uint8).view(torch.int64).squeeze(1)
 
 
 def packed_length(count: int, bits: int) -> int:
-    """Words that `pack` makes of so many codes."""
+    """Returns the number of words into which `pack` packs `count` codes."""
     return -(-count // 32) * 3 if bits == 3 else -(-count * bits // 32)

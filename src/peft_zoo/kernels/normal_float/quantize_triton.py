@@ -1,4 +1,4 @@
-"""Triton kernel of `nf_dequantize`: every program decodes the scales of some blocks, then their values."""
+"""Triton kernel of `nf_dequantize`: each program decodes the scales of a few blocks, then their values."""
 
 # mypy: disable-error-code="no-untyped-def"
 # The arguments of a `triton.jit` function have no Python types.
@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, narrow, widen
 
 VALUES, NUM_WARPS = 4096, 2
-"""Values of a program."""
+"""Values and warps of a program."""
 
 
 def nf_dequantize(
@@ -31,7 +31,7 @@ def nf_dequantize(
     count: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`normal_float.dequantize`, on one axis."""
+    """Launches the kernel of `quantize.dequantize_operator`."""
     out = torch.empty(count, dtype=dtype, device=codes.device)
     _dequantize[(triton.cdiv(count, VALUES),)](
         *(codes, scales, group_scales, offset, levels, out, count),
@@ -101,10 +101,11 @@ def decode(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A tile of values from `start` on, float32 of shape `(ROWS x units of a row, values of a unit)`.
+    """Decodes a tile of values from `start` on, float32 of shape `(ROWS x units of a row, values of a unit)`.
 
-    It has `rows` rows of `columns` values, `stride` apart; where there are fewer than `ROWS` and `WIDTH` the rest is of
-    no meaning. Rows begin with a unit and a block. A thread decodes a whole word, and every scale is decoded once.
+    The tile has `rows` rows of `columns` values, `stride` apart; values beyond these are undefined if there are fewer
+    than `ROWS` or `WIDTH`. Each row begins at a unit (the codes of one word, or of three with 3 bits) and at a block. A
+    thread decodes a whole word, and each scale is decoded once.
     """
     EACH: tl.constexpr = 32 if BITS == 3 else 32 // BITS
     UNITS: tl.constexpr = WIDTH // EACH
@@ -127,17 +128,17 @@ def decode(
 
 @triton.jit
 def _read_scale(scales_ptr, group_scales_ptr, offset_ptr, block, there, SCALE_BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Scales of some blocks, float32; `normal_float._scales`."""
+    """Decodes the scales of `block`, float32, as `quantize._scales` does."""
     j = _read_code(scales_ptr, block, there, SCALE_BITS).to(tl.float32)
     g = widen(tl.load(group_scales_ptr + block // GROUP, mask=there, other=1))
     g = tl.where(g == 0, 1, g)  # the codes of such a group are 0
-    # Division as IEEE rounds it: the scales have the bits that the codes of the values were chosen for.
+    # IEEE division gives the scales the same bits as when the codes of the values were chosen.
     return tl.div_rn(j, tl.div_rn(tl.zeros_like(g) + (2**SCALE_BITS - 1), g)) + tl.load(offset_ptr)
 
 
 @triton.jit
 def _read_code(words_ptr, place, inside, BITS: tl.constexpr):
-    """Packed codes at some places, int32; `bit_packing.unpack`."""
+    """Reads the packed codes at `place`, int32, as `packing.unpack` does."""
     if BITS == 3:
         first, bit = words_ptr + place // 32 * 3, (place % 32).to(tl.int32)
         low = (tl.load(first, mask=inside, other=0) >> bit) & 1
@@ -150,7 +151,7 @@ def _read_code(words_ptr, place, inside, BITS: tl.constexpr):
 
 @triton.jit
 def _read_units(words_ptr, unit, inside, BITS: tl.constexpr):
-    """All packed codes of some units, int32; each word is loaded once."""
+    """Reads all packed codes of `unit`, int32; each word is loaded once."""
     if BITS == 3:
         bit = tl.arange(0, 32)[None, :]
         low = tl.load(words_ptr + unit * 3, mask=inside, other=0)[:, None] >> bit & 1
@@ -163,7 +164,7 @@ def _read_units(words_ptr, unit, inside, BITS: tl.constexpr):
 
 
 def compile_specs() -> Iterator[CompileSpec]:
-    """What the compile gate compiles: every width of value and scale, in blocks of usual sizes."""
+    """Yields the configurations for the compile gate: all widths of codes and scales, in blocks of usual sizes."""
     pointers = {"codes_ptr": "*i32", "scales_ptr": "*i32", "offset_ptr": "*fp32", "levels_ptr": "*fp32"}
     for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
         for dtype in (torch.float32, torch.bfloat16):

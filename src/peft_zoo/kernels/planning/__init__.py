@@ -1,1 +1,1 @@
-"""Solvers that divide one budget among many layers: ranks, bits per weight, numbers of nonzero weights."""
+"""Division of one budget among many modules: ranks, bit widths and sparsities."""

@@ -1,28 +1,31 @@
-"""Divides one budget among many modules by choosing one option for each: the multiple-choice knapsack.
+"""Divides one budget among modules by choosing one option for each: the multiple-choice knapsack problem.
 
-An item is a module, an option something that can be done with it (a rank, a number of bits, a sparsity)::
+An item is a module; an option is a setting for it, such as a rank, a bit width or a sparsity::
 
-    maximise  sum_i value[i][k_i]    subject to    sum_i cost[i][k_i] <= budget,    one option k_i of every item i
+    maximise  sum_i value[i][k_i]    subject to    sum_i cost[i][k_i] <= budget,    one option k_i for each item i
 
-The problem is first made smaller without losing an optimum: options that cost no less and are worth no more than
-another one of their item are dropped, and so are those that no allocation within the budget can contain; costs are
-counted from the cheapest option of each item, in units of their greatest common divisor.
+The problem is reduced first, without losing an optimum. Options that cost no less and are worth no more than another
+option of their item are dropped, and so are those that fit no allocation within the budget. Costs are counted from the
+cheapest option of each item, in units of their greatest common divisor.
 
-* `greedy` starts from the cheapest options and climbs the upper concave hull of every item's (cost, value) points, the
-  step with the most value per cost first, up to the first one that does not fit. That solves the linear relaxation but
-  for the fraction of this step that would fit, and with the fraction it is the bound. Then the same again with what
-  is left and the options that still fit, which may lie under the first hulls, until none does. A round takes
-  O(n log n) for n options; the first has nearly all of the work, a few more follow.
-* `exact` hands the smaller problem to the mixed-integer solver HiGHS (`scipy.optimize.milp`): for small problems.
+* `"greedy"` starts from the cheapest options and climbs the upper concave hull of each item's (cost, value) points, the
+  step with the most value per cost first, until a step does not fit. This solves the linear relaxation except for the
+  fraction of that step that would fit; including the fraction gives the bound. The procedure is repeated with the
+  remaining budget and the options that still fit, which may lie below the first hulls, until none fits. A round takes
+  O(n log n) for n options; nearly all of the work is in the first.
+* `"dynamic"` tabulates the best value for every budget up to the given one, item by item, in O(n bins) for n options.
+  It is exact if the budget has at most `BINS` units. Otherwise costs are rounded up to the budget divided by `BINS`, so
+  the budget is never exceeded, and greedy steps spend what rounding left. The result is never worse than greedy's.
+* `"auto"` is greedy, followed by dynamic unless greedy's value equals its bound or n bins exceeds `AUTO_STATES`.
 
 The greedy value falls short of the optimum by less than the value of the first step that does not fit, hence by less
-than the largest step on a hull: optimum <= bound < value after the steps before + value of that step. It is the optimum
-where no such step exists or nothing is left when it comes up. This is always so when all steps cost the same: ranks of
-modules of one shape, whose gains sigma_r^2 decrease. For modules of different shapes it need not be.
+than the largest step on a hull: optimum <= bound < value before that step + value of that step. It is the optimum if
+there is no such step, or if no budget remains before it. That holds whenever all steps cost the same, as for ranks of
+modules of one shape, whose gains sigma_r^2 decrease. For few modules of different shapes the shortfall can be large.
 
 Sources: Sinha and Zoltners, "The Multiple-Choice Knapsack Problem", Operations Research 27 (1979), for dominance, hull
-and relaxation; Kellerer, Pferschy and Pisinger, "Knapsack Problems" (2004), chapter 11, for the greedy algorithm. Hulls
-are found by Quickhull (Eddy, ACM TOMS 3, 1977) for all items at once.
+and relaxation; Kellerer, Pferschy and Pisinger, "Knapsack Problems" (2004), chapter 11, for both algorithms; Andrew,
+"Another efficient algorithm for convex hulls in two dimensions", Information Processing Letters 9 (1979).
 """
 
 from __future__ import annotations
@@ -30,14 +33,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-METHODS = ("greedy", "exact")
+Solver = Literal["auto", "greedy", "dynamic"]
+SOLVERS: tuple[str, ...] = get_args(Solver)
 
-_LARGEST_COST = 2**53  # of everything together: up to here float64 holds every integer
+BINS = 2**16
+"""Largest number of budget units that the dynamic solver tabulates."""
+AUTO_STATES = 10**8
+"""Options times bins up to which `"auto"` uses the dynamic solver: about half a second."""
+
+_LARGEST_COST = 2**53  # of all options together: float64 represents every integer up to here
 _LARGEST_VALUE = 1e290  # products of values and costs stay finite below it
 
 Floats = NDArray[np.float64]
@@ -46,14 +55,14 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Allocation:
-    """One option for every item, and how good that is.
+    """One option for each item, its cost, its value, and a bound on the largest possible value.
 
     Attributes:
-        choices: Index of the option chosen, for each item.
-        cost: Sum of the costs of the choices, not more than the budget.
+        choices: Index of the chosen option, for each item.
+        cost: Sum of the costs of the choices, at most the budget.
         value: Sum of the values of the choices, correctly rounded.
-        bound: No allocation within the budget has a larger value, up to rounding. The linear relaxation of the
-            reduced problem; equal to `value` where that is known to be the optimum.
+        bound: No allocation within the budget has a larger value, up to rounding. Equal to `value` if that is known to
+            be the optimum, else the optimum of the linear relaxation.
     """
 
     choices: tuple[int, ...]
@@ -64,16 +73,16 @@ class Allocation:
 
 @dataclass(frozen=True)
 class _Table:
-    """The options that can be part of an optimum, in one row: by item, and within an item by rising value and cost."""
+    """Options that can be part of an optimum, as one row ordered by item, then by rising value and cost."""
 
     item: Ints
-    option: Ints  # where it was among the options of its item
+    option: Ints  # index among the options of the item
     value: Floats
     cost: Ints  # above the cheapest option of the item, in units of the common divisor
-    first: Ints  # for each item, where its options start
+    first: Ints  # position in the row of each item's first option
 
     def worth(self, chosen: Ints) -> float:
-        """Total value of the options at these places of the row, correctly rounded."""
+        """Returns the total value of the options at these positions of the row, correctly rounded."""
         return math.fsum(self.value[chosen].tolist())
 
 
@@ -82,60 +91,68 @@ def allocate(
     costs: Sequence[Sequence[int]],
     budget: int,
     *,
-    method: Literal["greedy", "exact"] = "greedy",
+    solver: Solver = "auto",
 ) -> Allocation:
-    """Choose one option of every item so that the total value is as large as the budget allows.
+    """Chooses one option of each item so that the total value is as large as the budget allows.
 
-    The result depends on nothing but the arguments. Of options of an item with the same cost and value the one listed
-    first counts; an option that costs more and brings no more value is never chosen. `greedy` takes steps with the
-    same value per cost in the order of the items; `exact` returns the greedy allocation if none is better.
+    The result depends on the arguments only. Of options of an item with equal cost and value the first counts; an
+    option that costs more without being worth more is never chosen. Greedy takes steps with equal value per cost in the
+    order of the items.
 
     Args:
-        values: What each option of each item is worth, `values[item][option]`, finite; any unit, any sign. Items may
-            differ in their number of options, which come in any order.
-        costs: What it costs, laid out like `values`: ints that are not negative, e.g. parameters or bytes.
-        budget: What all choices may cost together, in the same unit.
-        method: `"greedy"` for at most one step less than the optimum (see above), at once for hundreds of modules
-            with thousands of options each; `"exact"` for the optimum to within 1e-9 of the largest difference between
-            options of an item, in a time that may grow exponentially. It needs scipy.
+        values: Value of each option of each item, `values[item][option]`; finite, any unit, any sign. Items may differ
+            in their number of options, which can be in any order.
+        costs: Cost of each option in the layout of `values`: non-negative ints such as parameters or bytes.
+        budget: Largest total cost of the choices, in the unit of `costs`.
+        solver: `"greedy"`, `"dynamic"` or `"auto"` (default), as described in the module's docstring.
 
     Returns:
-        The allocation. `bound` does not decrease with the budget; the greedy `value` may.
+        The allocation. Its `bound` does not decrease with the budget unless dynamic proves the optimum; the greedy
+        `value` may.
 
     Raises:
-        ValueError: If there are items without options, lengths that differ, costs that are not ints or are negative,
-            values that are not finite, numbers too large to be added in float64, an unknown method, or a budget that
-            not even the cheapest options keep to.
-        ImportError: If `method` is `"exact"` and scipy is not installed.
-        RuntimeError: If the solver gives up, as HiGHS does on costs above 1e15 units.
+        ValueError: If there are items without options, lengths that differ, costs that are not non-negative ints,
+            non-finite values, sums too large for float64, an unknown solver, or a budget below the cheapest allocation.
+
+    Examples:
+        Two modules with three ranks each, of which one costs twice as much per rank:
+
+        >>> found = allocate([[0.0, 5.0, 6.0], [0.0, 4.0, 7.0]], [[0, 10, 20], [0, 20, 40]], budget=50)
+        >>> found.choices, found.cost, found.value
+        ((1, 2), 50, 12.0)
     """
-    table, room = _reduced(*_checked(values, costs, budget, method))
-    scipy = _scipy() if method == "exact" else None
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}.")
+    table, room = _reduced(*_checked(values, costs, budget))
     chosen, bound = _greedy(table, room)
-    if scipy is not None and table.worth(chosen) < bound:
-        chosen, bound = _exact(table, room, chosen, bound, scipy)
+    is_small = len(table.item) * min(room + 1, BINS) <= AUTO_STATES
+    if table.worth(chosen) < bound and (solver == "dynamic" or (solver == "auto" and is_small)):
+        better = _dynamic(table, room)
+        chosen = better if table.worth(better) > table.worth(chosen) else chosen
+        bound = table.worth(chosen) if room <= BINS else bound
     choices = tuple(table.option[chosen].tolist())
     cost = sum(int(row[k]) for row, k in zip(costs, choices, strict=True))
     value = table.worth(chosen)
     return Allocation(choices, cost, value, max(value, bound))
 
 
+# --- validation and reduction ---
+
+
 def _checked(
-    values: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int, method: str
+    values: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int
 ) -> tuple[list[Floats], list[Ints], int]:
-    """Both tables as arrays, an item each, and the budget that remains after the cheapest options."""
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    """Returns values and costs as one array per item, and the budget that remains after the cheapest options."""
     if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)):
         raise ValueError(f"budget={budget!r} must be an int, in the unit of the costs.")
     if len(values) != len(costs):
-        raise ValueError(f"values has {len(values)} items, costs {len(costs)}; both must have one list for each item.")
+        raise ValueError(f"values has {len(values)} items, costs {len(costs)}; give both one list for each item.")
     value_rows, cost_rows = [], []
     for item, (row, prices) in enumerate(zip(values, costs, strict=True)):
         if len(row) == 0 or len(row) != len(prices):
             raise ValueError(
-                f"values[{item}] has {len(row)} options, costs[{item}] {len(prices)}; they must have equally many, "
-                "at least one."
+                f"values[{item}] has {len(row)} options, costs[{item}] {len(prices)}; give both the same number of "
+                "options, at least one."
             )
         value_rows.append(_value_row(row, f"values[{item}]"))
         cost_rows.append(_cost_row(prices, f"costs[{item}]"))
@@ -144,7 +161,7 @@ def _checked(
     if (dearest := sum(int(row.max()) for row in cost_rows)) > _LARGEST_COST:
         raise ValueError(f"costs add up to {dearest}, more than 2**53; count them in a larger unit.")
     if (cheapest := sum(int(row.min()) for row in cost_rows)) > budget:
-        raise ValueError(f"budget={budget} is below the cheapest allocation; it must be at least {cheapest}.")
+        raise ValueError(f"budget={budget} is below the cheapest allocation; use at least {cheapest}.")
     return value_rows, cost_rows, min(int(budget), dearest) - cheapest
 
 
@@ -152,13 +169,13 @@ def _value_row(row: Sequence[float], name: str) -> Floats:
     array = np.array(row, dtype=np.float64)
     if not (finite := np.isfinite(array)).all():
         option = int(finite.argmin())
-        raise ValueError(f"{name}[{option}]={row[option]} must be finite; leave out options that have no value.")
+        raise ValueError(f"{name}[{option}]={row[option]} must be finite; leave out options without a value.")
     return array
 
 
 def _cost_row(row: Sequence[int], name: str) -> Ints:
     array = np.array(row)
-    # The types all at once: looking at every number by itself would take longer than everything else.
+    # Collecting the types first is much faster than checking each cost by itself.
     if not (all(map(_is_int, set(map(type, row)))) and array.min() >= 0 and array.max() <= _LARGEST_COST):
         option = next(k for k, cost in enumerate(row) if not (_is_int(type(cost)) and 0 <= cost <= _LARGEST_COST))
         raise ValueError(f"{name}[{option}]={row[option]!r} must be an int from 0 to 2**53, e.g. parameters or bytes.")
@@ -170,32 +187,35 @@ def _is_int(kind: type) -> bool:
 
 
 def _reduced(values: list[Floats], costs: list[Ints], room: int) -> tuple[_Table, int]:
-    """The problem without the options that no optimum needs, and its budget, in the largest possible unit."""
+    """Drops options that no optimum needs; returns the others and the budget, both in the largest common unit."""
     fronts = [_front(value, cost - cost.min(), room) for value, cost in zip(values, costs, strict=True)]
     sizes = np.array([len(front) for front in fronts], dtype=np.int64)
     item = np.repeat(np.arange(len(fronts)), sizes)
     option = np.concatenate([np.empty(0, np.int64), *fronts])
     value = np.concatenate([np.empty(0), *(row[front] for row, front in zip(values, fronts, strict=True))])
     cost = np.concatenate([option[:0], *(row[front] - row.min() for row, front in zip(costs, fronts, strict=True))])
-    # Whole units are all that can be spent. Rounding the budget down to them often closes the gap to the relaxation.
+    # Only whole units can be spent. Rounding the budget down to them often closes the gap to the relaxation.
     unit = max(1, int(np.gcd.reduce(cost)))
     return _Table(item, option, value, cost // unit, sizes.cumsum() - sizes), room // unit
 
 
 def _front(value: Floats, cost: Ints, room: int) -> Ints:
-    """Options of one item that fit and are worth more than all that cost no more, by rising cost."""
+    """Returns the options of one item that fit and are worth more than all that cost no more, by rising cost."""
     order = np.lexsort((-value, cost))  # stable: of equal options the first stays first
     order = order[: np.searchsorted(cost[order], room, side="right")]
     value = value[order]
     return order[np.r_[True, value[1:] > np.maximum.accumulate(value)[:-1]]]
 
 
-def _greedy(table: _Table, room: int) -> tuple[Ints, float]:
-    """The greedy choices, as places in the table, and the bound."""
-    chosen, bound = table.first.copy(), None
+# --- greedy ---
+
+
+def _greedy(table: _Table, room: int, start: Ints | None = None) -> tuple[Ints, float]:
+    """Spends `room` by greedy steps from `start`, by default the first options; returns the choices and the bound."""
+    chosen, bound = (table.first if start is None else start).copy(), None
     places = np.arange(len(table.item))
     while True:
-        # What does not fit now never will: a step of its item makes both the way to it and the room shorter.
+        # An option that does not fit now never will: each step of its item reduces both its extra cost and the room.
         extra = table.cost[places] - table.cost[chosen[table.item[places]]]
         places = places[(extra >= 0) & (extra <= room)]
         if len(places) == len(chosen):
@@ -212,7 +232,7 @@ def _greedy(table: _Table, room: int) -> tuple[Ints, float]:
 
 
 def _steps(table: _Table, places: Ints) -> tuple[Ints, Floats, Ints]:
-    """Steps up the hulls of the options at these places, most value per cost first: where to, gain, cost."""
+    """Returns the steps up the hulls of the options at `places`, most value per cost first: target, gain and cost."""
     corners = places[_upper_hull(table.item[places], table.value[places], table.cost[places])]
     within = np.diff(table.item[corners]) == 0
     gain, cost = np.diff(table.value[corners])[within], np.diff(table.cost[corners])[within]
@@ -222,77 +242,48 @@ def _steps(table: _Table, places: Ints) -> tuple[Ints, Floats, Ints]:
 
 
 def _upper_hull(item: Ints, value: Floats, cost: Ints) -> Ints:
-    """Places of the corners of every item's upper concave hull, where slopes fall strictly, also in float64."""
-    corners = np.arange(len(item))
-    if _flat(item, value, cost).any():
-        corners = _quickhull(item, value, cost)
-    while (flat := _flat(item[corners], value[corners], cost[corners])).any():  # only what rounding let through
-        corners = corners[~flat]
-    return corners
+    """Returns the positions of the corners of each item's upper concave hull, by a monotone chain.
+
+    Slopes fall strictly from corner to corner, also as rounded to float64.
+    """
+    corners: list[int] = []
+    slopes: list[float] = []  # towards each corner; infinite for the first of an item
+    items, values, costs = item.tolist(), value.tolist(), cost.tolist()
+    for place, owner in enumerate(items):
+        slope = math.inf
+        while corners and items[corners[-1]] == owner:
+            slope = (values[place] - values[corners[-1]]) / (costs[place] - costs[corners[-1]])
+            if slope < slopes[-1]:
+                break
+            corners.pop()
+            slopes.pop()
+        corners.append(place)
+        slopes.append(slope)
+    return np.array(corners, dtype=np.int64)
 
 
-def _flat(item: Ints, value: Floats, cost: Ints) -> NDArray[np.bool_]:
-    """Where a point lies on or below the line between its neighbours in its item."""
-    flat = np.zeros(len(item), dtype=bool)
-    slope = np.diff(value) / np.where(np.diff(item) == 0, np.diff(cost), 1)
-    flat[1:-1] = (item[2:] == item[:-2]) & (slope[1:] >= slope[:-1])
-    return flat
+# --- dynamic programming ---
 
 
-def _quickhull(item: Ints, value: Floats, cost: Ints) -> Ints:
-    """Corners of the upper hulls of all items: the highest point above a line between corners is the next corner."""
-    places = np.arange(len(item))
-    border = np.diff(item) != 0
-    corner = np.r_[True, border] | np.r_[border, True]
-    while not corner.all():
-        here = np.arange(len(places))
-        left = np.maximum.accumulate(np.where(corner, here, 0))
-        right = np.minimum.accumulate(np.where(corner, here, len(here))[::-1])[::-1]
-        v, c, a, b = value[places], cost[places], places[left], places[right]
-        height = (v - value[a]) * (cost[b] - cost[a]) - (value[b] - value[a]) * (c - cost[a])
-        above = corner | (height > 0)
-        places, corner, height = places[above], corner[above], height[above]
-        line = corner.cumsum() - 1  # between which corners a point lies
-        highest = np.flatnonzero((height == np.maximum.reduceat(height, np.flatnonzero(corner))[line]) & ~corner)
-        corner[highest[np.unique(line[highest], return_index=True)[1]]] = True
-    return places
-
-
-def _scipy() -> Any:
-    try:
-        import scipy.optimize
-        import scipy.sparse
-    except ImportError as error:
-        raise ImportError("method='exact' needs scipy: run \"pip install 'peft-zoo[exact]'\".") from error
-    return scipy
-
-
-def _exact(table: _Table, room: int, greedy: Ints, bound: float, scipy: Any) -> tuple[Ints, float]:
-    """The best choices, as places in the table, and the bound; the greedy ones where they are as good."""
-    limit = room
-    while (over := int(table.cost[chosen := _solved(table, limit, scipy)].sum()) - room) > 0:
-        # A variable within 1e-6 of an integer passes for one; times a cost of millions of units that is too much.
-        limit = max(0, limit - over)
-    best = chosen if table.worth(chosen) > table.worth(greedy) else greedy
-    return best, table.worth(best) if limit == room else bound
-
-
-def _solved(table: _Table, room: int, scipy: Any) -> Ints:
-    """The choices of HiGHS, as places in the table: one binary variable for each option, rounded."""
-    items, options = len(table.first), len(table.item)
-    once, every = np.ones(items), np.ones(options)
-    rows = np.r_[table.item, np.full(options, items)]  # one of each item; last, the budget
-    columns = np.r_[np.arange(options), np.arange(options)]
-    matrix = scipy.sparse.csr_array((np.r_[every, table.cost], (rows, columns)))
-    gains = table.value - table.value[table.first[table.item]]
-    solution = scipy.optimize.milp(
-        gains / gains.max() * -1e3,  # the solver is content with a gap of 1e-6, which cannot be changed: 1e-9 of this
-        integrality=every,
-        bounds=scipy.optimize.Bounds(0, 1),
-        constraints=scipy.optimize.LinearConstraint(matrix, np.r_[once, 0], np.r_[once, room]),
-        options={"mip_rel_gap": 0.0},
-    )
-    if solution.status != 0:
-        raise RuntimeError(f"scipy.optimize.milp gave up: {solution.message} Use method='greedy'.")
-    parts = np.split(solution.x, table.first[1:])
-    return table.first + np.array([part.argmax() for part in parts])
+def _dynamic(table: _Table, room: int) -> Ints:
+    """Returns the best choices by dynamic programming over the budget, exact if `room` is at most `BINS`."""
+    unit = -(-room // BINS)
+    cost, bins = -(-table.cost // max(1, unit)), room // max(1, unit)
+    best = np.zeros(bins + 1)  # largest gain of the items so far for each budget
+    taken = []
+    for first, end in zip(table.first, [*table.first[1:], len(table.item)], strict=True):
+        gains = table.value[first:end] - table.value[first]
+        item_best, choice = best.copy(), np.zeros(bins + 1, np.min_scalar_type(end - first))
+        for k in range(1, end - first):
+            price = cost[first + k]
+            found = best[: max(0, bins + 1 - price)] + gains[k]
+            is_better = found > item_best[price:]
+            item_best[price:][is_better] = found[is_better]
+            choice[price:][is_better] = k
+        best = item_best
+        taken.append(choice)
+    left, chosen = bins, table.first.copy()
+    for i in range(len(taken) - 1, -1, -1):
+        chosen[i] += taken[i][left]
+        left -= cost[chosen[i]]
+    return _greedy(table, room - int(table.cost[chosen].sum()), chosen)[0]

@@ -1,8 +1,9 @@
-"""From the singular values of many matrices to a rank for each: one for all, an energy, a ratio, or a common budget.
+"""Chooses a rank for each matrix from its singular values: a common rank, an energy, a ratio, or a shared budget.
 
-With a budget the ranks share one knapsack (`peft_zoo.kernels.planning.knapsack`): rank k of a matrix is worth the
-squared singular values it keeps and costs k rows and columns. As singular values decrease, directions are taken in the
-order of ``sigma_k^2 / cost``: optimal for matrices of one shape, less than one direction from it where shapes differ.
+With a budget, the ranks are the options of a knapsack problem (`peft_zoo.kernels.planning.knapsack`): rank k of a
+matrix is worth the sum of its first k squared singular values and costs k rows and columns. Where that problem is
+solved greedily, directions are added in the order of ``sigma_k^2 / cost``: optimal for matrices of one shape, and
+within less than one direction of the optimum otherwise.
 
 Sources: the scores of LoRA-Squeeze (arXiv 2602.10993) and of the resize tools for image LoRAs (``sv_ratio``,
 ``sv_fro``).
@@ -18,25 +19,25 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from peft_zoo.common.checks import check_count, check_share
+from peft_zoo.common.checks import check_count, check_share, is_number
 from peft_zoo.kernels.low_rank.factored import rank_for_energy
 from peft_zoo.kernels.planning.knapsack import allocate
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-"""Bytes in a unit of size, upper case."""
+"""Bytes of each unit of size, by its upper-case name."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One matrix, as far as its rank is concerned.
+    """Singular values, present rank and cost per rank of one matrix.
 
     Attributes:
-        singular_values: `(k,)`, descending; divided by a norm of the layer's weight, or measured on activations, where
-            that is how layers are to be compared.
-        rank: Its present rank, an upper bound for the new one.
-        parameters: Of one rank: m + n.
-        itemsize: Bytes of one parameter.
-        min_rank: Smallest rank that this matrix can have, whatever the target allows.
+        singular_values: Singular values, `(k,)`, descending; divided by a norm of the layer's weight or measured on
+            activations if layers are to be compared that way.
+        rank: Present rank, an upper bound of the new one.
+        parameters: Parameters of one rank, m + n.
+        itemsize: Bytes of one parameter; default 4.
+        min_rank: Smallest rank of this matrix, whatever the target allows; default 0.
     """
 
     singular_values: Tensor
@@ -46,26 +47,30 @@ class Spectrum:
     min_rank: int = 0
 
     def cost(self, unit: str) -> int:
-        """What one rank costs, in `"parameters"` or `"bytes"`."""
+        """Returns the cost of one rank in `unit`, `"parameters"` or `"bytes"`."""
         return self.parameters * (self.itemsize if unit == "bytes" else 1)
 
 
 @dataclass(frozen=True)
 class RankTarget:
-    """What the ranks are to be; exactly one of the first five.
+    """Target of the ranks; exactly one of the first five fields must be given.
 
     Attributes:
-        rank: The same rank for all; a matrix of lower rank keeps its own.
-        energy: In (0, 1]: the share of squared singular values that every matrix keeps.
-        sv_ratio: At least 1: singular values smaller than the largest divided by this are dropped.
-        sv_fro: In (0, 1]: the share of the Frobenius norm that every matrix keeps, the root of an energy.
-        budget: For all matrices together: an int counts parameters, a text such as `"24MB"` or `"1.5 MiB"` is a size.
-        rank_multiple_of: Ranks are rounded up to a multiple of this (down where a budget would be exceeded).
-        min_rank: Smallest rank; with 0 a budget may drop a matrix altogether.
-        max_rank: Largest rank.
+        rank: Rank of every matrix; a matrix of lower rank keeps its own.
+        energy: Share of its squared singular values that every matrix keeps, in (0, 1].
+        sv_ratio: Ratio of the largest to the smallest singular value that is kept, at least 1.
+        sv_fro: Share of its Frobenius norm that every matrix keeps, in (0, 1]; the square root of an energy.
+        budget: Total of all matrices: an int in parameters, or a size such as `"24MB"` or `"1.5 MiB"`.
+        rank_multiple_of: Ranks are rounded up to a multiple of this, or down if a budget would be exceeded; default 1.
+        min_rank: Smallest rank, default 1. With 0, a budget may drop a matrix.
+        max_rank: Largest rank; None (default) for the present one.
 
     Raises:
-        ValueError: For each value that cannot be, and unless exactly one target is given.
+        ValueError: If a field is invalid, or not exactly one target is given.
+
+    Examples:
+        >>> RankTarget(budget="24MB", rank_multiple_of=8).uniform
+        False
     """
 
     rank: int | None = None
@@ -89,8 +94,8 @@ class RankTarget:
         for name in ("energy", "sv_fro"):
             check_share(name, getattr(self, name))
         ratio = self.sv_ratio
-        if ratio is not None and (isinstance(ratio, bool) or not (math.isfinite(ratio) and ratio >= 1)):
-            raise ValueError(f"sv_ratio must be at least 1, got {ratio!r}: it is largest over smallest singular value.")
+        if ratio is not None and not (is_number(ratio) and ratio >= 1):
+            raise ValueError(f"sv_ratio={ratio!r} must be at least 1: largest over smallest kept singular value.")
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank={self.max_rank} is below min_rank={self.min_rank}: exchange them.")
         if self.budget is not None:
@@ -98,7 +103,7 @@ class RankTarget:
 
     @property
     def uniform(self) -> bool:
-        """Whether all matrices get the same rank."""
+        """Whether the target is one rank for all matrices."""
         return self.rank is not None
 
 
@@ -106,26 +111,41 @@ TARGETS = tuple(field.name for field in fields(RankTarget))[:5]
 
 
 def plan_ranks(spectra: Mapping[str, Spectrum], target: RankTarget, *, reserved: int = 0) -> dict[str, int]:
-    """A rank for every matrix, at most its present one.
+    """Chooses a rank for every matrix, at most its present one.
 
     Args:
-        spectra: The matrices by name.
-        target: What the ranks are to be.
-        reserved: Bytes that a budget given as a size must also hold, such as other tensors of the same file.
+        spectra: Singular values and costs of the matrices, by name.
+        target: Target of the ranks.
+        reserved: Bytes of a budget given as a size that are not available, such as other tensors of a file; default 0.
+
+    Returns:
+        Rank of each matrix, by name.
 
     Raises:
-        ValueError: If the budget is too small, with the smallest that is possible.
+        ValueError: If the budget is too small; names the smallest possible one.
+
+    Examples:
+        >>> import torch
+        >>> spectra = {
+        ...     "q_proj": Spectrum(torch.tensor([4.0, 2.0, 1.0]), rank=3, parameters=128),
+        ...     "v_proj": Spectrum(torch.tensor([3.0, 0.1, 0.0]), rank=3, parameters=128),
+        ... }
+        >>> plan_ranks(spectra, RankTarget(budget=3 * 128))
+        {'q_proj': 2, 'v_proj': 1}
     """
     if target.budget is not None:
-        return _spend(spectra, target, reserved)
-    return {name: _alone(spectrum, target) for name, spectrum in spectra.items()}
+        return _ranks_by_budget(spectra, target, reserved)
+    return {name: _single_rank(spectrum, target) for name, spectrum in spectra.items()}
 
 
 def parse_budget(budget: int | str) -> tuple[int, str]:
-    """A budget as a number and its unit, `"parameters"` or `"bytes"`.
+    """Parses a budget into its size and unit, `"parameters"` or `"bytes"`.
+
+    Args:
+        budget: Positive int of parameters, or a positive decimal with a unit of `UNITS`, such as `"24MB"`.
 
     Raises:
-        ValueError: If it is neither a positive int nor a positive number with a unit of `UNITS`.
+        ValueError: If the budget is neither.
     """
     if type(budget) is int and budget > 0:
         return budget, "parameters"
@@ -133,14 +153,13 @@ def parse_budget(budget: int | str) -> tuple[int, str]:
     size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
     if size < 1:
         raise ValueError(
-            f"budget={budget!r} cannot be used; give a number of parameters as an int, or a size such as '24MB' or "
-            "'8 MiB'."
+            f"budget={budget!r} cannot be used; give parameters as an int, or a size such as '24MB' or '8 MiB'."
         )
     return size, "bytes"
 
 
-def _alone(spectrum: Spectrum, target: RankTarget) -> int:
-    """The rank that one matrix gets where no budget is shared."""
+def _single_rank(spectrum: Spectrum, target: RankTarget) -> int:
+    """Returns the rank of one matrix for a target other than a budget."""
     values = spectrum.singular_values
     if target.rank is not None:
         rank = target.rank
@@ -148,24 +167,20 @@ def _alone(spectrum: Spectrum, target: RankTarget) -> int:
         rank = int((values * target.sv_ratio >= values[0]).sum()) if values[0] > 0 else 1
     else:
         rank = rank_for_energy(values, target.sv_fro**2 if target.sv_fro is not None else target.energy or 1.0)
-    return _bounded(rank, spectrum, target)
-
-
-def _bounded(rank: int, spectrum: Spectrum, target: RankTarget) -> int:
     step = target.rank_multiple_of
     rank = math.ceil(max(rank, target.min_rank, spectrum.min_rank, 1) / step) * step
-    return min(rank, _most(spectrum, target))
+    return min(rank, _largest_rank(spectrum, target))
 
 
-def _most(spectrum: Spectrum, target: RankTarget) -> int:
-    """The largest rank that one matrix may get."""
+def _largest_rank(spectrum: Spectrum, target: RankTarget) -> int:
+    """Returns the largest rank that one matrix may get."""
     return min(spectrum.rank, max(target.max_rank or spectrum.rank, spectrum.min_rank))
 
 
-def _spend(spectra: Mapping[str, Spectrum], target: RankTarget, reserved: int) -> dict[str, int]:
-    """Ranks under a common budget."""
+def _ranks_by_budget(spectra: Mapping[str, Spectrum], target: RankTarget, reserved: int) -> dict[str, int]:
+    """Chooses ranks under a shared budget."""
     budget, unit = parse_budget(target.budget or 0)
-    options = [_options(spectrum, target) for spectrum in spectra.values()]
+    options = [_allowed_ranks(spectrum, target) for spectrum in spectra.values()]
     values, costs = [], []
     for spectrum, ranks in zip(spectra.values(), options, strict=True):
         kept = torch.cat([torch.zeros(1), spectrum.singular_values.double().square().cumsum(0).cpu()])
@@ -176,18 +191,18 @@ def _spend(spectra: Mapping[str, Spectrum], target: RankTarget, reserved: int) -
     if available < least:
         raise ValueError(
             f"budget {target.budget} is below the minimum (min_rank={target.min_rank} for {len(spectra)} modules = "
-            f"{_spell(least + budget - available, unit)}): raise the budget or lower min_rank."
+            f"{_format(least + budget - available, unit)}): raise the budget or lower min_rank."
         )
     choices = allocate(values, costs, available).choices
     return {name: ranks[choice] for name, ranks, choice in zip(spectra, options, choices, strict=True)}
 
 
-def _options(spectrum: Spectrum, target: RankTarget) -> list[int]:
-    """The ranks that one matrix may get: multiples between the bounds, and the largest that it may have."""
-    most = _most(spectrum, target)
-    least = min(max(target.min_rank, spectrum.min_rank), most)
-    return [rank for rank in range(least, most + 1) if rank % target.rank_multiple_of == 0 or rank == most]
+def _allowed_ranks(spectrum: Spectrum, target: RankTarget) -> list[int]:
+    """Returns the ranks that one matrix may get: the multiples between its bounds, and its largest rank."""
+    largest = _largest_rank(spectrum, target)
+    least = min(max(target.min_rank, spectrum.min_rank), largest)
+    return [rank for rank in range(least, largest + 1) if rank % target.rank_multiple_of == 0 or rank == largest]
 
 
-def _spell(number: int, unit: str) -> str:
-    return f"{number} parameters" if unit == "parameters" else f"{math.ceil(number / 1e4) / 100} MB"
+def _format(size: int, unit: str) -> str:
+    return f"{size} parameters" if unit == "parameters" else f"{math.ceil(size / 1e4) / 100} MB"

@@ -1,1 +1,1 @@
-"""Random matrices that are a function of a seed, and products with them."""
+"""Random matrices computed from a seed, and the products with them that RandLoRA needs."""

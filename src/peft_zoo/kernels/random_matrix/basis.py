@@ -1,18 +1,18 @@
-r"""Random matrices that are a function of a seed: never saved, generated once a device, shared by all who use them.
+r"""Random matrices computed from a seed: never saved, and the same bits on every device, in every dtype and release.
 
-Entry `(i, p)` of matrix number c of a seed is a function of one byte::
+Entry `(i, p)` of the matrix with index c is computed from one byte::
 
     byte(i, p) = byte p mod 16 of philox(seed, counter = (p // 16, i, c, 0)), the four words little-endian
 
     uniform      value = (2 byte - 255) / 128                           256 equidistant levels in (-2, 2)
     ternary(k)   value = -1 if byte < k, +1 if byte >= 256 - k, else 0    a share of 1 - k/128 is zero
 
-times a constant of the kind that makes the variance 1 (`unit`). The values are exact in float16 and bfloat16, so every
-dtype, device and version computes with the same matrix; and since an entry depends on nothing but its place, the upper
-left corner of a larger matrix *is* the smaller one: layers of all shapes read one matrix.
+times the factor `unit` of its distribution, which makes the variance 1. The values are exact in float16 and bfloat16.
+As an entry depends only on the seed, c, i and p, a smaller matrix is the upper left corner of a larger one, and layers
+of all shapes can read one matrix.
 
-Stored, a value takes a byte (the byte itself) or two bits (its code -1, 0, 1 plus one, four to a byte, the first in the
-lowest bits). A matrix of another dtype than uint8 counts as the values themselves.
+A stored uniform value is its byte. A stored ternary value is the 2-bit code `value + 1`; a byte holds four codes, the
+first in the lowest bits. A stored matrix of another dtype than uint8 holds the values themselves.
 
 Source: RandLoRA (arXiv 2502.00987), section 4.3, for the distributions, which are uniform and sparse ternary.
 """
@@ -28,39 +28,37 @@ from torch import Tensor
 from peft_zoo.kernels.base.operator import PreferTorch, operator
 from peft_zoo.kernels.random_matrix.philox import philox
 
-__all__ = ["fill_basis", "pieces", "read_basis", "unit"]
-
 UNIFORM = 0
-"""The number of levels of a sign that stands for the uniform kind; every other number is the k of ternary."""
+"""Value of `k` that selects the uniform distribution; values from 1 to 127 are the k of ternary."""
 
-_CHUNK = 2**20  # entries drawn at a time: int64 scratch of about 100 bytes each
+_CHUNK = 2**20  # entries drawn at a time; each takes about 100 bytes of int64 scratch memory
 
 
 def unit(k: int) -> float:
-    """What the values of a kind are to be multiplied by for a variance of 1.
+    """Returns the factor that gives the values of a distribution a variance of 1.
 
     Args:
-        k: `UNIFORM`, or the k of ternary, 1 to 127.
+        k: Distribution: `UNIFORM`, or the k of ternary, 1 to 127.
     """
     return 128 * math.sqrt(3 / (256**2 - 1)) if k == UNIFORM else math.sqrt(128 / k)
 
 
 def fill_basis(store: Tensor, seed: int, matrix: int, k: int, first_row: int = 0) -> None:
-    """Write the stored form of a random matrix.
+    """Writes rows of a random matrix in their stored form.
 
     Args:
-        store: What to fill from column 0 on, uint8 of shape `(rows, columns)` for the uniform kind and
-            `(rows, ceil(columns / 4))` for ternary; contiguous.
-        seed: 64 bits; a negative number counts as its two's complement.
-        matrix: Number of the matrix, the third counter word.
-        k: `UNIFORM`, or the k of ternary, 1 to 127.
-        first_row: Row of the matrix that is the first of `store`.
+        store: Output, contiguous uint8 of shape `(rows, columns)` for uniform and `(rows, ceil(columns / 4))` for
+            ternary values; column 0 of the matrix is its first column.
+        seed: Signed 64-bit integer, used as its two's complement.
+        matrix: Index of the matrix, the third word of the Philox counter, from 0 to 2³¹ - 1.
+        k: Distribution: `UNIFORM`, or the k of ternary, 1 to 127.
+        first_row: Row of the matrix that is written to row 0 of `store`; default 0.
 
     Raises:
-        ValueError: If `store` is no contiguous uint8 matrix, or a number is out of range.
+        ValueError: If `store` is not a contiguous uint8 matrix, or an integer is out of range.
     """
     if store.dtype != torch.uint8 or store.dim() != 2 or not store.is_contiguous():
-        raise ValueError(f"store is {store.dtype} of shape {tuple(store.shape)}; it must be a contiguous uint8 matrix.")
+        raise ValueError(f"store is {store.dtype} of shape {tuple(store.shape)}; use a contiguous uint8 matrix.")
     for name, value, low, high in (
         ("seed", seed, -(2**63), 2**63),
         ("matrix", matrix, 0, 2**31),
@@ -73,7 +71,7 @@ def fill_basis(store: Tensor, seed: int, matrix: int, k: int, first_row: int = 0
 
 
 def fill_basis_reference(store: Tensor, seed: int, matrix: int, k: int, first_row: int) -> Tensor:
-    """The definition: what `store` becomes. Arguments as `fill_basis`."""
+    """Returns the contents of `store` after `fill_basis`, entry by entry; the definition. Arguments as `fill_basis`."""
     rows, columns = store.shape
     columns *= 1 if k == UNIFORM else 4
     i, p = (torch.arange(n, device=store.device) for n in (rows, columns))
@@ -87,18 +85,18 @@ def fill_basis_reference(store: Tensor, seed: int, matrix: int, k: int, first_ro
 
 
 def read_basis(store: Tensor, k: int, rows: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """The values of the first rows of a stored matrix, from column `start` to column `stop`.
+    """Decodes columns `start` to `stop` of the first rows of a stored matrix.
 
     Args:
-        store: As `fill_basis` writes it; or of another dtype, which holds the values themselves.
-        k: `UNIFORM`, or the k of ternary.
-        rows: How many rows.
+        store: Matrix as `fill_basis` writes it, or its values in a dtype other than uint8.
+        k: Distribution: `UNIFORM`, or the k of ternary.
+        rows: Number of rows to decode.
         start: First column.
-        stop: Column after the last.
-        dtype: Floating-point dtype of the result; the values are exact in every one.
+        stop: Column after the last one.
+        dtype: Floating-point dtype of the result; the values are exact in float16 and wider dtypes.
 
     Returns:
-        Shape `(rows, stop - start)`, without the factor `unit(k)`.
+        Values of shape `(rows, stop - start)`, without the factor `unit(k)`.
     """
     if store.dtype != torch.uint8:
         return store[:rows, start:stop].to(dtype)
@@ -111,7 +109,7 @@ def read_basis(store: Tensor, k: int, rows: int, start: int, stop: int, dtype: t
 
 
 def pieces(length: int, bytes_each: int, chunk: int) -> list[slice]:
-    """`range(length)` in slices that take at most `chunk` bytes each, or hold one entry."""
+    """Splits `range(length)` into slices of at most `chunk` bytes (at least one entry) at `bytes_each` per entry."""
     step = max(1, chunk // max(1, bytes_each))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -140,7 +138,7 @@ def _fill(store: Tensor, seed: int, matrix: int, k: int, first_row: int) -> None
 
 
 def _encode(byte: Tensor, k: int) -> Tensor:
-    """Bytes `(rows, 16 n)` in their stored form."""
+    """Encodes random bytes `(rows, 16 n)` in the stored form of the distribution `k`."""
     if k == UNIFORM:
         return byte
     codes = 1 + (byte >= 256 - k).to(torch.uint8) - (byte < k).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Triton kernel of `fill_basis`: every program draws the words of a tile and writes their bytes, or their codes."""
+"""Triton kernel of `fill_basis`: each program draws the Philox words of one tile and writes the bytes or codes."""
 
 # mypy: disable-error-code="no-untyped-def"
 # The arguments of a `triton.jit` function have no Python types.
@@ -14,11 +14,11 @@ from torch import Tensor
 from peft_zoo.kernels.base.triton_helpers import CompileSpec
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 8, 32, 4
-"""Rows, and counters of 16 entries, of a program; not tuned on a GPU yet."""
+"""Rows and Philox counters (16 entries each) per program, and its warps; not tuned on a GPU yet."""
 
 
 def fill_basis(store: Tensor, seed: int, matrix: int, k: int, first_row: int) -> None:
-    """`random_basis.fill_basis`."""
+    """Launches the kernel; arguments as `basis.fill_basis`."""
     rows, columns = store.shape
     per_word = 4 if k == 0 else 1
     counters = triton.cdiv(columns, 4 * per_word)
@@ -71,19 +71,8 @@ def _code(byte, k):
     return 1 + (byte >= (256 - k).to(tl.uint32)).to(tl.uint32) - (byte < k.to(tl.uint32)).to(tl.uint32)
 
 
-@triton.jit
-def read_basis(store_ptr, row, column, stride, inside, TERNARY: tl.constexpr):
-    """Values of a stored matrix as float32, `random_basis.read_basis`; `stride` counts elements of the store."""
-    if store_ptr.dtype.element_ty != tl.uint8:
-        return tl.load(store_ptr + row.to(tl.int64) * stride + column, mask=inside, other=0).to(tl.float32)
-    if TERNARY:
-        packed = tl.load(store_ptr + row.to(tl.int64) * stride + column // 4, mask=inside, other=0x55).to(tl.int32)
-        return (((packed >> 2 * (column % 4)) & 3) - 1).to(tl.float32)
-    return tl.load(store_ptr + row.to(tl.int64) * stride + column, mask=inside, other=0).to(tl.float32) / 64 - 255 / 128
-
-
 def compile_specs() -> Iterator[CompileSpec]:
-    """What the compile gate compiles."""
+    """Yields the configurations for the compile gate."""
     signature = {"store_ptr": "*u8", "seed": "i64"}
     signature |= dict.fromkeys(("rows", "columns", "matrix", "k", "first_row"), "i32")
     for ternary in (False, True):

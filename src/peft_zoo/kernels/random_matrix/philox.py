@@ -1,7 +1,7 @@
-"""Random bits that depend on nothing but a key and a position: Philox 4x32-10 in integer arithmetic.
+"""Philox 4x32-10 in integer arithmetic: random bits computed from a key and a counter.
 
-The same bits on every device and version, in torch and in a Triton kernel (`triton.language.philox`), whatever the
-order in which they are asked for. Nothing is drawn from, or changes, torch's random state.
+The bits are the same on every device and in every version, in torch and in Triton kernels (`triton.language.philox`),
+in whatever order they are computed. Torch's random state is neither used nor changed.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
 """
@@ -18,17 +18,17 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: int = 0, c3: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random 32-bit words for each counter.
+    """Computes four random 32-bit words for each counter.
 
     Args:
-        seed: The key, 64 bits; a negative number counts as its two's complement.
-        c0: First word of the counters, int64 with values below 2³².
-        c1: Second word; the two are broadcast.
-        c2: Third word: what the bits are for.
-        c3: Fourth word.
+        seed: Key, a signed 64-bit integer, used as its two's complement.
+        c0: First words of the counters, int64 with values in [0, 2³²).
+        c1: Second words of the counters, broadcast with `c0`.
+        c2: Third word of all counters, in [0, 2³²); tells apart streams with different purposes. Default 0.
+        c3: Fourth word of all counters; default 0.
 
     Returns:
-        The four words as int64 tensors of the broadcast shape, with values in [0, 2³²).
+        Four int64 tensors of the broadcast shape with values in [0, 2³²).
     """
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     c0, c1 = torch.broadcast_tensors(c0, c1)
@@ -42,7 +42,7 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: int = 0, c3: int = 0) -> tuple
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a product of two 32-bit numbers, by 16-bit halves since int64 holds no 64 unsigned bits."""
+    """Returns high and low word of a 32-bit product; in 16-bit halves, as int64 cannot hold 64 unsigned bits."""
     low = (x & 0xFFFF) * factor
     high = (x >> 16) * factor + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

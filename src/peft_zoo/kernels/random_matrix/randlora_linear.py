@@ -1,18 +1,18 @@
-r"""A linear layer's RandLoRA update, of which nothing is kept for the backward pass but the input, λ and γ.
+r"""RandLoRA's update of a linear layer; saves only the input, λ and γ for the backward pass.
 
-Definition, for a layer `(out, in)` with D the larger and d the smaller of the two::
+Definition, for a layer `(out, in)` with D the larger and d the smaller of the two sizes::
 
-    V = B M                                (D, d), M of `scaled_basis`, B of `random_basis`
+    V = B M                                (D, d), with M of `products.scaled_basis` and B of `basis.fill_basis`
     W = V  (out >= in),  V^T  (else)       the update
-    y = x W^T                              or x (W_0 + W)^T + b where the frozen weight is given
+    y = x W^T                              or x (W_0 + W)^T + b if the frozen weight W_0 is given
 
-Two ways to compute the same, with the multiply-adds of a training step beside the frozen layer's 2 T d D::
+Two equivalent computations, with the multiply-adds of a training step in addition to the frozen layer's 2 T d D::
 
-    token     the tokens go through both factors, M is formed piece by piece    T (3 d^2 + 2 d D), + T d D if in > out
-    weight    rows of W are formed, used, and formed again for the gradients    T d D + 3 d^2 D; + 2 T d D without W_0
+    by tokens    multiplies the tokens by both factors, M in pieces               T (3 d^2 + 2 d D), + T d D if in > out
+    by weight    forms blocks of rows of W, again in the backward pass            T d D + 3 d^2 D; + 2 T d D without W_0
 
-so that W pays from about T = 3 d D / (D + 3 d) tokens on, see `weight_is_cheaper`. No intermediate result is kept:
-W or M would be as large as the frozen weight.
+Forming W is cheaper from about T = 3 d D / (D + 3 d) tokens on, see `weight_is_cheaper`. Neither W nor M is saved: each
+is as large as the frozen weight.
 
 Source: RandLoRA (arXiv 2502.00987), eq. 4; with the order of the pairs (k, j) that peft's `RandLora` layers use.
 """
@@ -26,43 +26,47 @@ from torch import Tensor
 
 from peft_zoo.kernels.base.operator import operator
 from peft_zoo.kernels.random_matrix.basis import read_basis
-from peft_zoo.kernels.random_matrix.randlora_products import Factors, Products, RandLoraSpec, Sum, add_to, shape_of
-from peft_zoo.kernels.random_matrix.scaled import scaled_basis
-
-__all__ = ["Factors", "RandLoraSpec", "randlora_linear", "randlora_weight", "weight_is_cheaper"]
+from peft_zoo.kernels.random_matrix.factors import (
+    ProductSum,
+    RandLoraFactors,
+    RandLoraProducts,
+    RandLoraSpec,
+    shape_of,
+)
+from peft_zoo.kernels.random_matrix.products import scaled_basis
 
 
 def randlora_linear(
     x: Tensor,
-    factors: Factors,
+    factors: RandLoraFactors,
     spec: RandLoraSpec,
     *,
     by_weight: bool,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`x W^T`, or `x (W_0 + W)^T + b`.
+    """Computes `x W^T`, or `x (W_0 + W)^T + b` if the frozen weight is given.
 
     Args:
-        x: `(..., in)`, floating-point.
-        factors: λ and γ in float32 (float64 for a float64 `x`), A at least `(r, d)`, B at least `(D, r n)`.
-        spec: The rest.
-        by_weight: Whether pieces of the weight are formed; needed with `weight`.
-        weight: Frozen W_0 `(out, in)`, any strides, in the dtype of `x`. The sum is rounded to that dtype.
-        bias: Frozen, `(out,)`.
+        x: Input, `(..., in)`, floating-point.
+        factors: λ and γ in float32 (float64 for a float64 `x`), A of at least `(r, d)` and B of `(D, r n)` values.
+        spec: Shape, scale and workspace of the update.
+        by_weight: Whether to form blocks of W; must be True with `weight`.
+        weight: Frozen weight W_0, `(out, in)`, any strides, in the dtype of `x`. W_0 + W is rounded to that dtype.
+        bias: Frozen bias, `(out,)`, or None; only with `weight`.
 
     Returns:
-        `(..., out)` in the dtype of `x`; differentiable in `x`, λ and γ.
+        Output `(..., out)` in the dtype of `x`; differentiable in `x`, λ and γ.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit.
+        ValueError: If a shape or dtype does not fit; names the argument.
     """
     _check(x, factors, spec, by_weight, weight, bias)
     return _linear(x, *factors, weight, bias, by_weight, *spec)
 
 
-def randlora_weight(factors: Factors, spec: RandLoraSpec) -> Tensor:
-    """The update W `(out, in)` in the dtype of λ and γ; differentiable in them, arguments as `randlora_linear`."""
+def randlora_weight(factors: RandLoraFactors, spec: RandLoraSpec) -> Tensor:
+    """Forms the update W `(out, in)` in the dtype of λ and γ, differentiable in both; see `randlora_linear`."""
     _check_factors(factors, spec)
     return _weight(*factors, *spec)
 
@@ -70,15 +74,15 @@ def randlora_weight(factors: Factors, spec: RandLoraSpec) -> Tensor:
 def weight_is_cheaper(
     tokens: int, pairs: int, in_features: int, out_features: int, *, frozen: bool, training: bool
 ) -> bool:
-    """Whether forming the weight takes fewer multiply-adds than taking the tokens through both factors.
+    """Tells whether the computation by weight takes fewer multiply-adds than the one by tokens.
 
     Args:
-        tokens: T.
-        pairs: r n, about d.
+        tokens: Number of tokens T.
+        pairs: Rank times number of bases, r n; about d.
         in_features: Size of the input.
         out_features: Size of the output.
-        frozen: Whether the frozen weight is added, so that its own product is not needed.
-        training: Whether gradients will be wanted.
+        frozen: Whether W_0 + W is formed, which saves the frozen layer's own product.
+        training: Whether to count the backward pass.
     """
     D, d = max(in_features, out_features), min(in_features, out_features)
     through_tokens = tokens * pairs * (d + D)
@@ -89,41 +93,41 @@ def weight_is_cheaper(
     return through_weight < through_tokens
 
 
-def _check_factors(factors: Factors, spec: RandLoraSpec) -> None:
+def _check_factors(factors: RandLoraFactors, spec: RandLoraSpec) -> None:
     lambda_, gamma, A, B = factors
     if lambda_.dim() != 2 or gamma.dim() != 2 or lambda_.shape[1] != len(gamma) or lambda_.dtype != gamma.dtype:
         raise ValueError(
-            f"lambda is {lambda_.dtype} of shape {tuple(lambda_.shape)} and gamma {gamma.dtype} of shape "
+            f"factors: lambda_ is {lambda_.dtype} of shape {tuple(lambda_.shape)}, gamma {gamma.dtype} of shape "
             f"{tuple(gamma.shape)}; use one dtype and the shapes (r, n) and (n, d)."
         )
     (r, n), d = lambda_.shape, gamma.shape[1]
     if spec.features < d:
-        raise ValueError(f"features={spec.features} is less than d={d}; it is the larger size of the layer.")
+        raise ValueError(f"spec: features={spec.features} is less than d={d}; use the larger size of the layer.")
     for name, store, rows, columns in (("A", A, r, d), ("B", B, spec.features, r * n)):
         have = store.shape[1] * (4 if store.dtype == torch.uint8 and spec.k else 1)
         if len(store) < rows or have < columns:
-            raise ValueError(f"{name} holds ({len(store)}, {have}) values; ({rows}, {columns}) are needed.")
+            raise ValueError(f"factors: {name} has ({len(store)}, {have}) values; use at least ({rows}, {columns}).")
 
 
 def _check(
-    x: Tensor, factors: Factors, spec: RandLoraSpec, by_weight: bool, weight: Tensor | None, bias: Tensor | None
+    x: Tensor, factors: RandLoraFactors, spec: RandLoraSpec, by_weight: bool, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     _check_factors(factors, spec)
     out_features, in_features = shape_of(factors.gamma, spec.features, spec.flipped)
     if x.dim() == 0 or x.shape[-1] != in_features or not x.is_floating_point():
         raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; it must be floating-point of (..., {in_features})."
+            f"x is {x.dtype} of shape {tuple(x.shape)}; use a floating-point tensor of shape (..., {in_features})."
         )
     if weight is not None and (weight.shape != (out_features, in_features) or weight.dtype != x.dtype or not by_weight):
         raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)} with by_weight={by_weight}; it must be {x.dtype} "
-            f"of shape ({out_features}, {in_features}) with by_weight=True."
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)} with by_weight={by_weight}; use {x.dtype} of "
+            f"shape ({out_features}, {in_features}) with by_weight=True."
         )
     if bias is not None and (weight is None or bias.shape != (out_features,)):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({out_features},), beside a weight.")
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; use ({out_features},), and only together with weight.")
 
 
-# The operators.
+# --- operators ---
 
 _FACTORS = "Tensor lambda_, Tensor gamma, Tensor A, Tensor B"
 _SPEC = "int features, bool flipped, float scale, int k, int chunk"
@@ -132,7 +136,7 @@ _SPEC = "int features, bool flipped, float scale, int k, int chunk"
 def _weight_reference(
     lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, features: int, flipped: bool, scale: float, k: int, chunk: int
 ) -> Tensor:
-    """The definition of the update."""
+    """Forms the update W by its definition."""
     V = read_basis(B, k, features, 0, lambda_.numel(), gamma.dtype) @ scaled_basis(A, lambda_, gamma, scale, k)
     return V.mT if flipped else V
 
@@ -148,22 +152,22 @@ def _linear_reference(
     by_weight: bool,
     *spec: Any,
 ) -> Tensor:
-    """The definition of the layer."""
+    """Computes the layer's output by its definition."""
     W = _weight_reference(lambda_, gamma, A, B, *spec).to(x.dtype)
     return torch.nn.functional.linear(x, W if weight is None else W + weight, bias)
 
 
 @operator("randlora_weight", f"({_FACTORS}, {_SPEC}) -> Tensor", reference=_weight_reference)
 def _weight(lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, *spec: Any) -> Tensor:
-    products = Products(lambda_, gamma, A, B, *spec)
+    products = RandLoraProducts(lambda_, gamma, A, B, *spec)
     V = gamma.new_empty(products.spec.features, products.d)
-    for rows, U in products.blocks(gamma.dtype):
-        V[rows] = products.from_pairs(U)
+    for rows, U in products.row_blocks(gamma.dtype):
+        V[rows] = products.times_m(U)
     return V.mT.contiguous() if products.spec.flipped else V
 
 
 def _weight_backward_reference(dW: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """The definition of the gradients of λ and γ, by torch's own."""
+    """Differentiates the definition of W with autograd; returns the gradients of λ and γ."""
     lambda_, gamma = (t.detach().requires_grad_() for t in rest[:2])
     with torch.enable_grad():
         dlambda, dgamma = torch.autograd.grad(_weight_reference(lambda_, gamma, *rest[2:]), (lambda_, gamma), dW)
@@ -178,11 +182,11 @@ def _weight_backward_reference(dW: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _weight_backward(
     dW: Tensor, lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, *spec: Any
 ) -> tuple[Tensor, Tensor]:
-    products = Products(lambda_, gamma, A, B, *spec)
+    products = RandLoraProducts(lambda_, gamma, A, B, *spec)
     dV = dW.mT if products.spec.flipped else dW
     dlambda, dgamma = torch.zeros_like(lambda_), torch.zeros_like(gamma)
-    for rows, U in products.blocks(gamma.dtype):
-        add_to((dlambda, dgamma), products.gradient(U, dV[rows]))
+    for rows, U in products.row_blocks(gamma.dtype):
+        _accumulate((dlambda, dgamma), products.gradient(U, dV[rows]))
     return dlambda, dgamma
 
 
@@ -202,7 +206,7 @@ def _linear(
     by_weight: bool,
     *spec: Any,
 ) -> Tensor:
-    products = Products(lambda_, gamma, A, B, *spec, beside=x)
+    products = RandLoraProducts(lambda_, gamma, A, B, *spec, activation=x)
     x2d = x.reshape(-1, x.shape[-1])
     y = _by_weight(products, x2d, weight) if by_weight else _by_tokens(products, x2d)
     if bias is not None:
@@ -210,14 +214,16 @@ def _linear(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _by_tokens(products: Products, x: Tensor) -> Tensor:
+def _by_tokens(products: RandLoraProducts, x: Tensor) -> Tensor:
     flipped = products.spec.flipped
 
     def group(t: slice) -> Tensor:
-        return products.from_pairs(products.from_rows(x[t])) if flipped else products.to_rows(products.to_pairs(x[t]))
+        if flipped:
+            return products.times_m(products.times_b(x[t]))
+        return products.times_b(products.times_m(x[t], transposed=True), transposed=True)
 
-    groups = products.tokens(len(x), x.element_size())
-    if len(groups) == 1:  # nothing to put together
+    groups = products.token_groups(len(x), x.element_size())
+    if len(groups) == 1:  # without a copy
         return group(groups[0])
     y = x.new_empty(len(x), products.shape[0])
     for t in groups:
@@ -225,15 +231,15 @@ def _by_tokens(products: Products, x: Tensor) -> Tensor:
     return y
 
 
-def _by_weight(products: Products, x: Tensor, weight: Tensor | None) -> Tensor:
+def _by_weight(products: RandLoraProducts, x: Tensor, weight: Tensor | None) -> Tensor:
     y = x.new_empty(len(x), products.shape[0])
     if not products.spec.flipped:
-        for rows, U in products.blocks(x.dtype):
-            torch.matmul(x, products.plus_frozen(rows, U, weight).mT, out=y[:, rows])
+        for rows, U in products.row_blocks(x.dtype):
+            torch.matmul(x, products.weight_rows(rows, U, weight).mT, out=y[:, rows])
         return y
-    total = Sum(y)
-    for rows, U in products.blocks(x.dtype):
-        total.add(x[:, rows], products.plus_frozen(rows, U, weight))
+    total = ProductSum(y)
+    for rows, U in products.row_blocks(x.dtype):
+        total.add(x[:, rows], products.weight_rows(rows, U, weight))
     total.finish()
     return y
 
@@ -248,7 +254,7 @@ def _linear_backward_reference(
     weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of the gradients: of x, empty unless wanted, and of λ and γ, zero without x."""
+    """Computes the gradients of x (empty if not needed), λ and γ (zero if x is None) by their definition."""
     _, need_x, *spec = rest
     W = _weight_reference(lambda_, gamma, A, B, *spec).to(dy.dtype)
     dx = dy @ (W if weight is None else W + weight) if need_x else dy.new_empty(0)
@@ -276,7 +282,7 @@ def _linear_backward(
     need_x: bool,
     *spec: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    products = Products(lambda_, gamma, A, B, *spec, beside=dy)
+    products = RandLoraProducts(lambda_, gamma, A, B, *spec, activation=dy)
     out_features, in_features = products.shape
     dy2d = dy.reshape(-1, out_features)
     x2d = None if x is None else x.reshape(-1, in_features)
@@ -290,50 +296,56 @@ def _linear_backward(
 
 
 def _gradients_by_tokens(
-    products: Products, dy: Tensor, x: Tensor | None, need_x: bool, gradients: tuple[Tensor, Tensor]
+    products: RandLoraProducts, dy: Tensor, x: Tensor | None, need_x: bool, gradients: tuple[Tensor, Tensor]
 ) -> Tensor | None:
-    """The gradient of x; adds to `gradients`, what of it is wanted."""
+    """Returns the gradient of x if needed; adds the gradients of λ and γ to `gradients` unless x is None."""
     flipped = products.spec.flipped
-    groups = products.tokens(len(dy), dy.element_size())
+    groups = products.token_groups(len(dy), dy.element_size())
     dx = dy.new_empty(len(dy), products.shape[1]) if need_x and len(groups) != 1 else None
     for t in groups:
-        dz = products.to_pairs(dy[t]) if flipped else products.from_rows(dy[t])
+        dz = products.times_m(dy[t], transposed=True) if flipped else products.times_b(dy[t])
         if x is not None:
-            add_to(gradients, products.gradient(*(products.from_rows(x[t]), dy[t]) if flipped else (dz, x[t])))
+            _accumulate(gradients, products.gradient(*(products.times_b(x[t]), dy[t]) if flipped else (dz, x[t])))
         if need_x:
-            part = products.to_rows(dz) if flipped else products.from_pairs(dz)
-            if dx is None:  # of the only group: all of it
-                return part
-            dx[t] = part
+            group = products.times_b(dz, transposed=True) if flipped else products.times_m(dz)
+            if dx is None:  # the only group
+                return group
+            dx[t] = group
     return dx
 
 
 def _gradients_by_weight(
-    products: Products,
+    products: RandLoraProducts,
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
     dx: Tensor | None,
     gradients: tuple[Tensor, Tensor],
 ) -> None:
-    """Fills `dx` and adds to `gradients`, what of it is wanted."""
+    """Fills `dx` unless it is None; adds the gradients of λ and γ to `gradients` unless x is None."""
     flipped = products.spec.flipped
-    total = None if dx is None or flipped else Sum(dx)
-    for rows, U in products.blocks(dy.dtype):
+    total = None if dx is None or flipped else ProductSum(dx)
+    for rows, U in products.row_blocks(dy.dtype):
         if dx is not None:
-            W = products.plus_frozen(rows, U, weight)
+            W = products.weight_rows(rows, U, weight)
             if total is None:
                 torch.matmul(dy, W.mT, out=dx[:, rows])
             else:
                 total.add(dy[:, rows], W)
         if x is not None:
             dV = x[:, rows].mT @ dy if flipped else dy[:, rows].mT @ x
-            add_to(gradients, products.gradient(U, dV))
+            _accumulate(gradients, products.gradient(U, dV))
     if total is not None:
         total.finish()
 
 
-# Shapes for tracing, and the link from forward to backward.
+def _accumulate(totals: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    """Adds each gradient to its total, in place."""
+    for total, gradient in zip(totals, gradients, strict=True):
+        total += gradient
+
+
+# --- shapes for tracing, and autograd ---
 
 
 @_weight.register_fake
@@ -369,7 +381,7 @@ def _backward_weight(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # The random matrices are everybody's: hooks that move saved tensors elsewhere must not make copies of them.
+    # All layers share the random matrices: hooks that offload saved tensors must not copy them.
     x, lambda_, gamma, ctx.A, ctx.B, weight, _bias, ctx.by_weight, *ctx.spec = inputs
     factors_train = any(ctx.needs_input_grad[1:3])
     ctx.save_for_backward(x if factors_train else None, lambda_, gamma, weight)

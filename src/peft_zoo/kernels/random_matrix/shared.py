@@ -1,8 +1,8 @@
-"""One copy of each random matrix on each device, shared by all layers and adapters, as large as the largest needs.
+"""Shares one copy of each random matrix per device among all layers and adapters.
 
-`RandLoRA`'s bases are functions of a seed (`random_basis`), and a small one is the upper left corner of a large one: so
-a layer asks for what it needs, and all that ask for the same seed, kind, storage and device read the same tensors. They
-live as long as somebody holds the `SharedBasis`.
+RandLoRA's matrices are computed from a seed (`basis`), and a smaller one is the upper left corner of a larger one.
+Layers that request the same seed, distribution, storage and device read the same tensors, which grow to the largest
+requested shape. They are freed with the last reference to their `SharedBasis`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ from torch import Tensor
 from peft_zoo.kernels.random_matrix.basis import UNIFORM, fill_basis, read_basis
 
 STORAGES = ("int8", "packed2", "dense")
-"""A byte a value; two bits, for ternary; or bfloat16, which holds every value exactly."""
+"""Ways to keep values in memory: one byte, two bits (ternary only), or bfloat16, which is exact for every value."""
 
 _MATRICES = {"B": 0, "A": 1}
-_lock = threading.Lock()
+_lock = threading.Lock()  # of `_registry` and of growing a basis
 
 
 class BasisKey(NamedTuple):
-    """Which matrices: their seed, their kind (`UNIFORM`, or the k of ternary), how they are stored, and where."""
+    """Identity of a shared basis.
+
+    Attributes:
+        seed: Seed of both matrices, a signed 64-bit integer.
+        k: Distribution: `basis.UNIFORM`, or the k of ternary.
+        storage: One of `STORAGES`.
+        device: Device of the tensors.
+    """
 
     seed: int
     k: int
@@ -35,12 +42,12 @@ class BasisKey(NamedTuple):
 
 
 class SharedBasis:
-    """The matrices A and B of one key; they grow when somebody needs more, and what is there stays as it is.
+    """Random matrices A and B of one key. They grow on demand; existing entries never change.
 
     Attributes:
-        key: What they are.
-        A: Stored, see `random_basis.read_basis`.
-        B: Stored.
+        key: Seed, distribution, storage and device.
+        A: Stored matrix, read by `basis.read_basis`.
+        B: Stored matrix, likewise.
     """
 
     def __init__(self, key: BasisKey) -> None:
@@ -48,8 +55,8 @@ class SharedBasis:
         self.A, self.B = (torch.empty(0, 0, dtype=_dtype(key), device=key.device) for _ in range(2))
         self._columns = {"A": 0, "B": 0}
 
-    def require(self, A: tuple[int, int], B: tuple[int, int]) -> None:
-        """Make the matrices at least as large as these shapes."""
+    def reserve(self, A: tuple[int, int], B: tuple[int, int]) -> None:
+        """Grows the matrices to at least these shapes `(rows, columns)`, in values."""
         with _lock, torch.inference_mode(False), torch.no_grad():
             self._grow("A", *A)
             self._grow("B", *B)
@@ -67,24 +74,24 @@ class SharedBasis:
 
     def __reduce__(self) -> tuple[Callable[..., SharedBasis], tuple[Any, ...]]:
         shapes = {name: (len(getattr(self, name)), self._columns[name]) for name in _MATRICES}
-        return _restored, (self.key, shapes)
+        return _restore, (self.key, shapes)
 
 
-_all: WeakValueDictionary[BasisKey, SharedBasis] = WeakValueDictionary()
+_registry: WeakValueDictionary[BasisKey, SharedBasis] = WeakValueDictionary()
 
 
 def shared_basis(key: BasisKey) -> SharedBasis:
-    """The matrices of a key; made, without entries, if nobody holds them."""
+    """Returns the basis of a key; a new one has empty matrices, see `SharedBasis.reserve`."""
     with _lock:
-        basis = _all.get(key)
+        basis = _registry.get(key)
         if basis is None:
-            basis = _all[key] = SharedBasis(key)
+            basis = _registry[key] = SharedBasis(key)
         return basis
 
 
-def _restored(key: BasisKey, shapes: dict[str, tuple[int, int]]) -> SharedBasis:
+def _restore(key: BasisKey, shapes: dict[str, tuple[int, int]]) -> SharedBasis:
     basis = shared_basis(key)
-    basis.require(**shapes)
+    basis.reserve(**shapes)
     return basis
 
 
