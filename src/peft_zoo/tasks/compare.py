@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from peft import PeftModel
 from torch.utils.data import Dataset
 
+from peft_zoo.common.atomic import replaced_file
 from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.methods import check_options
 from peft_zoo.tasks.base.registry import load_task
@@ -211,6 +211,5 @@ def _read_runs(path: Path) -> list[Run]:
 
 def _write_runs(path: Path, runs: Iterable[Run]) -> None:
     """Replaces the file of finished runs atomically."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
-    os.replace(draft, path)
+    with replaced_file(path) as draft:
+        draft.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")

@@ -66,14 +66,10 @@ def build_config(
         if key not in valid:
             raise unknown(f"field of {name}", key, valid)
         chosen[key] = parse_value(text, hints[key], f"{name} field {key!r}")
-    if chosen.get("target_sparsity") is not None and not hasattr(cls, "for_training"):  # INTERIM
-        chosen.setdefault("total_step", steps)  # INTERIM
     names = {item.name for item in dataclasses.fields(cls)}
     suggested = {key: value for key, value in defaults.items() if key in names}
     try:
         config = cls(**{**suggested, **chosen})
-        if steps and hasattr(config, "check_steps"):  # INTERIM
-            config.check_steps(steps)  # INTERIM
         for_training = getattr(config, "for_training", None)  # peft's own configurations have none
         return config if steps is None or for_training is None else for_training(steps)
     except ValueError as error:
