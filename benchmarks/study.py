@@ -24,8 +24,9 @@ import torch
 from torch.utils.data import Dataset
 
 from benchmarks.common import RESULTS, machine, result_path, write_json
+from peft_zoo.common.settings import resolve_settings
 from peft_zoo.tasks.base.registry import load_task
-from peft_zoo.tasks.base.settings import resolve_settings
+from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.task import Task
 from peft_zoo.tasks.base.training import adapt, evaluate, fit
 
@@ -119,6 +120,7 @@ class Study:
         recipe = self.recipes[name]
         task = load_task(
             resolve_settings(
+                TrainSettings,
                 {**self.settings, "method": recipe.method, "learning_rate": rate, "seed": seed},
                 {"options": recipe.options, "output": str(self.work)},
             )

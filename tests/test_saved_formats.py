@@ -35,6 +35,7 @@ from peft_zoo import (
 )
 from peft_zoo.calibration.fisher import load_importance
 from peft_zoo.calibration.moments import load_moments
+from peft_zoo.cli.main import main as command_line
 from peft_zoo.io import open_adapter
 from peft_zoo.kernels.random_matrix.basis import UNIFORM, fill_basis
 from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint
@@ -43,7 +44,6 @@ from peft_zoo.merge.randlora import from_peft
 from peft_zoo.merge.squeeze.api import rank_report
 from peft_zoo.snell import SnellCallback
 from peft_zoo.squeeze_lora import SqueezeCallback, SqueezeConfig
-from peft_zoo.tasks.compare import main as compare
 from peft_zoo.tasks.watermark.saved_decoder import read_calibration
 from peft_zoo.watermark import WatermarkKey, embed_watermark, load_decoder, read_bits, verify_watermark
 from tests.data.saved.bases import (
@@ -576,6 +576,6 @@ def test_a_comparison_finds_its_runs(copied: Callable[[str], Path], monkeypatch:
         *("--methods", "snell,lora", "--learning-rates", "0.001,0.1", "--seeds", "0", "--set", "snell.r=4"),
         *("--set", "lora.r=4"),
     ]
-    assert compare(words) == 0
+    assert command_line(["compare", *words]) == 0
     assert (folder / "out" / "runs.jsonl").read_bytes() == old
     assert (folder / "out" / "comparison.json").read_bytes() == (SAVED / "comparison/out/comparison.json").read_bytes()

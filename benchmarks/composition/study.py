@@ -30,8 +30,9 @@ import torch
 from benchmarks.common import RESULTS, ROOT, describe, machine, markdown, replace_block, write_json
 from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
 from peft_zoo.adapters.cached_lora.profile import FrequencyProfile
+from peft_zoo.common.settings import resolve_settings
 from peft_zoo.tasks.base.registry import load_task
-from peft_zoo.tasks.base.settings import resolve_settings
+from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.training import adapt, evaluate, fit
 from peft_zoo.tasks.diffusion import NAME, model_folder
 from peft_zoo.tasks.diffusion.composition import draw, grid, load_adapters, measure
@@ -94,7 +95,8 @@ class Study:
         settings = {"task": "diffusion", "method": "lora", "model": self.base, "data": words.data, "concept": concept}
         settings |= {"steps": words.train_steps, "seed": seed, "output": self.adapter(concept, seed)}
         options = {"r": words.rank, "lora_alpha": words.rank}
-        task = load_task(resolve_settings({k: str(v) for k, v in settings.items()}, {"options": options}))
+        texts = {k: str(v) for k, v in settings.items()}
+        task = load_task(resolve_settings(TrainSettings, texts, {"options": options}))
         data, start = task.load_data(), time.process_time()
         before = evaluate(task, task.load_model(), data.test).loss
         model = adapt(task, task.load_model())

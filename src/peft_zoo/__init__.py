@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from _peft_zoo_entry import is_command_line
 from peft_zoo.adapters import public_names, register_methods
 from peft_zoo.common.lazy import lazy_names
 
@@ -16,4 +17,5 @@ __getattr__, __dir__, __all__ = lazy_names(
     },
 )
 
-register_methods()
+if not is_command_line():
+    register_methods()

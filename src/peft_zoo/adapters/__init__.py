@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import pkgutil
 from importlib.util import find_spec
 from pathlib import Path
+
+from peft_zoo.common.lazy import read_literal
 
 
 def method_modules() -> list[str]:
@@ -20,7 +21,7 @@ def public_names() -> dict[str, list[str]]:
     for module in method_modules():
         spec = find_spec(module)
         assert spec is not None and spec.origin is not None
-        found[module] = _listed(Path(spec.origin))
+        found[module] = read_literal(Path(spec.origin), "__all__") or []
     return found
 
 
@@ -28,11 +29,3 @@ def register_methods() -> None:
     """Imports each method's module, which registers the method in peft."""
     for module in method_modules():
         importlib.import_module(module)
-
-
-def _listed(path: Path) -> list[str]:
-    """Returns the literal `__all__` of a source file, or an empty list."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
-            return list(ast.literal_eval(node.value))
-    return []

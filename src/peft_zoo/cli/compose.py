@@ -1,16 +1,16 @@
-"""`peft-zoo compose`: pictures from several LoRAs at once, with the trace of what was done and the recipe."""
+"""`peft-zoo compose`: draws images with several LoRAs at once; writes the images, the trace and the recipe."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_zoo.cli.shared import pairs, plain_warnings, sentence
-from peft_zoo.common.values import SettingError, parse_value
+from peft_zoo.cli.shared import Command, Facts, Result, table
+from peft_zoo.common.settings import flag, setting
+from peft_zoo.common.values import SettingError, needs_extra
 
 if TYPE_CHECKING:
     from peft_zoo.adapters.cached_lora.profile import FrequencyProfile
@@ -26,137 +26,115 @@ For the class-conditional denoisers of --task diffusion; with a pipeline for tex
 Policies: merge, merge_normalized, switch, w_switch, composite, cmlora. Every field of CachedLoraConfig can be given by
 --set. The folder gets grid.png, trace.json and the recipe, adapter_config.json, for PeftModel.from_pretrained."""
 
-LABELS = "0,1,2,3,4,5,6,7"
+LABELS = [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program's.
+@dataclass(frozen=True)
+class Flags:
+    """Settings of `peft-zoo compose`."""
 
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
-    parser = commands.add_parser(
-        "compose",
-        help="draw pictures with several LoRAs",
-        description="Draw pictures with several LoRAs on one class-conditional denoiser.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    model: str | None = setting(
+        "a folder of diffusers (default: the built-in base, trained from --data)", metavar="DIR"
     )
-    add = parser.add_argument
-    add("--model", metavar="DIR", help="a folder of diffusers (default: the built-in base, trained from --data)")
-    add("--data", metavar="NAME", default="fashion-mnist", help="what the built-in base is trained from")
-    add("--adapter", action="append", default=[], metavar="NAME=DIR", help="a saved LoRA; repeatable")
-    add("--policy", metavar="NAME", default="cmlora", help="how they are combined (default cmlora)")
-    add("--steps", metavar="N", default="20", help="denoising steps (default 20)")
-    add("--images", metavar="N", default="16", help="how many pictures (default 16)")
-    add("--labels", metavar="N,N", default=LABELS, help=f"their classes, in turn (default {LABELS}; 8 for a bag)")
-    add("--seed", metavar="N", default="0", help="of the initial noise (default 0)")
-    add("--profile", action="store_true", help="measure frequencies first, and let them decide the order")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the recipe; repeatable")
-    add("--output", metavar="DIR", default="composition", help="folder for the results (default composition)")
+    data: str = setting("the data that the built-in base is trained from", "fashion-mnist")
+    adapters: dict[str, str] = setting(
+        "a saved LoRA; repeatable",
+        dict,
+        flag="adapter",
+        metavar="NAME=DIR",
+        example="checker=runs/checker",
+        required=True,
+        unique=True,
+    )
+    policy: str = setting("how the adapters are combined", "cmlora")
+    steps: int = setting("denoising steps", 20)
+    images: int = setting("number of images", 16)
+    labels: list[int] | None = setting("their classes, in turn (default 0,1,2,3,4,5,6,7; 8 for a bag)", metavar="N,N")
+    seed: int = setting("seed of the initial noise", 0)
+    profile: bool = setting("measure the frequencies of each adapter first, and order them by these", False)
+    options: dict[str, str] = setting("a field of the recipe; repeatable", dict, flag="set", example="switch_every=1")
+    output: str = setting("folder for the results", "composition", metavar="DIR")
 
 
-def flags() -> list[str]:
-    """All flags of the command."""
-    names = ("model", "data", "adapter", "policy", "steps", "images", "labels", "seed", "profile", "set", "output")
-    return [f"--{name}" for name in names]
+def _check(flags: Flags) -> None:
+    for name, least in (("steps", 1), ("images", 1), ("seed", 0)):
+        value = getattr(flags, name)
+        if value < least:
+            raise SettingError(f"{flag(name)} cannot be {value}: give a whole number of at least {least}.")
+    for name, folder in flags.adapters.items():
+        if not Path(folder).is_dir():
+            raise SettingError(f"--adapter cannot be '{name}={folder}': give NAME=DIR with the folder of a saved LoRA.")
+    if "method" in flags.options:
+        method = flags.options["method"]
+        raise SettingError(f"--set cannot be 'method={method}': give --policy {method}.")
+    if flags.labels == []:
+        raise SettingError("--labels cannot be empty: give at least one class.")
 
 
-def run(options: argparse.Namespace) -> str:
-    """Draw.
+def _recipe(flags: Flags) -> Any:
+    """Builds the configuration of the composition, with absolute paths: a recipe is used from any folder."""
+    from peft_zoo.tasks.base.methods import build_config
 
-    Returns:
-        What to print.
+    places = {name: str(Path(folder).absolute()) for name, folder in flags.adapters.items()}
+    return build_config("cached_lora", {**flags.options, "method": flags.policy}, {"adapters": places})
 
-    Raises:
-        SettingError: If it cannot be done, in one sentence.
-    """
-    steps, count, seed = (_number(options, name) for name in ("steps", "images", "seed"))
-    labels: list[int] = parse_value(options.labels, list[int], "--labels")
-    folders = _adapters(options.adapter)
-    config = _recipe(options, folders)
-    try:
+
+def _plan(flags: Flags) -> Facts:
+    _recipe(flags)
+    names = ("model", "adapters", "policy", "steps", "images", "seed", "options", "output")
+    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+
+
+def _run(flags: Flags) -> Result:
+    config = _recipe(flags)
+    with needs_extra("peft-zoo compose", "diffusion"):
         from peft_zoo.tasks.diffusion import model_folder
         from peft_zoo.tasks.diffusion.composition import draw, grid, load_adapters, measure
         from peft_zoo.tasks.diffusion.pipeline import load_pipeline
-    except ModuleNotFoundError as error:
-        fix = "run \"pip install 'peft-zoo[diffusion]'\""
-        raise SettingError(f"peft-zoo compose needs the package {error.name}: {fix}.") from error
-    pipe = load_pipeline(model_folder(options.model, options.data))
-    known = pipe.unet.config.num_class_embeds
-    if not labels or not all(0 <= label < known for label in labels):
-        raise SettingError(f"--labels cannot be {options.labels!r}: give whole numbers from 0 to {known - 1}.")
-    load_adapters(pipe, folders)
-    asked = [labels[index % len(labels)] for index in range(count)]
-    with plain_warnings():
-        try:
-            profile = measure(pipe, list(folders), asked, steps, seed) if options.profile else None
-            config = config if profile is None else profile.store(config)
-            images, trace = draw(pipe, config, asked, steps, seed)
-        except ValueError as error:
-            raise SettingError(sentence(error)) from error
-    output = _output(options.output)
-    grid(images).save(output / "grid.png")
-    (output / "trace.json").write_text(json.dumps([asdict(step) for step in trace], indent=1) + "\n", encoding="utf-8")
-    config.save_pretrained(str(output))
-    return _summary(config.method, profile, trace, count, output)
-
-
-def _recipe(options: argparse.Namespace, folders: Mapping[str, str]) -> Any:
-    from peft_zoo.tasks.base.methods import build_config
-
-    fields = pairs(options.set)
-    if "method" in fields:
-        raise SettingError(f"--set cannot be 'method={fields['method']}': give --policy {fields['method']}.")
-    places = {name: str(Path(folder).absolute()) for name, folder in folders.items()}  # a recipe is used from anywhere
-    return build_config("cached_lora", {**fields, "method": options.policy}, {"adapters": places}, steps=0)
-
-
-def _number(options: argparse.Namespace, name: str) -> int:
-    value: int = parse_value(getattr(options, name), int, f"--{name}")
-    least = 0 if name == "seed" else 1
-    if value < least:
-        raise SettingError(f"--{name} cannot be {value}: give a whole number of at least {least}.")
-    return value
-
-
-def _adapters(words: list[str]) -> dict[str, str]:
-    """Folder by name.
-
-    Raises:
-        SettingError: If there is none, a word is not NAME=DIR, a name occurs twice, or a folder is not there.
-    """
-    if not words:
-        raise SettingError("--adapter is missing: give NAME=DIR for each LoRA, for example checker=runs/checker.")
-    folders: dict[str, str] = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
-        if not (name and equals and Path(folder).is_dir()):
-            raise SettingError(f"--adapter cannot be {word!r}: give NAME=DIR with the folder of a saved LoRA.")
-        if name in folders:
-            raise SettingError(f"--adapter cannot be {word!r}: the name {name} was given already; choose another.")
-        folders[name] = folder
-    return folders
-
-
-def _output(name: str) -> Path:
     from peft_zoo.tasks.base.training import output_folder
 
-    return output_folder(name)
+    pipe = load_pipeline(model_folder(flags.model, flags.data))
+    labels, known = flags.labels or LABELS, pipe.unet.config.num_class_embeds
+    if not all(0 <= label < known for label in labels):
+        raise SettingError(f"--labels cannot be {labels}: give whole numbers from 0 to {known - 1}.")
+    load_adapters(pipe, flags.adapters)
+    asked = [labels[index % len(labels)] for index in range(flags.images)]
+    profile = measure(pipe, list(flags.adapters), asked, flags.steps, flags.seed) if flags.profile else None
+    config = config if profile is None else profile.store(config)
+    images, trace = draw(pipe, config, asked, flags.steps, flags.seed)
+    output = output_folder(flags.output)
+    grid(images).save(output / "grid.png")
+    steps = [asdict(step) for step in trace]
+    (output / "trace.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
+    config.save_pretrained(str(output))
+    return _result(config.method, profile, trace, flags)
 
 
-def _summary(policy: str, profile: FrequencyProfile | None, trace: list[StepTrace], count: int, output: Path) -> str:
-    """What it cost, and what was measured."""
-    passes = [kind for step in trace for kind in step.passes.values()]
-    macs = sum(step.macs for step in trace) / count
-    facts = [
-        ("policy", policy),
-        ("steps", f"{len(trace)} with {sum(step.forwards for step in trace)} passes, {passes.count('cached')} cached"),
-        ("work", f"{macs / 1e6:,.0f} million multiply-adds a picture"),
-    ]
-    if profile is not None:
-        shares = (f"{name} {profile.shares[name]:.3f}" for name in profile.order)
-        facts.append(("high bands", ", ".join(shares)))
-    facts.append(("written", str(output)))
-    return "\n".join(f"{key:<12}{value}" for key, value in facts)
+def _result(policy: str, profile: FrequencyProfile | None, trace: Sequence[StepTrace], flags: Flags) -> Result:
+    """Reports the cost of the composition, and the measured frequencies."""
+    kinds = [kind for step in trace for kind in step.passes.values()]
+    passes, cached = sum(step.forwards for step in trace), kinds.count("cached")
+    macs = sum(step.macs for step in trace) / flags.images
+    shares: Mapping[str, float] = {} if profile is None else {name: profile.shares[name] for name in profile.order}
+    facts = {
+        "policy": policy,
+        "steps": f"{len(trace)} with {passes} passes, {cached} cached",
+        "work": f"{macs / 1e6:,.0f} million multiply-adds per image",
+        **({"high bands": ", ".join(f"{name} {share:.3f}" for name, share in shares.items())} if shares else {}),
+        "written": flags.output,
+    }
+    counts = {"steps": len(trace), "passes": passes, "cached_passes": cached, "macs_per_image": macs}
+    data = {"policy": policy, **counts, "high_frequency_shares": dict(shares), "written": flags.output}
+    return Result(table(facts), data)
+
+
+COMMAND = Command(
+    "draw images with several LoRAs",
+    _run,
+    Flags,
+    _check,
+    _plan,
+    description="Draw images with several LoRAs on one class-conditional denoiser.",
+    epilog=EPILOG,
+    mistakes=(ValueError,),
+)

@@ -1,204 +1,275 @@
-"""The command line: `peft-zoo methods` lists the registered methods, `peft-zoo train` fine-tunes a real model with
-one of them, `peft-zoo squeeze` compresses a saved LoRA, `peft-zoo quantize` a model, `peft-zoo watermark` marks
-the images of an autoencoder and tests for the mark, `peft-zoo compose` draws pictures with several LoRAs.
+"""Reads the words of the command line, runs the command they name and prints its result.
 
-A mistake of the user ends in one sentence on stderr and exit status 2. A run whose reload or merge check fails ends
-in status 1, as does a test of images that finds no watermark, or a training after which there is none.
+A mistake of the user ends in one sentence on stderr and exit status 2. Status 1 says that the work was done but a check
+of its result failed: a reload or merge check after training, images without the watermark.
+
+Each module of this package that defines `COMMAND` is a command. Nothing slow is imported before the words are read.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import dataclasses
+import json
 import logging
+import math
 import os
+import pkgutil
 import sys
+import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
-from peft_zoo.cli import compose as cli_compose
-from peft_zoo.cli import quantize as cli_quantize
-from peft_zoo.cli import squeeze as cli_squeeze
-from peft_zoo.cli import watermark as cli_watermark
-from peft_zoo.cli.shared import pairs
-from peft_zoo.common.values import SettingError
-from peft_zoo.tasks.base.settings import (
-    flag,
-    flag_fields,
-    preset_names,
-    read_preset,
+import peft_zoo.cli
+from peft_zoo.cli.shared import Command, Group, Result, mistakes_as_sentences, plain_warnings, table
+from peft_zoo.common.settings import (
+    Layer,
+    is_table,
     read_settings_file,
     resolve_settings,
+    setting_fields,
+    written,
 )
+from peft_zoo.common.values import SettingError, unknown
 
-EPILOG = """examples:
-  peft-zoo train --preset demo
-  peft-zoo train --method snell --model smollm2-135m --data gsm8k --steps 100 --set r=16 --set sparsity=0.5
-  peft-zoo train --task vision --method snell --data images/ --set r=8
-  peft-zoo train --task diffusion --method lora --concept checker --data fashion-mnist
-  peft-zoo train --config run.yaml --seed 1
-
-A --config file has the flags as keys (steps: 60) and the method's fields under set. Flags win over the file, the file
-wins over the preset. Built-in models and data: smollm2-135m with shakespeare or gsm8k (language), dinov2-small
-(vision), fashion-mnist-denoiser with fashion-mnist (diffusion)."""
+SHELLS = ("bash", "zsh", "tcsh")
+PATHS = ("FILE", "DIR", "IN", "OUT", "NAME=DIR")  # placeholders of values that a shell completes with file names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Runs the command line.
 
     Args:
-        arguments: The words after the program's name; None takes them from `sys.argv`.
+        arguments: Words after the name of the program; None takes them from `sys.argv`.
 
     Returns:
-        0 if all went well, 1 if a check of the trained adapter failed, 2 after a mistake of the user.
+        Exit status: 0 after success, 1 if a check of the result failed, 2 after a mistake of the user.
     """
     _log_to_stderr()
     try:
-        options = _parse(arguments)
-        return COMMANDS[options.command](options)
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
     except SettingError as error:
         sys.stderr.write(f"peft-zoo: {error}\n")
         return 2
 
 
+def load_commands() -> dict[str, Command | Group]:
+    """Returns the commands by name, in alphabetical order."""
+    names = sorted(info.name for info in pkgutil.iter_modules(peft_zoo.cli.__path__))
+    modules = {name: import_module(f"peft_zoo.cli.{name}") for name in names}
+    return {name: module.COMMAND for name, module in modules.items() if hasattr(module, "COMMAND")}
+
+
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, without the usage text."""
+    """An argument parser whose errors are a `SettingError`, without the usage text.
+
+    Attributes:
+        commands: Parsers of the commands below this one, by name.
+        command: The command that it parses; None if there are commands below it.
+        flags: Names of all flags, for hints.
+    """
+
+    command: Command | None = None
+
+    def __init__(self, **options: Any) -> None:
+        self.commands: dict[str, _Parser] = {}
+        self.flags: list[str] = []
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Adds an argument, and notes it if it is a flag."""
+        self.flags += [name for name in names if name.startswith("--")]
+        action = super().add_argument(*names, **options)
+        if action.metavar in PATHS:
+            action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
+        return action
 
     def error(self, message: str) -> NoReturn:
-        raise SettingError(f"{message.rstrip('.')}; see 'peft-zoo --help'.")
+        """Raises a SettingError."""
+        raise SettingError(f"{message.rstrip('.')}; see '{self.prog} --help'.")
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="peft-zoo", description="New adapter methods for peft.", allow_abbrev=False)
-    names = ",".join(COMMANDS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
-    commands.add_parser("methods", help="list the registered methods and what each costs")
-    train = commands.add_parser(
-        "train",
-        help="fine-tune a real model on real data",
-        description="Fine-tune, evaluate before and after, save, reload, merge, and write report.html.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for item in flag_fields():
-        default = "" if item.default is None else f" (default {item.default})"
-        metavar = {"float": "X", "int": "N"}.get(str(item.type).split(" ")[0], "NAME")
-        train.add_argument(flag(item.name), dest=item.name, metavar=metavar, help=item.metadata["help"] + default)
-    train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the method; repeatable"
-    )
-    train.add_argument(
-        "--preset", metavar="NAME", help=f"settings that ship with the package: {', '.join(preset_names())}"
-    )
-    train.add_argument("--config", metavar="FILE", help="a YAML file of settings")
-    cli_squeeze.add_parser(commands)
-    cli_quantize.add_parser(commands)
-    cli_watermark.add_parser(commands)
-    cli_compose.add_parser(commands)
+    """Returns the parser of the program with those of all commands."""
+    parser = _Parser(prog="peft-zoo", description="Adapter methods that peft does not have yet.")
+    parser.add_argument("--version", action="version", version=f"peft-zoo {peft_zoo.__version__}")
+    parser.add_argument("--print-completion", metavar="SHELL", help=f"print the completion script: {', '.join(SHELLS)}")
+    _add_commands(parser, load_commands())
     return parser
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the words, with a hint where a flag is misspelt.
+def _add_commands(parser: _Parser, commands: Mapping[str, Command | Group]) -> None:
+    added = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in commands.items():
+        texts = {"description": command.description or command.summary, "epilog": command.epilog}
+        sub: _Parser = added.add_parser(name, help=command.summary, **texts)
+        parser.commands[name] = sub
+        if isinstance(command, Group):
+            _add_commands(sub, command.commands)
+        else:
+            _add_flags(sub, command)
+
+
+def _add_flags(parser: _Parser, command: Command) -> None:
+    """Adds the flags of a command. Their values stay text: layers of settings are merged before they are parsed."""
+    parser.command = command
+    hints = typing.get_type_hints(command.flags)
+    usage = [parser.prog]
+    for item in setting_fields(command.flags):
+        metavar = item.metadata.get("metavar") or _placeholder(hints[item.name])
+        text = item.metadata["help"] + (f" (default {item.default})" if item.default else "")
+        options: dict[str, Any] = {"dest": item.name, "help": text.replace("%", "%%")}
+        if item.metadata.get("positional"):
+            usage.append(metavar if item.metadata.get("required") else f"[{metavar}]")
+            parser.add_argument(item.name, nargs="?", metavar=metavar, help=options["help"])
+            continue
+        if item.metadata.get("required"):
+            usage.append(f"{written(item)} {metavar}")
+        if hints[item.name] is bool:
+            options |= {"action": "store_const", "const": "true"}
+        else:
+            options |= {"metavar": metavar, "action": "append" if is_table(hints[item.name]) else "store"}
+        parser.add_argument(written(item), **options)
+    if command.presets:
+        names = ", ".join(command.presets)
+        parser.add_argument("--preset", metavar="NAME", help=f"settings that ship with the package: {names}")
+    if command.plan is not None:
+        parser.add_argument("--config", metavar="FILE", help="YAML file with flags as keys; flags win over the file")
+        parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.usage = f"{' '.join(usage)} [flags]"
+
+
+def _placeholder(hint: Any) -> str:
+    if is_table(hint):
+        return "KEY=VALUE"
+    kinds = typing.get_args(hint) or (hint,)
+    return "N" if int in kinds else "X" if float in kinds else "NAME"
+
+
+def _run(words: list[str]) -> int:
+    """Finds the command that the words name, parses its flags and runs it."""
+    top = parser = _parser()
+    while parser.commands and words and not words[0].startswith("-"):
+        if words[0] not in parser.commands:
+            raise unknown("command", words[0], parser.commands)
+        parser, words = parser.commands[words[0]], words[1:]
+    if parser.command is not None:
+        # Intermixed: flags may stand before, between and after the positional arguments.
+        given, rest = parser.parse_known_intermixed_args(words)
+        _refuse(rest, parser)
+        return _execute(parser.command, vars(given))
+    given, rest = parser.parse_known_args(words)
+    _refuse(rest, parser)
+    shell = getattr(given, "print_completion", None)
+    if shell is None:
+        raise SettingError(f"a command is missing: choose one of {', '.join(parser.commands)}.")
+    _write(_completion(top, shell))
+    return 0
+
+
+def _refuse(rest: Sequence[str], parser: _Parser) -> None:
+    """Raises a SettingError if words are left over."""
+    if not rest:
+        return
+    if rest[0].startswith("-"):
+        raise unknown("flag", rest[0].split("=")[0], parser.flags)
+    raise SettingError(f"unexpected argument {rest[0]!r}; see '{parser.prog} --help'.")
+
+
+def _execute(command: Command, given: dict[str, Any]) -> int:
+    """Runs a command and prints its result; `given` maps fields and common flags to their text, or None."""
+    as_json, dry_run = given.pop("json"), given.pop("dry_run", False)
+    flags = resolve_settings(command.flags, *_layers(command, given))
+    if command.check is not None:
+        command.check(flags)
+    from peft_zoo.adapters import register_methods
+
+    register_methods()
+    with plain_warnings(), mistakes_as_sentences(command.mistakes):
+        if dry_run and command.plan is not None:
+            facts = command.plan(flags)
+            result = Result(f"{table(facts)}\n\nnothing was written (--dry-run)", {"dry_run": True, **facts})
+        else:
+            result = command.run(flags)
+    _write(json.dumps(_plain(result.data), indent=1, allow_nan=False) if as_json else result.text)
+    return 0 if result.ok else 1
+
+
+def _layers(command: Command, given: dict[str, Any]) -> Iterable[Layer]:
+    """Yields the layers of settings: the preset, the file, the flags."""
+    preset, config = given.pop("preset", None), given.pop("config", None)
+    if preset is not None:
+        if preset not in command.presets:
+            raise unknown("preset", preset, command.presets)
+        yield read_settings_file(command.presets[preset], command.flags)
+    if config is not None:
+        yield read_settings_file(config, command.flags)
+    tables = {item.name: item for item in setting_fields(command.flags) if isinstance(given[item.name], list)}
+    pairs = {name: _pairs(given[name], item) for name, item in tables.items()}
+    yield {name: value for name, value in given.items() if value is not None} | pairs
+
+
+def _pairs(words: Sequence[str], item: dataclasses.Field[Any]) -> dict[str, str]:
+    """Reads KEY=VALUE words of a table.
 
     Raises:
-        SettingError: If a word is no command or flag, or a flag lacks its value.
+        SettingError: If a word has no equals sign, or a key occurs twice in a table of unique keys.
     """
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if options.command == "squeeze":
-        rest = cli_squeeze.adopt_target(options, rest)
-    if rest:
-        train = [flag(item.name) for item in flag_fields()] + ["--set", "--preset", "--config"]
-        own = {"squeeze": cli_squeeze.flags, "quantize": cli_quantize.flags, "compose": cli_compose.flags}
-        own["watermark"] = lambda: cli_watermark.flags(options)
-        valid = own[options.command]() if options.command in own else {"methods": [], "train": train}[options.command]
-        close = difflib.get_close_matches(rest[0], valid, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"see 'peft-zoo {options.command} --help'."
-        raise SettingError(f"unknown argument {rest[0]!r}: {hint}")
-    return options
+    name, example = written(item), item.metadata["example"]
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise SettingError(f"{name} cannot be {word!r}: write key=value, for example {name} {example}.")
+        if item.metadata.get("unique") and key in found:
+            raise SettingError(f"{name} cannot be {word!r}: {key} was given already; choose another name.")
+        found[key] = value
+    return found
 
 
-def _methods(_: argparse.Namespace) -> int:
-    """Print the table of methods."""
-    from peft_zoo.tasks.base.methods import method_table
+def _completion(parser: _Parser, shell: str) -> str:
+    """Returns the completion script for a shell.
 
-    _write(method_table())
-    return 0
-
-
-def _train(options: argparse.Namespace) -> int:
-    """Run one task and print its summary."""
-    flags: dict[str, Any] = {item.name: getattr(options, item.name) for item in flag_fields()}
-    settings = resolve_settings(
-        read_preset(options.preset) if options.preset else {},
-        read_settings_file(options.config) if options.config else {},
-        {name: value for name, value in flags.items() if value is not None} | {"options": pairs(options.set)},
-    )
-    from peft_zoo.tasks.base.registry import load_task
-    from peft_zoo.tasks.base.report import summary_text
-    from peft_zoo.tasks.base.training import train
-
-    outcome = train(load_task(settings))
-    _write(f"\n{summary_text(outcome)}\n\n  report: {os.path.join(settings.output, 'report.html')}")
-    return 0 if outcome.reload_matches and outcome.merge_matches else 1
+    Raises:
+        SettingError: If there is none for that shell, or shtab is not installed.
+    """
+    if shell not in SHELLS:
+        raise unknown("shell", shell, SHELLS)
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        raise SettingError("--print-completion needs the package shtab: run 'pip install shtab'.") from None
+    script: str = shtab.complete(parser, shell=shell)
+    return script
 
 
-def _squeeze(options: argparse.Namespace) -> int:
-    """Compress a LoRA, or look at it, and print what came of it."""
-    _write(cli_squeeze.run(options))
-    return 0
-
-
-def _quantize(options: argparse.Namespace) -> int:
-    """Quantize a model, and print what came of it."""
-    _write(cli_quantize.run(options))
-    return 0
-
-
-def _compose(options: argparse.Namespace) -> int:
-    """Draw pictures with several LoRAs, and print what it cost."""
-    _write(cli_compose.run(options))
-    return 0
-
-
-def _watermark(options: argparse.Namespace) -> int:
-    """Make a key, embed or test, and print what came of it."""
-    text, all_is_well = cli_watermark.run(options)
-    _write(text)
-    return 0 if all_is_well else 1
-
-
-COMMANDS = {
-    "methods": _methods,
-    "train": _train,
-    "squeeze": _squeeze,
-    "quantize": _quantize,
-    "watermark": _watermark,
-    "compose": _compose,
-}
+def _plain(value: Any) -> Any:
+    """Replaces numbers that JSON cannot express, infinity and NaN, by None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _log_to_stderr() -> None:
-    """Show what the tasks say about their progress."""
+    """Shows the log of the package on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("peft_zoo").setLevel(logging.INFO if _speaks() else logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")  # of one about the other
+    logging.getLogger("peft_zoo").setLevel(logging.INFO if _is_first_process() else logging.WARNING)
+    # transformers and peft announce each other's deprecations.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
-def _speaks() -> bool:
-    """Whether this process talks to the person; of several that train together only the first does."""
+def _is_first_process() -> bool:
+    """Whether this process prints; of several that train together only the first does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _write(text: str) -> None:
-    """The one way out: everything a person asked for goes to stdout here."""
-    if _speaks():
-        encoding = sys.stdout.encoding or "utf-8"  # in a pipe perhaps one without arrows
+    """Prints a result on stdout; characters that its encoding lacks become question marks."""
+    if _is_first_process():
+        encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,14 @@
-"""`peft-zoo quantize`: a model in files, quantized to a budget of bits, one matrix at a time."""
+"""`peft-zoo quantize`: quantizes a saved model to a bit budget, one matrix at a time."""
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_zoo.cli.shared import pairs, plain_warnings, progress_bar, sentence
-from peft_zoo.common.values import SettingError
+from peft_zoo.cli.shared import Command, Facts, Result, progress_bar, table
+from peft_zoo.common.settings import method_options, setting
 
 if TYPE_CHECKING:
     from peft_zoo.merge.lq_lora.checkpoint import UnquantizedSummary
@@ -19,82 +19,96 @@ EPILOG = """examples:
   peft-zoo quantize model small --set qconfig=nf4 --set r=16
   peft-zoo quantize model small --budget-bits 3 --weights fisher.safetensors --set weighting=fisher --set codebook=lloyd
 
-Every field of LqLoraConfig can be given by --set. A run that was killed goes on where it was. OUT is loaded by
-AutoModelForCausalLM.from_pretrained once peft_zoo is imported, and trained by an LqLoraConfig."""
+Every field of LqLoraConfig can be given by --set. The same command continues an interrupted run. Once peft_zoo is
+imported, AutoModelForCausalLM.from_pretrained loads OUT, and an LqLoraConfig trains it."""
 
-WORST = 3  # matrices that are named
+WORST = 3  # matrices with the largest errors that are listed
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program's.
+@dataclass(frozen=True)
+class Flags:
+    """Settings of `peft-zoo quantize`."""
 
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
-    parser = commands.add_parser(
-        "quantize",
-        help="quantize a model to a budget of bits",
-        description="Quantize a model in files as LQ-LoRA does; only one of its matrices is in memory at a time.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    source: str = setting(
+        "a folder that transformers saved, in floating point", positional=True, required=True, metavar="IN"
     )
-    parser.add_argument("source", metavar="IN", help="a folder that transformers saved, in floating-point")
-    parser.add_argument("target", metavar="OUT", help="a new folder")
-    parser.add_argument("--budget-bits", metavar="X", help="average bits of a number in the quantized matrices")
-    parser.add_argument("--weights", metavar="FILE", help="file of save_importance, for --set weighting=fisher")
-    parser.add_argument("--device", metavar="NAME", default="cpu", help="where matrices are decomposed (default cpu)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field; repeatable")
+    target: str = setting("a new folder", positional=True, required=True, metavar="OUT")
+    budget_bits: float | None = setting("average bits per weight of the quantized matrices")
+    weights: str | None = setting("importance of weights, for --set weighting=fisher", metavar="FILE")
+    device: str = setting("where matrices are decomposed", "cpu")
+    options: dict[str, str] = method_options()
 
 
-def flags() -> list[str]:
-    """All flags of the command."""
-    return ["--budget-bits", "--weights", "--device", "--set"]
-
-
-def run(options: argparse.Namespace) -> str:
-    """Quantize.
-
-    Returns:
-        What to print.
-
-    Raises:
-        SettingError: If it cannot be done, in one sentence.
-    """
-    from peft_zoo.calibration.fisher import load_importance
-    from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint, unquantized_summary
+def _config(flags: Flags) -> Any:
     from peft_zoo.tasks.base.methods import build_config
 
-    budget = {} if options.budget_bits is None else {"budget_bits": options.budget_bits}
-    config: Any = build_config("lq_lora", {**pairs(options.set), **budget}, {"target_modules": "all-linear"}, steps=0)
-    with plain_warnings():
-        try:
-            importance = None if options.weights is None else load_importance(options.weights)
-            more: dict[str, Any] = {"importance": importance, "device": options.device, "progress": progress_bar()}
-            rows = quantize_checkpoint(options.source, options.target, config, **more)
-        except (ValueError, OSError, RuntimeError) as error:
-            raise SettingError(sentence(error)) from error
-    return _summary(rows, unquantized_summary(options.target), options.source, options.target)
+    budget = {} if flags.budget_bits is None else {"budget_bits": str(flags.budget_bits)}
+    return build_config("lq_lora", {**flags.options, **budget}, {"target_modules": "all-linear"})
 
 
-def _summary(rows: Sequence[QuantizedMatrix], unquantized: UnquantizedSummary, source: str, target: str) -> str:
-    """The budget as it was spent, and where most was lost."""
-    num_weights = sum(row.num_weights for row in rows)
-    bits = sum(row.bits * row.num_weights for row in rows) / num_weights
-    left = sum(row.config is None for row in rows)
-    facts = [
-        ("matrices", f"{len(rows):,} with {num_weights:,} weights" + (f", {left} as they were" if left else "")),
-        ("bits", f"{bits:.3f} a number, and a part of rank {max(row.rank for row in rows)} beside it"),
-        ("as it was", str(unquantized)),
-        ("weights", f"{_megabytes(source)} → {_megabytes(target)}"),
-    ]
-    for place, row in enumerate(sorted(rows, key=lambda row: -row.error)[:WORST]):
-        facts.append(("" if place else "loses most", f"{row.error:.4f}  {row.bits:.2f} bits  {row.name}"))
-    facts.append(("written", target))
-    return "\n".join(f"{key:<12}{value}" for key, value in facts)
+def _plan(flags: Flags) -> Facts:
+    from peft_zoo.common.atomic import check_new_folder
+    from peft_zoo.io.checkpoint import Checkpoint
+
+    config = _config(flags)
+    check_new_folder(Path(flags.target), "OUT")
+    with Checkpoint(flags.source) as source:
+        size = sum(info.nbytes for info in source.tensors.values())
+        facts = {"tensors": f"{len(source.tensors):,} of {size / 1e6:,.1f} MB"}
+    chosen = {name: getattr(config, name) for name in ("r", "budget_bits", "qconfig", "weighting")}
+    return {**facts, **chosen, "device": flags.device, "output": flags.target}
 
 
-def _megabytes(folder: str) -> str:
-    """Size of the weights in a folder."""
-    size = sum(os.path.getsize(os.path.join(folder, n)) for n in os.listdir(folder) if n.endswith(".safetensors"))
-    return f"{size / 1e6:,.1f} MB"
+def _run(flags: Flags) -> Result:
+    from peft_zoo.calibration.fisher import load_importance
+    from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint, unquantized_summary
+
+    config = _config(flags)
+    importance = None if flags.weights is None else load_importance(flags.weights)
+    more: dict[str, Any] = {"importance": importance, "device": flags.device, "progress": progress_bar}
+    rows = quantize_checkpoint(flags.source, flags.target, config, **more)
+    return _result(rows, unquantized_summary(flags.target), flags)
+
+
+def _result(rows: Sequence[QuantizedMatrix], unquantized: UnquantizedSummary, flags: Flags) -> Result:
+    """Summarizes the bits of all matrices and lists those with the largest errors."""
+    total = sum(row.num_weights for row in rows)
+    bits = sum(row.bits * row.num_weights for row in rows) / total
+    skipped = sum(row.config is None for row in rows)
+    before, after = _weight_bytes(flags.source), _weight_bytes(flags.target)
+    worst = sorted(rows, key=lambda row: -row.error)[:WORST]
+    facts: dict[str, Any] = {
+        "matrices": f"{len(rows):,} with {total:,} weights" + (f", {skipped} not quantized" if skipped else ""),
+        "bits": f"{bits:.3f} per weight, and a low-rank part of rank {max(row.rank for row in rows)}",
+        "unquantized": unquantized,
+        "weights": f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB",
+        "loses most": [f"{row.error:.4f}  {row.bits:.2f} bits  {row.name}" for row in worst],
+    }
+    data = {
+        "matrices": [
+            {name: getattr(row, name) for name in ("name", "bits", "rank", "error")} | {"num_weights": row.num_weights}
+            for row in rows
+        ],
+        "bits": bits,
+        "unquantized": asdict(unquantized),
+        "bytes_before": before,
+        "bytes_after": after,
+        "written": flags.target,
+    }
+    return Result(table({**facts, "written": flags.target}), data)
+
+
+def _weight_bytes(folder: str) -> int:
+    """Returns the size of the safetensors files in a folder."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+COMMAND = Command(
+    "quantize a model to a bit budget",
+    _run,
+    Flags,
+    plan=_plan,
+    description="Quantize the files of a model as LQ-LoRA does; only one of its matrices is in memory at a time.",
+    epilog=EPILOG,
+    mistakes=(ValueError, NotImplementedError, OSError, RuntimeError),  # torch: unknown devices
+)

@@ -1,61 +1,128 @@
-"""What commands that work on files share: a progress bar, and what the library says in one line each."""
+"""What every command is made of: its description, its result, tables, progress bars and warnings."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from peft_zoo.common.values import SettingError
 
-if TYPE_CHECKING:
-    from peft_zoo.common.progress import Progress
+Facts = Mapping[str, Any]
+"""Lines of a table by their name."""
 
 
-def progress_bar() -> Progress | None:
-    """A bar on stderr if that is a terminal, and tqdm is there."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return None
+class Result(NamedTuple):
+    """Result of a command.
 
-    def bar(names: Iterable[str], doing: str) -> Iterable[str]:
-        return tqdm(names, desc=doing, unit="module", leave=False, file=sys.stderr)
+    Attributes:
+        text: What is printed for a person.
+        data: What `--json` prints: plain values.
+        ok: Whether the exit status is 0 instead of 1.
+    """
 
-    return bar
+    text: str
+    data: Any
+    ok: bool = True
+
+
+@dataclass(frozen=True)
+class NoFlags:
+    """Settings of a command without flags of its own."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `peft-zoo`; the module `peft_zoo.cli.NAME` defines it as `COMMAND` and imports nothing slow.
+
+    Attributes:
+        summary: One line for the list of commands.
+        run: Does the work on an instance of `flags`, after the methods have been registered.
+        flags: Settings dataclass whose fields are the flags, see `peft_zoo.common.settings`.
+        check: Raises a SettingError if values do not fit together; called before torch is imported.
+        plan: Validates what can be validated without the work, and returns what would be done, for `--dry-run`. A
+            command without it has neither `--dry-run` nor `--config`.
+        description: Text above the flags in `--help`; the summary if empty.
+        epilog: Text below the flags.
+        presets: YAML files by name, offered as `--preset`.
+        mistakes: Exceptions of `run` that are mistakes of the user: reported in one sentence, without a traceback.
+    """
+
+    summary: str
+    run: Callable[[Any], Result]
+    flags: type[Any] = NoFlags
+    check: Callable[[Any], None] | None = None
+    plan: Callable[[Any], Facts] | None = None
+    description: str = ""
+    epilog: str = ""
+    presets: Mapping[str, Path] = field(default_factory=dict)
+    mistakes: tuple[type[Exception], ...] = (ValueError, NotImplementedError, OSError)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A command that consists of commands of its own, such as `peft-zoo watermark verify`.
+
+    Attributes:
+        summary: One line for the list of commands.
+        commands: Its commands by name.
+        description: Text above them in `--help`.
+        epilog: Text below them.
+    """
+
+    summary: str
+    commands: Mapping[str, Command]
+    description: str = ""
+    epilog: str = ""
+
+
+def table(facts: Facts) -> str:
+    """Formats facts as lines of two columns; the items of a list stand below each other."""
+    lines = {key: value if isinstance(value, list) else [value] for key, value in facts.items()}
+    return "\n".join(
+        f"{'' if index else key:<12}{value}" for key, values in lines.items() for index, value in enumerate(values)
+    )
+
+
+def progress_bar(names: Iterable[str], doing: str) -> Iterable[str]:
+    """Shows a progress bar on stderr, if that is a terminal, while `names` are iterated.
+
+    Args:
+        names: Names of the modules to work on.
+        doing: Label of the bar.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(names, desc=doing, unit="module", leave=False, disable=None)
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show each warning of the library as one line, without the place in the code."""
+    """Prints each warning as one line on stderr, without its place in the code."""
 
     def show(message: Warning | str, *place: Any, **more: Any) -> None:
         sys.stderr.write(f"peft-zoo: warning: {' '.join(str(message).split())}\n")
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning)
+        warnings.filterwarnings("default", category=UserWarning)
         warnings.showwarning = show
         yield
 
 
-def sentence(error: Exception) -> str:
-    """What an error says, on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    return " ".join(str(error).split())
-
-
-def pairs(words: Sequence[str]) -> dict[str, str]:
-    """Read `key=value` words.
-
-    Raises:
-        SettingError: If a word has no equals sign.
-    """
-    for word in words:
-        if "=" not in word:
-            raise SettingError(f"--set cannot be {word!r}: write key=value, for example --set r=8.")
-    return dict(word.split("=", 1) for word in words)
+@contextmanager
+def mistakes_as_sentences(kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turns exceptions of the given types into a `SettingError` with their text on one line."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except kinds as error:
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+        else:
+            text = " ".join(str(error).split())
+        raise SettingError(text) from error

@@ -1,19 +1,19 @@
-"""`peft-zoo watermark`: make a key, embed its message in an autoencoder, and test images for it.
+"""`peft-zoo watermark`: makes a key, embeds its message in an autoencoder, and tests images for it.
 
-What the library raises becomes one sentence. A decoder is kept beside its key; neither gets into the output.
+The decoder of a key is kept in a file next to the key; neither gets into the output.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_zoo.cli.shared import pairs, plain_warnings, sentence
-from peft_zoo.common.values import SettingError, parse_value
+from peft_zoo.cli.shared import Command, Facts, Group, Result, table
+from peft_zoo.common.settings import method_options, setting
+from peft_zoo.common.values import SettingError, needs_extra
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,209 +28,202 @@ EPILOG = """examples:
   peft-zoo watermark embed --vae my-model/vae --images photos/ --key owner.key --output marked-vae
   peft-zoo watermark verify --images suspects/ --key owner.key --fpr 1e-6
 
-Keep owner.key and owner.key.decoder.safetensors to yourself: who has them can find, forge and remove the mark. What
-embed writes to --output has the mark merged into the weights and is for publishing. If the mark is not found in what
-the trained decoder makes of the pictures, nothing is written and the status is 1, as it is of verify without a mark."""
+Keep owner.key and owner.key.decoder.safetensors secret: whoever has them can find, forge and remove the watermark. The
+folder that embed writes has the watermark merged into the weights and can be published. If the watermark is not found
+in images from the trained decoder, embed writes nothing and exits with status 1; so does verify without a watermark."""
 
-ACTIONS = ("new-key", "embed", "verify")
-FLAGS = {
-    "new-key": ("--num-bits", "--payload", "--errors"),
-    "embed": ("--vae", "--images", "--key", "--output", "--size", "--device", "--checkpoint", "--set"),
-    "verify": ("--images", "--key", "--fpr"),
-}
+MISTAKES = (ValueError, NotImplementedError, OSError, RuntimeError)  # of torch: unknown devices, unreadable tensors
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program's.
+@dataclass(frozen=True)
+class KeyFlags:
+    """Settings of `peft-zoo watermark new-key`."""
 
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
-    parser = commands.add_parser(
-        "watermark",
-        help="embed a watermark in an autoencoder, or test images for one",
-        description="Embed a secret message in the decoder of an autoencoder, or test images for it.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    path: str = setting("a new file, readable by you only", positional=True, required=True, metavar="FILE")
+    num_bits: int = setting("bits of the message", 48)
+    payload: str | None = setting("text that can be read back: 3 bytes in 48 bits (default none)", metavar="TEXT")
+    errors: int | None = setting("wrong bits that are corrected in the payload (default 3)")
+
+
+@dataclass(frozen=True)
+class EmbedFlags:
+    """Settings of `peft-zoo watermark embed`."""
+
+    vae: str = setting("the folder of an autoencoder that diffusers saved", required=True, metavar="DIR")
+    images: str = setting("the folder of the training images", required=True, metavar="DIR")
+    key: str = setting("a key that new-key made", required=True, metavar="FILE")
+    output: str = setting("a new folder for the marked autoencoder", required=True, metavar="DIR")
+    size: int = setting("pixels per side of the training images", 256)
+    device: str = setting("where to train", "cpu")
+    checkpoint: str | None = setting(
+        "keeps the state of the training; the same command continues an interrupted one", metavar="DIR"
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{new-key,embed,verify}")
-    new = actions.add_parser("new-key", help="make a key", allow_abbrev=False)
-    new.add_argument("path", metavar="FILE", help="a new file, readable by you only")
-    new.add_argument("--num-bits", metavar="N", default="48", help="bits of the message (default 48)")
-    new.add_argument("--payload", metavar="TEXT", help="what can be read back: 3 bytes of 48 bits (default nothing)")
-    new.add_argument("--errors", metavar="N", help="wrong bits that are corrected in the payload (default 3)")
-    embed = actions.add_parser("embed", help="train a mark into an autoencoder", allow_abbrev=False)
-    embed.add_argument("--vae", metavar="DIR", required=True, help="an autoencoder that diffusers has saved")
-    embed.add_argument("--images", metavar="DIR", required=True, help="pictures to train on")
-    embed.add_argument("--key", metavar="FILE", required=True, help="made by new-key")
-    embed.add_argument("--output", metavar="DIR", required=True, help="a new folder for the marked autoencoder")
-    embed.add_argument("--size", metavar="N", default="256", help="pixels of the squares to train on (default 256)")
-    embed.add_argument("--device", metavar="NAME", default="cpu", help="where to train (default cpu)")
-    embed.add_argument("--checkpoint", metavar="DIR", help="keeps the state of training; start again to go on from it")
-    embed.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the method")
-    verify = actions.add_parser("verify", help="test images for the mark of a key", allow_abbrev=False)
-    verify.add_argument("--images", metavar="DIR", required=True, help="pictures of one origin, or one picture")
-    verify.add_argument("--key", metavar="FILE", required=True, help="that the mark was embedded with")
-    verify.add_argument("--fpr", metavar="X", default="1e-6", help="false-positive rate (default 1e-6)")
+    options: dict[str, str] = method_options()
 
 
-def flags(options: argparse.Namespace) -> list[str]:
-    """All flags of the action that was asked for."""
-    return list(FLAGS[options.action])
+@dataclass(frozen=True)
+class VerifyFlags:
+    """Settings of `peft-zoo watermark verify`."""
+
+    images: str = setting("a folder of images of one origin, or one image", required=True, metavar="DIR")
+    key: str = setting("the key of the watermark", required=True, metavar="FILE")
+    fpr: float = setting("false-positive rate", 1e-6)
 
 
-def run(options: argparse.Namespace) -> tuple[str, bool]:
-    """Do what was asked for.
-
-    Returns:
-        What to print, and whether all is well: False for images without the mark, or a training that gave none.
-
-    Raises:
-        SettingError: If it cannot be done, in one sentence.
-    """
-    action = {"new-key": _new_key, "embed": _embed, "verify": _verify}[options.action]
-    with plain_warnings():
-        try:
-            return action(options)
-        except SettingError:
-            raise
-        except (ValueError, OSError, RuntimeError) as error:
-            raise SettingError(sentence(error)) from error
-
-
-def _new_key(options: argparse.Namespace) -> tuple[str, bool]:
+def _new_key(flags: KeyFlags) -> Result:
     from peft_zoo.tasks.watermark.key import WatermarkKey
 
-    payload = None if options.payload is None else options.payload.encode()
-    asked = options.errors or ("0" if payload is None else "3")
-    bits, errors = parse_value(options.num_bits, int, "--num-bits"), parse_value(asked, int, "--errors")
-    key = WatermarkKey.generate(bits, payload, errors)
-    key.save(options.path)
-    facts = {"written": f"{options.path} (keep it secret, and a copy of it)", "commitment": key.commitment}
-    return _table(facts), True
+    payload = None if flags.payload is None else flags.payload.encode()
+    errors = flags.errors or (0 if payload is None else 3)
+    key = WatermarkKey.generate(flags.num_bits, payload, errors)
+    key.save(flags.path)
+    facts = {"written": f"{flags.path} (keep it secret, and a copy of it)", "commitment": key.commitment}
+    return Result(table(facts), {"written": flags.path, "commitment": key.commitment, "num_bits": key.num_bits})
 
 
-def _embed(options: argparse.Namespace) -> tuple[str, bool]:
+def _inputs(flags: EmbedFlags) -> tuple[WatermarkKey, KeyedDecoder | None, WatermarkLoraConfig]:
+    """Reads the key and its decoder, if it exists, and builds the configuration."""
     from peft_zoo.common.atomic import check_new_folder
+    from peft_zoo.tasks.base.methods import build_config
+    from peft_zoo.tasks.watermark.key import WatermarkKey
+    from peft_zoo.tasks.watermark.saved_decoder import decoder_path, load_decoder
+
+    check_new_folder(Path(flags.output), "--output")
+    key = WatermarkKey.load(flags.key)
+    # A key has one decoder for all autoencoders: made by the first training, used again by the others.
+    decoder = load_decoder(key, flags.key) if decoder_path(flags.key).is_file() else None
+    known = {} if decoder is None else {"num_filters": str(decoder.num_filters)}
+    options = {"num_bits": str(key.num_bits), **known, **flags.options, "commitment": key.commitment}
+    config: Any = build_config("watermark_lora", options, {"target_modules": "last_up_block"})
+    if decoder is not None and config.num_filters != decoder.num_filters:
+        raise SettingError(
+            f"num_filters={config.num_filters} differs from num_filters={decoder.num_filters} of the decoder of "
+            f"{flags.key!r}, and a key has one decoder: leave it out, or use a new key."
+        )
+    return key, decoder, config
+
+
+def _plan_embedding(flags: EmbedFlags) -> Facts:
+    key, decoder, config = _inputs(flags)
+    return {
+        "autoencoder": _vae_folder(flags.vae),
+        "images": len(_images(flags.images, flags.size)),
+        "message": f"{key.num_bits} bits",
+        "decoder": "calibrated first" if decoder is None else f"that of {flags.key}",
+        "steps": config.steps,
+        "output": flags.output,
+    }
+
+
+def _embed(flags: EmbedFlags) -> Result:
     from peft_zoo.tasks.watermark.embed import embed_watermark
     from peft_zoo.tasks.watermark.export import merge_and_export
-    from peft_zoo.tasks.watermark.key import WatermarkKey
-    from peft_zoo.tasks.watermark.saved_decoder import decoder_path, load_decoder, save_decoder
+    from peft_zoo.tasks.watermark.saved_decoder import save_decoder
 
-    check_new_folder(Path(options.output), "--output")
-    key = WatermarkKey.load(options.key)
-    # One key has one decoder, whatever it marks: the first time it is made, then it is used again.
-    decoder = load_decoder(key, options.key) if decoder_path(options.key).is_file() else None
-    config = _config(options, key, decoder)
-    images = load_images(options.images, parse_value(options.size, int, "--size"))
-    vae = load_vae(options.vae).to(options.device)
-    report = embed_watermark(vae, images, config, key, decoder=decoder, checkpoint=options.checkpoint)
+    key, decoder, config = _inputs(flags)
+    images = _images(flags.images, flags.size)
+    vae = _load_vae(flags.vae).to(flags.device)
+    report = embed_watermark(vae, images, config, key, decoder=decoder, checkpoint=flags.checkpoint)
     if not report.found:
-        return _table({**_facts(report), "written": "nothing: train longer, or with a lower psnr_target"}), False
-    made = save_decoder(report.decoder, key, options.key, report.calibration) if decoder is None else None
+        nothing = {"written": "nothing: train longer, or with a lower psnr_target"}
+        return Result(table({**_facts(report), **nothing}), _data(report), ok=False)
+    made = save_decoder(report.decoder, key, flags.key, report.calibration) if decoder is None else None
     try:
-        merge_and_export(vae, options.output, config, key, report.calibration)
+        merge_and_export(vae, flags.output, config, key, report.calibration)
     except BaseException:
         if made is not None:
             made.unlink()
         raise
     written = {
-        "written": f"{options.output} (merged; to publish)",
-        "decoder": f"{options.key}.decoder.safetensors (secret; verify needs it)",
+        "written": f"{flags.output} (merged; to publish)",
+        "decoder": f"{flags.key}.decoder.safetensors (secret; verify needs it)",
     }
-    return _table({**_facts(report), **written}), True
+    return Result(table({**_facts(report), **written}), {**_data(report), "written": flags.output})
 
 
-def _verify(options: argparse.Namespace) -> tuple[str, bool]:
+def _verify(flags: VerifyFlags) -> Result:
     from peft_zoo.tasks.watermark.saved_decoder import read_calibration
     from peft_zoo.tasks.watermark.verify import verify_watermark
 
-    fpr = parse_value(options.fpr, float, "--fpr")
-    found = verify_watermark(load_images(options.images), options.key, fpr=fpr)
+    found = verify_watermark(_images(flags.images), flags.key, fpr=flags.fpr)
+    calibration = read_calibration(flags.key)
     total = found.num_bits * found.n_images
+    payload = {} if found.payload is None else {"payload": found.payload.decode(errors="backslashreplace")}
     facts = {
-        "decision": "marked with this key" if found.decision else "no evidence of this key's mark",
+        "decision": "marked with this key" if found.decision else "no evidence of this key's watermark",
         "matches": f"{found.matches} of {total} bits in {found.n_images} images ({found.bit_accuracy:.1%})",
-        "needed": f"{found.threshold} for a false-positive rate of {fpr:g}",
+        "needed": f"{found.threshold} for a false-positive rate of {flags.fpr:g}",
         "p-value": f"{found.p_value:.3g}",
-        **_false_positives(read_calibration(options.key)),
+        **_false_positives(calibration),
+        **payload,
     }
-    if found.payload is not None:
-        facts["payload"] = found.payload.decode(errors="backslashreplace")
-    return _table(facts), found.decision
+    names = ("decision", "matches", "num_bits", "n_images", "bit_accuracy", "threshold", "p_value")
+    data = {name: getattr(found, name) for name in names}
+    return Result(table(facts), {**data, "fpr": flags.fpr, **calibration, **payload}, found.decision)
 
 
-def _config(options: argparse.Namespace, key: WatermarkKey, decoder: KeyedDecoder | None) -> WatermarkLoraConfig:
-    from peft_zoo.tasks.base.methods import build_config
-
-    known = {} if decoder is None else {"num_filters": str(decoder.num_filters)}
-    given = {"num_bits": str(key.num_bits), **known, **pairs(options.set), "commitment": key.commitment}
-    config: Any = build_config("watermark_lora", given, {"target_modules": "last_up_block"}, steps=0)
-    if decoder is not None and config.num_filters != decoder.num_filters:
-        raise SettingError(
-            f"num_filters={config.num_filters} is not the {decoder.num_filters} of the decoder beside {options.key!r}, "
-            "and a key has one decoder: leave it out, or use a new key."
-        )
-    return config
-
-
-def load_vae(folder: str) -> nn.Module:
-    """An autoencoder from a folder that diffusers has written, in float32.
-
-    Raises:
-        SettingError: If diffusers is not installed or the folder has no autoencoder.
-    """
-    try:
-        from diffusers import AutoModel
-    except ImportError:
-        raise SettingError("embed needs diffusers: pip install 'peft-zoo[diffusion]'.") from None
+def _vae_folder(folder: str) -> str:
+    """Returns `folder` if it has the configuration of an autoencoder, else raises a SettingError."""
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise SettingError(
             f"--vae {folder!r} has no config.json: give the folder of an autoencoder, such as model/vae."
         )
-    return AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    return folder
 
 
-def load_images(place: str, size: int | None = None) -> Any:
-    """Pictures of a folder and of those below it, in the order of their names; or of one file.
-
-    Args:
-        place: The folder, or a file.
-        size: Pixels of a square that each is cropped and scaled to; None leaves them as they are.
-
-    Returns:
-        The images, each `(3, height, width)` in [0, 1], read when they are looked at.
+def _load_vae(folder: str) -> nn.Module:
+    """Loads an autoencoder of diffusers in float32.
 
     Raises:
-        SettingError: If there are no pictures, the size is not positive, or Pillow is not installed.
+        SettingError: If diffusers is not installed or the folder has no autoencoder.
     """
-    if find_spec("PIL") is None:
-        raise SettingError("pictures need Pillow: pip install 'peft-zoo[vision]'.")
-    from peft_zoo.tasks.base.images import ImageFiles
+    with needs_extra("peft-zoo watermark embed", "diffusion"):
+        from diffusers import AutoModel
+    return AutoModel.from_pretrained(_vae_folder(folder), local_files_only=True).eval()
 
+
+def _images(place: str, size: int | None = None) -> Any:
+    """Opens the images of a folder, see `ImageFiles`."""
+    with needs_extra("peft-zoo watermark", "vision"):
+        from peft_zoo.tasks.base.images import ImageFiles
     return ImageFiles(place, size)
 
 
 def _facts(report: EmbedReport) -> dict[str, str]:
+    found = "found" if report.found else "NOT FOUND"
     return {
         "trained": f"{report.parameters:,} parameters, {report.steps:,} steps, {report.seconds:.0f} s",
-        "measured": "on the first pictures of --images, 64 at most, which were trained on",
-        "picture": f"PSNR {report.psnr:.1f} dB, SSIM {report.ssim:.3f} to the clean autoencoder's",
+        "measured": "on the first images of --images, 64 at most, which were trained on",
+        "images": f"PSNR {report.psnr:.1f} dB, SSIM {report.ssim:.3f} to the clean autoencoder's",
         "bits": f"{report.bit_accuracy:.2%} right (clean images: {report.clean_bit_accuracy:.1%})",
-        "mark": f"{'found' if report.found else 'NOT FOUND'} in all of them together, in {report.found_alone:.1%} of "
-        f"them alone, at a false-positive rate of {report.detection_fpr:.3g}",
+        "mark": f"{found} in all of them together, in {report.found_alone:.1%} of them alone, at a false-positive "
+        f"rate of {report.detection_fpr:.3g}",
         **_false_positives(report.calibration),
     }
 
 
+def _data(report: EmbedReport) -> dict[str, Any]:
+    """Returns the plain values of a report."""
+    return {name: value for name, value in vars(report).items() if name not in ("trace", "decoder")}
+
+
 def _false_positives(calibration: Mapping[str, Any]) -> dict[str, str]:
-    """What was measured when the decoder was made, if that is known."""
+    """Returns the false-positive rate that was measured when the decoder was made, if it is known."""
     if not {"nominal_fpr", "measured_fpr"} <= calibration.keys():
         return {}
     measured, nominal = calibration["measured_fpr"], calibration["nominal_fpr"]
     return {"fpr": f"{measured:.3g} measured on clean images, at a nominal {nominal:.3g}"}
 
 
-def _table(facts: dict[str, str]) -> str:
-    return "\n".join(f"{key:<12}{value}" for key, value in facts.items())
+COMMAND = Group(
+    "embed a watermark in an autoencoder, or test images for one",
+    {
+        "new-key": Command("make a key", _new_key, KeyFlags, mistakes=MISTAKES),
+        "embed": Command(
+            "train a watermark into an autoencoder", _embed, EmbedFlags, plan=_plan_embedding, mistakes=MISTAKES
+        ),
+        "verify": Command("test images for the watermark of a key", _verify, VerifyFlags, mistakes=MISTAKES),
+    },
+    description="Embed a secret message in the decoder of an autoencoder, or test images for it.",
+    epilog=EPILOG,
+)

@@ -1,10 +1,12 @@
-"""Lazy public names of a package (PEP 562): a name is imported when it is first used."""
+"""Lazy public names of a package (PEP 562), and literals of a module that are read without importing it."""
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
@@ -40,3 +42,11 @@ def lazy_names(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return get, listed, sorted(homes)
+
+
+def read_literal(path: Path, name: str) -> Any:
+    """Returns the literal that the source file assigns to the module variable `name`; None if it does not."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return ast.literal_eval(node.value)
+    return None

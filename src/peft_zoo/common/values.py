@@ -1,7 +1,7 @@
-"""Text to typed values: the one parser behind `--flag`, `--set key=value` and the YAML file.
+"""Parses the text of flags, `--set key=value` and YAML files into typed values.
 
-A value arrives as text and leaves as what its annotation asks for, or as a `SettingError` that names the field, the
-value and the fix. Torch is not needed here, so that a typing mistake is reported before anything heavy is imported.
+Every mistake is a `SettingError`: one sentence that names the field, its value and the fix. Nothing here imports torch,
+so that mistakes are reported before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 
 class SettingError(ValueError):
-    """A mistake in what the user asked for; its text is one sentence that names the field, the value and the fix."""
+    """A mistake in a setting of the user; its text is one sentence that names the field, the value and the fix."""
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> SettingError:
-    """The error for a name that does not exist: lists the valid ones and points at the nearest.
+    """Returns the error for a name that does not exist; it lists the valid names and suggests the nearest.
 
     Args:
-        kind: What the name should have been, as in `"method"`.
-        name: What was given.
+        kind: What the name should be, such as `"method"`.
+        name: The name that the user wrote.
         valid: The names that exist.
     """
     names = list(valid)
@@ -33,136 +34,138 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> SettingError:
     return SettingError(f"unknown {kind} {name!r}: {hint}Choose one of {', '.join(names)}.")
 
 
-def parse_value(text: str, hint: Any, field: str) -> Any:
-    """Read `text` as a value of type `hint`.
-
-    Understood are `None`, `bool`, `int`, `float`, `str`, `Literal`, `list`, `dict` and unions of them; the
-    alternatives of a union are tried in that order. Lists are JSON (`["q", "v"]`) or separated by commas (`q,v`),
-    dictionaries are JSON.
+@contextmanager
+def needs_extra(user: str, extra: str) -> Iterator[None]:
+    """Turns a failed import into a `SettingError` with the command that installs the missing package.
 
     Args:
-        text: What the user wrote.
-        hint: A resolved annotation, as `typing.get_type_hints` returns it.
-        field: Name for the error message, as the user writes it.
+        user: What needs the package, such as `"--task vision"`.
+        extra: Extra of peft-zoo that installs it, such as `"vision"`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fix = f"run \"pip install 'peft-zoo[{extra}]'\"."
+        raise SettingError(f"{user} needs the package {error.name}: {fix}") from error
+
+
+def parse_value(text: str, hint: Any, field: str) -> Any:
+    """Parses `text` as a value of type `hint`.
+
+    Supported types are `None`, `bool`, `int`, `float`, `str`, `Literal`, `list`, `dict` and unions of them; the members
+    of a union are tried in that order. A list is JSON (`["q", "v"]`) or separated by commas (`q,v`); a dict is JSON.
+
+    Args:
+        text: Text of the flag or the YAML value.
+        hint: Resolved annotation, as `typing.get_type_hints` returns it.
+        field: Name in the error message, as the user writes it, such as `"--steps"`.
 
     Raises:
-        SettingError: If no alternative of `hint` accepts `text`.
+        SettingError: If no member of `hint` accepts `text`.
+
+    Examples:
+        >>> parse_value("q_proj,v_proj", list[str] | str, "--targets")
+        ['q_proj', 'v_proj']
+        >>> parse_value("none", float | None, "--budget")
     """
-    options = _alternatives(hint)
-    for option in options:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = sorted(
+        typing.get_args(hint) if is_union else [hint], key=lambda member: list(_TYPES).index(_kind(member))
+    )
+    wanted = [member for member in members if member is not types.NoneType]
+    for member in members:
         try:
-            return _parse_one(text, option, alone=len([o for o in options if o is not types.NoneType]) == 1)
+            if _kind(member) is list:
+                return _list(text, member, alone=len(wanted) == 1)
+            return _TYPES[_kind(member)].parse(text, member)
         except ValueError:
             continue
-    wanted = " or ".join(dict.fromkeys(_describe(option) for option in options if option is not types.NoneType))
-    raise SettingError(f"{field} cannot be {text!r}: give {wanted}.")
+    described = " or ".join(dict.fromkeys(_TYPES[_kind(member)].describe(member) for member in wanted))
+    raise SettingError(f"{field} cannot be {text!r}: give {described}.")
 
 
 def as_text(value: Any) -> str:
-    """Write a value from YAML or Python the way a user would type it, so that one parser serves all sources."""
+    """Returns a value from YAML or Python as the text that a user would write on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _alternatives(hint: Any) -> list[Any]:
-    """The members of a union in the order in which they are tried; a plain type is a union of one."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    members = list(typing.get_args(hint)) if is_union else [hint]
-    return sorted(members, key=lambda member: _ORDER.index(_kind(member)))
-
-
 def _kind(hint: Any) -> Any:
-    """The entry of `_ORDER` that reads a value of type `hint`."""
+    """The key of `_TYPES` for a type; `object` if the type is not supported."""
     origin = typing.get_origin(hint) or hint
-    return origin if origin in _ORDER else object
+    return origin if origin in _TYPES else object
 
 
-def _parse_one(text: str, hint: Any, alone: bool) -> Any:
-    """Read `text` as exactly `hint`; `alone` says that no other alternative could take a bare word.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    kind = _kind(hint)
-    if kind is Literal:
-        return _literal(text, typing.get_args(hint))
-    if kind is list:
-        return _list(text, (typing.get_args(hint) or (str,))[0], alone)
-    if kind is object:
-        raise ValueError(text)
-    return _SCALARS[kind](text)
-
-
-def _none(text: str) -> None:
+def _none(text: str, _: Any) -> None:
     if text.strip().lower() not in ("none", "null"):
         raise ValueError(text)
 
 
-def _bool(text: str) -> bool:
-    try:
-        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[text.strip().lower()]
-    except KeyError:
-        raise ValueError(text) from None
+def _bool(text: str, _: Any) -> bool:
+    word = text.strip().lower()
+    if word not in ("true", "yes", "on", "false", "no", "off"):
+        raise ValueError(text)
+    return word in ("true", "yes", "on")
 
 
-def _int(text: str) -> int:
-    return int(text.strip())
-
-
-def _float(text: str) -> float:
+def _float(text: str, _: Any) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(text)
     return number
 
 
-def _dict(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
+def _literal(text: str, hint: Any) -> Any:
+    members = {str(member): member for member in typing.get_args(hint)}
+    if text not in members:
         raise ValueError(text)
-    return value
+    return members[text]
 
 
-def _literal(text: str, members: tuple[Any, ...]) -> Any:
-    for member in members:
-        if text == str(member):
-            return member
-    raise ValueError(text)
-
-
-def _list(text: str, item: Any, alone: bool) -> list[Any]:
-    """Read a list; a single bare word counts as a list of one only if nothing else could take it."""
+def _list(text: str, hint: Any, alone: bool) -> list[Any]:
+    """Parses a list; one word without commas is a list of one only if `alone`, that is if no other type accepts it."""
     if text.lstrip().startswith("["):
         words = [as_text(word) for word in json.loads(text)]
     elif "," in text or alone:
         words = [word.strip() for word in text.split(",") if word.strip()]
     else:
         raise ValueError(text)
-    return [parse_value(word, item, "item") for word in words]
+    return [parse_value(word, _item(hint), "item") for word in words]
 
 
-def _describe(hint: Any) -> str:
-    """What a value of type `hint` looks like, for an error message."""
-    kind = _kind(hint)
-    if kind is Literal:
-        return "one of " + ", ".join(str(member) for member in typing.get_args(hint))
-    return _DESCRIPTIONS[kind]
+def _item(hint: Any) -> Any:
+    return (typing.get_args(hint) or (str,))[0]
 
 
-_ORDER: list[Any] = [types.NoneType, bool, int, float, Literal, list, dict, str, object]
-_SCALARS: dict[Any, Callable[[str], Any]] = {
-    types.NoneType: _none,
-    bool: _bool,
-    int: _int,
-    float: _float,
-    dict: _dict,
-    str: str,
-}
-_DESCRIPTIONS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number, for example 8",
-    float: "a number, for example 0.001",
-    list: "a list, for example q_proj,v_proj",
-    dict: 'a JSON object, for example {"q_proj": 4}',
-    str: "a text",
-    object: "a value that only Python code can make",
+def _dict(text: str, _: Any) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+def _unsupported(text: str, _: Any) -> Any:
+    raise ValueError(text)
+
+
+class _Type(NamedTuple):
+    """How values of one type are parsed, and how the error message describes them."""
+
+    parse: Callable[[str, Any], Any]
+    describe: Callable[[Any], str]
+
+
+# In the order in which the members of a union are tried.
+_TYPES: dict[Any, _Type] = {
+    types.NoneType: _Type(_none, lambda _: "none"),
+    bool: _Type(_bool, lambda _: "true or false"),
+    int: _Type(lambda text, _: int(text.strip()), lambda _: "a whole number, for example 8"),
+    float: _Type(_float, lambda _: "a number, for example 0.001"),
+    Literal: _Type(_literal, lambda hint: "one of " + ", ".join(map(str, typing.get_args(hint)))),
+    list: _Type(
+        lambda text, hint: _list(text, hint, alone=False),
+        lambda hint: f"a list, for example {'4,8,16' if _item(hint) in (int, float) else 'q_proj,v_proj'}",
+    ),
+    dict: _Type(_dict, lambda _: 'a JSON object, for example {"q_proj": 4}'),
+    str: _Type(lambda text, _: text, lambda _: "a text"),
+    object: _Type(_unsupported, lambda _: "a value that only Python code can make"),
 }

@@ -1,22 +1,16 @@
-"""Compare methods fairly: same task, data, steps and learning-rate grid, equal adapter parameters, several seeds.
+"""Compares methods on one task: same data, steps and grid of learning rates, equal adapter parameters, several seeds.
 
-    python -m peft_zoo.tasks.compare --task vision --data images.zip --methods snell,lora --seeds 0,1,2 \
-        --learning-rates 0.0003,0.001,0.003,0.01 --set snell.r=8 --set lora.r=8 --output comparison
-
-Each method is tuned on the validation split with a seed of its own, then trained once for each seed with the rate it
-chose and scored on the test split. Every finished run is kept in `runs.jsonl`; started again, the comparison goes on
-where it was stopped.
+Each method is tuned on the validation split with a seed of its own, then trained once per seed with its best learning
+rate and scored on the test split. Finished runs are kept in `runs.jsonl`; an interrupted comparison continues there.
+The command is `peft-zoo compare`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
-import os
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,30 +20,30 @@ from typing import Any
 from peft import PeftModel
 from torch.utils.data import Dataset
 
-from peft_zoo.common.values import SettingError, parse_value
+from peft_zoo.common.atomic import replaced_file
+from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.methods import check_options
 from peft_zoo.tasks.base.registry import load_task
-from peft_zoo.tasks.base.settings import TrainSettings, flag, flag_fields, resolve_settings
+from peft_zoo.tasks.base.settings import TrainSettings
 from peft_zoo.tasks.base.task import Splits, Task
 from peft_zoo.tasks.base.training import adapt, evaluate, fit, output_folder
 
 _log = logging.getLogger(__name__)
 
-TUNING_SEED = 1000  # no seed of the reported runs, so that choosing the rate does not favour one of them
-CHOSEN_HERE = ("method", "learning_rate", "seed")  # settings that the comparison varies itself
+TUNING_SEED = 1000  # not among the seeds of the scored runs: tuning must not favour one of them
 
 Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is compared.
+class ComparisonPlan:
+    """What a comparison runs.
 
     Attributes:
-        settings: The task, the data and everything the methods share.
-        options: The fields of each method, by method.
-        learning_rates: The grid that every method is tuned on.
-        seeds: Seeds of the reported runs.
+        settings: Settings that all runs share: the task, the data, the number of steps.
+        options: Fields of each method's configuration as text, by method.
+        learning_rates: Grid on which every method is tuned.
+        seeds: Seeds of the scored runs.
     """
 
     settings: TrainSettings
@@ -57,29 +51,33 @@ class Plan:
     learning_rates: Sequence[float]
     seeds: Sequence[int]
 
+    def check(self) -> None:
+        """Raises a SettingError if a method does not exist or refuses its fields."""
+        for method, options in self.options.items():
+            check_options(method, options, self.settings.require("steps", "give a number of steps."))
+
     def run(self, method: str, learning_rate: float, seed: int) -> TrainSettings:
-        """The settings of one run."""
+        """Returns the settings of one run."""
         options = dict(self.options[method])
         return dataclasses.replace(
             self.settings, method=method, options=options, learning_rate=learning_rate, seed=seed
         )
 
 
-def compare(plan: Plan) -> dict[str, Any]:
-    """Run or resume a comparison and write `comparison.json` and `comparison.md` into the output folder.
+def compare(plan: ComparisonPlan) -> dict[str, Any]:
+    """Runs or continues a comparison; writes `comparison.json` and `comparison.md` into the output folder.
 
     Args:
-        plan: What is compared.
+        plan: Methods, settings, learning rates and seeds.
 
     Returns:
-        Per method: `adapter_parameters`, `learning_rate`, `at_grid_edge`, `validation` by rate, `test` scores by
-        seed, their `mean` and `deviation` (of the sample; None for one seed), `seconds` for each run.
+        By method: `adapter_parameters`, `learning_rate`, `at_grid_edge`, `validation` scores by learning rate, `test`
+        scores by seed, their `mean` and sample standard `deviation` (None for one seed), `seconds` per run.
 
     Raises:
         SettingError: If a setting does not fit, or the methods train different numbers of adapter parameters.
     """
-    for method, options in plan.options.items():
-        check_options(method, options)
+    plan.check()
     output = output_folder(plan.settings.output)
     runner = _Runner(plan, output / "runs.jsonl")
     results = {}
@@ -89,7 +87,7 @@ def compare(plan: Plan) -> dict[str, Any]:
         best = max(plan.learning_rates, key=lambda rate: (sign * tuning[rate]["score"], -rate))
         runs = {seed: runner.score(method, best, seed, "test") for seed in plan.seeds}
         results[method] = _summarize(tuning, best, runs)
-    settings = {**vars(plan.settings), "data": Path(str(plan.settings.data)).name}  # where it lay is nobody's business
+    settings = {**vars(plan.settings), "data": Path(str(plan.settings.data)).name}  # the report does not publish paths
     del settings["output"]
     report = {"settings": settings, "metric": runner.metric, "methods": results}
     (output / "comparison.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -98,9 +96,9 @@ def compare(plan: Plan) -> dict[str, Any]:
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table, with what it rests on below."""
+    """Returns the comparison as a Markdown table with its settings below."""
     lines = [
-        f"| method | adapter parameters | learning rate | validation | test {report['metric']} | seeds | s a run |",
+        f"| method | adapter parameters | learning rate | validation | test {report['metric']} | seeds | s per run |",
         "| --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for method, result in report["methods"].items():
@@ -127,9 +125,9 @@ def markdown_table(report: Mapping[str, Any]) -> str:
 
 
 class _Runner:
-    """Trains and scores, and remembers what is done."""
+    """Trains and scores runs, and keeps the finished ones in a file."""
 
-    def __init__(self, plan: Plan, path: Path) -> None:
+    def __init__(self, plan: ComparisonPlan, path: Path) -> None:
         self.plan, self.path = plan, path
         first = self._task(next(iter(plan.options)), plan.learning_rates[0], TUNING_SEED)
         self.metric, self.higher_is_better = first.metric, first.higher_is_better
@@ -145,7 +143,7 @@ class _Runner:
         _log.info("adapter parameters of every method: %s", f"{self.parameters[first.settings.method or '']:,}")
 
     def score(self, method: str, learning_rate: float, seed: int, split: str) -> Run:
-        """The run with these settings, scored on `split`; taken from the file if it is there."""
+        """Returns the run with these settings, scored on `split`: from the file if it is finished, else trained now."""
         task = self._task(method, learning_rate, seed)
         key = {**vars(task.settings), "output": None, "split": split}
         known = next((run for run in self.done if run["key"] == key), None)
@@ -173,7 +171,7 @@ class _Runner:
         return load_task(self.plan.run(method, learning_rate, seed))
 
     def _count(self, method: str) -> int:
-        """Trainable parameters of the adapter alone, without modules that are trained whole such as the head."""
+        """Returns the number of trainable adapter parameters, without those of `modules_to_save` such as the head."""
         task = self._task(method, self.plan.learning_rates[0], TUNING_SEED)
         model: PeftModel = adapt(task, task.load_model())
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -196,10 +194,10 @@ def _summarize(tuning: Mapping[float, Run], best: float, runs: Mapping[int, Run]
 
 
 def _read_runs(path: Path) -> list[Run]:
-    """The finished runs; none if the file is not there.
+    """Reads the finished runs; without a file there are none.
 
     Raises:
-        SettingError: If the file is something else.
+        SettingError: If the file holds something else.
     """
     if not path.is_file():
         return []
@@ -207,68 +205,11 @@ def _read_runs(path: Path) -> list[Run]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except json.JSONDecodeError as error:
         raise SettingError(
-            f"{str(path)!r} is no list of runs ({error}): remove it or give another --output."
+            f"{str(path)!r} is not a list of runs ({error}): remove it or give another --output."
         ) from error
 
 
 def _write_runs(path: Path, runs: Iterable[Run]) -> None:
-    """Write all runs to a new file that then takes the old one's place, so that a kill loses nothing."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
-    os.replace(draft, path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and run the comparison; 0 if all went well, 2 after a mistake of the user."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("peft_zoo").setLevel(logging.INFO)
-    try:
-        report = compare(_plan(_parser().parse_args(arguments)))
-    except SettingError as error:
-        sys.stderr.write(f"compare: {error}\n")
-        return 2
-    sys.stdout.write(markdown_table(report))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m peft_zoo.tasks.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--methods", required=True, metavar="NAME,NAME", help="the methods; lora is peft's own")
-    parser.add_argument("--learning-rates", required=True, metavar="X,X", help="the grid every method is tuned on")
-    parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="seeds of the reported runs (default 0,1,2)")
-    parser.add_argument("--set", action="append", default=[], metavar="METHOD.KEY=VALUE", help="a field of one method")
-    for item in flag_fields():
-        if item.name not in CHOSEN_HERE:
-            parser.add_argument(flag(item.name), dest=item.name, help=item.metadata["help"])
-    return parser
-
-
-def _plan(words: argparse.Namespace) -> Plan:
-    """Turn the words of the command line into a plan.
-
-    Raises:
-        SettingError: If a value does not parse, or `--set` names a method that is not compared.
-    """
-    methods: list[str] = parse_value(words.methods, list[str], "--methods")
-    options: dict[str, dict[str, str]] = {method: {} for method in methods}
-    for word in words.set:
-        target, equals, value = word.partition("=")
-        method, dot, key = target.partition(".")
-        if not (equals and dot and method in options):
-            raise SettingError(f"--set cannot be {word!r}: write METHOD.KEY=VALUE with one of {', '.join(options)}.")
-        options[method][key] = value
-    shared = {item.name: getattr(words, item.name) for item in flag_fields() if item.name not in CHOSEN_HERE}
-    rates: list[float] = parse_value(words.learning_rates, list[float], "--learning-rates")
-    seeds: list[int] = parse_value(words.seeds, list[int], "--seeds")
-    if not rates or not seeds or not methods:
-        raise SettingError("--methods, --learning-rates and --seeds cannot be empty: give at least one of each.")
-    settings = resolve_settings({name: value for name, value in shared.items() if value is not None})
-    return Plan(load_task(settings).settings, options, rates, seeds)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Replaces the file of finished runs atomically."""
+    with replaced_file(path) as draft:
+        draft.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")

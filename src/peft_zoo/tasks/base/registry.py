@@ -1,35 +1,43 @@
-"""The tasks by name. A task is imported when it is loaded, so that nobody needs timm to train a language model."""
+"""Finds the tasks: each package of `peft_zoo.tasks` that defines `EXTRA` is one, with a class such as `LanguageTask`.
+
+A task is imported when it is loaded, so that training a language model does not need timm.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft_zoo.common.values import SettingError, unknown
-from peft_zoo.tasks.base.settings import TrainSettings
-from peft_zoo.tasks.base.task import Task
+from peft_zoo.common.lazy import read_literal
+from peft_zoo.common.values import needs_extra, unknown
 
-# Package of this floor -> its Task class and the extra of peft-zoo that installs what it needs.
-TASKS = {
-    "language": ("LanguageTask", "tasks"),
-    "vision": ("VisionTask", "vision"),
-    "diffusion": ("DiffusionTask", "diffusion"),
-}
+if TYPE_CHECKING:
+    from peft_zoo.tasks.base.settings import TrainSettings
+    from peft_zoo.tasks.base.task import Task
+
+
+def task_extras() -> dict[str, str]:
+    """Maps the name of each task to the extra of peft-zoo that installs its packages, without importing the task."""
+    packages = sorted(Path(__file__).parents[1].glob("*/__init__.py"))
+    extras = {path.parent.name: read_literal(path, "EXTRA") for path in packages}
+    return {name: extra for name, extra in extras.items() if extra is not None}
+
+
+def check_task_name(name: str) -> None:
+    """Raises a SettingError that lists the tasks unless `name` is one."""
+    if name not in task_extras():
+        raise unknown("task", name, task_extras())
 
 
 def load_task(settings: TrainSettings) -> Task:
-    """The task that `settings` asks for.
+    """Imports the task that `settings` names and returns it with its settings completed.
 
     Raises:
         SettingError: If there is no such task, a package it needs is missing, or a setting does not belong to it.
     """
-    if settings.task not in TASKS:
-        raise unknown("task", settings.task, TASKS)
-    class_name, extra = TASKS[settings.task]
-    try:
+    check_task_name(settings.task)
+    with needs_extra(f"--task {settings.task}", task_extras()[settings.task]):
         module = import_module(f"peft_zoo.tasks.{settings.task}")
-    except ModuleNotFoundError as error:
-        raise SettingError(
-            f"--task {settings.task} needs the package {error.name}: run \"pip install 'peft-zoo[{extra}]'\"."
-        ) from error
-    task: Task = getattr(module, class_name)(settings)
+    task: Task = getattr(module, f"{settings.task.capitalize()}Task")(settings)
     return task

@@ -1,4 +1,4 @@
-"""The main job: load, evaluate, train through stock `transformers.Trainer`, save, reload, merge, compare, report."""
+"""Trains one adapter through `transformers.Trainer`, and scores it before and after training, reloading and merging."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from peft_zoo.tasks.base.task import Splits, Task
 
 _log = logging.getLogger(__name__)
 
-EVALUATION_BATCH = 4  # times the training batch: nothing is kept for a backward pass
+EVALUATION_BATCH = 4  # times the training batch size: evaluation keeps nothing for a backward pass
 
 
 def train(task: Task) -> Outcome:
-    """Run the whole job and write `adapter_model.safetensors`, `summary.json` and `report.html` into the output folder.
+    """Trains an adapter; writes `adapter_model.safetensors`, `summary.json` and `report.html` into the output folder.
 
     Args:
-        task: The task with its settings.
+        task: Task with its settings.
 
     Returns:
-        What happened, with the four scores.
+        Scores of the four stages, losses, sizes and times.
 
     Raises:
         SettingError: If the settings do not fit the task, the method, the model or the data.
     """
-    outcome = _announce(task)
+    check_settings(task)
+    outcome = _new_outcome(task)
     output = output_folder(task.settings.output)
     with _timed(outcome, "all"):
         with _timed(outcome, "load"):
@@ -49,7 +50,7 @@ def train(task: Task) -> Outcome:
             base = task.load_model()
         _evaluate_stage(outcome, "before", task, base, data)
         with _timed(outcome, "train"):
-            # A fresh base: accelerate marks a model it has evaluated as prepared and would not make it data-parallel.
+            # A fresh base: accelerate marks an evaluated model as prepared and would not make it data-parallel.
             model = adapt(task, base := task.load_model())
             outcome.trainable_parameters, outcome.total_parameters = model.get_nb_trainable_parameters()
             outcome.losses = fit(task, model, data.train)
@@ -64,30 +65,37 @@ def train(task: Task) -> Outcome:
     return outcome
 
 
-def _announce(task: Task) -> Outcome:
-    """An outcome without results yet; mistakes in the settings are reported before anything is loaded.
+def check_settings(task: Task) -> None:
+    """Validates the settings of a run before anything is loaded.
 
     Raises:
-        SettingError: If method, model or data are missing, or the method's fields are wrong.
+        SettingError: If method, model or data are missing, or the method refuses its fields.
     """
     settings = task.settings
-    outcome = Outcome(
+    settings.require("model", "give a built-in model, a Hub id or a path.")
+    settings.require("data", f"give {task.data_choices}.")
+    method = settings.require("method", "choose one, as listed by `peft-zoo methods`.")
+    check_options(method, settings.options, settings.require("steps", "give a number of optimizer steps."))
+
+
+def _new_outcome(task: Task) -> Outcome:
+    """Returns an outcome without results."""
+    settings = task.settings
+    _log.info("loading %s and %s", settings.model, settings.data)
+    return Outcome(
         task=task.name,
-        method=settings.require("method", "choose one, as listed by `peft-zoo methods`."),
-        model=settings.require("model", "give a built-in model, a Hub id or a path."),
-        data=settings.require("data", f"give {task.data_choices}."),
+        method=str(settings.method),
+        model=str(settings.model),
+        data=str(settings.data),
         metric=task.metric,
         higher_is_better=task.higher_is_better,
         note=task.note,
         settings=vars(settings),
     )
-    check_options(outcome.method, settings.options)
-    _log.info("loading %s and %s", outcome.model, outcome.data)
-    return outcome
 
 
 def adapt(task: Task, base: nn.Module) -> PeftModel:
-    """Put the method's adapter on `base`; its initial values depend on the seed alone.
+    """Adds the adapter of the task's method to `base`; its initial values depend on the seed alone.
 
     Raises:
         SettingError: If the configuration does not fit the model.
@@ -97,7 +105,7 @@ def adapt(task: Task, base: nn.Module) -> PeftModel:
         settings.require("method", "choose one."),
         settings.options,
         task.adapter_defaults(base),
-        settings.require("steps", ""),
+        settings.require("steps", "give a number of optimizer steps."),
     )
     set_seed(settings.seed)
     try:
@@ -107,12 +115,12 @@ def adapt(task: Task, base: nn.Module) -> PeftModel:
 
 
 def fit(task: Task, model: PeftModel, data: Dataset[Any]) -> list[tuple[int, float]]:
-    """Train the adapter through `transformers.Trainer`.
+    """Trains the adapter through `transformers.Trainer`.
 
     Args:
-        task: Says how to batch and how many steps to take.
-        model: The adapted model; trained in place.
-        data: Examples to train on.
+        task: Task with the settings of the run.
+        model: Model with the adapter; trained in place.
+        data: Training examples.
 
     Returns:
         Pairs of optimizer step and training loss.
@@ -124,13 +132,13 @@ def fit(task: Task, model: PeftModel, data: Dataset[Any]) -> list[tuple[int, flo
 
 
 def evaluate(task: Task, model: nn.Module, data: Dataset[Any]) -> Score:
-    """The task's metric and the mean loss of `model` on `data`, through `Trainer.evaluate`."""
+    """Returns the task's metric and the mean loss of `model` on `data`, through `Trainer.evaluate`."""
     metrics = _trainer(task, model, eval_dataset=data).evaluate()
     return Score(task.score(metrics), metrics["eval_loss"])
 
 
 class LossBar(ProgressCallback):
-    """The stock progress bar, with the loss beside it instead of one printed line a step."""
+    """Progress bar of transformers that shows the loss, instead of printing one line per step."""
 
     def on_log(
         self,
@@ -140,13 +148,13 @@ class LossBar(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the latest loss at the end of the bar."""
+        """Shows the latest loss at the end of the bar."""
         if self.training_bar is not None and logs is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
 def _trainer(task: Task, model: nn.Module, callbacks: list[TrainerCallback] | None = None, **data: Any) -> Trainer:
-    """A `Trainer` that keeps no checkpoints and talks to no service."""
+    """Returns a `Trainer` without checkpoints and logging services."""
     settings = task.settings
     arguments = TrainingArguments(
         output_dir=settings.output,
@@ -174,19 +182,20 @@ def _trainer(task: Task, model: nn.Module, callbacks: list[TrainerCallback] | No
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossBar())
+    if sys.stderr.isatty():
+        trainer.add_callback(LossBar())
     return trainer
 
 
 def _evaluate_stage(outcome: Outcome, stage: str, task: Task, model: nn.Module, data: Splits) -> None:
-    """Score `model` on the test split and note the score and the time under `stage`."""
+    """Scores `model` on the test split and records the score and the time under `stage`."""
     with _timed(outcome, stage):
         _log.info("evaluating: %s", stage)
         outcome.scores[stage] = evaluate(task, model, data.test)
 
 
 def _save(model: PeftModel, output: Path) -> None:
-    """Save the adapter from the main process only."""
+    """Saves the adapter from the main process only."""
     state = PartialState()
     if state.is_main_process:
         model.save_pretrained(str(output))
@@ -194,44 +203,44 @@ def _save(model: PeftModel, output: Path) -> None:
 
 
 def _check_saved(outcome: Outcome, task: Task, data: Splits, output: Path) -> None:
-    """Load what was saved onto a fresh base, score it, merge it, score it again."""
+    """Loads the saved adapter onto a fresh base, scores it, merges it and scores it again."""
     model = PeftModel.from_pretrained(task.load_model(), str(output))
     _evaluate_stage(outcome, "reloaded", task, model, data)
     _evaluate_stage(outcome, "merged", task, model.merge_and_unload(), data)
 
 
 def _write_reports(outcome: Outcome, output: Path) -> None:
-    """Write `summary.json` and `report.html`."""
+    """Writes `summary.json` and `report.html`."""
     (output / "summary.json").write_text(json.dumps(outcome.summary(), indent=2) + "\n", encoding="utf-8")
     (output / "report.html").write_text(report_html(outcome), encoding="utf-8")
 
 
 def output_folder(name: str) -> Path:
-    """Make the output folder before any work is done.
+    """Creates the output folder; call it before any work is done.
 
     Raises:
-        SettingError: If it cannot be made.
+        SettingError: If it cannot be created.
     """
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingError(
-            f"--output {name!r} cannot be made: {error.strerror}; give a folder you may write to."
+            f"--output {name!r} cannot be created: {error.strerror}; give a folder you may write to."
         ) from error
     return folder
 
 
 @contextmanager
 def _timed(outcome: Outcome, stage: str) -> Iterator[None]:
-    """Note the wall-clock seconds of a `with` block under `stage`."""
+    """Records the wall-clock seconds of a `with` block under `stage`."""
     start = time.perf_counter()
     yield
     outcome.seconds[stage] = time.perf_counter() - start
 
 
 def _peak_memory() -> int:
-    """Peak resident memory of this process in bytes; 0 on systems that do not tell (Windows)."""
+    """Returns the peak resident memory of this process in bytes; 0 on Windows, which does not report it."""
     if sys.platform == "win32":
         return 0
     import resource

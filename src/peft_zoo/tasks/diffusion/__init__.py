@@ -21,6 +21,7 @@ from peft_zoo.tasks.diffusion.pipeline import ClassConditionalPipeline, load_pip
 
 _log = logging.getLogger(__name__)
 
+EXTRA = "diffusion"  # extra of peft-zoo that installs what this task needs
 NAME = "fashion-mnist-denoiser"
 # Convolutions, projections of timestep and label, and attention; not the first and last convolutions.
 ADAPTED_LAYERS = r".*\.(conv1|conv2|conv_shortcut|time_emb_proj|to_q|to_k|to_v|to_out\.0)"

@@ -16,6 +16,8 @@ from peft_zoo.tasks.base.task import Batch, Splits, Task
 from peft_zoo.tasks.language.smollm2 import NAME, smollm2_folder
 from peft_zoo.tasks.language.text import SHIPPED, SPLITS, load_texts, windows
 
+EXTRA = "tasks"  # extra of peft-zoo that installs what this task needs
+
 
 class LanguageTask(Task):
     """Next-token prediction on windows of `max_length` tokens; scored by perplexity, exp of the mean loss a token."""

@@ -17,6 +17,7 @@ from peft_zoo.tasks.base.images import BUILT_IN, LAYOUTS, Source, draw_splits, o
 from peft_zoo.tasks.base.task import Batch, Splits, Task
 from peft_zoo.tasks.vision.dinov2 import NAME, TIMM_NAME, load_backbone
 
+EXTRA = "vision"  # extra of peft-zoo that installs what this task needs
 # The linear layers of attention and MLP, by timm's names; the `attn` and `mlp` keep the patch embedding's `proj` out.
 LINEAR_LAYERS = r"(.*\.)?(attn|mlp)\.(qkv|q|k|v|proj|fc1|fc2)"
 

@@ -1,0 +1,9 @@
+"""Runs the command line as `python -m peft_zoo`."""
+
+from __future__ import annotations
+
+import sys
+
+from _peft_zoo_entry import main
+
+sys.exit(main())
