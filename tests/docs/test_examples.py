@@ -13,7 +13,11 @@ import pytest
 import peft_zoo
 
 PACKAGES = ["peft_zoo", "peft_zoo.calibration", "peft_zoo.kernels", "peft_zoo.merge"]
-PACKAGES += [f"peft_zoo.{info.name}" for info in pkgutil.iter_modules(peft_zoo.__path__) if not info.ispkg]
+PACKAGES += [
+    f"peft_zoo.{info.name}"
+    for info in pkgutil.iter_modules(peft_zoo.__path__)
+    if not info.ispkg and info.name[0] != "_"
+]
 
 
 def public_objects() -> dict[str, Any]:
