@@ -153,18 +153,16 @@ def _check(weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scales: Seq
 _SCHEMA = "weight, Tensor[] A, Tensor[] B, float[] scales, int? seed"
 
 
-def _refuse(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> str | None:
+def _refuse(weight: Tensor, A: list[Tensor], B: list[Tensor], *_: Any) -> str | None:
     if not A or 0 in weight.shape:
         return PreferTorch("there is nothing to add")
     return refuse_dtypes(weight, *A, *B, allowed=FLOATS)
 
 
-def _refuse_inplace(
-    weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None
-) -> str | None:
-    if kernels_mode() == "auto" and _is_one_product(weight, A, B, scales, seed):
+def _refuse_inplace(*arguments: Any) -> str | None:
+    if kernels_mode() == "auto" and _is_one_product(*arguments):
         return PreferTorch("it is a single addmm")
-    return _refuse(weight, A, B, scales, seed)
+    return _refuse(*arguments)
 
 
 @operator(
@@ -174,9 +172,9 @@ def _refuse_inplace(
     triton="merge_triton",
     refuse=_refuse,
 )
-def _merge(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> Tensor:
+def _merge(weight: Tensor, *adapters: Any) -> Tensor:
     merged = torch.empty_like(weight)
-    _merge_into(merged, weight, A, B, scales, seed)
+    _merge_into(merged, weight, *adapters)
     return merged
 
 
@@ -188,8 +186,8 @@ def _merge(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float]
     refuse=_refuse_inplace,
     mutates=("weight",),
 )
-def _merge_inplace(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> None:
-    _merge_into(weight, weight, A, B, scales, seed)
+def _merge_inplace(weight: Tensor, *adapters: Any) -> None:
+    _merge_into(weight, weight, *adapters)
 
 
 def _merge_into(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,16 @@ BLOCK_M, BLOCK_N, NUM_WARPS = 64, 64, 4
 """Largest tile that compiles within the limits of the compile gate for every dtype; not tuned on a GPU yet."""
 
 
-def merge_lora(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> Tensor:
+def merge_lora(weight: Tensor, *adapters: Any) -> Tensor:
     """Launches the kernel of `merge.merge_lora` out of place."""
     merged = torch.empty_like(weight)
-    _launch(merged, weight, A, B, scales, seed)
+    _launch(merged, weight, *adapters)
     return merged
 
 
-def merge_lora_(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> None:
+def merge_lora_(weight: Tensor, *adapters: Any) -> None:
     """Launches the kernel of `merge.merge_lora` in place."""
-    _launch(weight, weight, A, B, scales, seed)
+    _launch(weight, weight, *adapters)
 
 
 def _launch(

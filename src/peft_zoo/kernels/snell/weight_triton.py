@@ -26,6 +26,7 @@ from peft_zoo.kernels.base.tiles_triton import (
     variants,
 )
 from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, narrow, widen
+from peft_zoo.kernels.snell.weight import MergeArguments, with_spec
 from peft_zoo.kernels.sparse.threshold import KEEP_ALL
 from peft_zoo.kernels.sparse.threshold_triton import MatrixSource, select
 
@@ -40,33 +41,24 @@ def kernelized_threshold(
     return select(MatrixSource(factors), num_kept, last)
 
 
-def kernelized_merge(
-    A: Tensor,
-    B: Tensor,
-    kernel_params: Tensor | None,
-    num_kept: Tensor,
-    threshold: Tensor | None,
-    last: Tensor | None,
-    weight: Tensor | None,
-    dtype: torch.dtype | None,
-    *spec: Any,
-) -> tuple[Tensor, Tensor]:
+def kernelized_merge(*args: Any) -> tuple[Tensor, Tensor]:
     """Launches the kernel of `weight.merge_operator`."""
-    factors = Factors(A, B, kernel_params, KernelSpec(*spec))
+    a = MergeArguments(*with_spec(args))
+    factors = Factors(a.A, a.B, a.kernel_params, a.spec)
     source = MatrixSource(factors)
-    if threshold is not None:
-        threshold = threshold.clone()  # an operator must not return its input
-    elif factors.spec.sparsify == "none":
-        threshold = A.new_full((), KEEP_ALL)
+    if a.threshold is not None:
+        threshold = a.threshold.clone()  # an operator must not return its input
+    elif a.spec.sparsify == "none":
+        threshold = a.A.new_full((), KEEP_ALL)
     else:
-        threshold = select(source, num_kept, last)
-    merged = A.new_empty(factors.shape, dtype=dtype)
-    base = merged if weight is None else weight
+        threshold = select(source, a.num_kept, a.last)
+    merged = a.A.new_empty(factors.shape, dtype=a.dtype)
+    base = merged if a.weight is None else a.weight
     tiles = triton.cdiv(factors.shape[0], BLOCK_ROWS) * triton.cdiv(factors.shape[1], BLOCK_COLUMNS)
     _merge[(tiles,)](
         *source.arguments[:-2],
         *(merged, base, threshold, *base.stride()),
-        **launch({**factors.constants, "MODE": factors.mode, "HAS_BASE": weight is not None}),
+        **launch({**factors.constants, "MODE": factors.mode, "HAS_BASE": a.weight is not None}),
     )
     return merged, threshold
 
