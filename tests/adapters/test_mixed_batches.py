@@ -68,9 +68,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), zip(LAYERS, [torch.bfloat16, torch.float32, torch.bfloat16], strict=True)
-)
+@pytest.mark.parametrize(("kind", "dtype"), zip(LAYERS, [torch.bfloat16, torch.float32, torch.bfloat16], strict=True))
 def test_every_kind_of_layer(method: Method, kind: str, dtype: torch.dtype) -> None:
     build, example = LAYERS[kind]
     model, x = wrap(method, build().to(dtype)), example()
