@@ -35,16 +35,7 @@ class Sums:
         self.totals: dict[str, Tensor] = {}
 
     def add(self, key: str, value: Tensor, source: str = "inputs") -> None:
-        """Adds a value to the sum `key`.
-
-        Args:
-            key: Name of the statistic.
-            value: Sum over one batch; any dtype.
-            source: What the value was computed from, for the error.
-
-        Raises:
-            ValueError: If the value is not finite, naming the module.
-        """
+        """Adds a batch's value to the sum `key`; raises a ValueError that names the module if it is not finite."""
         if not torch.isfinite(value).all():
             raise ValueError(f"module {self.name!r}: its {source} are NaN, infinite or too large to square in float32")
         value = value.to(self.device or value.device)

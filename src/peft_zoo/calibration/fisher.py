@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 
 from peft_zoo.calibration.collector import Hook, Sums, forward_hooks, full_precision
 from peft_zoo.calibration.rows import linear_rows, matrix_shape
+from peft_zoo.common.atomic import replaced_file
 from peft_zoo.common.modules import frozen
 
 LEAST = 1e-6
@@ -178,11 +179,12 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def save_importance(path: str | os.PathLike[str], importance: Mapping[str, ImportanceWeights]) -> None:
-    """Writes importance weights to one safetensors file, as tensors `<module>.row` and `<module>.column`.
+    """Writes importance weights to one safetensors file, atomically.
 
     Args:
         path: The file; an existing one is replaced.
-        importance: By module name, as `preprocess_lq_lora` returns it.
+        importance: Importance by module name, as `preprocess_lq_lora` returns it; saved as `<module>.row` and
+            `<module>.column`.
 
     Examples:
         >>> import tempfile
@@ -192,7 +194,8 @@ def save_importance(path: str | os.PathLike[str], importance: Mapping[str, Impor
         ['0']
     """
     parts = {f"{name}.{part}": tensor for name, both in importance.items() for part, tensor in both._asdict().items()}
-    save_file({key: tensor.contiguous() for key, tensor in parts.items()}, path)
+    with replaced_file(path) as draft:
+        save_file({key: tensor.contiguous() for key, tensor in parts.items()}, draft)
 
 
 def load_importance(path: str | os.PathLike[str]) -> dict[str, ImportanceWeights]:

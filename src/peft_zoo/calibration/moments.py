@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 
 from peft_zoo.calibration.collector import Hook, Sums, adapted_layers, forward_hooks, full_precision
 from peft_zoo.calibration.rows import convolution_patches, linear_rows, select_rows
+from peft_zoo.common.atomic import replaced_file
 from peft_zoo.common.modules import evaluation_mode
 
 Kind = Literal["diagonal", "full"]
@@ -81,17 +80,13 @@ def calibrate(
         batches: Each is passed as `model(**batch)` if it is a mapping, `model(*batch)` if a tuple or list, else
             `model(batch)`. Batches are not moved to the model's device. A mapping's two-dimensional `attention_mask`
             becomes `MomentCollector.mask`.
-        kind: As in `collect_moments`.
-        inputs: As in `collect_moments`.
-        outputs: As in `collect_moments`.
-        modules: As in `collect_moments`.
-        adapter_name: As in `collect_moments`.
+        kind: This and the following arguments, and errors, are those of `collect_moments`.
+        inputs: Whether to collect moments of inputs.
+        outputs: Whether to collect moments of a LoRA's own outputs.
+        modules: Names of modules to collect from; None for all.
+        adapter_name: Name of the adapter.
         forward: Function `(model, batch)` that runs the model instead.
-        device: As in `collect_moments`.
-
-    Raises:
-        ValueError: As `collect_moments`.
-        NotImplementedError: As `collect_moments`.
+        device: Device of the sums and results.
 
     Examples:
         >>> import torch
@@ -328,6 +323,7 @@ def save_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments]) -
             metadata is JSON with the number of rows by module.
 
     Examples:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_moments(f"{folder}/moments.safetensors", {"0": Moments(torch.ones(4), None, 10)})
         ...     load_moments(f"{folder}/moments.safetensors")["0"].count
@@ -336,9 +332,8 @@ def save_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments]) -
     found = {f"{name}.{which}": getattr(moments[name], which) for name in moments for which in FIELDS}
     tensors = {key: tensor.contiguous() for key, tensor in found.items() if tensor is not None}
     counts = json.dumps({name: value.count for name, value in moments.items()})
-    with tempfile.TemporaryDirectory(prefix=".moments-", dir=Path(path).parent) as folder:
-        save_file(tensors, Path(folder) / "moments", metadata={"counts": counts})
-        os.replace(Path(folder) / "moments", path)
+    with replaced_file(path) as draft:
+        save_file(tensors, draft, metadata={"counts": counts})
 
 
 def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
@@ -351,6 +346,7 @@ def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
         ValueError: If the file was not written by `save_moments`.
 
     Examples:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_moments(f"{folder}/moments.safetensors", {"0": Moments(torch.ones(4), None, 10)})
         ...     load_moments(f"{folder}/moments.safetensors")["0"].inputs

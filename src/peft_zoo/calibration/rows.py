@@ -21,15 +21,9 @@ def matrix_shape(layer: Any) -> tuple[int, int]:
 
 
 def select_rows(x: Tensor, mask: Tensor | None, leading: Sequence[int]) -> Tensor:
-    """Returns the rows of x whose mask is not zero.
+    """Returns the rows of x, laid out as `leading`, where a mask `(batch, length)` is not zero.
 
-    Args:
-        x: Rows laid out as `leading`, or token ids of that shape.
-        mask: `(batch, length)`, zero for padding; None for all rows. A mask of another layout is ignored.
-        leading: Shape of the rows' layout: the shape of x without its features.
-
-    Raises:
-        ValueError: If the mask does not have two dimensions.
+    All rows are returned without a mask, or if it has another layout, such as that of an encoder.
     """
     if mask is None:
         return x
@@ -48,14 +42,9 @@ def linear_rows(x: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
 
 
 def convolution_patches(x: Tensor, convolution: Any) -> Iterator[Tensor]:
-    """Yields inputs of a convolution as float32 rows, one for each output position.
+    """Yields inputs `(batch, in, *size)` or `(in, *size)` of a convolution without groups as float32 rows.
 
-    Args:
-        x: `(batch, in, *size)` or `(in, *size)`.
-        convolution: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` without groups.
-
-    Yields:
-        Rows `(some, in * kernel size)`, with features ordered as in `weight.flatten(1)`.
+    There is one row `(in * kernel size,)` for each output position, with features ordered as in `weight.flatten(1)`.
     """
     kernel, strides, dilations = convolution.kernel_size, convolution.stride, convolution.dilation
     x = x if x.dim() == len(kernel) + 2 else x.unsqueeze(0)

@@ -33,18 +33,9 @@ def quantize_layer(
     name: str,
     importance: ImportanceWeights | None = None,
 ) -> tuple[NFLinear, Factors]:
-    """Decomposes a linear layer.
+    """Decomposes an `nn.Linear` or `Conv1D` into a quantized layer and the initial factors (B, A).
 
-    Args:
-        config: Options of the decomposition, and `keep_init`.
-        nf: Quantization config of the layer.
-        layer: `nn.Linear` or `Conv1D`; left unchanged.
-        rank: Rank of the factors.
-        name: Name of the module, for errors and the log.
-        importance: Importance weights of the module, if `config.weighting` needs them.
-
-    Returns:
-        The quantized layer, and the initial factors (B, A), rounded to 8 bits if the layer keeps them in 8 bits.
+    `importance` is needed if `config.weighting` is set.
     """
     weight = weight_matrix(layer)
     found = decompose(config, nf, weight, rank, name, importance)
@@ -63,7 +54,7 @@ def decompose(
     name: str,
     importance: ImportanceWeights | None = None,
 ) -> QuantizedLowRank:
-    """Decomposes a weight `(out, in)`, with the SVD weights that give the smallest error; arguments as above."""
+    """Decomposes a weight `(out, in)` with the importance weights of the SVD that give the smallest error."""
     choices, metric = svd_weights_and_metric(config, name, importance)
 
     def attempt(weights: Diagonals, iterations: int | None = None) -> QuantizedLowRank:

@@ -40,12 +40,7 @@ class LqLinear(LoraLinear):
     # ---- initial values ----
 
     def set_factors(self, adapter_name: str, factors: Factors) -> None:
-        """Sets an adapter's A and B such that `scaling B A` is the product of `factors`.
-
-        Args:
-            adapter_name: An adapter of this layer; nothing is done if its weights are on the meta device.
-            factors: B and A; truncated by an SVD to the adapter's rank, or padded with zeros.
-        """
+        """Sets an adapter's A and B such that `scaling B A` is the product of `factors`, truncated to the rank."""
         down, up = self.adapter_weights(adapter_name)
         if down.is_meta:
             return  # the values come from a file
@@ -73,13 +68,7 @@ class LqLinear(LoraLinear):
         """Returns how often B₀A₀, the initial factors' product, has to be added to a sum of adapters.
 
         The base weight is Q + B₀A₀, and each adapter contains B₀A₀ once, or a multiple after `set_scale`. Their sum has
-        to contain it once.
-
-        Args:
-            names: Adapters of this layer in the sum.
-
-        Returns:
-            The coefficient, negative for several adapters; 0 if the initial factors are not kept.
+        to contain it once. 0 if the initial factors are not kept.
         """
         if not self.quantized.keep_init:
             return 0.0
@@ -210,14 +199,7 @@ class LqLinear(LoraLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Returns the layer that replaces this one in the base model.
-
-        Args:
-            merge: Whether to merge adapters. Otherwise the layer is Q, or with kept initial factors a floating-point
-                layer of Q + B₀A₀.
-            safe_merge: As in `merge`.
-            adapter_names: As in `merge`.
-        """
+        """Returns the layer that replaces this one in the base model: merged, or Q, or Q + B₀A₀ if these are kept."""
         if self.merged and not merge:
             self.unmerge()
         if merge:

@@ -217,14 +217,9 @@ class NFLinear(nn.Linear):
 def empty_nf_linear(
     layer: Any, config: NFConfig, keep_init: bool | str, rank: int = 0, use_initial: bool = False
 ) -> NFLinear:
-    """Returns an `NFLinear` without values, to be filled from a state dict.
+    """Returns an `NFLinear` to be filled from a state dict, with the shape, bias and dtype of a linear layer.
 
-    Args:
-        layer: The `nn.Linear` or `Conv1D` to replace; its shape, bias, device and dtype are taken.
-        config: Quantization config.
-        keep_init: Form of the initial factors, as in `LqLoraConfig`.
-        rank: Rank of the initial factors.
-        use_initial: As in `NFLinear`.
+    `keep_init` and `rank` describe the initial factors.
     """
     matrix = weight_matrix(layer)
     (rows, columns), device = matrix.shape, matrix.device
@@ -235,15 +230,9 @@ def empty_nf_linear(
 
 
 def detach_initial_factors(layer: NFLinear, keep_init: bool | str) -> tuple[NFLinear, Factors]:
-    """Splits a layer of a standalone model into a base layer and the factors that a new adapter starts from.
+    """Splits a layer of a standalone model into a base layer and the factors (B, A) that a new adapter starts from.
 
-    Args:
-        layer: Layer of a standalone model; left unchanged.
-        keep_init: Form in which the base layer keeps the factors, as in `LqLoraConfig`.
-
-    Returns:
-        The layer with the same Q but `use_initial=False`, and the factors (B, A), of rank 0 if there were none; rounded
-        to 8 bits if kept in 8 bits.
+    The base layer shares Q and keeps the factors as `keep_init` says. They have rank 0 if the layer had none.
     """
     factors = (layer.initial if layer.use_initial else None) or _zero_factors(*layer.shape, 0, layer.weight.device)
     base = layer.with_initial(pack_initial_factors(factors, keep_init))
@@ -255,13 +244,6 @@ def pack_initial_factors(factors: Factors, keep_init: bool | str) -> Factors | N
 
     In 8 bits they are one matrix `[B^T, A]` of shape `(r, out + in)`, flattened: the values of a block belong to one
     direction, so they are of similar size, and any rank and shape is possible. The last block is padded.
-
-    Args:
-        factors: B and A.
-        keep_init: As in `LqLoraConfig`.
-
-    Returns:
-        The factors themselves, their 8-bit form, or None if they are not kept.
     """
     if keep_init != NF8:
         return factors if keep_init else None

@@ -73,15 +73,7 @@ def plan(
 
 
 def assign_uniform(config: LqLoraConfig, columns: Mapping[str, int]) -> QuantizationPlan:
-    """Returns the plan of `qconfig_map`, or `qconfig` for every layer.
-
-    Args:
-        config: Has `qconfig_map`, or `qconfig`, whose blocks are made smaller where they do not fit.
-        columns: Number of input features by module name.
-
-    Raises:
-        ValueError: If `qconfig_map` lacks a module.
-    """
+    """Returns the plan of `qconfig_map`, or of `qconfig` with block sizes that divide each module's input features."""
     if config.qconfig_map is None:
         nf = nf_config(config.qconfig)
         return _logged({name: _with_fitting_block(nf, count) for name, count in columns.items()})
@@ -95,13 +87,7 @@ def assign_uniform(config: LqLoraConfig, columns: Mapping[str, int]) -> Quantiza
 
 
 def assign_by_budget(config: LqLoraConfig, tables: Mapping[str, MatrixErrors], num_weights: int) -> QuantizationPlan:
-    """Returns the plan with the smallest total error found within the budget.
-
-    Args:
-        config: Has the budget.
-        tables: Options by module name, from `error_table`.
-        num_weights: Number of weights of all layers together.
-    """
+    """Returns the plan with the smallest total error found within the budget, from `error_table` of each module."""
     choices, result = plan_bits(tables, float(config.budget_bits or 0), num_weights)
     _log.info("squared error %.4g, at least %.4g is possible", -result.value, -result.bound)
     ranks = {}
@@ -112,25 +98,14 @@ def assign_by_budget(config: LqLoraConfig, tables: Mapping[str, MatrixErrors], n
 
 def _logged(configs: Mapping[str, NFConfig | None], ranks: Mapping[str, int] | None = None) -> QuantizationPlan:
     """Returns a plan, with a warning in the log about layers that stay unquantized."""
-    unquantized = [name for name, nf in configs.items() if nf is None]
-    if unquantized:
-        _log.warning(
-            "%d layers stay unquantized, since no block size divides their input features: %s",
-            len(unquantized),
-            ", ".join(unquantized),
-        )
+    names = [name for name, nf in configs.items() if nf is None]
+    if names:
+        _log.warning("%d layers stay unquantized, no block size divides their rows: %s", len(names), ", ".join(names))
     return QuantizationPlan(configs, ranks or {})
 
 
 def error_table(config: LqLoraConfig, name: str, layer: Any, importance: ImportanceWeights | None) -> MatrixErrors:
-    """Measures the error of every option of a layer; one option without error if no block size fits.
-
-    Args:
-        config: Grid, ranks and options of the decomposition.
-        name: Name of the module.
-        layer: `nn.Linear` or `Conv1D`.
-        importance: Importance weights of the module, if `config.weighting` needs them.
-    """
+    """Measures the error of every config and rank of a layer; it stays unquantized, at no error, if no block fits."""
     configs, ranks, factor_bits = _options(config, name, layer)
     if not configs:
         return (BitChoice(None, ranks[0], _least_bits(config, name, layer), 0.0),)
@@ -144,18 +119,7 @@ def error_table(config: LqLoraConfig, name: str, layer: Any, importance: Importa
 
 
 def refuse_budget(config: LqLoraConfig, layers: Mapping[str, Any]) -> int:
-    """Checks that a budget can be met, before any error is measured.
-
-    Args:
-        config: Has the budget.
-        layers: Target layers by module name.
-
-    Returns:
-        Number of weights of all layers together.
-
-    Raises:
-        ValueError: If the cheapest options exceed the budget, stating the smallest budget that works.
-    """
+    """Raises a ValueError if the cheapest options exceed the budget; returns the number of weights of all layers."""
     num_weights = sum(layer.weight.numel() for layer in layers.values())
     least = sum(_least_bits(config, name, layer) for name, layer in layers.items())
     check_budget(float(config.budget_bits or 0), least, num_weights)

@@ -71,15 +71,7 @@ def digest_of(layer: NFLinear) -> Tensor:
 
 
 def check_names(config: LqLoraConfig, quantized: Collection[str]) -> None:
-    """Refuses an adapter of layers that a model does not have.
-
-    Args:
-        config: Configuration of the adapter, with `base_sha256`.
-        quantized: Names of the model's quantized layers.
-
-    Raises:
-        ValueError: If a module of `base_sha256` is not among them.
-    """
+    """Raises a ValueError unless all modules of the adapter's `base_sha256` are quantized layers of the model."""
     missing = sorted((config.base_sha256 or {}).keys() - set(quantized))
     if missing:
         raise ValueError(

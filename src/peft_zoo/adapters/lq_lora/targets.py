@@ -57,15 +57,7 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_quantized(name: str, module: nn.Module) -> None:
-    """Refuses a linear layer that another library has quantized.
-
-    Args:
-        name: Name of the module, for the error.
-        module: Any module.
-
-    Raises:
-        ValueError: If its weight is not floating-point.
-    """
+    """Raises a ValueError that names the module if another library has quantized it."""
     if isinstance(module, nn.Linear) and not isinstance(module, NFLinear) and not module.weight.is_floating_point():
         raise ValueError(
             f"{name} is a {type(module).__name__} with a weight of {module.weight.dtype}: it is quantized already; "
@@ -74,15 +66,7 @@ def refuse_quantized(name: str, module: nn.Module) -> None:
 
 
 def check_values(name: str, weight: Tensor) -> None:
-    """Refuses a weight that cannot be quantized.
-
-    Args:
-        name: Name of the module, for the error.
-        weight: Its weight.
-
-    Raises:
-        ValueError: If the weight has values that are not finite, or is not loaded.
-    """
+    """Raises a ValueError that names the module if its weight is not loaded or has values that are not finite."""
     if weight.is_meta or weight.numel() == 0:
         raise ValueError(f"{name}.weight has no values here; load the model into memory before it is quantized.")
     if not torch.isfinite(weight).all():
@@ -90,11 +74,7 @@ def check_values(name: str, weight: Tensor) -> None:
 
 
 def with_default_targets(config: LqLoraConfig, model: Any) -> LqLoraConfig:
-    """Returns a configuration with peft's default target modules if it has none; the argument is unchanged.
-
-    Raises:
-        ValueError: If peft has no default for this model.
-    """
+    """Returns a copy of a configuration with peft's default target modules, or the configuration if it has some."""
     if config.target_modules is not None:
         return config
     known = LoraModel.target_module_mapping.get(getattr(getattr(model, "config", None), "model_type", ""))
