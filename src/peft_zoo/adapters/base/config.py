@@ -60,8 +60,9 @@ class MethodConfig:
     conformance: ClassVar[Conformance] = Conformance()
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]  # of PeftConfig, which follows in a subclass
-        self.peft_type = registration.peft_type_of(type(self))  # type: ignore[type-var]
+        config: Any = self  # a PeftConfig too, which follows this mixin in a subclass
+        super().__post_init__()  # type: ignore[misc]
+        config.peft_type = registration.peft_type_of(type(config))
 
     def require(self, condition: bool, name: str, fix: str) -> None:
         """Raises a ValueError that names field `name`, its value and `fix`, unless `condition` holds."""
