@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import common
 
 PAGE = common.ROOT / "docs" / "methods" / "watermark_lora.md"
-NAMES = {"two_sided": "LoRA", "dlws": "LoRA, dlws", "augmented": "LoRA, augmented", "full": "all of the decoder"}
+NAMES = {"two_sided": "LoRA", "dlws": "LoRA, dlws", "augmented": "LoRA, augmented", "full": "full decoder"}
 
 Run = Mapping[str, Any]
 UNTIMED = {"seconds": None, "seconds_to_99": None}
@@ -64,7 +64,7 @@ def _joined(result: dict[str, Any], other: Mapping[str, Any]) -> str:
         raise ValueError(f"--docs: results differ in {', '.join(sorted(unlike))}; give results with the same settings.")
     more = {name: {**run, **UNTIMED} for name, run in other["runs"].items() if name not in result["runs"]}
     result["runs"] |= more
-    return f"Trained apart, and without its times: {', '.join(more)} ({common.describe(other['machine'])})."
+    return f"Trained separately, without times: {', '.join(more)} ({common.describe(other['machine'])})."
 
 
 def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> set[str]:
