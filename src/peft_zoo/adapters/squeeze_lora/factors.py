@@ -21,7 +21,13 @@ from torch.distributed.tensor import DTensor
 from peft_zoo.io.lora_ranks import alpha_of, kept_scale
 from peft_zoo.kernels.low_rank.factored import truncate_factors
 
-PLAIN_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant")
+PLAIN_VARIANTS = (
+    "DoraLinearVariant",
+    "DoraEmbeddingVariant",
+    "DoraConv1dVariant",
+    "DoraConv2dVariant",
+    "DoraConv3dVariant",
+)
 """Variants of peft's LoRA layers with the update `scale * B A` before their own modification."""
 
 

@@ -196,9 +196,7 @@ def _svd(matrix: Tensor, rank: int, options: DecomposeOptions, previous: Randomi
         block = previous.Vh[:width].mT
         return randomized_svd(matrix, block.shape[1], power_iterations=0, block=block)
     generator = torch.Generator().manual_seed(options.seed)
-    return randomized_svd(
-        matrix, width, oversampling=0, power_iterations=options.power_iterations, generator=generator
-    )
+    return randomized_svd(matrix, width, oversampling=0, power_iterations=options.power_iterations, generator=generator)
 
 
 def _factors(svd: RandomizedSvd | None, rank: int, wide: Tensor, weights: Diagonals) -> tuple[Tensor, Tensor]:

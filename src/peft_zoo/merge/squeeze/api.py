@@ -251,9 +251,7 @@ def _options(**given: Any) -> tuple[RankTarget, SqueezeOptions]:
     return RankTarget(**target), SqueezeOptions(**how)
 
 
-def _squeeze(
-    source: SqueezeSource, target: RankTarget, how: SqueezeOptions, progress: Progress
-) -> SqueezeReport:
+def _squeeze(source: SqueezeSource, target: RankTarget, how: SqueezeOptions, progress: Progress) -> SqueezeReport:
     """Decomposes all modules, plans their ranks and writes the new factors."""
     found = {name: _decompose(source, name, how) for name in progress(source.names, "decompose")}
     _check_gain(found, target)
