@@ -174,7 +174,7 @@ class RandLoraLayer(ZooLayer):
     RandLoraConfig,
     summary="Update of full rank from shared random matrices and trained scales.",
     parameters="⌈d/r⌉·(r + d), d the smaller size",
-    memory="4·T·in (the input alone)",
+    memory="4·T·in (the input)",
     flops="6·T·d·D + 6·d²·D merged, 4·T·d·D + T·(6·d² + 4·d·D) by tokens",
     paper="arXiv:2502.00987",
 )
