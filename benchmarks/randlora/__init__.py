@@ -1,1 +1,1 @@
-"""RandLoRA beside peft's RandLoRA and LoRA."""
+"""Benchmarks of RandLoRA, peft's RandLoRA and LoRA."""

@@ -1,9 +1,9 @@
-"""RandLoRA beside LoRA at equal trained parameters: a small budget, and one where LoRA's rank is large.
+"""Test perplexity of RandLoRA and LoRA with equally many trained parameters, at a small and at a large budget.
 
     python -m benchmarks.randlora.study --steps 96 --seeds 0,1,2
 
-SmolLM2-135M learns the worked answers of GSM8K (the excerpt that ships with the package), scored by perplexity on
-held-out problems; adapters on all linear layers. In RandLoRA a smaller r trains more.
+SmolLM2-135M is trained on worked answers of GSM8K (the excerpt in the package) and evaluated by perplexity on held-out
+problems, with adapters on all linear layers. In RandLoRA a smaller r trains more parameters.
 """
 
 from __future__ import annotations

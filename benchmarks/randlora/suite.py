@@ -1,12 +1,12 @@
-"""RandLoRA beside peft's own, VeRA and LoRA: time of a training step, its peak memory, what is saved for backward,
-and the size of the file.
+"""Measures RandLoRA, peft's RandLoRA, VeRA and LoRA: time and peak memory of a training step, bytes saved for the
+backward pass, and file size.
 
     python -m benchmarks.randlora                measure, print, write benchmarks/results/randlora_cpu.json (or _cuda)
-    python -m benchmarks.randlora --quick        the same at toy sizes, in seconds; writes nothing
-    python -m benchmarks.randlora --markdown     put the saved results into docs/methods/randlora.md; measures nothing
+    python -m benchmarks.randlora --quick        the same at toy sizes in seconds; writes nothing
+    python -m benchmarks.randlora --markdown     write the saved results into docs/methods/randlora.md
 
-Ours is only timed after its output and gradients have been compared with the definition in float64, in this run and for
-these matrices. If one fails, its row has no number, nothing is saved and the exit status is 1.
+RandLoRA is timed only after its output and gradients have been compared with the definition in float64, in the same run
+and with the same matrices. If a comparison fails, its row has no time, nothing is saved and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is; by default a layer of a 1-B language model, and twelve layers of half that width."""
+    """Sizes of the cases; by default a layer of a 1-B language model, and twelve layers of half that width."""
 
     width: int = 2048
     tokens: tuple[int, ...] = (512, 4096)
@@ -51,7 +51,7 @@ class Sizes:
     layers: int = 12
 
     def cases(self) -> list[Case]:
-        """One linear layer for every number of tokens, and the stack."""
+        """Returns a case with one linear layer for each number of tokens, and one with a stack of layers."""
         linear = [
             Case(f"linear {self.width} x {self.width}, {tokens} tokens", self._linear, (1, tokens, self.width))
             for tokens in self.tokens
@@ -67,7 +67,7 @@ class Sizes:
         return nn.Sequential(*modules)
 
     def methods(self) -> dict[str, Callable[[list[str]], Any]]:
-        """From the names of the linear layers to a configuration, by the name of the method."""
+        """Returns functions from the names of the linear layers to a configuration, by method."""
         r = self.r
         peers: dict[str, Callable[[list[str]], Any]] = {
             LORA: lambda targets: LoraConfig(r=r, target_modules=targets),
@@ -85,14 +85,14 @@ def _config(r: int, fields: dict[str, Any], targets: list[str]) -> RandLoraConfi
     return RandLoraConfig(r=r, target_modules=targets, **fields)
 
 
-# ---- is it right? ----
+# --- comparison with the definition ---
 
 TOLERANCE = 1e-5
-"""Largest relative error (in the norm of a whole tensor) of float32 against float64: some tens of roundings."""
+"""Largest relative error of float32 in the norm of a whole tensor: some tens of roundings."""
 
 
 def definition(layer: RandLoraLayer, lambda_: Tensor, gamma: Tensor) -> Tensor:
-    """ΔW (out, in): B M with M[(k, j)] = λ[k, j] A[k] γ[j], in the dtype of λ."""
+    """Returns ΔW (out, in) by its definition, B M with M[(k, j)] = λ[k, j] A[k] γ[j], in the dtype of λ."""
     config = layer.configs["default"]
     basis, k = layer.bases["default"][lambda_.device], config.kind(layer.small)
     A = read_basis(basis.A, k, config.r, 0, layer.small, lambda_.dtype)
@@ -103,7 +103,7 @@ def definition(layer: RandLoraLayer, lambda_: Tensor, gamma: Tensor) -> Tensor:
 
 
 def check(fields: dict[str, Any], r: int, shape: tuple[int, int], tokens: int, device: torch.device) -> str | None:
-    """Compare a layer of ours of shape `(out, in)` with the definition in float64; says what is wrong, or None."""
+    """Compares a RandLoRA layer of shape `(out, in)` with the definition in float64; returns the error, or None."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(shape[1], shape[0]))
     model = get_peft_model(base, _config(r, {**fields, "init_weights": False}, ["0"])).to(device)
@@ -121,18 +121,18 @@ def check(fields: dict[str, Any], r: int, shape: tuple[int, int], tokens: int, d
     return None if error < TOLERANCE else f"relative error {error:.1e}"
 
 
-# ---- measuring ----
+# --- measuring ---
 
 
 def file_bytes(model: Any) -> int:
-    """Size of the file that `save_pretrained` writes the tensors to."""
+    """Returns the size of the adapter file."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return Path(folder, "adapter_model.safetensors").stat().st_size
 
 
 def measure(sizes: Sizes, repeats: int, case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of one case, peft's LoRA first."""
+    """Returns the rows of one case, LoRA first."""
     linear = {key: m for key, m in case.build().named_modules() if isinstance(m, nn.Linear)}
     shapes = {(m.out_features, m.in_features) for m in linear.values()}
     models, wrong = {}, {}
@@ -169,13 +169,13 @@ def measure(sizes: Sizes, repeats: int, case: Case, device: torch.device) -> lis
     return rows
 
 
-# ---- showing ----
+# --- tables ---
 
 HEADER = ("", "parameters", "ms a step", "x LoRA", "x peft's RandLoRA", "peak MiB", "saved MiB", "file MiB")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text; one that is wrong has no numbers."""
+    """Returns a row as text; a row that failed its comparison has no results."""
     name, parameters = row["method"], f"{row['parameters']:,}"
     if "wrong" in row:
         return name, parameters, "wrong", *["-"] * 5

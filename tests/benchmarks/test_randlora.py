@@ -1,61 +1,59 @@
-"""The benchmark of RandLoRA at toy sizes: it runs, its rows are complete, and nothing wrong gets a number."""
+"""The benchmark of RandLoRA: saved results are complete, the page shows them, and wrong results are not timed."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.randlora import suite as randlora
+from benchmarks.randlora import study, suite
 
-QUICK = ["--quick", "--repeats", "1"]
-
-
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tmp_path_factory.mktemp("results") / "randlora.json"
-    assert randlora.main([*QUICK, "--json", str(path)]) == 0
-    return json.loads(path.read_text(encoding="utf-8"))
+CPU = torch.device("cpu")
 
 
-def test_every_method_has_a_row_in_every_case(result: Any) -> None:
-    assert len(result["cases"]) == 2
+@pytest.fixture(scope="module", params=range(len(suite.REPORT.saved())))
+def result(request: pytest.FixtureRequest) -> Any:
+    return suite.REPORT.saved()[request.param]
+
+
+def test_saved_results_have_every_method_in_every_case(result: Any) -> None:
+    assert [case["name"] for case in result["cases"]] == [case.name for case in suite.Sizes().cases()]
     for case in result["cases"]:
-        assert [row["method"] for row in case["rows"]] == list(randlora.QUICK.methods())
-        for row in case["rows"]:
-            assert row["seconds"] > 0 and len(row["seconds_all"]) == 1
-            assert row["peak_bytes"] > row["saved_bytes"] > 0
-
-
-def test_ours_has_the_parameters_of_peft_s_and_a_smaller_file(result: Any) -> None:
-    for case in result["cases"]:
+        assert [row["method"] for row in case["rows"]] == list(suite.Sizes().methods())
         rows = {row["method"]: row for row in case["rows"]}
-        for name in randlora.OURS:
-            assert rows[name]["parameters"] == rows[randlora.PEER]["parameters"]
-            assert rows[name]["saved_bytes"] <= rows[randlora.LORA]["saved_bytes"] < rows[randlora.PEER]["saved_bytes"]
-            assert rows[name]["file_bytes"] < rows[randlora.PEER]["file_bytes"] / 2
+        for row in rows.values():
+            assert row["seconds"] > 0 and row["peak_bytes"] > row["saved_bytes"] > 0
+        for name in suite.OURS:
+            assert rows[name]["parameters"] == rows[suite.PEER]["parameters"]
+            assert rows[name]["saved_bytes"] <= rows[suite.LORA]["saved_bytes"] < rows[suite.PEER]["saved_bytes"]
+            assert rows[name]["file_bytes"] < rows[suite.PEER]["file_bytes"] / 2
 
 
-def test_results_become_a_page(result: Any) -> None:
-    page = randlora.REPORT.markdown([result])
-    assert page.count("| RandLoRA, ternary |") == 2 and result["machine"]["torch"] in page
-    assert "python -m benchmarks.randlora" in randlora.REPORT.markdown([])
-
-
-def test_a_wrong_result_gets_no_number(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right = randlora.definition
-    monkeypatch.setattr(randlora, "definition", lambda layer, lambda_, gamma: right(layer, lambda_, 1.1 * gamma))
-    assert randlora.main([*QUICK, "--json", str(tmp_path / "randlora.json")]) == 1
-    printed = capsys.readouterr().out
-    assert not (tmp_path / "randlora.json").exists()
-    assert "RandLoRA, ternary: relative error" in printed
-
-
-def test_the_docs_show_the_saved_results() -> None:
-    page = randlora.REPORT.page.read_text(encoding="utf-8")
-    shown = randlora.common.replace_block(page, "results", randlora.REPORT.markdown(randlora.REPORT.saved()))
+def test_the_page_shows_the_saved_results() -> None:
+    page = suite.REPORT.page.read_text(encoding="utf-8")
+    shown = suite.common.replace_block(page, "results", suite.REPORT.markdown(suite.REPORT.saved()))
     assert shown == page, "run `python -m benchmarks.randlora --markdown`"
+    assert "python -m benchmarks.randlora" in suite.REPORT.markdown([])
+
+
+def test_rows_of_a_tiny_case_are_complete() -> None:
+    sizes = suite.Sizes(width=16, tokens=(4,), r=4, stack=8, stack_tokens=4, layers=1)
+    rows = suite.measure(sizes, 1, sizes.cases()[0], CPU)
+    assert [row["method"] for row in rows] == list(sizes.methods()) and not any("wrong" in row for row in rows)
+    assert all(len(suite.cells(row)) == len(suite.HEADER) for row in rows)
+
+
+def test_a_wrong_layer_is_reported_and_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = suite.definition
+    monkeypatch.setattr(suite, "definition", lambda layer, lambda_, gamma: right(layer, lambda_, 1.1 * gamma))
+    message = suite.check({}, 4, (16, 12), 5, CPU)
+    assert message is not None and "relative error" in message
+    assert suite.cells({"method": "RandLoRA", "parameters": 7, "wrong": message})[2:] == ("wrong", *["-"] * 5)
+
+
+@pytest.mark.parametrize("module", [suite, study])
+def test_help(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0 and "usage:" in capsys.readouterr().out

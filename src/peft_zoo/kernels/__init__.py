@@ -12,6 +12,12 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "peft_zoo.kernels.base.kernel_spec": ["KernelSpec"],
         "peft_zoo.kernels.lora.merge": ["merge_lora"],
+        "peft_zoo.kernels.low_rank.factored": ["factored_svd", "project_outputs", "truncate_factors"],
+        "peft_zoo.kernels.low_rank.randomized": ["LinearMap", "randomized_svd", "truncate_dense"],
+        "peft_zoo.kernels.normal_float.linear": ["nf_linear", "nf_merge"],
+        "peft_zoo.kernels.normal_float.quantize": ["NFConfig", "dequantize", "quantize"],
+        "peft_zoo.kernels.planning.knapsack": ["allocate"],
+        "peft_zoo.kernels.planning.ranks": ["RankTarget", "Spectrum", "plan_ranks"],
         "peft_zoo.kernels.snell.linear": ["kernelized_linear"],
         "peft_zoo.kernels.snell.weight": ["kernelized_merge", "kernelized_threshold", "kernelized_weight"],
         "peft_zoo.kernels.sparse.linear": ["masked_linear"],

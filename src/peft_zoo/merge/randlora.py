@@ -1,16 +1,15 @@
-"""RandLoRA adapters in files, from peft's format to `RandLoraConfig`'s and back, without the base model.
+"""Converts RandLoRA adapter files between peft's format and that of `RandLoraConfig`, without the base model.
 
-The two have the same update. For layer sizes D >= d, with the same λ (r, n), γ (n, d) and the same order of columns,
+Both formats have the same update. For layer sizes D >= d::
 
     ΔW = α/r · B[:D, :r n] M,    M[k n + j, :] = λ[k, j] A[k, :d] γ[j, :]
 
-so λ and γ are copied, and what differs is where A and B come from:
+λ (r, n) and γ (n, d) are copied. The formats differ in the random matrices A and B:
 
-* peft stores `base_model.randlora_A` (r, 1, m) and `base_model.randlora_B` (M, ⌈m/r⌉, r) over the largest sizes
-  M >= m of all its layers; its versions up to 0.21 store them again beside every layer, later ones do not, and a file
-  saved with `save_projection=False` has neither: whoever loads it draws them from a seed, in bfloat16 or float16 by
-  the machine.
-* Ours have them from a seed, bit by bit; or they are peft's, in `base_model.zoo_randlora_A` and `…_B`.
+* peft stores `base_model.randlora_A` (r, 1, m) and `base_model.randlora_B` (M, ⌈m/r⌉, r) for the largest sizes M >= m
+  of all its layers. Versions up to 0.21 store further copies for every layer. With `save_projection=False` neither is
+  stored; both are drawn from a seed on loading, in bfloat16 or float16 depending on the machine.
+* `RandLoraConfig` computes them from a seed, or stores peft's as `base_model.zoo_randlora_A` and `…_B`.
 
 Paper: RandLoRA, arXiv:2502.00987, eq. 4.
 """
@@ -36,35 +35,46 @@ from peft_zoo.io.lora_settings import read_settings
 from peft_zoo.kernels.random_matrix.basis import unit
 from peft_zoo.kernels.random_matrix.shared import BasisKey, shared_basis
 
-__all__ = ["from_peft", "to_peft"]
-
 OURS, THEIRS = "zoo_randlora_", "randlora_"
 SAME = (
     *("r", "target_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
     *("projection_prng_key", "randlora_dropout", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
 )
 SPARSE = {"peft": (False, False), "peft_sparse": (True, False), "peft_very_sparse": (False, True)}
-"""Fields `sparse` and `very_sparse` of peft for each basis."""
+"""Values of peft's fields `sparse` and `very_sparse`, by basis."""
 
 
 def to_peft(folder: str | Path, out_dir: str | Path) -> Path:
-    """Write a RandLoRA of ours so that peft alone loads it, with the same output up to rounding.
+    """Converts an adapter of `RandLoraConfig` to peft's own RandLoRA, with the same output up to rounding.
 
     Args:
-        folder: Has `adapter_config.json` and `adapter_model.safetensors`, as `save_pretrained` writes them.
-        out_dir: A folder that does not exist or is empty; it appears whole or not at all.
+        folder: Adapter folder with `adapter_config.json` and `adapter_model.safetensors`.
+        out_dir: Folder to write, absent or empty; it appears complete or not at all.
 
     Returns:
-        `out_dir`. Besides the scales the file has A and B in full; those of ours take 4·(r·m + M·r·⌈m/r⌉) bytes.
+        `out_dir`. The file contains the scales, and A and B in 4·(r·m + M·r·⌈m/r⌉) bytes.
 
     Raises:
-        ValueError: If peft has nothing like it: several ranks, fewer bases than full rank takes, matrices that differ
-            between layers, adapted parameters, trained tokens. Names the field and its value.
+        ValueError: If peft does not support a setting: several ranks, `num_bases`, matrices that differ between layers,
+            `target_parameters`, `trainable_token_indices`. Names the field and its value.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from peft import get_peft_model
+        >>> from peft_zoo.randlora import RandLoraConfig, to_peft
+        >>> base = torch.nn.Sequential(torch.nn.Linear(16, 8))
+        >>> model = get_peft_model(base, RandLoraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/ours")
+        ...     files = sorted(path.name for path in to_peft(f"{folder}/ours", f"{folder}/peft").iterdir())
+        >>> files
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     source = Path(folder)
     config: RandLoraConfig = _config(source, RandLoraConfig)
     for name in ("target_parameters", "trainable_token_indices"):
-        config.require(not getattr(config, name), name, "peft's RandLoRA has no such thing")
+        config.require(not getattr(config, name), name, "peft's RandLoRA does not support it")
     with TensorFile(source / WEIGHTS_NAME) as file:
         modules = _modules(file, OURS, config.r)
         matrices = _of_ours(file, config, modules)
@@ -73,25 +83,36 @@ def to_peft(folder: str | Path, out_dir: str | Path) -> Path:
 
 
 def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | None = None) -> Path:
-    """Write a RandLoRA of peft, of any version, as one of ours; the output is the same up to rounding.
+    """Converts an adapter of peft's RandLoRA, of any version, to `RandLoraConfig`, with the same output up to rounding.
 
     Args:
-        folder: Has `adapter_config.json` and `adapter_model.safetensors`, as peft's `save_pretrained` writes them.
-        out_dir: A folder that does not exist or is empty; it appears whole or not at all.
-        peft_basis_dtype: `"bfloat16"` or `"float16"`, for a file without A and B: in which of the two peft drew them.
+        folder: Adapter folder with `adapter_config.json` and `adapter_model.safetensors`.
+        out_dir: Folder to write, absent or empty; it appears complete or not at all.
+        peft_basis_dtype: Dtype in which peft drew A and B, `"bfloat16"` or `"float16"`; required only if the file does
+            not contain them. Default None.
 
     Returns:
-        `out_dir`. A and B are in the file if they were before, once.
+        `out_dir`. The file contains A and B once if the original did.
 
     Raises:
-        ValueError: If the file is not what its configuration says; if it has no A and B and it is not known in which
-            dtype they were drawn.
+        ValueError: If the file does not match its configuration, or `peft_basis_dtype` is required.
+
+    Examples:
+        >>> import peft, tempfile, torch
+        >>> from peft_zoo.randlora import RandLoraConfig, from_peft
+        >>> base = torch.nn.Sequential(torch.nn.Linear(16, 8))
+        >>> model = peft.get_peft_model(base, peft.RandLoraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/peft")
+        ...     config = RandLoraConfig.from_pretrained(from_peft(f"{folder}/peft", f"{folder}/ours"))
+        >>> config.basis
+        'peft'
     """
     source = Path(folder)
     config: peft.RandLoraConfig = _config(source, peft.RandLoraConfig)
     if config.sparse and config.very_sparse:
         raise ValueError(
-            "sparse=True and very_sparse=True: choose one of them in adapter_config.json; peft took very_sparse."
+            "adapter_config.json: sparse=True and very_sparse=True; set one of them to false (peft used very_sparse)."
         )
     basis = next(name for name, flags in SPARSE.items() if flags == (bool(config.sparse), bool(config.very_sparse)))
     with TensorFile(source / WEIGHTS_NAME) as file:
@@ -102,9 +123,8 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
             peft_basis_dtype = _drawn_in(drawn) or peft_basis_dtype
         elif basis == "peft" and peft_basis_dtype is None:
             raise ValueError(
-                f"{source}: written with save_projection=False, and its A and B differ by over 10 % between bfloat16 "
-                "and float16, of which peft takes what the machine can; pass peft_basis_dtype='bfloat16' or 'float16', "
-                "or use a checkpoint with save_projection=True."
+                f"{source}: save_projection=False, and the matrices drawn in bfloat16 and float16 differ by over 10 %; "
+                "pass peft_basis_dtype='bfloat16' or 'float16', whichever the training machine used."
             )
         new = RandLoraConfig(
             **{field: getattr(config, field) for field in SAME},
@@ -119,7 +139,7 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
 
 
 def _config(folder: Path, kind: type[Any]) -> Any:
-    """The configuration in a folder, if it is of the right kind."""
+    """Reads the configuration in a folder; raises if it is not of the class `kind`."""
     content = read_json(folder / CONFIG_NAME)
     found, wanted = content.pop("peft_type", None), kind().peft_type.value
     if found != wanted:
@@ -129,11 +149,11 @@ def _config(folder: Path, kind: type[Any]) -> Any:
 
 
 def _peft_config(config: RandLoraConfig, modules: list[str]) -> peft.RandLoraConfig:
-    """The configuration of peft for an adapter of ours with these modules."""
+    """Returns peft's configuration for an adapter with these modules."""
     given = {field: getattr(config, field) for field in SAME}
-    if config.exclude_modules:  # peft's has no such field: name what is left
+    if config.exclude_modules:  # peft's has no such field: list the adapted modules
         given |= {"target_modules": modules, "layers_to_transform": None, "layers_pattern": None}
-    alpha: Any = config.alpha  # peft's annotation says int and its layers divide it
+    alpha: Any = config.alpha  # annotated as int, but peft's layers divide it
     sparse, very_sparse = SPARSE.get(config.basis, (False, False))
     return peft.RandLoraConfig(
         **given,
@@ -146,7 +166,7 @@ def _peft_config(config: RandLoraConfig, modules: list[str]) -> peft.RandLoraCon
 
 
 def _factors(config: RandLoraConfig, modules: Iterable[str]) -> dict[str, float]:
-    """What λ is multiplied by, by its new key, where `alpha_pattern` gives a module another alpha."""
+    """Returns the factors of λ, by new key, of modules with an alpha from `alpha_pattern`."""
     fields = {"peft_type": "LORA", "r": config.r, "lora_alpha": config.alpha, "alpha_pattern": config.alpha_pattern}
     settings = read_settings(fields)
     by_module = {module: settings.of(module).alpha / config.alpha for module in modules}
@@ -154,10 +174,10 @@ def _factors(config: RandLoraConfig, modules: Iterable[str]) -> dict[str, float]
 
 
 def _modules(file: TensorFile, prefix: str, r: int) -> dict[str, int]:
-    """The smaller size of each module, by its name.
+    """Returns the smaller size d of each module, by name.
 
     Raises:
-        ValueError: If there is none, or one has not a λ of (r, ⌈d/r⌉) and a γ of (⌈d/r⌉, d).
+        ValueError: If there are no modules, or λ is not (r, ⌈d/r⌉) or γ not (⌈d/r⌉, d).
     """
     begin, end = "base_model.model.", f".{prefix}lambda"
     modules = {}
@@ -168,37 +188,37 @@ def _modules(file: TensorFile, prefix: str, r: int) -> dict[str, int]:
         gamma = file.tensors.get(f"{begin}{name}.{prefix}gamma")
         shapes = info.shape, None if gamma is None else gamma.shape
         if len(info.shape) != 2 or gamma is None or len(gamma.shape) != 2:
-            raise ValueError(f"module {name}: lambda and gamma have the shapes {shapes}; get the file again.")
+            raise ValueError(f"module {name}: lambda and gamma have shapes {shapes}; use another copy of the file.")
         d = gamma.shape[1]
         n = math.ceil(d / r)
         if shapes != ((r, n), (n, d)):
             raise ValueError(
-                f"module {name}: lambda and gamma have the shapes {shapes}; peft has one r={r} and as many bases as "
-                f"full rank takes, {(r, n)} and {(n, d)}. Train without rank_pattern and num_bases to go both ways."
+                f"module {name}: lambda and gamma have shapes {shapes}; peft supports only {(r, n)} and {(n, d)}, for "
+                "one r and full rank. Train without rank_pattern and num_bases to convert."
             )
         modules[name] = d
     if not modules:
-        raise ValueError(f"{file.path}: has no key that ends in {end!r}; give the folder of a RandLoRA.")
+        raise ValueError(f"{file.path}: no key ends in {end!r}; give the folder of a RandLoRA adapter.")
     return modules
 
 
 def _of_ours(file: TensorFile, config: RandLoraConfig, modules: Mapping[str, int]) -> dict[str, Tensor]:
-    """A and B of an adapter of ours in the shapes of peft."""
+    """Returns A and B of an adapter of `RandLoraConfig` in peft's shapes, by name."""
     stored = {name: file.read(key) for name in "AB" if (key := f"base_model.{OURS}{name}") in file.tensors}
     if stored:
         _check_matrices(stored, config.r, modules)
         return stored
-    fix = "load the adapter into its model with PeftModel.from_pretrained and save it again"
+    fix = "load the adapter with PeftModel.from_pretrained and save it again"
     config.require(config.basis_shape is not None, "basis_shape", fix)
     largest, smallest = config.basis_shape or [0, 0]
-    config.require(smallest >= max(modules.values()), "basis_shape", f"a module has {max(modules.values())}")
+    config.require(smallest >= max(modules.values()), "basis_shape", f"a module has the size {max(modules.values())}")
     if config.is_peft_basis:
         config.require(config.peft_basis_dtype is not None, "peft_basis_dtype", fix)
         seed, dtype = config.projection_prng_key, str(config.peft_basis_dtype)
         drawn = draw(config.basis, config.r, largest, smallest, seed, dtype)
         return dict(zip("AB", drawn, strict=True))
     kinds = {config.kind(d) for d in modules.values()}
-    config.require(len(kinds) == 1, "basis", "layers of several sizes have several such matrices, peft has one")
+    config.require(len(kinds) == 1, "basis", "layers of several sizes use several matrices, peft one")
     k, n = kinds.pop(), math.ceil(smallest / config.r)
     basis = shared_basis(BasisKey(config.projection_prng_key, k, "dense", torch.device("cpu")))
     basis.reserve(A=(config.r, smallest), B=(largest, config.r * n))
@@ -207,10 +227,10 @@ def _of_ours(file: TensorFile, config: RandLoraConfig, modules: Mapping[str, int
 
 
 def _of_peft(file: TensorFile, r: int, modules: Mapping[str, int]) -> dict[str, Tensor]:
-    """A and B of an adapter of peft; empty if they were not saved.
+    """Returns A and B of an adapter of peft, by name; empty if they were not saved.
 
     Raises:
-        ValueError: If the copies of one are not all the same, or do not fit the modules.
+        ValueError: If copies of a matrix differ, or the matrices do not fit the modules.
     """
     matrices: dict[str, Tensor] = {}
     for name in "AB":
@@ -218,16 +238,16 @@ def _of_peft(file: TensorFile, r: int, modules: Mapping[str, int]) -> dict[str, 
         for key in keys:
             read = file.read(key)
             if not torch.equal(matrices.setdefault(name, read), read):
-                raise ValueError(f"{keys[0]!r} and {key!r} differ, and should be copies; get the file again.")
+                raise ValueError(f"{keys[0]!r} and {key!r} should be copies but differ; use another copy of the file.")
     if matrices:
         _check_matrices(matrices, r, modules)
     return matrices
 
 
 def _check_matrices(matrices: Mapping[str, Tensor], r: int, modules: Mapping[str, int]) -> None:
-    """Whether A and B are those of all modules, as far as a file tells."""
+    """Raises a ValueError unless A and B have the shapes that the modules need."""
     if matrices.keys() != set("AB"):
-        raise ValueError(f"checkpoint has randlora_{''.join(matrices)} and not the other; get the file again.")
+        raise ValueError(f"the file contains randlora_{''.join(matrices)} only; use another copy with A and B.")
     needed = max(modules.values())
     smallest = matrices["A"].shape[-1]
     whole = {"A": (r, 1, smallest), "B": (len(matrices["B"]), math.ceil(smallest / r), r)}
@@ -235,13 +255,12 @@ def _check_matrices(matrices: Mapping[str, Tensor], r: int, modules: Mapping[str
         shape = tuple(matrices[name].shape)
         if shape != whole[name] or any(have < want for have, want in zip(shape, least, strict=True)):
             raise ValueError(
-                f"checkpoint basis randlora_{name} has shape {shape} but layers need {least} or more; "
-                "get the file again."
+                f"randlora_{name} has shape {shape}, but the layers need {least} or more; use another copy of the file."
             )
 
 
 def _drawn_in(matrix: Tensor) -> str | None:
-    """The 16-bit dtype in which a matrix was drawn, if all its values are exact in one."""
+    """Returns the name of the 16-bit dtype that represents all values exactly, or None."""
     for name in ("bfloat16", "float16"):
         if torch.equal(matrix.to(getattr(torch, name)).to(matrix.dtype), matrix):
             return name
@@ -256,7 +275,16 @@ def _write(
     matrices: Mapping[str, Tensor],
     factors: Mapping[str, float],
 ) -> Path:
-    """The new folder: λ times a factor where there is one, A and B once, everything else as it was."""
+    """Writes the new folder and returns its path.
+
+    Args:
+        out_dir: Folder to write.
+        config: Configuration to write.
+        file: Open original file; every tensor but A and B is copied.
+        prefixes: Parameter prefixes of the original and of the new file.
+        matrices: A and B by name, written once.
+        factors: Factors by which tensors are multiplied, by new key.
+    """
     old, new = prefixes
     ready = {f"base_model.{new}{name}": matrix.contiguous() for name, matrix in matrices.items()}
     copied = {

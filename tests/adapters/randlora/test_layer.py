@@ -1,4 +1,4 @@
-"""RandLoRA: what is its alone; everything that every method has is tested for all of them next door."""
+"""RandLoRA's own behaviour; what all methods share is tested in the shared suites."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def layers(model: nn.Module) -> dict[str, RandLoraLayer]:
 
 
 def matrices(model: PeftModel, layer: RandLoraLayer) -> tuple[Tensor, Tensor]:
-    """A (r, columns) and B (rows, columns) of a layer, of unit variance, without any of the code that shares them."""
+    """A (r, columns) and B (rows, columns) of a layer, of unit variance, without the code that shares them."""
     config = model.peft_config["default"]
     if config.is_peft_basis:
         tuner = model.base_model
@@ -80,9 +80,11 @@ def definition(model: PeftModel, layer: RandLoraLayer, name: str = "default") ->
     return layer.configs[name].scaling * (V if layer.out_features >= layer.in_features else V.t())  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("compute", COMPUTE)
-@pytest.mark.parametrize("module", NAMES)
+# All pairs of basis and computation; every module with every computation.
+@pytest.mark.parametrize(
+    ("basis", "compute", "module"),
+    [(b, c, NAMES[(i + j) % 3]) for i, b in enumerate(BASES) for j, c in enumerate(COMPUTE)],
+)
 def test_forward_and_gradients_follow_the_definition(basis: str, compute: str, module: str) -> None:
     model = adapted(basis=basis, compute=compute)
     layer = layers(model)[module]
@@ -276,7 +278,17 @@ def test_patterns_set_rank_and_scale_of_single_modules() -> None:
     assert {name: layer.scaling["default"] for name, layer in found.items()} == {"wide": 1.2, "tall": 0.5, "square": 2}
 
 
-def test_the_configuration_says_what_was_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("basis", ["uniform8", "peft"])
+def test_a_configuration_serves_two_models_and_is_not_changed(basis: str) -> None:
+    config = RandLoraConfig(r=6, target_modules=NAMES, basis=basis)
+    before = copy.deepcopy(vars(config))
+    small, large = (get_peft_model(model, config) for model in (nn.ModuleDict({"square": nn.Linear(8, 8)}), Net()))
+    assert vars(config) == before
+    shapes = [model.peft_config["default"].basis_shape for model in (small, large)]
+    assert shapes == [[8, 8], [LARGEST, SMALLEST]]
+
+
+def test_the_saved_configuration_contains_how_the_matrices_were_drawn(tmp_path: Path) -> None:
     config = RandLoraConfig(r=6, target_modules=NAMES, basis="peft")
     model = get_peft_model(Net(), config)
     model.save_pretrained(tmp_path)
@@ -306,9 +318,7 @@ def test_a_deleted_adapter_takes_its_matrices_along() -> None:
 
 def test_peft_s_bases_must_be_large_enough_for_the_model() -> None:
     model = Net()
-    with pytest.raises(
-        ValueError, match=r"basis_shape=\[16, 16\] cannot be used; the adapted modules need at least \[40, 32\]"
-    ):
+    with pytest.raises(ValueError, match=r"basis_shape=\[16, 16\] .* \[40, 32\]"):
         adapted(model, basis="peft", basis_shape=[16, 16])
     assert type(model.wide) is nn.Linear and model.wide.weight.requires_grad
 
@@ -318,14 +328,7 @@ def test_a_rank_above_the_layer_and_a_large_scale_in_float16_are_said_once(caplo
     randlora._note_large_scale.cache_clear()
     with caplog.at_level(logging.WARNING, "peft_zoo"):
         adapted(Net(torch.float16), r=35, randlora_alpha=1400)
-    assert [record.getMessage() for record in caplog.records] == [
-        "RandLoraConfig: r=35 is larger than min(in, out) = 20 of a layer, which then has one base; a smaller r trains "
-        "more parameters.",
-        "RandLoraConfig: randlora_alpha / r = 40 is more than 20, and the base model is float16: outputs and gradients "
-        "may overflow. Use a smaller randlora_alpha, or a bfloat16 or float32 model.",
-        "RandLoraConfig: r=35 is larger than min(in, out) = 32 of a layer, which then has one base; a smaller r trains "
-        "more parameters.",
-    ]
+    assert [record.args for record in caplog.records] == [(35, 20), (40.0,), (35, 32)]
 
 
 def test_a_merge_that_is_not_finite_names_module_and_adapter() -> None:
@@ -338,38 +341,37 @@ def test_a_merge_that_is_not_finite_names_module_and_adapter() -> None:
 
 def test_more_bases_than_full_rank_are_refused_before_the_model_changes() -> None:
     model = Net()
-    fix = r"num_bases=6 cannot be used; num_bases \* r = 36 is more than min\(in, out\) = 20; use at most 4"
-    with pytest.raises(ValueError, match=fix):
+    with pytest.raises(ValueError, match=r"num_bases=6 .* 4"):
         adapted(model, num_bases=6)
     assert type(model.square) is nn.Linear and model.square.weight.requires_grad
 
 
 @pytest.mark.parametrize(
-    ("fields", "sentence"),
+    ("fields", "named"),
     [
-        ({"r": 0}, "r=0 .* at least 1"),
-        ({"r": -1}, "r=-1 .* at least 1"),
-        ({"r": 1.5}, "r=1.5 .* an integer"),
-        ({"basis": "normal"}, "basis='normal' .* one of 'uniform8', 'ternary', 'ternary_sqrt', 'peft'"),
-        ({"randlora_alpha": 0}, "randlora_alpha=0 .* positive, finite"),
+        ({"r": 0}, "r=0"),
+        ({"r": 1.5}, r"r=1\.5"),
+        ({"basis": "normal"}, "basis='normal' .* 'uniform8', 'ternary', 'ternary_sqrt', 'peft'"),
+        ({"randlora_alpha": 0}, "randlora_alpha=0"),
         ({"randlora_alpha": math.inf}, "randlora_alpha=inf"),
-        ({"randlora_dropout": 1.0}, r"randlora_dropout=1.0 .* \[0, 1\)"),
-        ({"num_bases": 0}, "num_bases=0 .* at least 1"),
-        ({"chunk_mb": 0}, "chunk_mb=0 .* at least 1"),
-        ({"projection_prng_key": 2**63}, f"projection_prng_key={2**63} .* 64 bits"),
+        ({"randlora_dropout": 1.0}, r"randlora_dropout=1\.0"),
+        ({"num_bases": 0}, "num_bases=0"),
+        ({"chunk_mb": 0}, "chunk_mb=0"),
+        ({"projection_prng_key": 2**63}, f"projection_prng_key={2**63}"),
         ({"compute": "fast"}, "compute='fast' .* 'auto', 'token', 'weight', 'merged'"),
         ({"basis_storage": "int4"}, "basis_storage='int4' .* 'auto', 'int8', 'packed2', 'dense'"),
-        ({"basis_storage": "packed2"}, "basis_storage='packed2' .* ternary"),
-        ({"basis": "peft", "basis_storage": "int8"}, "basis_storage='int8' .* dense"),
-        ({"basis": "peft", "num_bases": 2}, "num_bases=2 .* full rank"),
-        ({"basis": "peft", "rank_pattern": {"wide": 2}}, "rank_pattern=.* one r"),
+        ({"basis_storage": "packed2"}, "basis_storage='packed2' .*ternary"),
+        ({"basis": "peft", "basis_storage": "int8"}, "basis_storage='int8' .*dense"),
+        ({"basis": "peft", "num_bases": 2}, "num_bases=2"),
+        ({"basis": "peft", "rank_pattern": {"wide": 2}}, "rank_pattern="),
+        ({"basis": "peft", "target_parameters": ["weight"]}, "target_parameters="),
         ({"basis": "peft", "peft_basis_dtype": "float32"}, "peft_basis_dtype='float32' .* 'bfloat16', 'float16'"),
-        ({"peft_basis_dtype": "float16"}, "peft_basis_dtype='float16' .* seed alone"),
-        ({"save_projection": True}, "save_projection=True .* never need it"),
+        ({"peft_basis_dtype": "float16"}, "peft_basis_dtype='float16'"),
+        ({"save_projection": True}, "save_projection=True"),
         ({"save_projection": "yes"}, "save_projection='yes'"),
-        ({"basis_shape": [3, 5]}, r"basis_shape=\[3, 5\] .* such as \[4096, 1024\]"),
+        ({"basis_shape": [3, 5]}, r"basis_shape=\[3, 5\]"),
     ],
 )
-def test_bad_fields_are_refused_by_name_value_and_fix(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=f"RandLoraConfig: {sentence}"):
+def test_bad_fields_are_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"RandLoraConfig: {named}"):
         RandLoraConfig(**fields)

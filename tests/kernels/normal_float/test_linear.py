@@ -106,4 +106,4 @@ def test_the_kernel_takes_up_to_two_tokens(monkeypatch: pytest.MonkeyPatch, mode
     rest = (*quantize(torch.randn(24, 64), CONFIG), None, None, None, *CONFIG.integers, 24, 64, False)
     operator = OPERATORS["nf_linear"]
     assert operator.why_not_triton(torch.randn(2, 64), *rest) is None
-    assert isinstance(operator.why_not_triton(torch.randn(3, 64), *rest), base.Choice)
+    assert isinstance(operator.why_not_triton(torch.randn(3, 64), *rest), base.PreferTorch)

@@ -1,22 +1,22 @@
-r"""RandLoRA: an update of full rank, made of random matrices that nobody stores and of few trained scales.
+r"""RandLoRA: updates of full rank from random matrices that are not saved and a small number of trained scales.
 
 For a weight (out, in) with D the larger size and d the smaller one, and n = ⌈d/r⌉ bases:
 
     ΔW = α/r · Σ_j B_j Λ_j A Γ_j        B_j (D, r), A (r, d) random and frozen, Λ_j = diag(r), Γ_j = diag(d) trained
 
-(its transpose where in > out). A and B are functions of `projection_prng_key`, the same bits on every device and in
-every dtype; layers of all shapes, ranks and adapters read the same two, kept once a device at a byte a value
-(`uniform8`) or two bits (`ternary`). A file holds the scales alone.
+(its transpose if in > out). A and B are computed from `projection_prng_key`, with the same bits on every device and in
+every dtype. Layers of all shapes, ranks and adapters share them, one copy per device with a byte per value (`uniform8`)
+or two bits (`ternary`). An adapter file contains only the scales.
 
-Paper: RandLoRA, arXiv:2502.00987, eq. 4. Column (k, j) of B belongs to pair (k, j) at position k·n + j, as in peft's
-`RandLoraConfig` layers, so that adapters go both ways (`basis="peft"`, `peft_zoo.merge.randlora`).
+Paper: RandLoRA, arXiv:2502.00987, eq. 4. Column k·n + j of B belongs to the pair (k, j), as in peft's RandLoRA layers,
+so adapters can be converted both ways (`basis="peft"`, `peft_zoo.randlora.from_peft`, `to_peft`).
 
-Cost of an adapted matrix: n·(r + d) ≈ d²/r trained parameters (a *smaller* r trains more), nothing kept for backward
-but the input, and as multiply-adds of a step the least of T·(3d² + 2dD) through the tokens, T·dD + 3d²D with the merged
-weight, and 3·T·dD + 3d²D with the weight beside it; LoRA's are 3·T·r·(d + D).
+Cost of an adapted matrix: n·(r + d) ≈ d²/r trained parameters (a *smaller* r trains more); only the input is saved for
+the backward pass; a training step takes the least of T·(3d² + 2dD) multiply-adds by tokens, T·dD + 3d²D with the merged
+weight, and 3·T·dD + 3d²D with a separate weight. LoRA takes 3·T·r·(d + D).
 
-Use it where LoRA stops improving with its rank: much data, large changes. Prefer LoRA for small budgets, for a few
-hundred examples, and where step time counts most.
+Use it if LoRA stops improving with its rank: much data, large changes. Prefer LoRA for small parameter budgets, for a
+few hundred examples, and if the time of a step is critical.
 """
 
 from __future__ import annotations
@@ -42,15 +42,13 @@ from peft_zoo.kernels.random_matrix.randlora_linear import randlora_linear, rand
 from peft_zoo.kernels.random_matrix.shared import BasisKey, SharedBasis, shared_basis
 from peft_zoo.registration import register
 
-__all__ = ["RandLoraModel"]
-
 logger = logging.getLogger("peft_zoo")
 
-MATRICES = ("zoo_randlora_A", "zoo_randlora_B")  # of the model, for peft's bases
+MATRICES = ("zoo_randlora_A", "zoo_randlora_B")  # attributes of the model that hold peft's bases
 
 
 class RandLoraLayer(ZooLayer):
-    """A frozen layer with updates of full rank."""
+    """Frozen layer with RandLoRA adapters."""
 
     adapter_layer_names = ("zoo_randlora_lambda", "zoo_randlora_gamma")
     other_param_names: tuple[str, ...] = ()
@@ -61,13 +59,13 @@ class RandLoraLayer(ZooLayer):
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         super().__init__(base_layer, **quantization)
         self.small, self.large = sorted((self.in_features, self.out_features))
-        # Neither modules nor buffers: not saved, not moved, and the same objects in every layer.
+        # Plain attributes: not saved, not moved, and shared by all layers.
         self.bases: dict[str, dict[torch.device, SharedBasis]] = {}
         self.projections: dict[str, PeftProjection] = {}
         self.other_param_names = (*self.other_param_names, "bases", "projections")
 
     def init_adapter(self, name: str, config: RandLoraConfig) -> None:  # type: ignore[override]
-        """λ (r, n) of zeros, γ (n, d) of 1/max(n, d), as peft; without `init_weights`, λ normal and γ 1/(4 α/r d)."""
+        """Creates λ (r, n) of zeros and γ (n, d) of 1/max(n, d), as peft; without `init_weights` λ is normal."""
         full = math.ceil(self.small / config.r)
         bases = config.num_bases or full
         config.require(
@@ -80,27 +78,29 @@ class RandLoraLayer(ZooLayer):
         lambda_, gamma = torch.zeros(config.r, bases), torch.full((bases, self.small), 1 / max(bases, self.small))
         if config.init_weights is False:
             nn.init.normal_(lambda_)
-            nn.init.constant_(gamma, 1 / (4 * config.scaling * self.small))  # ΔW maps inputs to a quarter of their size
+            nn.init.constant_(
+                gamma, 1 / (4 * config.scaling * self.small)
+            )  # ΔW maps inputs to about a quarter of their norm
         self.zoo_randlora_lambda[name], self.zoo_randlora_gamma[name] = nn.Parameter(lambda_), nn.Parameter(gamma)
         self.bases[name] = {}
 
     def add_adapter(self, name: str, config: RandLoraConfig, inference_mode: bool = False) -> None:  # type: ignore[override]
-        """Create adapter `name`, and what its device lacks of the random matrices."""
+        """Creates adapter `name` and the random matrices that its device does not have yet."""
         super().add_adapter(name, config, inference_mode)
         self._prepare(name)
         if config.scaling > 20 and self._get_base_layer_device_and_dtype(self.get_base_layer())[1] == torch.float16:
             _note_large_scale(config.scaling)
 
     def initial_scaling(self, config: RandLoraConfig) -> float:  # type: ignore[override]
-        """α/r."""
+        """Returns the scale α/r."""
         return config.scaling
 
     def delta_weight(self, name: str) -> Tensor:
-        """ΔW (out, in) in fp32."""
+        """Returns ΔW (out, in) in float32."""
         return randlora_weight(self._factors(name), self._spec(name))
 
     def delta_output(self, name: str, x: Tensor) -> Tensor:
-        """`x` (..., in) to (..., out), keeping only x; other layers than linear ones form ΔW, twice if they train."""
+        """Applies ΔW to `x` (..., in), saving only x; layers other than linear form ΔW, twice in training."""
         if not isinstance(self.layout, LinearLayout):
             if torch.is_grad_enabled():
                 return checkpoint(super().delta_output, name, x, use_reentrant=False, preserve_rng_state=False)
@@ -110,7 +110,7 @@ class RandLoraLayer(ZooLayer):
         return randlora_linear(x, self._factors(name), self._spec(name), by_weight=by_weight)
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
-        """`x` (..., in) to (..., out) by products with pieces of W₀ + ΔW."""
+        """Applies W₀ + ΔW to `x` (..., in), block by block; None if the adapter does not use the merged weight."""
         base: Any = self.base_layer
         config = self.configs[name]
         if base.weight.dtype.itemsize < 4 and not config.allow_merged_low_precision:
@@ -155,13 +155,13 @@ class RandLoraLayer(ZooLayer):
         return basis
 
     def _prepare(self, name: str) -> None:
-        """Make the random matrices now: nothing of it can be traced into a graph."""
+        """Creates the random matrices now, since this cannot be traced into a graph."""
         lambda_ = self.zoo_randlora_lambda[name]
         if not self.configs[name].is_peft_basis and lambda_.device.type != "meta":
             self._basis(name, lambda_)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move the layer; matrices on the device it leaves are let go."""
+        """Moves the layer; random matrices on the old device are released."""
         for held in self.bases.values():
             held.clear()
         result = super()._apply(*args, **kwargs)
@@ -174,18 +174,27 @@ class RandLoraLayer(ZooLayer):
     RandLoraConfig,
     summary="Update of full rank from shared random matrices and trained scales.",
     parameters="⌈d/r⌉·(r + d), d the smaller size",
-    memory="4·T·in (the input alone)",
-    flops="6·T·d·D + 6·d²·D merged, 4·T·d·D + T·(6·d² + 4·d·D) through the tokens",
+    memory="4·T·in (the input)",
+    flops="6·T·d·D + 6·d²·D merged, 4·T·d·D + T·(6·d² + 4·d·D) by tokens",
     paper="arXiv:2502.00987",
 )
 class RandLoraModel(ZooModel):
-    """Tuner of RandLoRA; use `get_peft_model(model, RandLoraConfig(...))`."""
+    """Tuner of RandLoRA, as `get_peft_model(model, RandLoraConfig(...))` creates it.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_zoo.randlora import RandLoraConfig, RandLoraModel
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> isinstance(get_peft_model(base, RandLoraConfig(r=2, target_modules=["0"])).base_model, RandLoraModel)
+        True
+    """
 
     prefix = "zoo_randlora_"
     tuner_layer_cls = RandLoraLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject as peft does; the configuration then says for which sizes it was."""
+        """Injects as peft does; fills `basis_shape` of the model's copy of the configuration."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config, layers = self.peft_config[adapter_name], self._zoo_layers()
         if not config.is_peft_basis:
@@ -211,12 +220,12 @@ class RandLoraModel(ZooModel):
             layer.projections[adapter_name] = PeftProjection(self.zoo_randlora_A, self.zoo_randlora_B, adapter_name)
 
     def _draw(self, config: RandLoraConfig, adapter_name: str) -> None:
-        """Give the model peft's matrices for an adapter, and let the configuration say how they were drawn.
+        """Draws peft's matrices for an adapter; fills dtype and sizes in the model's copy of the configuration.
 
         Raises:
-            ValueError: If they would be too small for the modules.
+            ValueError: If `basis_shape` is too small for the modules.
         """
-        if all(adapter_name in getattr(self, name, {}) for name in MATRICES):  # for a module before this one
+        if all(adapter_name in getattr(self, name, {}) for name in MATRICES):  # drawn for an earlier module
             return
         needed = _largest(self._sizes(config))
         config.peft_basis_dtype = config.peft_basis_dtype or usual_dtype()
@@ -230,16 +239,16 @@ class RandLoraModel(ZooModel):
             getattr(self, container).register_buffer(adapter_name, matrix, persistent=config.saves_projection)
 
     def _sizes(self, config: RandLoraConfig) -> Iterator[tuple[int, int]]:
-        """`(out, in)` of the modules that will be adapted."""
+        """Yields the sizes `(out, in)` of the modules to adapt."""
         for name, module in self.model.named_modules():
             if self._check_target_module_exists(config, name):
-                with suppress(ValueError):  # replacing the module will say it again, with its name
+                with suppress(ValueError):  # raised again with the module's name when it is replaced
                     layout = module.layout if isinstance(module, ZooLayer) else layout_of(module, None)
                     if layout is not None:
                         yield layout.out_features, layout.in_features
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and the matrices that were drawn for it."""
+        """Deletes an adapter and the matrices that were drawn for it."""
         super().delete_adapter(adapter_name)
         for matrices in (getattr(self, name, {}) for name in MATRICES):
             if adapter_name in matrices:
@@ -247,16 +256,16 @@ class RandLoraModel(ZooModel):
 
 
 def _largest(sizes: Iterable[tuple[int, int]]) -> list[int]:
-    """Largest size, and smaller one of the largest `out` and the largest `in`."""
+    """Returns the larger and the smaller of the largest `out` and the largest `in`."""
     return sorted(map(max, zip((1, 1), *sizes, strict=True)), reverse=True)
 
 
 @functools.cache
 def _note_single_base(r: int, d: int) -> None:
-    """Say once that a rank is larger than a layer."""
+    """Warns once that a rank is larger than a layer."""
     logger.warning(
-        "RandLoraConfig: r=%d is larger than min(in, out) = %d of a layer, which then has one base; a smaller r trains "
-        "more parameters.",
+        "RandLoraConfig: r=%d is larger than min(in, out) = %d of a layer, which has one base; use a smaller r to "
+        "train more parameters.",
         r,
         d,
     )
@@ -264,9 +273,9 @@ def _note_single_base(r: int, d: int) -> None:
 
 @functools.cache
 def _note_large_scale(scaling: float) -> None:
-    """Say once that updates may leave the range of float16."""
+    """Warns once that updates may exceed the range of float16."""
     logger.warning(
-        "RandLoraConfig: randlora_alpha / r = %g is more than 20, and the base model is float16: outputs and gradients "
-        "may overflow. Use a smaller randlora_alpha, or a bfloat16 or float32 model.",
+        "RandLoraConfig: randlora_alpha / r = %g exceeds 20 and the base model is float16: outputs and gradients may "
+        "overflow. Use a smaller randlora_alpha, or a bfloat16 or float32 model.",
         scaling,
     )

@@ -1,8 +1,8 @@
-"""The random matrices of peft's own RandLoRA: what they are drawn from, and one place where a model keeps them.
+"""Random matrices of peft's own RandLoRA.
 
-Peft draws both from torch's generator, in the order A, B_1, B_2, …, over the largest sizes of all adapted layers, so
-they depend on which layers those are, on torch's version, and on whether 16-bit numbers are bfloat16 or float16. An
-adapter of ours therefore writes the sizes and the dtype into its configuration, and by default saves the matrices.
+Peft draws A, B_1, B_2, … from torch's generator for the largest sizes of all adapted layers. The matrices depend on
+these layers, on torch's version, and on whether the machine uses bfloat16 or float16. An adapter with such a basis
+therefore saves sizes and dtype in its configuration and, by default, the matrices.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.base import BufferDict
 
-__all__: list[str] = []
-
 
 def usual_dtype() -> str:
-    """The dtype in which peft draws on this machine."""
+    """Returns the dtype in which peft draws on this machine."""
     return "bfloat16" if is_bf16_available() else "float16"
 
 
 def draw(kind: str, r: int, largest: int, smallest: int, seed: int, dtype: str) -> tuple[Tensor, Tensor]:
-    """A `(r, 1, smallest)` and B `(largest, ceil(smallest / r), r)` of unit variance, as peft 0.21 draws them.
+    """Draws A `(r, 1, smallest)` and B `(largest, ceil(smallest / r), r)` of unit variance, as peft 0.21 does.
 
     Args:
-        kind: `"peft"` (uniform), `"peft_sparse"` or `"peft_very_sparse"` (ternary, drawn in float32).
+        kind: Distribution: `"peft"` (uniform), `"peft_sparse"` or `"peft_very_sparse"` (ternary, drawn in float32).
         r: Rank of a base.
         largest: Largest size of all adapted layers.
-        smallest: Largest of their smaller sizes, as peft counts: the smaller of the largest `in` and the largest `out`.
-        seed: Of torch's generator on the CPU.
-        dtype: In which the uniform kind is drawn.
+        smallest: The smaller of the largest input and the largest output size of these layers.
+        seed: Seed of torch's CPU generator.
+        dtype: Name of the dtype in which the uniform matrices are drawn.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     bases = math.ceil(smallest / r)
@@ -56,14 +54,20 @@ def draw(kind: str, r: int, largest: int, smallest: int, seed: int, dtype: str) 
 
 
 class PeftProjection:
-    """One adapter's matrices, read from the buffers of the model by all its layers."""
+    """Random matrices of one adapter in the buffers of the model, shared by its layers.
+
+    Args:
+        A: Buffers of the model with the matrices A, by adapter name.
+        B: Buffers with the matrices B.
+        name: Name of the adapter.
+    """
 
     def __init__(self, A: BufferDict, B: BufferDict, name: str) -> None:
         self._A, self._B, self._name = A, B, name
         self._copies: dict[torch.device, tuple[int, Tensor, Tensor]] = {}
 
     def matrices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A `(r, smallest)` and B `(largest, n r)` on a device; a layer on another one than the model's gets a copy."""
+        """Returns A `(r, smallest)` and B `(largest, n r)` on `device`, copied if the buffers are on another device."""
         A, B = self._A[self._name], self._B[self._name]
         if A.device != device:
             held = self._copies.get(device)

@@ -38,6 +38,12 @@ class Spectrum:
         parameters: Parameters of one rank, m + n.
         itemsize: Bytes of one parameter; default 4.
         min_rank: Smallest rank of this matrix, whatever the target allows; default 0.
+
+    Examples:
+        >>> import torch
+        >>> B, A = torch.randn(64, 8), torch.randn(8, 64)
+        >>> Spectrum(torch.linalg.svdvals(B @ A)[:8], rank=8, parameters=64 + 64).cost("bytes")
+        512
     """
 
     singular_values: Tensor
