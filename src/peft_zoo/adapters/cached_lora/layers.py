@@ -159,14 +159,17 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | None]) -> None:
     if taken:
         raise ValueError(f"adapters {taken} are on {type(model).__name__} already: give None as their path.")
     is_peft = {name: _is_peft_lora(name, source) for name, source in wanted.items()}
+    first: PeftModel | None = None
     with warnings.catch_warnings():
         # peft warns about several adapters on one model, which is what is wanted here.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
         for name, source in wanted.items():
-            if is_peft[name]:
-                PeftModel.from_pretrained(model, source, adapter_name=name)
-            else:
+            if not is_peft[name]:
                 _load_diffusers_lora(model, name, source)
+            elif first is None:
+                first = PeftModel.from_pretrained(model, source, adapter_name=name)
+            else:  # from_pretrained would warn that the first adapter's tensors are missing, if its name has one letter
+                first.load_adapter(source, adapter_name=name)
     if wanted:
         model.eval()  # new layers are in training mode and may have dropout
 
