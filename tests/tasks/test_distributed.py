@@ -25,7 +25,7 @@ def test_two_processes_train_one_adapter(tiny_llama: Path, text_file: Path, tmp_
     words = ["--method", "snell", "--model", tiny_llama, "--data", text_file, "--output", tmp_path, "--steps", "4"]
     words += ["--max-length", "32", "--learning-rate", "0.1", "--set", "target_sparsity=0.95", "--set", "sparsity=0.5"]
     run = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "peft_zoo.cli.main", "train", *map(str, words)],
+        [sys.executable, "-m", *launcher, "-m", "peft_zoo", "train", *map(str, words)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -6,11 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from peft_zoo.common.values import SettingError
-from peft_zoo.tasks.base.images import Images, Source, draw_splits, open_source
+from peft_zoo.tasks.base.images import ImageFiles, Images, Source, draw_splits, open_source
 
 
 def arrays(count: int = 30) -> dict[str, np.ndarray]:
@@ -131,3 +132,19 @@ def test_the_built_in_set_is_offered_where_it_is_not_installed(tmp_path: Path, m
     mnist_files(tmp_path, packed=True)
     monkeypatch.setattr("peft_zoo.tasks.base.images.BUILT_IN", {"fashion-mnist": tmp_path})
     assert len(open_source("fashion-mnist").train) == 30
+
+
+def test_image_files_are_read_on_each_access(image_folder: Path, tmp_path: Path) -> None:
+    files = ImageFiles(image_folder)
+    assert len(files) == 36 and files[3].shape == (3, 20, 24) and files[3].dtype == torch.float32
+    assert torch.equal(files[3], torch.from_numpy(np.array(PIL.Image.open(files.paths[3]))).permute(2, 0, 1) / 255)
+    assert ImageFiles(files.paths[0], 16)[0].shape == (3, 16, 16)
+    (tmp_path / "one.png").write_bytes(files.paths[0].read_bytes())
+    found = ImageFiles(tmp_path)
+    (tmp_path / "one.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        found[0]
+    with pytest.raises(SettingError, match="--images"):
+        ImageFiles(tmp_path)
+    with pytest.raises(SettingError, match="--size cannot be 0"):
+        ImageFiles(image_folder, 0)
