@@ -11,7 +11,7 @@ import pytest
 
 from peft_zoo import LqLoraConfig
 from peft_zoo.cli.main import main
-from peft_zoo.lq_lora import preprocess_lq_lora, save_weights
+from peft_zoo.lq_lora import preprocess_lq_lora, save_importance
 from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint
 from tests.adapters.lq_lora.samples import TOKENS, base
 from tests.cli.conftest import Mistake
@@ -77,7 +77,7 @@ def test_quantization_configs_can_be_written_as_text(
 
 def test_importance_from_a_file(here: Path) -> None:
     config = LqLoraConfig(r=4, target_modules="all-linear", weighting="activation", qconfig="nf4", num_iterations=1)
-    save_weights("w.safetensors", preprocess_lq_lora(base(), config, [{"input_ids": TOKENS}]))
+    save_importance("w.safetensors", preprocess_lq_lora(base(), config, [{"input_ids": TOKENS}]))
     fields = ["--set", "r=4", "--set", "qconfig=nf4", "--set", "num_iterations=1"]
     words = ["--weights", "w.safetensors", "--set", "weighting=activation"]
     assert main(["quantize", "model", "out", *fields, *words]) == 0

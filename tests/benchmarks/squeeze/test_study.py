@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import study
 from benchmarks.squeeze import study as squeeze_study
-from peft_zoo.tasks.base.settings import resolve_settings
+from peft_zoo.common.settings import resolve_settings
 
 KEY = ("recipe", "rate", "seed", "split")
 

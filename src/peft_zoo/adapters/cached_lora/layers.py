@@ -228,6 +228,6 @@ def _load_diffusers_lora(model: nn.Module, name: str, source: str) -> None:
     loader(source, prefix="unet" if hasattr(model, "up_blocks") else "transformer", adapter_name=name)
     if name not in lora_names(model):
         raise ValueError(
-            f"it has no tensors for {type(model).__name__}: call pipe.load_lora_weights(), which converts more formats, "
-            "and compose() by name."
+            f"it has no tensors for {type(model).__name__}: call pipe.load_lora_weights(), which converts more "
+            "formats, and compose() by name."
         )
