@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks import study
 from benchmarks.squeeze import study as squeeze_study
 from peft_zoo.common.settings import resolve_settings
+from peft_zoo.tasks.base.settings import TrainSettings
 
 KEY = ("recipe", "rate", "seed", "split")
 
@@ -77,4 +78,4 @@ def test_post_is_scored_before_and_after_its_squeeze(monkeypatch: pytest.MonkeyP
 
 def test_recipes_have_valid_options() -> None:
     for recipe in squeeze_study.RECIPES.values():
-        resolve_settings({"task": "language", "method": recipe.method}, {"options": recipe.options})
+        resolve_settings(TrainSettings, {"task": "language", "method": recipe.method}, {"options": recipe.options})
