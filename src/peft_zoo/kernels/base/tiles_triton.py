@@ -13,7 +13,6 @@ TF32. The factors are stored as `(G, r/G, features)`, so that neighbouring threa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.kernel_spec import KERNELS, SPARSIFY, KernelSpec
-from peft_zoo.kernels.base.triton_helpers import CompileSpec, widen
+from peft_zoo.kernels.base.kernel_spec import SPARSIFY, KernelSpec
+from peft_zoo.kernels.base.triton_helpers import widen
 
 # Kinds of a tile's entries, and modes of their sparsification. Kernels can only read globals that are `constexpr`.
 GIVEN, DISTANCE, RBF, LINEAR, SIGMOID = map(tl.constexpr, range(5))
@@ -292,26 +291,3 @@ def _log_sum_exp(
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
         top = highest
     tl.store(partial_ptr + tl.program_id(1) * n_rows + r, top + tl.log(total), mask=r < n_rows)
-
-
-def factor_signature(*pointers: str) -> dict[str, str]:
-    """Types of the float32 pointers named and of the arguments that describe the factors, by argument."""
-    floats = dict.fromkeys((*pointers, "x_ptr", "y_ptr", "params_ptr", "lse_ptr"), "*fp32")
-    return floats | dict.fromkeys(("scale", "offset"), "fp32") | dict.fromkeys(("n_rows", "n_columns"), "i32")
-
-
-def variants(rank: int = 8) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and compile-time arguments of every kernel at two groups of rank `rank` each."""
-    for name in KERNELS:
-        yield name, constants(_KINDS[name], 2, name == "mix_k", 2, rank)
-    yield "piecewise_linear, norm 1", constants(DISTANCE.value, 1, False, 2, rank)
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Configurations for the compile gate."""
-    signature = dict.fromkeys(("partial_ptr", "x_ptr", "y_ptr", "params_ptr"), "*fp32")
-    signature |= dict.fromkeys(("n_rows", "n_columns", "tiles_per_split"), "i32")
-    for rank in (4, 8, 64):
-        yield CompileSpec(
-            f"log_sum_exp[r={2 * rank}]", _log_sum_exp, signature, constants(DISTANCE.value, 2, True, 2, rank)
-        )

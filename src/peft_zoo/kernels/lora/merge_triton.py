@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, dot16, narrow, widen
+from peft_zoo.kernels.base.triton_helpers import dot16, narrow, widen
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 64, 64, 4
 """Largest tile that compiles within the limits of the compile gate for every dtype; not tuned on a GPU yet."""
@@ -144,30 +143,3 @@ def _round_stochastically(x, m, first_n, seed, dtype: tl.constexpr, BLOCK_M: tl.
     up = (words & 0xFFFFFF).to(tl.int32) < chance
     rounded = (down + tl.where(up, tl.where(tiny, 0x33800000, unit), 0)).to(tl.float32, bitcast=True)
     return tl.where(exponent == 255, x, rounded)
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Configurations for the compile gate."""
-    strides = ("out_stride_m", "out_stride_n", "weight_stride_m", "weight_stride_n")
-    integers = dict.fromkeys(("rows", "columns", "chunks", *strides), "i32") | {"seed": "i64"}
-    for weight, factors, chunk, stochastic in (
-        (torch.bfloat16, torch.bfloat16, 16, False),
-        (torch.bfloat16, torch.bfloat16, 16, True),
-        (torch.bfloat16, torch.bfloat16, 64, False),
-        (torch.bfloat16, torch.float32, 16, False),
-        (torch.float16, torch.float16, 32, False),
-        (torch.float16, torch.float32, 16, True),
-        (torch.float32, torch.float32, 16, False),
-    ):
-        pointers = dict.fromkeys(("out_ptr", "weight_ptr"), POINTERS[weight])
-        pointers |= dict.fromkeys(("left_ptr", "right_ptr"), POINTERS[factors]) | {"scale_ptr": "*fp32"}
-        name = f"{POINTERS[weight][1:]}, {POINTERS[factors][1:]} factors, chunk {chunk}{', stochastic' * stochastic}"
-        yield CompileSpec(
-            f"merge_lora[{name}]",
-            _merge,
-            pointers | integers,
-            _constants(chunk, stochastic),
-            num_warps=NUM_WARPS,
-            has_dot=True,
-            unit_strides=("out_stride_n", "weight_stride_n"),
-        )

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, dot_like, load_tile, narrow, store_tile, widen
-from peft_zoo.kernels.normal_float.linear import KERNEL_TOKENS
+from peft_zoo.kernels.base.triton_helpers import dot_like, load_tile, narrow, store_tile, widen
 from peft_zoo.kernels.normal_float.quantize_triton import decode
 
 VALUES, WIDEST, LINEAR_WARPS = 4096, 2048, 2
@@ -220,32 +217,3 @@ def _merge(
         WIDTH,
     )
     store_tile(out_ptr, row, column, rows, columns, tl.reshape(weight, (ROWS, WIDTH)) + scaling * update)
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Yields the configurations for the compile gate: all widths of codes, one and two tokens, both factor dtypes."""
-    packed = {"codes_ptr": "*i32", "scales_ptr": "*i32", "group_scales_ptr": "*bf16"}
-    packed |= {"offset_ptr": "*fp32", "levels_ptr": "*fp32"}
-    sizes = dict.fromkeys(("rows", "columns", "rank"), "i32")
-    for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
-        quantization = {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256}
-        for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, KERNEL_TOKENS), (torch.float32, 1)):
-            dense = dict.fromkeys(("x_ptr", "low_ptr", "B_ptr", "bias_ptr", "out_ptr"), POINTERS[dtype])
-            yield CompileSpec(
-                f"nf_linear[{bits} bits, {POINTERS[dtype][1:]}, {tokens} tokens]",
-                _product,
-                packed | dense | sizes | {"tokens": "i32"},
-                quantization | {"HAS_BIAS": True} | _tile(tokens, WIDEST),
-                num_warps=LINEAR_WARPS,
-                loads_matrix=False,
-            )
-        for factors in (torch.bfloat16, torch.float32):
-            dense = dict.fromkeys(("A_ptr", "B_ptr"), POINTERS[factors]) | {"out_ptr": "*bf16", "scaling": "fp32"}
-            yield CompileSpec(
-                f"nf_merge[{bits} bits, {POINTERS[factors][1:]} factors]",
-                _merge,
-                packed | dense | sizes,
-                quantization | {"ROWS": ROWS, "WIDTH": WIDTH, "CHUNK": CHUNK},
-                num_warps=MERGE_WARPS,
-                has_dot=True,
-            )

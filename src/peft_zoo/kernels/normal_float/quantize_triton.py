@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, narrow, widen
+from peft_zoo.kernels.base.triton_helpers import narrow, widen
 
 VALUES, NUM_WARPS = 4096, 2
 """Values and warps of a program."""
@@ -161,18 +159,3 @@ def _read_units(words_ptr, unit, inside, BITS: tl.constexpr):
     else:
         word = tl.load(words_ptr + unit, mask=inside, other=0)
         return word[:, None] >> (tl.arange(0, 32 // BITS) * BITS)[None, :] & (2**BITS - 1)
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Yields the configurations for the compile gate: all widths of codes and scales, in blocks of usual sizes."""
-    pointers = {"codes_ptr": "*i32", "scales_ptr": "*i32", "offset_ptr": "*fp32", "levels_ptr": "*fp32"}
-    for bits, scale_bits, block in ((2, 2, 16), (3, 3, 32), (4, 4, 64), (8, 8, 64)):
-        for dtype in (torch.float32, torch.bfloat16):
-            yield CompileSpec(
-                f"nf_dequantize[{bits} bits, scales of {scale_bits}, {str(dtype).removeprefix('torch.')}]",
-                _dequantize,
-                {**pointers, "group_scales_ptr": "*bf16", "out_ptr": POINTERS[dtype], "count": "i32"},
-                {"BITS": bits, "SCALE_BITS": scale_bits, "BLOCK": block, "GROUP": 256, "VALUES": VALUES},
-                num_warps=NUM_WARPS,
-                loads_matrix=False,
-            )

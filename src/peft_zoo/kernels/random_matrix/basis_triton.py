@@ -5,13 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from peft_zoo.kernels.base.triton_helpers import CompileSpec
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 8, 32, 4
 """Rows and Philox counters (16 entries each) per program, and its warps; not tuned on a GPU yet."""
@@ -69,18 +65,3 @@ def _fill(
 @triton.jit
 def _code(byte, k):
     return 1 + (byte >= (256 - k).to(tl.uint32)).to(tl.uint32) - (byte < k.to(tl.uint32)).to(tl.uint32)
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Yields the configurations for the compile gate."""
-    signature = {"store_ptr": "*u8", "seed": "i64"}
-    signature |= dict.fromkeys(("rows", "columns", "matrix", "k", "first_row"), "i32")
-    for ternary in (False, True):
-        yield CompileSpec(
-            f"fill_basis[{'ternary' if ternary else 'uniform'}]",
-            _fill,
-            signature,
-            {"TERNARY": ternary, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
-            num_warps=NUM_WARPS,
-            loads_matrix=False,
-        )

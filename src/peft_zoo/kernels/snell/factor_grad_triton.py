@@ -10,7 +10,6 @@ rows and columns exchanged, because distances and products are symmetric. There 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,18 +25,15 @@ from peft_zoo.kernels.base.tiles_triton import (
     SIGMOID,
     Factors,
     combine,
-    constants,
     coordinates,
-    factor_signature,
     launch,
     mix,
     multiplier_tile,
     pair_tiles,
     softmax_tile,
     split_count,
-    variants,
 )
-from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, widen
+from peft_zoo.kernels.base.triton_helpers import widen
 from peft_zoo.kernels.snell.tiles import finish_gradients
 
 BLOCK_COLUMNS = 16
@@ -289,34 +285,3 @@ def _row_products(
         P = softmax_tile(K, params_ptr, lse_ptr, r, c, n_rows, n_columns, True)
         total += tl.sum(dM * multiplier_tile(mix(K, P, params_ptr), tl.load(threshold_ptr), MODE) * P, 1)
     tl.store(partial_ptr + tl.program_id(1) * n_rows + r, total, mask=r < n_rows)
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Configurations for the compile gate: both orientations of dM, which may have 16 bits, and every kernel."""
-    integers = dict.fromkeys(("stride_r", "stride_c", "tiles_per_split"), "i32")
-    cases = [(name, torch.bfloat16, chosen, 1) for name, chosen in variants()]
-    cases += [("float32", torch.float32, constants(1), 1), ("float16", torch.float16, constants(1), 1)]
-    cases += [("r=8", torch.bfloat16, constants(1, rank=4), 1), ("r=128", torch.bfloat16, constants(1, rank=64), 1)]
-    cases += [("mix_k, r=64", dtype, constants(1, 2, True, 2, 32), 1) for dtype in (torch.bfloat16, torch.float32)]
-    cases += [("soft", torch.bfloat16, constants(1), 4), ("none", torch.bfloat16, constants(1), 0)]
-    for name, dtype, shared, mode in cases:
-        name = name if dtype == torch.bfloat16 or name.startswith("float") else f"{name}, {POINTERS[dtype][1:]}"
-        signature = factor_signature("dm_ptr") | {"dm_ptr": POINTERS[dtype]}
-        pointers = ("own_ptr", "other_ptr", "rho_ptr", "threshold_ptr", "partial_ptr", "sums_ptr")
-        for inputs, unit in ((True, "stride_r"), (False, "stride_c")):
-            yield CompileSpec(
-                f"factor_grad[{name}, {'A' if inputs else 'B'}]",
-                _factor_grad,
-                signature | dict.fromkeys(pointers, "*fp32") | integers,
-                _constants(shared, mode, inputs),
-                has_dot=shared["NORM"] == 2,
-                unit_strides=(unit,),
-            )
-        if shared["MIX"]:
-            yield CompileSpec(
-                f"row_products[{name}]",
-                _row_products,
-                signature | dict.fromkeys(("threshold_ptr", "partial_ptr"), "*fp32") | integers,
-                _row_constants(shared, mode),
-                unit_strides=("stride_r",),
-            )

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,14 +16,11 @@ from peft_zoo.kernels.base.tiles_triton import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     Factors,
-    constants,
-    factor_signature,
     kernel_tile,
     launch,
     sparse_tile,
-    variants,
 )
-from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, narrow, widen
+from peft_zoo.kernels.base.triton_helpers import narrow, widen
 from peft_zoo.kernels.snell.weight import MergeArguments, with_spec
 from peft_zoo.kernels.sparse.threshold import KEEP_ALL
 from peft_zoo.kernels.sparse.threshold_triton import MatrixSource, select
@@ -102,19 +97,3 @@ def _merge(
     if HAS_BASE:
         S += widen(tl.load(base_ptr + rows * stride_r + c.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0))
     tl.store(merged_ptr + rows * n_columns + c[None, :], narrow(S, merged_ptr.dtype.element_ty), mask=inside)
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Configurations for the compile gate: every kernel in the default mode, every mode of the default kernel."""
-    plain = constants(1)
-    cases = [(name, torch.bfloat16, chosen, 1, True) for name, chosen in variants()]
-    cases += [("sparsify none", torch.bfloat16, plain, 0, True), ("product", torch.bfloat16, plain, 2, True)]
-    cases += [("hard", torch.bfloat16, plain, 3, True), ("soft", torch.bfloat16, plain, 4, True)]
-    cases += [("alone", torch.bfloat16, plain, 1, False), ("float16", torch.float16, plain, 1, True)]
-    cases += [("float32", torch.float32, plain, 1, True), ("r=8", torch.bfloat16, constants(1, rank=4), 1, True)]
-    cases += [("r=128", torch.bfloat16, constants(1, rank=64), 1, True)]
-    for name, dtype, shared, mode, has_base in cases:
-        pointers = dict.fromkeys(("merged_ptr", "base_ptr"), POINTERS[dtype]) | {"threshold_ptr": "*fp32"}
-        signature = factor_signature("w_ptr") | pointers | dict.fromkeys(("stride_r", "stride_c"), "i32")
-        chosen = {**shared, "MODE": mode, "HAS_BASE": has_base}
-        yield CompileSpec(f"kernelized_merge[{name}]", _merge, signature, chosen, unit_strides=("stride_c",))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec, narrow, widen
+from peft_zoo.kernels.base.triton_helpers import narrow, widen
 
 BLOCK, NUM_WARPS = 2048, 4
 """16 elements a thread, which are two loads of 16 bytes of a 16-bit weight; not tuned on a GPU yet."""
@@ -198,59 +197,3 @@ def _key(score):
 def _comes_before(other, i, key, place):
     """Computes 1 where the entry `other` at index `i` of its group comes before `key` at index `place`, else 0."""
     return ((other > key) | ((other == key) & (i < place))).to(tl.int32)
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Configurations for the compile gate."""
-    strides = [f"{t}_stride_{d}" for t in ("out", "weight", "mask", "score") for d in "mn"]
-    integers = dict.fromkeys(["rows", "columns", *strides], "i32")
-    unit = tuple(s for s in strides if s.endswith("n"))
-    for weight, out, by, flat in (
-        (torch.bfloat16, torch.bfloat16, "mask", True),
-        (torch.bfloat16, torch.bfloat16, "mask", False),
-        (torch.float32, torch.bfloat16, "mask", True),
-        (torch.float32, torch.float32, "mask", True),
-        (torch.float16, torch.float16, "threshold", True),
-        (torch.float32, torch.float32, "threshold", True),
-        (torch.float32, torch.float32, "score threshold", True),
-        (torch.bfloat16, None, "threshold", True),
-        (torch.float32, None, "threshold", True),
-    ):
-        target = "mask" if out is None else POINTERS[out][1:]
-        pointers = {"out_ptr": "*u8" if out is None else POINTERS[out], "weight_ptr": POINTERS[weight]}
-        optional = {"mask_ptr": "*u8", "score_ptr": POINTERS[weight], "threshold_ptr": "*fp32"}
-        given = {name: kind for name, kind in optional.items() if name[:-4] in by.split()}
-        yield CompileSpec(
-            f"mask_weight[{POINTERS[weight][1:]} to {target} by {by}{'' if flat else ', two layouts'}]",
-            _select,
-            pointers | given | integers,
-            dict.fromkeys(optional.keys() - given.keys()) | _tile(1 if flat else 2),
-            num_warps=NUM_WARPS,
-            unit_strides=(*unit, "rows") if flat else unit,
-        )
-    yield from _rank_specs()
-
-
-def _rank_specs() -> Iterator[CompileSpec]:
-    strides = [f"{t}_stride_{d}" for t in ("out", "score") for d in "ajc"]
-    integers = dict.fromkeys(["count", "kept", "groups_along", "behind", *strides], "i32")
-    for dtype, m, flat in (
-        (torch.bfloat16, 4, True),
-        (torch.bfloat16, 4, False),
-        (torch.float32, 4, True),
-        (torch.float32, 8, True),
-        (torch.bfloat16, 8, True),
-        (torch.bfloat16, 16, True),
-        (torch.float32, 32, True),
-        (torch.bfloat16, 32, True),
-        (torch.float32, 8, False),
-        (torch.bfloat16, 32, False),
-    ):
-        yield CompileSpec(
-            f"n_m_mask[{POINTERS[dtype][1:]}, m={m}{'' if flat else ', groups across'}]",
-            _rank,
-            {"out_ptr": "*u8", "score_ptr": POINTERS[dtype]} | integers,
-            {"M": m, "FLAT": flat, "BLOCK": (BLOCK if flat else BLOCK_ACROSS) // m},
-            num_warps=NUM_WARPS,
-            unit_strides=("out_stride_j", "score_stride_j", "behind") if flat else ("out_stride_c", "score_stride_c"),
-        )

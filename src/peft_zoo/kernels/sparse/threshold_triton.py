@@ -11,7 +11,6 @@ whether the warm start has already found the threshold, in which case the passes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,12 +25,9 @@ from peft_zoo.kernels.base.tiles_triton import (
     PROGRAMS,
     Factors,
     constants,
-    factor_signature,
     kernel_tile,
     launch,
-    variants,
 )
-from peft_zoo.kernels.base.triton_helpers import POINTERS, CompileSpec
 from peft_zoo.kernels.sparse.threshold import WARM_BITS, WARM_ELEMENTS
 
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # shift and width
@@ -200,27 +196,3 @@ def _count_near(
             one = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), 1, tl.int64)
             tl.atomic_add(table_ptr + 1 + place, one, mask=near, sem="relaxed")
         tl.atomic_add(table_ptr, tl.sum(below).to(tl.int64), sem="relaxed")
-
-
-def compile_specs() -> Iterator[CompileSpec]:
-    """Configurations for the compile gate."""
-    signature = factor_signature("w_ptr") | dict.fromkeys(("stride_r", "stride_c"), "i32") | {"table_ptr": "*i64"}
-    count, near = signature | {"state_ptr": "*i64"}, signature | {"last_ptr": "*fp32"}
-    unit = ("stride_c",)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        given = {"w_ptr": POINTERS[dtype]}
-        name = f"given {POINTERS[dtype][1:]}"
-        yield CompileSpec(
-            f"count[{name}]", _count, count | given, constants(GIVEN.value) | _first(), _COUNT_WARPS, unit_strides=unit
-        )
-        warm = constants(GIVEN.value) | {"BITS": WARM_BITS}
-        yield CompileSpec(f"count_near[{name}]", _count_near, near | given, warm, unit_strides=unit)
-    for name, chosen in (*variants(), ("piecewise_linear, r=128", constants(1, rank=64))):
-        yield CompileSpec(f"count[{name}]", _count, count, chosen | _first(), _COUNT_WARPS, loads_matrix=False)
-        yield CompileSpec(f"count_near[{name}]", _count_near, near, chosen | {"BITS": WARM_BITS})
-    tables = {"table_ptr": "*i64", "state_ptr": "*i64", "threshold_ptr": "*fp32"}
-    yield CompileSpec("narrow", _narrow, tables, _first())
-
-
-def _first() -> dict[str, int]:
-    return {"SHIFT": _DIGITS[0][0], "BINS": 1 << _DIGITS[0][1]}

@@ -25,9 +25,7 @@ import io
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
-import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -39,13 +37,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
-from peft_zoo import kernels
 
 if TYPE_CHECKING:
-    from peft_zoo.kernels.base.triton_helpers import CompileSpec
+    from benchmarks.compile_gate.spec import CompileSpec
 
 TABLE = common.RESULTS / "compile.json"
 CAPABILITIES = (80, 90, 100)
+FAMILIES = ("lora", "normal_float", "random_matrix", "snell", "sparse")  # modules of this package
 KIB = 1024
 
 
@@ -247,17 +245,16 @@ def _add_code(function: Any, code: dict[str, str]) -> None:
 
 @functools.cache
 def configurations() -> dict[str, CompileSpec]:
-    """Collects the configurations of all Triton modules of `peft_zoo.kernels`, by name.
+    """Collects the configurations of all families, by name.
 
     Raises:
         ValueError: If two configurations have one name.
     """
     found: dict[str, CompileSpec] = {}
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        module = importlib.import_module(info.name) if info.name.endswith("_triton") else None
-        for spec in getattr(module, "compile_specs", list)():  # some modules only launch kernels of others
-            if found.get(spec.name, spec) != spec:
-                raise ValueError(f"{info.name}: a second configuration is named {spec.name!r}; give it another name.")
+    for family in FAMILIES:
+        for spec in importlib.import_module(f"benchmarks.compile_gate.{family}").compile_specs():
+            if spec.name in found:
+                raise ValueError(f"{family}: a second configuration is named {spec.name!r}; give it another name.")
             found[spec.name] = spec
     return found
 
@@ -398,7 +395,3 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="number of processes that compile (default 2)")
     parser.add_argument("--table", type=Path, default=TABLE, help="path of the saved table")
     return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

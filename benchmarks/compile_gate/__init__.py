@@ -1,0 +1,1 @@
+"""Compiles every Triton kernel without a GPU and checks registers, spills, shared memory and loads."""
