@@ -226,7 +226,7 @@ def test_bad_options(field: str, value: Any) -> None:
 
 
 def test_a_block_of_the_wrong_shape() -> None:
-    with pytest.raises(ValueError, match=r"block has the shape \(3, 2\); it must be \(6, l\)"):
+    with pytest.raises(ValueError, match=r"block has .*\(3, 2\)"):
         randomized_svd(torch.randn(4, 6), 2, block=torch.randn(3, 2))
 
 

@@ -126,3 +126,14 @@ def test_bad_arguments() -> None:
 
 def replace_bits(config: NFConfig, bits: int) -> NFConfig:
     return config._replace(bits=bits)
+
+
+def test_the_dynamic_solver_wins_where_greedy_steps_are_coarse() -> None:
+    """Of two matrices the budget improves one: greedy takes the better ratio, dynamic programming the better sum."""
+    small = BitChoice(CONFIGS[0], 0, 20, 9.0), BitChoice(CONFIGS[0], 0, 30, 4.0)
+    large = BitChoice(CONFIGS[0], 0, 20, 9.0), BitChoice(CONFIGS[0], 0, 60, 1.0)
+    errors = {}
+    for solver in ("greedy", "dynamic"):
+        plan, _ = plan_bits({"small": small, "large": large}, 8.0, 10, solver)  # type: ignore[arg-type]
+        errors[solver] = sum(choice.error for choice in plan.values())
+    assert errors == {"greedy": 13.0, "dynamic": 10.0}
