@@ -1,1 +1,1 @@
-"""LQ-LoRA's operators and decompositions beside their peers."""
+"""Benchmarks of LQ-LoRA's decomposition, budget and operators, compared with other libraries."""

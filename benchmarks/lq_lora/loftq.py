@@ -1,4 +1,4 @@
-"""peft's LoftQ on a machine without a GPU, for the benchmarks that LQ-LoRA is compared in."""
+"""Runs peft's LoftQ on a machine without a GPU, for comparison with LQ-LoRA."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 BITS = 4 + 32 / 64
-"""Of a number in the base that LoftQ counts on: NF4 in blocks of 64, each with a scale in float32. peft itself leaves
-the base as it was, 16 or 32 bits a number, with rounded values."""
+"""Bits per weight of the base that LoftQ assumes: NF4 in blocks of 64, each with a scale in float32. peft itself keeps
+the rounded base in 16 or 32 bits per weight."""
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """Whoever asks for the device "cuda" gets the CPU."""
+    """Replaces the device "cuda" by the CPU in calls of torch functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {name: _moved(value) for name, value in (kwargs or {}).items()}
@@ -29,11 +29,11 @@ def _moved(value: Any) -> Any:
 
 @contextlib.contextmanager
 def loftq_anywhere() -> Iterator[None]:
-    """Lets `peft.utils.loftq_utils.loftq_init` run where there is no GPU.
+    """Lets `peft.utils.loftq_utils.loftq_init` run without a GPU, in the block.
 
-    It moves the weight to "cuda" by name, although everything it does, bitsandbytes' NF4 and an SVD, runs on a CPU too.
-    So here that name stands for the CPU, where torch has no GPU. Nothing else is changed: the figures are those of
-    peft's own code, and its times are what the same operations take on this machine.
+    It moves the weight to "cuda" by name, although its operations, bitsandbytes' NF4 and an SVD, run on a CPU too. In
+    the block that name means the CPU if torch has no GPU. Nothing else changes: results and times are those of peft's
+    code on this machine.
     """
     with contextlib.nullcontext() if torch.cuda.is_available() else _CpuForCuda():
         yield

@@ -1,4 +1,4 @@
-"""The first part of `benchmarks.lq_lora.suite`: bits for the matrices of a large model, by `plan_bits` and by HiGHS."""
+"""First part of `benchmarks.lq_lora.suite`: bit budgets of a large model, solved by `plan_bits` and by HiGHS."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, dequantiz
 from peft_zoo.kernels.planning.bits import GRIDS, BitChoice, MatrixErrors, plan_bits
 
 Row = dict[str, Any]
-WAYS = GRIDS["full432"]
+CONFIGS = GRIDS["full432"]
 BUDGETS = (2.5, 2.75, 3.0, 4.0)
 SECONDS_GOAL, GAP_GOAL = 0.3, 0.02
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is; by default LLaMA-2-7B and one of its square matrices.
+    """Sizes of the benchmark; by default LLaMA-2-7B and one of its square matrices.
 
     Attributes:
-        layers: Of the model whose bits are planned, seven matrices each.
-        sample: Values that each way to quantize is tried on.
+        layers: Layers of the model whose bits are planned, with seven matrices each.
+        sample: Number of values that each quantization config is measured on.
         size: Rows and columns of the matrix that is decomposed.
-        rank: Of its part of low rank.
+        rank: Rank of its low-rank part.
     """
 
     layers: int = 32
@@ -48,19 +48,19 @@ QUICK = Sizes(layers=2, sample=2**11, size=256, rank=16)
 
 
 def definition(tensor: NFTensor, config: NFConfig, shape: Sequence[int]) -> Tensor:
-    """What a quantized matrix stands for, not by the code that is timed."""
+    """Dequantizes a matrix by the reference implementation, not by the code that is timed."""
     return dequantize_operator.reference(*tensor, *config.integers, math.prod(shape), torch.float32).view(shape)
 
 
 def shapes(sizes: Sizes) -> dict[str, tuple[int, int]]:
-    """Of every matrix of LLaMA-2-7B, or of fewer layers of it."""
+    """Returns the shapes of the matrices of LLaMA-2-7B, or of some of its layers, by name."""
     return squeeze_files.Sizes(layers=sizes.layers).shapes()
 
 
 def synthetic_tables(sizes: Sizes, configs: Sequence[NFConfig]) -> dict[str, MatrixErrors]:
-    """A table like that of LLaMA-2-7B: each matrix between a normal and a heavy-tailed one, at a scale of its own.
+    """Returns error tables like those of LLaMA-2-7B: each matrix is between a normal and a heavy-tailed one, scaled.
 
-    The errors of every way are measured on a sample of either kind; those of a real model would take hours.
+    Errors are measured on a sample of either distribution; those of a real model would take hours.
     """
     normal, heavy = (_shares(values, configs) for values in _samples(sizes.sample))
     random, tables = np.random.default_rng(0), {}
@@ -74,21 +74,21 @@ def synthetic_tables(sizes: Sizes, configs: Sequence[NFConfig]) -> dict[str, Mat
 
 
 def _samples(count: int) -> tuple[Tensor, Tensor]:
-    """Values of a normal distribution, and of Student's with four degrees of freedom."""
+    """Returns values of a normal distribution, and of Student's with four degrees of freedom."""
     generator = torch.Generator().manual_seed(0)
     normal, *others = torch.randn(6, count, generator=generator)
     return normal, others[0] / torch.stack(others[1:]).square().mean(0).sqrt()
 
 
 def _shares(values: Tensor, configs: Sequence[NFConfig]) -> Any:
-    """The squared error of every way, as a share of the values' square."""
+    """Returns the relative squared error of every quantization config."""
     restored = (definition(quantize(values, config), config, values.shape) for config in configs)
     return np.array([((values - r).norm() / values.norm()).item() ** 2 for r in restored])
 
 
 def measure_plans(sizes: Sizes, repeats: int, highs_seconds: float) -> list[Row]:
-    """A row for each budget: ours, and HiGHS unless it has no time or is not installed."""
-    tables = synthetic_tables(sizes, WAYS)
+    """Measures a row for each budget: `plan_bits`, and HiGHS unless its time is 0 or scipy is missing."""
+    tables = synthetic_tables(sizes, CONFIGS)
     num_weights = sum(math.prod(shape) for shape in shapes(sizes).values())
     rows = []
     for budget in BUDGETS:
@@ -120,9 +120,9 @@ def wrong_plan(
     budget: float,
     said: tuple[float, float],
 ) -> str | None:
-    """What is wrong with a plan, or None; `said` are its error and its lower bound as the allocator gives them."""
+    """Returns what is wrong with a plan, or None; `said` is the allocator's error and lower bound."""
     if choices.keys() != tables.keys() or any(choice not in tables[name] for name, choice in choices.items()):
-        return "it has not one of its choices for every matrix"
+        return "it lacks a valid choice for every matrix"
     if _bits(choices) > budget:
         return f"it costs {_bits(choices)} bits, {budget:.0f} are allowed"
     if not math.isclose(error, said[0], rel_tol=1e-9):
@@ -135,7 +135,7 @@ def wrong_plan(
 def highs(
     tables: Mapping[str, MatrixErrors], budget: float, num_weights: int, bound: float, seconds: float
 ) -> dict[str, Any]:
-    """The plan of scipy's HiGHS, which has so many seconds; a binary variable for every choice."""
+    """Measures scipy's HiGHS with a time limit in seconds; it has a binary variable for every choice."""
     import scipy.optimize
     import scipy.sparse
 

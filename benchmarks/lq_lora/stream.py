@@ -1,12 +1,11 @@
-"""A checkpoint larger than what is allowed in memory, quantized from its files, killed on the way and begun again.
+"""Quantizes a checkpoint larger than the allowed memory from its files, with one kill and a restart on the way.
 
     python -m benchmarks.lq_lora.stream                 3.2 GB of weights in bfloat16; minutes to an hour
     python -m benchmarks.lq_lora.stream --quick         20 MB, in seconds; writes nothing
 
-The checkpoint is a Llama of random weights in shards, of the sizes of one with 1B but for untied embeddings. A process
-quantizes it and is killed when a third is done; a second one does the rest. The peak of its resident memory, above what
-it had when everything was imported, may be eight copies of the largest quantized matrix in float32; what is packed is
-on disk. The result is loaded and has to run.
+The checkpoint is a Llama of random weights in shards, with the sizes of the 1B model but untied embeddings. A process
+quantizes a third of it and is killed; a second one does the rest. Its peak memory may exceed that after the imports
+by eight copies of the largest quantized matrix in float32; packed weights are on disk. The result is loaded and run.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from peft_zoo.io.checkpoint import write_shards
 
 SIZES = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
 QUICK = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
-COPIES = 8  # of the largest matrix in float32: the goal
+COPIES = 8  # goal: copies of the largest matrix in float32
 SHARD = 5 * 10**8  # bytes
 
 CHILD = """
 import json, re, sys
 from peft_zoo import LqLoraConfig
-from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint
+from peft_zoo.lq_lora import quantize_checkpoint
 import transformers.models.llama.modeling_llama
 
 def memory(field):
@@ -58,7 +57,7 @@ print(json.dumps({"above": memory("VmHWM") - before, "matrices": len(rows)}))
 
 
 def make_checkpoint(folder: Path, sizes: dict[str, int]) -> tuple[int, int]:
-    """Write a Llama of random weights; bytes of it, and numbers of its largest linear layer."""
+    """Writes a Llama of random weights; returns its bytes, and the number of weights of its largest linear layer."""
     config = LlamaConfig(**sizes, num_attention_heads=16, dtype="bfloat16", tie_word_embeddings=False)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -79,13 +78,13 @@ def make_checkpoint(folder: Path, sizes: dict[str, int]) -> tuple[int, int]:
 
 
 def start(folder: Path, out: Path, fields: dict[str, Any]) -> subprocess.Popen[str]:
-    """Quantize in a process of its own."""
+    """Starts a process that quantizes the checkpoint."""
     words = [sys.executable, "-c", CHILD, str(folder), str(out), json.dumps(fields)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
 
 def lines(process: subprocess.Popen[str]) -> list[str]:
-    """What a process says until it ends.
+    """Returns the lines that a process prints until it ends.
 
     Raises:
         RuntimeError: If it fails.
@@ -97,7 +96,7 @@ def lines(process: subprocess.Popen[str]) -> list[str]:
 
 
 def measure(sizes: dict[str, int], fields: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Quantize, be killed, go on, load."""
+    """Quantizes with a kill and a restart, loads the result, and returns the measurements."""
     total, largest = make_checkpoint(work / "model", sizes)
     matrices = 7 * sizes["num_hidden_layers"]
     began = time.perf_counter()
@@ -131,11 +130,11 @@ def measure(sizes: dict[str, int], fields: dict[str, Any], work: Path) -> dict[s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="toy sizes; writes nothing")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--iterations", type=int, default=2, help="of the decomposition, at most")
+    parser.add_argument("--iterations", type=int, default=2, help="iterations of the decomposition (default 2)")
     options = parser.parse_args(arguments)
     fields = {"r": options.rank, "num_iterations": options.iterations, "target_modules": "all-linear"}
     with tempfile.TemporaryDirectory() as work:

@@ -1,20 +1,20 @@
-"""What quantizing costs a language model, and what a short fine-tune of an adapter gets back: LQ-LoRA beside others.
+"""Measures the perplexity of quantized language models before and after a short fine-tune: LQ-LoRA and other methods.
 
     python -m benchmarks.lq_lora.study --dtype bfloat16 --eval-size 16 --rates 0.0001,0.0003,0.001,0.003,0.01
 
 SmolLM2-135M learns the worked answers of GSM8K (the excerpt that ships with the package), scored by perplexity on
 held-out problems, before the first step and after the last. Every recipe has rank 16 and scale 1 on all linear layers:
 
-    LoRA               on the base as it is; `--dtype bfloat16` for one of 16 bits
+    LoRA               on the unquantized base; `--dtype bfloat16` for 16 bits
     QLoRA 4.13         on bitsandbytes' NF4 with quantized scales, B = 0: before tuning it is plain NF4
-    LoftQ 4.5          peft's, one iteration, NF4 with scales in float32; the base is computed with dequantized
-    LQ-LoRA 4.13       every matrix as in QLoRA (`qconfig="nf4"`), and A and B from the decomposition
-    LQ-LoRA 4 to 2.5   a budget of so many bits
-    LQ-LoRA (fitted)   losses weighted by the Fisher information of 128 sequences of the training split, and levels
-                       fitted to every matrix
+    LoftQ 4.5          peft's, one iteration, NF4 with scales in float32; the base is used dequantized
+    LQ-LoRA 4.13       every weight as in QLoRA (`qconfig="nf4"`), and A and B from the decomposition
+    LQ-LoRA 4 to 2.5   a bit budget
+    LQ-LoRA (fitted)   errors weighted by the Fisher information of 128 sequences of the training split, and levels
+                       fitted to every weight
 
-Bits are those of a number in the base. LQ-LoRA's decomposition depends on neither rate nor seed. So a recipe's first
-run makes it and saves it, and the others load it, as users do; only the first run has its time.
+Bits are per weight of the base. LQ-LoRA's decomposition depends on neither rate nor seed, so a recipe's first run saves
+it and the others load it; only the first run includes its time.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ LOFTQ = {"init_lora_weights": "loftq", "loftq_config": json.dumps({"loftq_bits":
 
 
 def qlora(task: Task, base: Any) -> Any:
-    """LoRA on the base in bitsandbytes' NF4 with quantized scales."""
+    """Adds a LoRA to the base in bitsandbytes' NF4 with quantized scales."""
     quantize_nf4(base)
     return adapt(task, base)
 
 
 def quantize_nf4(model: Any) -> None:
-    """Replace every linear layer but the last by a `Linear4bit`, as transformers does where a model is loaded so."""
+    """Replaces every linear layer but the last by a `Linear4bit`, as transformers does when it loads in 4 bits."""
     head, dtype = model.get_output_embeddings(), next(model.parameters()).dtype
     for name, module in [*model.named_modules()]:
         if type(module) is nn.Linear and module is not head:
@@ -71,13 +71,13 @@ def _linear_nf4(linear: nn.Linear, dtype: Any) -> nn.Module:
     found: Any = bitsandbytes.nn.Linear4bit(*shape, bias=linear.bias is not None, **options)
     found.load_state_dict(linear.state_dict())
     found = found.to(linear.weight.device)  # quantizes
-    # Scored before it is trained, it would be packed for a product without a gradient, and stay so.
+    # Otherwise scoring before training would pack it permanently for products without a gradient.
     found.support_avx512bf16_for_cpu = False
     return found
 
 
 def loftq(task: Task, base: Any) -> Any:
-    """peft's LoftQ, with or without a GPU."""
+    """Adds a LoRA that is initialized by peft's LoftQ, with or without a GPU."""
     with loftq_anywhere():
         return adapt(task, base)
 
@@ -86,7 +86,7 @@ def loftq(task: Task, base: Any) -> Any:
 
 
 def once(make: Callable[[Task, Any], Any], task: Task, base: Any) -> Any:
-    """What `make` makes of a base, from a file from the second time on."""
+    """Returns the adapted model of `make`, loaded from a file from the second call on."""
     known = make.__name__, task.settings.model, str(base.dtype), sorted(task.settings.options.items())
     name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     folder = Path(task.settings.output) / "decomposed" / name
@@ -101,8 +101,8 @@ def once(make: Callable[[Task, Any], Any], task: Task, base: Any) -> Any:
     return model
 
 
-def weighed(task: Task, base: Any) -> Any:
-    """LQ-LoRA with weights from the texts that it is going to be trained on."""
+def weighted(task: Task, base: Any) -> Any:
+    """Adapts with LQ-LoRA and importance weights from the training texts."""
     settings = task.settings
     defaults = task.adapter_defaults(base)
     config: Any = build_config(str(settings.method), settings.options, defaults, settings.require("steps", ""))
@@ -112,10 +112,10 @@ def weighed(task: Task, base: Any) -> Any:
     return adapt(task, base)
 
 
-ONCE, WEIGHED = functools.partial(once, adapt), functools.partial(once, weighed)
+ONCE, WEIGHTED = functools.partial(once, adapt), functools.partial(once, weighted)
 RATES, MIDDLE, LOW = (0.0001, 0.0003, 0.001, 0.003, 0.01), (0.0003, 0.001, 0.003), (0.0001, 0.0003, 0.001)
-"""Of LQ-LoRA, whose factors are large from the start: all are tried at 4.13 bits, the middle ones with budgets, the
-low ones where losses are weighted."""
+"""Learning rates of LQ-LoRA, whose factors are large from the start: all at 4.13 bits, the middle ones with budgets,
+the low ones with weighted errors."""
 
 BUDGETS = "4", "3", "2.75", "2.5"
 FITTED = {"weighting": "fisher", "codebook": "lloyd"}
@@ -126,9 +126,9 @@ RECIPES = {
     "LoftQ 4.5": Recipe("lora", {**LORA, **LOFTQ}, adapt=loftq),
     "LQ-LoRA 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4"}, RATES, adapt=ONCE),
     **{f"LQ-LoRA {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits}, MIDDLE, adapt=ONCE) for bits in BUDGETS},
-    "LQ-LoRA (fitted) 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4", **FITTED}, LOW, adapt=WEIGHED),
+    "LQ-LoRA (fitted) 4.13": Recipe("lq_lora", {**LORA, "qconfig": "nf4", **FITTED}, LOW, adapt=WEIGHTED),
     **{
-        f"LQ-LoRA (fitted) {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits, **FITTED}, LOW, adapt=WEIGHED)
+        f"LQ-LoRA (fitted) {bits}": Recipe("lq_lora", {**LORA, "budget_bits": bits, **FITTED}, LOW, adapt=WEIGHTED)
         for bits in BUDGETS[1:]
     },
 }

@@ -1,13 +1,13 @@
-"""LQ-LoRA's parts: the knapsack of bits, the decomposition beside LoftQ and bitsandbytes, and the table of a matrix.
+"""Measures LQ-LoRA's bit budgets, its decomposition, compared with LoftQ and bitsandbytes, and an error table.
 
     python -m benchmarks.lq_lora               measure, print, write benchmarks/results/lq_lora_<device>.json
     python -m benchmarks.lq_lora --quick       the same at toy sizes, in seconds; writes nothing
 
-On a GPU also decoding: a product with a packed weight, and restoring it, as `benchmarks.kernels.suite` measures them.
+On a GPU also dequantization and products with a packed weight, as `benchmarks.kernels.suite` measures them.
 
-A result is only timed after it was found right: a plan must keep to its budget and be worth what it says, and the error
-of a decomposition is computed anew, in float64, from the definition of its parts. If one is wrong, its row has no
-number, nothing is saved and the exit status is 1. What has one run had no other before it.
+Every result is checked before it is timed: a plan must keep its budget and have the error that it states, and the error
+of a decomposition is computed again in float64 from the definition of its parts. If one is wrong, its row has no
+measurement, nothing is saved and the exit status is 1. Rows with one run include its warm-up.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from peft_zoo.kernels.normal_float.quantize import NFConfig, packed_bits
 from peft_zoo.kernels.planning.bits import GRIDS, MatrixErrors, matrix_errors
 
 SLOW = 5.0
-"""What takes so many seconds is run once: a second run would say the same."""
+"""Seconds from which a method is run once only."""
 NF4 = NFConfig(4, 8, "fp32", 64, 256)
 GRID = "default60"
 TOKENS = (32,)
-"""Of the product, besides the one token that `benchmarks.kernels.suite` has."""
+"""Numbers of tokens of the product, in addition to the single token of `benchmarks.kernels.suite`."""
 
 
 # ---- one matrix ----
 
 
 def spectral_matrix(size: int, device: torch.device) -> Tensor:
-    """Singular values as those of a language model fall, i^-0.6, random directions, and eight columns of outliers."""
+    """Returns a matrix with singular values i^-0.6, like a language model's, random directions and outlier columns."""
     generator = torch.Generator(device).manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(size, size, generator=generator, device=device)).Q for _ in range(2))
     W = U * torch.arange(1, size + 1, device=device) ** -0.6 @ V.mT
@@ -60,14 +60,14 @@ def spectral_matrix(size: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """W ~ Q + B A of a method.
+    """Parts of a method's decomposition W ~ Q + B A.
 
     Attributes:
-        Q: Restored.
-        factors: B and A, if it has them.
-        bits: Of a number in Q as it is stored.
-        error: What the method says of itself, if it does.
-        iterations: How many it made.
+        Q: Dequantized matrix.
+        factors: B and A; None if the method has none.
+        bits: Bits per weight of Q as stored.
+        error: Relative error that the method states; None if it states none.
+        iterations: Number of iterations.
     """
 
     Q: Tensor
@@ -77,7 +77,7 @@ class Parts:
     iterations: int = 1
 
     def measured(self, W: Tensor) -> float:
-        """The relative error in float64."""
+        """Returns the relative error, computed in float64."""
         rest = W.double() - self.Q.double()
         if self.factors is not None:
             rest -= self.factors[0].double() @ self.factors[1].double()
@@ -86,11 +86,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize a matrix.
+    """A quantization method.
 
     Attributes:
-        run: What is timed, of the matrix and the rank.
-        read: Its result as parts, not timed.
+        run: Timed function of the matrix and the rank.
+        read: Function of the matrix and the result that returns its parts; not timed.
     """
 
     run: Callable[[Tensor, int], Any]
@@ -103,7 +103,7 @@ def _ours(iterations: int, **options: Any) -> Callable[[Tensor, int], Any]:
 
 
 def _read_ours(W: Tensor, found: Any) -> Parts:
-    stored = found.Q[:3]  # without what all matrices of a size have, as below
+    stored = found.Q[:3]  # without tables that all matrices of a size share, as below
     bits = 8 * sum(tensor.nbytes for tensor in stored) / W.numel()
     return Parts(definition(found.Q, NF4, W.shape), (found.B, found.A), bits, found.error, found.iterations)
 
@@ -148,12 +148,12 @@ PEERS = {
 
 
 def methods() -> dict[str, Method]:
-    """Ours, and those of others that are installed."""
+    """Returns our methods, and those of bitsandbytes and peft if they are installed."""
     return {**METHODS, **(PEERS if importlib.util.find_spec("bitsandbytes") else {})}
 
 
 def wrong_parts(parts: Parts, measured: float, plain: float | None) -> str | None:
-    """What is wrong with a decomposition, or None; `plain` is the error without a part of low rank."""
+    """Returns what is wrong with a decomposition, or None; `plain` is the error without a low-rank part."""
     if parts.error is not None and not math.isclose(parts.error, measured, rel_tol=1e-3):
         return f"it says its relative error is {parts.error:.4g}, but it is {measured:.4g}"
     most = 0.5 if plain is None else 1.05 * plain  # bitsandbytes rounds its scales by another rule
@@ -161,7 +161,7 @@ def wrong_parts(parts: Parts, measured: float, plain: float | None) -> str | Non
 
 
 def measure_splits(W: Tensor, rank: int, repeats: int) -> list[Row]:
-    """A row for each method on one matrix. Those that are not slow are run again and take turns."""
+    """Measures a row for each method on one matrix; those that are not slow are repeated in turn."""
     rows: dict[str, Row] = {}
     steps: dict[str, common.Step] = {}
     for name, method in methods().items():
@@ -186,14 +186,14 @@ def measure_splits(W: Tensor, rank: int, repeats: int) -> list[Row]:
 
 
 def _once(step: common.Step, device: torch.device) -> tuple[float, Any]:
-    """Seconds of one run, and what it gives."""
+    """Returns the seconds of one run and its result."""
     found: list[Any] = []
     seconds = common.interleaved({"": lambda: found.append(step())}, 1, device, warmup=0)[""][0]
     return seconds, found[0]
 
 
 def measure_table(W: Tensor, rank: int) -> Row:
-    """All ways to quantize a matrix, tried on it."""
+    """Measures the error table of a matrix with all quantization configs."""
     configs = GRIDS[GRID]
     seconds, table = _once(lambda: matrix_errors(W, configs, [rank]), W.device)
     row: Row = {"method": f"matrix_errors, {GRID}", "ways": len(configs)}
@@ -202,28 +202,28 @@ def measure_table(W: Tensor, rank: int) -> Row:
 
 
 def wrong_table(W: Tensor, rank: int, configs: Sequence[NFConfig], table: MatrixErrors) -> str | None:
-    """Whether all ways are there, and the error of one of them is that of its parts in float64."""
+    """Returns what is wrong with an error table, or None; one entry is computed again in float64."""
     if [(c.config, c.bits) for c in table] != [(config, packed_bits(config, W.numel())) for config in configs]:
-        return "its ways are not those of the grid"
-    way = configs[-1]._replace(bits=4)
-    found = quantized_low_rank(W, rank, way, DecomposeOptions(iterations=1))
-    parts = Parts(definition(found.Q, way, W.shape), (found.B, found.A), 0.0)
-    said, measured = table[configs.index(way)].error, parts.measured(W) * W.double().norm().item()
+        return "its configs are not those of the grid"
+    nf = configs[-1]._replace(bits=4)
+    found = quantized_low_rank(W, rank, nf, DecomposeOptions(iterations=1))
+    parts = Parts(definition(found.Q, nf, W.shape), (found.B, found.A), 0.0)
+    said, measured = table[configs.index(nf)].error, parts.measured(W) * W.double().norm().item()
     right = math.isclose(math.sqrt(said), measured, rel_tol=1e-3)
-    return None if right else f"the error of {tuple(way)} is {measured:.4g}, its root says {math.sqrt(said):.4g}"
+    return None if right else f"the error of {tuple(nf)} is {measured:.4g}, its root says {math.sqrt(said):.4g}"
 
 
-# ---- decoding, on a GPU ----
+# ---- dequantization, on a GPU ----
 
 
 def decode_cases(sizes: kernel_case.Sizes) -> list[Case]:
-    """Restoring a weight, and products with it for one token and for more."""
+    """Returns the cases of dequantizing a weight, and of products with it for one token and for more."""
     restore, one = (case for case in normal_float.cases(sizes) if case.operators[0] != "nf_merge")
     return [restore, one, *(_with_tokens(one, tokens, sizes.width) for tokens in TOKENS)]
 
 
 def _with_tokens(case: Case, tokens: int, width: int) -> Case:
-    """The product of one token, with more; in and out are no longer next to nothing."""
+    """Returns the case of one token's product with more tokens, whose inputs and outputs count."""
 
     def make(device: torch.device) -> kernel_case.Arguments:
         x, *parts, low, B, bias, a, b, c, d, e, f, transposed = case.make(device)
@@ -236,7 +236,7 @@ def _with_tokens(case: Case, tokens: int, width: int) -> Case:
 
 
 def measure_decode(sizes: Sizes, device: torch.device) -> list[Row]:
-    """The rows of every case as in `benchmarks.kernels.suite`, and what an H100 needs at the least."""
+    """Measures every case as `benchmarks.kernels.suite` does, with an H100's lower bound."""
     found, clock = [], kernels.Clock(kernels.do_bench, kernels.in_graph)
     for case in decode_cases(kernel_case.Sizes(width=sizes.size)):
         rows = kernels.measure(case, device, clock, compiled=False)
@@ -247,12 +247,12 @@ def measure_decode(sizes: Sizes, device: torch.device) -> list[Row]:
 
 # ---- showing ----
 
-SPLIT_HEADER = ("", "runs", "s", "iterations", "relative error", "bits a number")
+SPLIT_HEADER = ("", "runs", "s", "iterations", "relative error", "bits per weight")
 DECODE_HEADER = ("", "us", "us, graph", "an H100 at the least")
 
 
 def split_cells(row: Row) -> tuple[str, ...]:
-    """A row as text; one that is wrong has no numbers."""
+    """Returns a row as text; a wrong row has no measurements."""
     if "wrong" in row:
         return row["method"], "wrong", *["-"] * (len(SPLIT_HEADER) - 2)
     numbers = str(row["iterations"]), f"{row['error']:.4f}", f"{row['bits']:.3f}"
@@ -260,7 +260,7 @@ def split_cells(row: Row) -> tuple[str, ...]:
 
 
 def decode_cells(row: Row) -> tuple[str, ...]:
-    """Likewise."""
+    """Returns a row of the dequantization part as text."""
     if "seconds" not in row:
         return f"{row['method']}: {row.get('wrong') or row['skipped']}", *["-"] * (len(DECODE_HEADER) - 1)
     graph = "-" if row["graph_seconds"] is None else f"{row['graph_seconds'] * 1e6:.1f}"
@@ -268,31 +268,31 @@ def decode_cells(row: Row) -> tuple[str, ...]:
 
 
 def shown(result: Mapping[str, Any]) -> str:
-    """Everything as text."""
+    """Returns the whole result as text."""
     size, rank, table = result["sizes"]["size"], result["sizes"]["rank"], result["table"]
     extra = 16 * rank * 2 / size
     seconds = "wrong" if "wrong" in table else f"{table['seconds']:.2f} s"
     lines = [
-        f"Bits for {result['plans'][0]['matrices']} matrices, {result['ways']} ways each. The gap is that of the error "
-        "to the bound of the linear relaxation.",
+        f"Bits for {result['plans'][0]['matrices']} matrices, {result['ways']} configs each. The gap is the "
+        "error's distance from the bound of the linear relaxation.",
         common.aligned(lq_lora_plans.HEADER, map(lq_lora_plans.cells, result["plans"])),
         "",
-        f"One matrix {size} x {size}, rank {rank}, float32. B and A cost {extra:.3f} bits a number more in 16 bits.",
+        f"One matrix {size} x {size}, rank {rank}, float32. B and A cost {extra:.3f} bits per weight more in 16 bits.",
         common.aligned(SPLIT_HEADER, map(split_cells, result["splits"])),
         "",
-        f"{table['method']}, {table['ways']} ways to quantize this matrix: {seconds}",
+        f"{table['method']}, {table['ways']} configs for this matrix: {seconds}",
     ]
     if result["decode"]:
-        lines += ["", "Decoding:", common.aligned(DECODE_HEADER, map(decode_cells, result["decode"]))]
+        lines += ["", "Dequantization:", common.aligned(DECODE_HEADER, map(decode_cells, result["decode"]))]
     return "\n".join(lines)
 
 
 def measure(sizes: Sizes, options: argparse.Namespace, device: torch.device) -> Row:
-    """Everything."""
+    """Measures all parts and returns the result to save."""
     W = spectral_matrix(sizes.size, device)
     highs_seconds = (1.0 if options.quick else 30.0) if options.highs_seconds is None else options.highs_seconds
     return {
-        "ways": len(lq_lora_plans.WAYS),
+        "ways": len(lq_lora_plans.CONFIGS),
         "plans": lq_lora_plans.measure_plans(sizes, options.repeats, highs_seconds),
         "splits": measure_splits(W, sizes.rank, options.repeats),
         "table": measure_table(W, sizes.rank),
@@ -324,10 +324,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.lq_lora.suite", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes; writes no file unless --output is given")
     parser.add_argument("--size", type=int, help=f"rows and columns of the one matrix (default {Sizes.size})")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of what is not slow (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of methods that are not slow (default 3)")
     parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's choice)")
-    parser.add_argument("--highs-seconds", type=float, help="for HiGHS; 0 leaves it out (default 30; quick 1)")
-    parser.add_argument("--output", type=Path, help="where to save (default benchmarks/results/lq_lora_<device>.json)")
+    parser.add_argument(
+        "--highs-seconds", type=float, help="time limit of HiGHS; 0 leaves it out (default 30; quick 1)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="file of the result (default benchmarks/results/lq_lora_<device>.json)"
+    )
     return parser.parse_args(arguments)
 
 

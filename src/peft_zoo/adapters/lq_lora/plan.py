@@ -88,7 +88,8 @@ def assign_uniform(config: LqLoraConfig, columns: Mapping[str, int]) -> Quantiza
 
 def assign_by_budget(config: LqLoraConfig, tables: Mapping[str, MatrixErrors], num_weights: int) -> QuantizationPlan:
     """Returns the plan with the smallest total error found within the budget, from `error_table` of each module."""
-    choices, result = plan_bits(tables, float(config.budget_bits or 0), num_weights)
+    budget, solver = float(config.budget_bits or 0), config.solver
+    choices, result = plan_bits(tables, budget, num_weights, solver)  # type: ignore[arg-type]
     _log.info("squared error %.4g, at least %.4g is possible", -result.value, -result.bound)
     ranks = {}
     if config.rank_options is not None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peft_zoo.kernels.low_rank.quantized import DecomposeOptions, Diagonals, first_svd, quantized_low_rank
 from peft_zoo.kernels.normal_float.quantize import NFConfig, packed_bits
-from peft_zoo.kernels.planning.knapsack import Allocation, allocate
+from peft_zoo.kernels.planning.knapsack import Allocation, Solver, allocate
 
 _SCALES = ((2, 256), (3, 64), (4, 64), (4, 16), (8, 256))
 _SHORT = (2, 3, 4)
@@ -128,7 +128,7 @@ def check_budget(budget: float, least: int, num_weights: int) -> None:
 
 
 def plan_bits(
-    tables: Mapping[str, MatrixErrors], budget: float, num_weights: int
+    tables: Mapping[str, MatrixErrors], budget: float, num_weights: int, solver: Solver = "greedy"
 ) -> tuple[dict[str, BitChoice], Allocation]:
     """Chooses one option for every matrix, with the smallest total error found within the budget.
 
@@ -136,6 +136,7 @@ def plan_bits(
         tables: Options by matrix name; a matrix that stays unquantized has one option.
         budget: Average bits per weight.
         num_weights: Number of weights of all matrices together.
+        solver: Solver of the knapsack, see `allocate`.
 
     Returns:
         The choices by matrix name, and the knapsack's result, whose values are negated errors.
@@ -148,5 +149,6 @@ def plan_bits(
         [[-choice.error for choice in table] for table in tables.values()],
         [[choice.bits for choice in table] for table in tables.values()],
         int(budget * num_weights),
+        solver=solver,
     )
     return {name: table[k] for (name, table), k in zip(tables.items(), found.choices, strict=True)}, found

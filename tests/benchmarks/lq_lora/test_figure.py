@@ -1,4 +1,4 @@
-"""The picture of bits against perplexity has a point for every recipe, before and after."""
+"""The figure of perplexity against bits has a point for every recipe, before and after tuning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.lq_lora import picture as lq_lora_picture
-from benchmarks.lq_lora.picture import BEFORE, points
+from benchmarks.lq_lora import figure as lq_lora_figure
+from benchmarks.lq_lora.figure import BEFORE, points
 
 AFTER = {"LoRA": 6.0, "QLoRA 4.13": 6.5, "LQ-LoRA 4": 6.6, "LQ-LoRA 2.75": 11.5, "LQ-LoRA (fitted) 3": 7.0}
 ROWS = {name: {"mean": mean} for name, mean in AFTER.items()}
@@ -25,11 +25,11 @@ def test_points_are_ordered_by_bits() -> None:
     assert set(found) == {"LoRA", "QLoRA", "LQ-LoRA", "LQ-LoRA (fitted)"}
 
 
-def test_the_picture_is_written_and_the_same_each_time(tmp_path: Path) -> None:
+def test_the_figure_is_written_and_the_same_each_time(tmp_path: Path) -> None:
     saved = tmp_path / "study.json"
     saved.write_text(json.dumps({"rows": ROWS}))
     drawn = []
     for name in ("one.svg", "two.svg"):
-        assert lq_lora_picture.main(["--json", str(saved), "--output", str(tmp_path / name)]) == 0
+        assert lq_lora_figure.main(["--json", str(saved), "--output", str(tmp_path / name)]) == 0
         drawn.append((tmp_path / name).read_text())
     assert drawn[0] == drawn[1] and "<svg" in drawn[0]

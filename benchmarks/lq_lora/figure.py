@@ -1,6 +1,6 @@
-"""Bits against perplexity, before and after tuning: the picture of what `benchmarks.lq_lora.study` has saved.
+"""Draws perplexity against bits, before and after tuning, from the saved results of `benchmarks.lq_lora.study`.
 
-python -m benchmarks.lq_lora.picture       benchmarks/results/lq_lora_study.json -> docs/methods/lq_lora_bits.svg
+python -m benchmarks.lq_lora.figure       benchmarks/results/lq_lora_study.json -> docs/methods/lq_lora_bits.svg
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import matplotlib
 
 from benchmarks import common
 
-PICTURE = common.ROOT / "docs" / "methods" / "lq_lora_bits.svg"
+FIGURE = common.ROOT / "docs" / "methods" / "lq_lora_bits.svg"
 BEFORE = ", before tuning"
-UNQUANTIZED = 16.0  # bits of a base that is left in bfloat16
+UNQUANTIZED = 16.0  # bits per weight of a base in bfloat16
 COLOURS = {"LQ-LoRA": "tab:blue", "LQ-LoRA (fitted)": "tab:red"}
 COLOURS |= {"QLoRA": "tab:orange", "LoftQ": "tab:green", "LoRA": "tab:gray"}
 
 
 def points(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
-    """Of each method bits, and mean perplexities before and after tuning, fewest bits first."""
+    """Returns (bits, mean perplexity before, after tuning) by method, with the fewest bits first."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for name, row in rows.items():
         if not name.endswith(BEFORE):
@@ -33,9 +33,14 @@ def points(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float,
 
 
 def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Write the picture: hollow marks before tuning, full ones after it."""
+    """Writes the figure as SVG: hollow marks before tuning, full marks after it.
+
+    Args:
+        rows: The rows of the saved results, by recipe.
+        path: The SVG file.
+    """
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "the same picture has the same bytes"
+    matplotlib.rcParams["svg.hashsalt"] = "the same figure has the same bytes"
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -45,7 +50,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         style = {"color": COLOURS.get(method), "marker": "o", "linewidth": 1}
         axes.plot(bits, before, linestyle=":", markerfacecolor="none", **style)
         axes.plot(bits, after, label=method, **style)
-    axes.set(xscale="log", yscale="log", xlabel="bits of a number in the base", ylabel="perplexity")
+    axes.set(xscale="log", yscale="log", xlabel="bits per weight of the base", ylabel="perplexity")
     axes.set_xticks([2.5, 3, 4, 6, 8, 16])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -58,9 +63,9 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.lq_lora.picture", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--json", type=Path, default=common.RESULTS / "lq_lora_study.json", help="what was saved")
-    parser.add_argument("--output", type=Path, default=PICTURE, help=f"default {PICTURE.name}")
+    parser = argparse.ArgumentParser(prog="benchmarks.lq_lora.figure", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--json", type=Path, default=common.RESULTS / "lq_lora_study.json", help="saved results")
+    parser.add_argument("--output", type=Path, default=FIGURE, help=f"default {FIGURE.name}")
     options = parser.parse_args(arguments)
     draw(json.loads(options.json.read_text(encoding="utf-8"))["rows"], options.output)
     return 0
