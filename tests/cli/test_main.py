@@ -137,9 +137,10 @@ def test_completion_passes_the_whole_parser_to_shtab(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: Mistake
 ) -> None:
     stub = ModuleType("shtab")
+    stub.FILE = {}  # type: ignore[attr-defined]
     stub.complete = lambda parser, shell: f"{shell} {sorted(parser.commands)}"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "shtab", stub)
     assert main(["--print-completion", "zsh"]) == 0
     assert capsys.readouterr().out == f"zsh {sorted(load_commands())}\n"
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "pip install shtab" in mistake(["--print-completion", "bash"])
+    assert "shtab" in mistake(["--print-completion", "bash"])

@@ -32,7 +32,7 @@ from peft_zoo.common.settings import (
     setting_fields,
     written,
 )
-from peft_zoo.common.values import SettingError, unknown
+from peft_zoo.common.values import SettingError, needs_extra, unknown
 
 SHELLS = ("bash", "zsh", "tcsh")
 PATHS = ("FILE", "DIR", "IN", "OUT", "NAME=DIR")  # placeholders of values that a shell completes with file names
@@ -68,23 +68,18 @@ class _Parser(argparse.ArgumentParser):
     Attributes:
         commands: Parsers of the commands below this one, by name.
         command: The command that it parses; None if there are commands below it.
-        flags: Names of all flags, for hints.
     """
 
     command: Command | None = None
 
     def __init__(self, **options: Any) -> None:
         self.commands: dict[str, _Parser] = {}
-        self.flags: list[str] = []
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Adds an argument, and notes it if it is a flag."""
-        self.flags += [name for name in names if name.startswith("--")]
-        action = super().add_argument(*names, **options)
-        if action.metavar in PATHS:
-            action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
-        return action
+    @property
+    def flags(self) -> list[str]:
+        """Names of all flags, for hints."""
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
         """Raises a SettingError."""
@@ -103,8 +98,8 @@ def _parser() -> _Parser:
 def _add_commands(parser: _Parser, commands: Mapping[str, Command | Group]) -> None:
     added = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in commands.items():
-        texts = {"description": command.description or command.summary, "epilog": command.epilog}
-        sub: _Parser = added.add_parser(name, help=command.summary, **texts)
+        description = command.description or command.summary
+        sub = added.add_parser(name, help=command.summary, description=description, epilog=command.epilog)
         parser.commands[name] = sub
         if isinstance(command, Group):
             _add_commands(sub, command.commands)
@@ -238,10 +233,14 @@ def _completion(parser: _Parser, shell: str) -> str:
     """
     if shell not in SHELLS:
         raise unknown("shell", shell, SHELLS)
-    try:
-        import shtab
-    except ModuleNotFoundError:
-        raise SettingError("--print-completion needs the package shtab: run 'pip install shtab'.") from None
+    with needs_extra("--print-completion", "cli"):
+        import shtab  # type: ignore[import-not-found, unused-ignore]
+    parsers = [parser]
+    for each in parsers:  # grows while it is walked
+        parsers += each.commands.values()
+        for action in each._actions:
+            if action.metavar in PATHS:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
     script: str = shtab.complete(parser, shell=shell)
     return script
 

@@ -127,9 +127,9 @@ def _squeeze(flags: Flags, target: str) -> Result:
 
     page = _report_path(flags)
     wanted = {name: value for name, value in _given(flags).items() if name not in ("report", "moments")}
-    moments = _moments(flags)
-    score = {"score": "activation"} if moments else {}
-    report = squeeze_adapter(flags.source, target, progress=progress_bar, **wanted, **moments, **score)
+    if flags.moments is not None:
+        wanted |= {"score": "activation", **_moments(flags)}
+    report = squeeze_adapter(flags.source, target, progress=progress_bar, **wanted)
     if page is not None:
         _write_report(page, report, flags.source)
     share = report.params_after / report.params_before

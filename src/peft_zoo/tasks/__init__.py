@@ -1,4 +1,4 @@
-"""Real jobs on real models: each task fine-tunes with any registered method and says what came of it.
+"""Fine-tuning tasks on real models and data, for every registered method.
 
-`base` holds what the tasks share; every other package here is one task.
+`base` holds what the tasks share; each other package that defines `EXTRA` is one task.
 """

@@ -93,7 +93,7 @@ def test_unknown_sets_and_layouts_say_what_is_possible(tmp_path: Path, image_fol
     with pytest.raises(SettingError, match=r"has no such images: give a folder or .zip"):
         open_source(str(tmp_path))
     (tmp_path / "fake.zip").write_text("text")
-    with pytest.raises(SettingError, match="is no zip file"):
+    with pytest.raises(SettingError, match="is not a zip file"):
         open_source(str(tmp_path / "fake.zip"))
     np.savez(tmp_path / "half.npz", x_train=np.zeros(3))
     with pytest.raises(SettingError, match="cannot be read"):

@@ -45,7 +45,7 @@ def test_the_summary_fits_a_screen_and_ends_with_the_scores(outcome: Outcome) ->
     assert lines[-2].endswith("(equal)")
     assert lines[-1].endswith("(equal to rounding)")
     assert any("2.44 M (1.78 %)" in line for line in lines)
-    assert any("3 steps in 6 s (2.00 s a step)" in line for line in lines)
+    assert any("3 steps in 6 s (2.00 s per step)" in line for line in lines)
 
 
 def test_a_failed_check_is_shouted(outcome: Outcome) -> None:

@@ -1,1 +1,1 @@
-"""What every task shares: settings, the choice of method, the training pipeline, the report."""
+"""Parts that all tasks share: settings, configurations of methods, training, reports."""

@@ -1,4 +1,4 @@
-"""Folders that are expensive to make and cheap to keep: built once, whole or not at all."""
+"""Cache of folders that take long to build, such as converted models; each appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from peft_zoo.common.values import SettingError
 
 
 def cache_folder() -> Path:
-    """Where rebuilt models live: `PEFT_ZOO_CACHE`, or `~/.cache/peft-zoo`."""
+    """Returns the folder of the cache: `PEFT_ZOO_CACHE`, or `~/.cache/peft-zoo`."""
     return Path(os.environ.get("PEFT_ZOO_CACHE") or Path.home() / ".cache" / "peft-zoo")
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` in the cache, made by `build` if it is not there.
+    """Returns the folder `name` of the cache; `build` fills it if it does not exist.
 
-    `build` fills a temporary folder beside the final one, which then takes its place by one rename: a run that is
-    killed leaves nothing half made, and of two processes that build at once the second finds the work done.
+    The folder is built under a temporary name and renamed, so a killed process leaves no incomplete folder, and of two
+    processes that build the same folder one result is kept.
 
     Args:
         name: Name of the folder; a new version of its content needs a new name.
-        build: Fills the empty folder it is given.
+        build: Fills the empty folder that it is given.
 
     Raises:
         SettingError: If the cache cannot be written.
@@ -47,7 +47,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
         try:
             work.rename(final)
         except OSError:
-            if not final.is_dir():  # nobody else was faster, so this is a real failure
+            if not final.is_dir():  # else another process has built it
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -55,15 +55,15 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def package_file(package: str, relative: str, install: str) -> Path:
-    """A data file of an installed package, found without importing the package.
+    """Returns the path of a data file of an installed package, without importing the package.
 
     Args:
         package: Import name.
-        relative: Path inside the package's folder.
-        install: The command that installs it, for the error message.
+        relative: Path below the folder of the package.
+        install: Command that installs the package, for the error message.
 
     Raises:
-        SettingError: If the package or the file is not there.
+        SettingError: If the package is not installed or lacks the file.
     """
     spec = find_spec(package)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])

@@ -1,4 +1,4 @@
-"""Labelled images from a folder, a zip file, an npz file or the MNIST format, cut into splits and scaled once."""
+"""Labelled images from a folder, a zip file, an npz file or the MNIST format, drawn into splits and scaled."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ LAYOUTS = (
 )
 DRAW_SEED = 0  # which images are drawn does not depend on the seed of the run
 
-Item = tuple[Any, int]  # what `Source.open` takes, and the class
+Item = tuple[Any, int]  # argument of `Source.open`, and the class
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from, before any is read.
+    """Labelled images that are not read yet.
 
     Attributes:
         train, test: Keys and classes of the two official splits.
-        classes: Names of the classes; a class is an index into them.
-        open: Reads the image behind a key.
+        classes: Names of the classes; a class is an index into this list.
+        open: Reads the image of a key.
     """
 
     train: list[Item]
@@ -48,7 +48,7 @@ class Source:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images in memory.
+    """Labelled images in memory.
 
     Attributes:
         pixels: uint8 tensor of shape `(images, 3, size, size)`.
@@ -110,13 +110,13 @@ def read_pixels(image: Image.Image, size: int | None = None) -> Tensor:
 
 
 def open_source(name: str) -> Source:
-    """Find the images a name stands for.
+    """Opens a data set of labelled images.
 
     Args:
-        name: A built-in name whose files are installed, or a path.
+        name: Name of a built-in data set, or a path with one of the `LAYOUTS`.
 
     Raises:
-        SettingError: If there is nothing of that name, or it has none of the known layouts.
+        SettingError: If the data set does not exist, or has none of the known layouts.
     """
     path = BUILT_IN.get(name, Path(name))
     if path.suffix == ".zip" and path.is_file():
@@ -133,15 +133,15 @@ def open_source(name: str) -> Source:
 
 
 def draw_splits(source: Source, size: int, train: int, held_out: int) -> tuple[Images, Images, Images]:
-    """Draw training and validation images from the training split, and test images from the test split.
+    """Draws training and validation images from the training split, and test images from the test split.
 
-    Classes are drawn in equal shares as far as they go. The draw is the same for every run.
+    Classes are drawn in equal shares as far as possible. The draw is the same for every run.
 
     Args:
-        source: Where the images come from.
-        size: Pixels along each side; images are cropped to a square about their centre and scaled (bicubic).
-        train: At most so many training images.
-        held_out: At most so many validation images, and at most so many test images.
+        source: Data set.
+        size: Pixels per side; images are cropped to a square at their centre and scaled (bicubic).
+        train: Maximum number of training images.
+        held_out: Maximum number of validation images, and of test images.
 
     Returns:
         Training, validation and test images, without an image in common.
@@ -159,14 +159,14 @@ def draw_splits(source: Source, size: int, train: int, held_out: int) -> tuple[I
 
 
 def _balanced(items: Sequence[Item]) -> list[Item]:
-    """Shuffle, then deal the classes in turn, so that any beginning of the list has them in equal shares."""
+    """Shuffles the items and takes the classes in turn, so that every prefix of the list has them in equal shares."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(DRAW_SEED)).tolist()
-    dealt: dict[int, int] = defaultdict(int)
+    taken: dict[int, int] = defaultdict(int)
     turns = []
     for index in order:
         label = items[index][1]
-        turns.append((dealt[label], label, index))
-        dealt[label] += 1
+        turns.append((taken[label], label, index))
+        taken[label] += 1
     return [items[index] for _, _, index in sorted(turns)]
 
 
@@ -189,23 +189,21 @@ def _zip_source(path: Path) -> Source:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise SettingError(f"--data {str(path)!r} is no zip file: give {LAYOUTS}.") from error
+        raise SettingError(f"--data {str(path)!r} is not a zip file: give {LAYOUTS}.") from error
     return _named_source(sorted(archive.namelist()), lambda name: Image.open(io.BytesIO(archive.read(name))), str(path))
 
 
 def _named_source(names: Iterable[str], open_image: Callable[[str], Image.Image], where: str) -> Source:
-    """Sort names such as `…/train/CLASS/file.jpg` into splits and classes."""
+    """Sorts names such as `…/train/CLASS/file.jpg` into splits and classes."""
     found: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for name in names:
         path = PurePosixPath(name)
         if path.suffix.lower() in SUFFIXES and len(path.parts) >= 3 and path.parts[-3] in found:
             found[path.parts[-3]].append((name, path.parts[-2]))
     classes = sorted({label for _, label in found["train"]})
-    strange = sorted({label for _, label in found["test"]} - set(classes))
-    if not all(found.values()) or strange:
-        problem = (
-            f"has test classes without training images ({', '.join(strange)})" if strange else "has no such images"
-        )
+    extra = sorted({label for _, label in found["test"]} - set(classes))
+    if not all(found.values()) or extra:
+        problem = f"has test classes without training images ({', '.join(extra)})" if extra else "has no such images"
         raise SettingError(f"--data {where!r} {problem}: give {LAYOUTS}.")
     number = {label: index for index, label in enumerate(classes)}
     train, test = ([(name, number[label]) for name, label in found[split]] for split in ("train", "test"))
@@ -222,7 +220,7 @@ def _npz_source(path: Path) -> Source:
 
 
 def _mnist_source(folder: Path) -> Source:
-    """The four files of the MNIST format (yann.lecun.com/exdb/mnist): images (n, rows, columns), labels (n,)."""
+    """Reads the four files of the MNIST format (yann.lecun.com/exdb/mnist): images (n, rows, columns), labels (n,)."""
     arrays = {}
     for key, name in (("train", "train"), ("test", "t10k")):
         for letter, part, skip in (("x", "images-idx3", 16), ("y", "labels-idx1", 8)):
@@ -240,7 +238,7 @@ def _mnist_file(folder: Path, name: str) -> Path | None:
 
 
 def _array_source(arrays: dict[str, NDArray[Any]], where: str) -> Source:
-    """Images `(n, height, width)` or `(n, height, width, 3)` in uint8, labels `(n,)`."""
+    """Makes a data set of uint8 images `(n, height, width)` or `(n, height, width, 3)` and labels `(n,)`."""
     items = {}
     for split in ("train", "test"):
         images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"].reshape(-1)

@@ -1,4 +1,4 @@
-"""What a run did: the numbers behind the summary, `summary.json` and the report."""
+"""Results of a training run, for the summary, `summary.json` and the report."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ STAGES = {"before": "before", "after": "after training", "reloaded": "after relo
 
 
 class Score(NamedTuple):
-    """One evaluation.
+    """Score of one evaluation.
 
     Attributes:
         value: The task's metric.
-        loss: Mean loss; continuous, hence what equality is checked on.
+        loss: Mean loss; compared to check that two models are equal, since a metric may be too coarse.
     """
 
     value: float
@@ -24,20 +24,20 @@ class Score(NamedTuple):
 
 @dataclass
 class Outcome:
-    """One run.
+    """Results of one training run.
 
     Attributes:
-        task, method, model, data: Names, as the user gave them or as the task chose.
-        metric: What the scores are, as in `"perplexity"`.
-        higher_is_better: Which way the metric improves.
-        note: A remark on the scores; may be empty.
-        settings: Every setting of the run.
+        task, method, model, data: Names, given by the user or chosen by the task.
+        metric: Name of the metric, such as `"perplexity"`.
+        higher_is_better: Whether a higher value of the metric is better.
+        note: Remark on the scores for readers; may be empty.
+        settings: All settings of the run.
         scores: Score on the test split by stage, a key of `STAGES`.
         losses: Pairs of optimizer step and training loss.
         trainable_parameters, total_parameters: Counts, in elements.
         adapter_bytes: Size of `adapter_model.safetensors`.
-        seconds: Wall-clock time by stage, of `load` and `train`, and of `all`.
-        peak_memory_bytes: Peak resident memory of the process; 0 where the system does not tell.
+        seconds: Wall-clock time of each stage, of `load` and `train`, and of `all`.
+        peak_memory_bytes: Peak resident memory of the process; 0 on Windows, which does not report it.
     """
 
     task: str
@@ -58,22 +58,22 @@ class Outcome:
 
     @property
     def improved(self) -> bool:
-        """Whether training moved the metric the right way."""
+        """Whether training improved the metric."""
         before, after = self.scores["before"].value, self.scores["after"].value
         return after > before if self.higher_is_better else after < before
 
     @property
     def reload_matches(self) -> bool:
-        """Whether the saved adapter on a fresh base gives the loss of the trained one."""
+        """Whether the saved adapter, loaded onto a fresh base, has the loss of the trained model."""
         return self._same_loss("reloaded", RELOAD_TOLERANCE)
 
     @property
     def merge_matches(self) -> bool:
-        """Whether the merged model gives the loss of the adapted one, to rounding."""
+        """Whether the merged model has the loss of the trained model, up to rounding."""
         return self._same_loss("merged", MERGE_TOLERANCE)
 
     def summary(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """Returns the results as plain JSON values."""
         scores = {stage: score._asdict() for stage, score in self.scores.items()}
         checks = {"improved": self.improved, "reload_matches": self.reload_matches, "merge_matches": self.merge_matches}
         return {**asdict(self), "scores": scores, "checks": checks}

@@ -109,7 +109,7 @@ def _fact_rows(outcome: Outcome) -> Rows:
         ("adapter file", f"{format_count(outcome.adapter_bytes, ('B', ' KiB', ' MiB', ' GiB'), 1024)}"),
         (
             "training",
-            f"{steps} steps in {outcome.seconds['train']:.0f} s ({outcome.seconds['train'] / steps:.2f} s a step)",
+            f"{steps} steps in {outcome.seconds['train']:.0f} s ({outcome.seconds['train'] / steps:.2f} s per step)",
         ),
         ("whole run", f"{outcome.seconds['all']:.0f} s"),
     ]
@@ -121,7 +121,7 @@ def _fact_rows(outcome: Outcome) -> Rows:
 def _plain(value: object) -> str:
     """Setting as text."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}={item}" for key, item in value.items()) or "as the method suggests"
+        return ", ".join(f"{key}={item}" for key, item in value.items()) or "defaults of the method"
     return str(value)
 
 

@@ -1,4 +1,4 @@
-"""What a task is: a model, its data, a metric, and how the three meet in `transformers.Trainer`."""
+"""Base class of a task: a model, its data, a metric, and how `transformers.Trainer` uses them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Splits:
-    """Three data sets without overlap: fit on `train`, choose on `validation`, report `test` once."""
+    """Three disjoint data sets: train on `train`, choose settings on `validation`, report the score on `test`."""
 
     train: Dataset[Any]
     validation: Dataset[Any]
@@ -27,16 +27,16 @@ class Splits:
 
 
 class Task(ABC):
-    """One kind of job.
+    """A fine-tuning task.
 
     Attributes:
-        name: As in `--task`.
-        metric: What `score` returns, as in `"perplexity"`.
-        higher_is_better: Which way the metric improves.
-        data_choices: What `--data` can be, for the error when it is missing.
-        note: What a reader of the report must know about the first score; may be empty.
-        defaults: Settings used where the user said nothing.
-        settings: The run's settings, completed by what the method suggests and by `defaults`.
+        name: Value of `--task`.
+        metric: Name of the metric that `score` returns, such as `"perplexity"`.
+        higher_is_better: Whether a higher value of the metric is better.
+        data_choices: Valid values of `--data`, for error messages.
+        note: Remark on the scores for readers of the report; may be empty.
+        defaults: Default values of settings.
+        settings: Settings of the run, completed by those that the method suggests and by `defaults`.
 
     Raises:
         SettingError: If the settings name a method that does not exist, or belong to another task.
@@ -55,28 +55,28 @@ class Task(ABC):
 
     @abstractmethod
     def load_data(self) -> Splits:
-        """Read the data and cut it into splits. The same settings give the same splits, whatever the seed."""
+        """Reads the data and divides it into splits, which do not depend on the seed."""
 
     @abstractmethod
     def load_model(self) -> nn.Module:
-        """A fresh base model in float32. Every call returns the same bits."""
+        """Returns a new base model in float32; every call returns the same bits."""
 
     @abstractmethod
     def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
-        """Configuration fields the task suggests for any method, such as `target_modules`."""
+        """Returns fields that the task suggests for the configuration of any method, such as `target_modules`."""
 
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> Batch:
-        """Stack examples into the keyword arguments of the trained module."""
+        """Stacks examples into the keyword arguments of the trained module."""
 
     def trained_module(self, model: nn.Module) -> nn.Module:
-        """The module that `Trainer` calls: returns a loss (and logits) for a batch. Usually `model` itself."""
+        """Returns the module that `Trainer` calls and that returns a loss (and logits); by default `model`."""
         return model
 
     def prediction_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """What computes metrics from logits and labels; None where the loss says everything."""
+        """Returns the function that computes metrics from logits and labels; None if the loss is enough."""
         return None
 
     @abstractmethod
     def score(self, metrics: Mapping[str, float]) -> float:
-        """The task's metric from what `Trainer.evaluate` returned."""
+        """Returns the task's metric from the result of `Trainer.evaluate`."""

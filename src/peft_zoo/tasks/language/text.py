@@ -1,4 +1,4 @@
-"""Text for language models: shipped data sets and local files, cut into splits and token windows."""
+"""Text for language models: shipped data sets and local files, divided into splits and token windows."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ Texts = dict[str, list[str]]
 
 
 def load_texts(name: str) -> Texts:
-    """The documents of a data set, by split.
+    """Reads the documents of a data set.
 
     Args:
-        name: A shipped data set, or a local `.txt` or `.jsonl` file, also with `.gz`. A `.txt` file is cut into
-            blocks at empty lines, its last tenth is the test split and the tenth before that the validation split. Of
-            the different records of a `.jsonl` file every tenth is test and every ninth of ten validation; a record
-            has the fields `text`, or `question` and `answer`, or `prompt` and `completion`, or `instruction` and
-            `output`.
+        name: A shipped data set, or a local `.txt` or `.jsonl` file, optionally with `.gz`. A `.txt` file is divided
+            into blocks at empty lines; the last tenth is the test split and the tenth before it the validation split.
+            Of each ten distinct records of a `.jsonl` file the ninth is validation and the tenth test; a record has
+            the fields `text`, or `question` and `answer`, or `prompt` and `completion`, or `instruction` and `output`.
 
     Returns:
-        `train`, `validation` and `test`, without a document in common.
+        Documents of the splits `train`, `validation` and `test`, which have none in common.
 
     Raises:
-        SettingError: If the name is unknown, or the file cannot be read as what its name says.
+        SettingError: If the name is unknown, or the file has another format than its name says.
     """
     if name in SHIPPED:
         return {split: _shipped(name, split) for split in SPLITS}
@@ -50,9 +49,9 @@ def load_texts(name: str) -> Texts:
 
 
 class Windows(Dataset[Tensor]):
-    """Token windows of equal length over the joined documents of a split; the rest at the end is dropped.
+    """Token windows of equal length over the joined documents of a split; an incomplete last window is dropped.
 
-    Windows of equal length make the mean of their losses the exact loss a token.
+    Since their lengths are equal, the mean of their losses is the exact loss per token.
 
     Attributes:
         tokens: int64 tensor of shape `(windows, length)`.
@@ -71,14 +70,14 @@ class Windows(Dataset[Tensor]):
 def windows(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None, split: str
 ) -> Windows:
-    """Join documents with the end-of-text token and cut them into windows.
+    """Joins documents with the end-of-text token and divides them into windows.
 
     Args:
         documents: Texts of one split.
-        tokenizer: Of the model that reads them.
-        length: Tokens in a window.
-        limit: At most so many windows, evenly spread over the split; None for all.
-        split: Name for the error message.
+        tokenizer: Tokenizer of the model.
+        length: Tokens per window.
+        limit: Maximum number of windows, evenly spread over the split; None for all.
+        split: Name of the split, for the error message.
 
     Raises:
         SettingError: If the split does not fill one window.
@@ -113,7 +112,7 @@ def _read(path: Path) -> str:
 
 
 def _records(content: str, name: str) -> list[str]:
-    """The different records of a JSON-lines file as texts, in order."""
+    """Returns the distinct records of a JSON-lines file as texts, in order."""
     lines = content.splitlines()
     texts = [_record_text(line, f"line {number} of {name!r}") for number, line in enumerate(lines, 1) if line.strip()]
     return list(dict.fromkeys(texts))
@@ -123,7 +122,7 @@ def _record_text(line: str, where: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise SettingError(f"{where} is not JSON ({error}): give one object a line.") from error
+        raise SettingError(f"{where} is not JSON ({error}): give one object per line.") from error
     if isinstance(record, Mapping):
         for fields in FIELDS:
             if all(isinstance(record.get(key), str) for key in fields):
@@ -140,7 +139,7 @@ def _split_records(texts: list[str]) -> Texts:
 
 
 def _split_blocks(content: str, name: str) -> Texts:
-    """Cut a text at empty lines into the first eight, the ninth and the last tenth of its blocks."""
+    """Divides the blocks of a text, separated by empty lines, into the first eight, the ninth and the last tenth."""
     blocks = [block for block in content.replace("\r\n", "\n").split("\n\n") if block.strip()]
     if len(blocks) < 10:
         raise SettingError(

@@ -1,4 +1,4 @@
-"""The vision task: fine-tune a pretrained image classifier of timm, head included, and report its accuracy."""
+"""Vision task: fine-tunes a pretrained image classifier of timm with a new head, and reports its accuracy."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from peft_zoo.tasks.base.task import Batch, Splits, Task
 from peft_zoo.tasks.vision.dinov2 import NAME, TIMM_NAME, load_backbone
 
 EXTRA = "vision"  # extra of peft-zoo that installs what this task needs
-# The linear layers of attention and MLP, by timm's names; the `attn` and `mlp` keep the patch embedding's `proj` out.
+# Linear layers of attention and MLP, by timm's names; `attn` and `mlp` exclude the `proj` of the patch embedding.
 LINEAR_LAYERS = r"(.*\.)?(attn|mlp)\.(qkv|q|k|v|proj|fc1|fc2)"
 
 
 class VisionTask(Task):
-    """Image classification with a new head; scored by the share of test images classified correctly."""
+    """Image classification with a new head; the metric is the share of test images that are classified correctly."""
 
     name = "vision"
     metric = "accuracy"
     higher_is_better = True
     data_choices = f"{', '.join(BUILT_IN)}, or {LAYOUTS}"
-    note = "The head is new, so the accuracy before training is that of guessing."
+    note = "The head is new, so the accuracy before training is that of random guesses."
     defaults: ClassVar[Mapping[str, Any]] = {
         "model": NAME,
         "steps": 100,
@@ -41,7 +41,7 @@ class VisionTask(Task):
     }
 
     def load_data(self) -> Splits:
-        """Images drawn from the official splits, in equal shares of the classes.
+        """Draws images from the official splits, in equal shares of the classes.
 
         Raises:
             SettingError: If the data set is unknown or an image cannot be read.
@@ -51,11 +51,10 @@ class VisionTask(Task):
         return Splits(*draw_splits(self._source, *sizes))
 
     def load_model(self) -> nn.Module:
-        """A timm model in float32 at the chosen image size, with a new head for the classes of the data.
+        """Returns a timm model in float32 at the chosen image size, with a new head for the classes of the data.
 
         Raises:
-            SettingError: If timm does not know the model, its weights are not to be had, or the image size does not
-                fit it.
+            SettingError: If timm lacks the model, its weights are not available, or the image size does not fit.
         """
         name: str = self.settings.require("model", "give a name.")
         with torch.random.fork_rng(devices=[]):
@@ -67,25 +66,25 @@ class VisionTask(Task):
         return model
 
     def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
-        """The linear layers of attention and MLP; the head is trained whole."""
+        """Returns the linear layers of attention and MLP as target modules, and the head to train in full."""
         return {"target_modules": LINEAR_LAYERS, "modules_to_save": [self._head_name(model)]}
 
     def collate(self, examples: Sequence[tuple[Tensor, int]]) -> Batch:
-        """Pixels `(batch, 3, size, size)` in float32, normalized as the model was pretrained; labels `(batch,)`."""
+        """Returns float32 pixels `(batch, 3, size, size)`, normalized as in pretraining, and labels `(batch,)`."""
         pixels = torch.stack([image for image, _ in examples]).float() / 255
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in self._normalization)
         return {"pixels": (pixels - mean) / std, "labels": torch.tensor([label for _, label in examples])}
 
     def trained_module(self, model: nn.Module) -> nn.Module:
-        """The model with a loss: timm's own returns logits only."""
+        """Returns the model with a loss, since models of timm return logits only."""
         return _Classifier(model)
 
     def prediction_metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
-        """The share of correct answers."""
+        """Returns `accuracy`."""
         return accuracy
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """Accuracy, from 0 to 1."""
+        """Returns the accuracy, from 0 to 1."""
         return metrics["eval_accuracy"]
 
     @cached_property
@@ -102,7 +101,7 @@ class VisionTask(Task):
         return TIMM_NAME if self.settings.model == NAME else str(self.settings.model)
 
     def _create(self, name: str) -> nn.Module:
-        """The pretrained model with a new head."""
+        """Creates the pretrained model with a new head."""
         classes = len(self._source.classes)
         if name == NAME:
             model: nn.Module = timm.create_model(TIMM_NAME, pretrained=False, num_classes=classes)
@@ -117,11 +116,11 @@ class VisionTask(Task):
         except OSError as error:
             reason = " ".join(str(error).split())
             raise SettingError(
-                f"--model {name!r} cannot be loaded: give {NAME} or a model the Hub has ({reason})"
+                f"--model {name!r} cannot be loaded: give {NAME} or a model of the Hub ({reason})"
             ) from error
 
     def _check_size(self, model: Any) -> None:
-        """Raise a SettingError if patches do not tile the image."""
+        """Raises a SettingError if the image size is not a multiple of the patch size."""
         size, patch = self.settings.image_size or 1, max(model.patch_embed.patch_size)
         if size % patch:
             raise SettingError(
@@ -135,19 +134,19 @@ class VisionTask(Task):
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of rows of the logits `(images, classes)` whose largest entry is the label's."""
-    answers = np.asarray(prediction.predictions).argmax(-1)
-    return {"accuracy": float((answers == prediction.label_ids).mean())}
+    """Returns the share of rows of the logits `(images, classes)` whose largest entry is at the label."""
+    classes = np.asarray(prediction.predictions).argmax(-1)
+    return {"accuracy": float((classes == prediction.label_ids).mean())}
 
 
 class _Classifier(nn.Module):
-    """A network that returns logits, with the cross-entropy that `Trainer` wants beside them."""
+    """A network of logits, extended by the cross-entropy loss that `Trainer` needs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss and logits `(batch, classes)` of images `(batch, 3, size, size)`."""
+        """Returns loss and logits `(batch, classes)` of images `(batch, 3, size, size)`."""
         logits = self.network(pixels)
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}

