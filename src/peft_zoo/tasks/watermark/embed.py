@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 from peft_zoo.common.checks import check_int
@@ -264,7 +264,7 @@ class Training:
     def report(self, facts: dict[str, Any]) -> EmbedReport:
         """Returns the report of the finished training with the values of `evaluate`."""
         count = sum(parameter.numel() for parameter in self.parameters.values())
-        own = {"seconds": self.trace[-1]["seconds"], "trace": self.trace, "decoder": self.decoder}
+        own: dict[str, Any] = {"seconds": self.trace[-1]["seconds"], "trace": self.trace, "decoder": self.decoder}
         return EmbedReport(self.config.steps, count, **facts, **own)
 
 
