@@ -123,6 +123,15 @@ def false_alarms(read: Tensor, seed: int) -> dict[str, dict[str, float]]:
     }
 
 
+def seconds_to(trace: list[dict[str, float]], bit_accuracy: float, window: int = 10) -> float | None:
+    """Returns the seconds until the mean bit accuracy over `window` steps first reached a value, None if never."""
+    values = [entry["bit_accuracy"] for entry in trace]
+    for end in range(window, len(values) + 1):
+        if sum(values[end - window : end]) >= bit_accuracy * window:
+            return trace[end - 1]["seconds"]
+    return None
+
+
 def scores(mark: Mark, images: Tensor) -> dict[str, Any]:
     """Returns bit accuracy, and the detection rate of image groups at the smallest false-positive rate."""
     read = bits_of(mark.decoder, images)
@@ -143,7 +152,7 @@ def measure(subject: Subject, mark: Mark, bits: int, seed: int) -> dict[str, Any
     result = {
         "parameters": report.parameters,
         "seconds": report.seconds,
-        "seconds_to_99": report.seconds_to(0.99),
+        "seconds_to_99": seconds_to(report.trace, 0.99),
         "psnr": float(psnr(marked, subject.clean).mean()),
         "ssim": float(torch.cat([ssim(*chunk) for chunk in chunks]).mean()),
         "bit_accuracy": float((read == mark.message).double().mean()),
