@@ -68,11 +68,8 @@ class EmbedCheckpoint:
         if self.path.parent.exists() and not self.path.parent.is_dir():
             raise ValueError(f"checkpoint={str(folder)!r} is not a folder: give a new name, or the folder of a run.")
         if self.path.exists() and (found := self._facts().get("of")) != of:
-            what = (
-                "is damaged"
-                if found is None
-                else "is of a training with other settings, images, key, autoencoder or decoder"
-            )
+            other = "is of a training with other settings, images, key, autoencoder or decoder"
+            what = "is damaged" if found is None else other
             raise ValueError(f"checkpoint: {str(self.path)!r} {what}: give another folder, or delete it to start anew.")
 
     def save(

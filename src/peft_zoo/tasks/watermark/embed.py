@@ -29,14 +29,7 @@ from peft_zoo.tasks.watermark.losses import augment, image_distance
 from peft_zoo.tasks.watermark.report import EmbedReport, detection_facts
 from peft_zoo.tasks.watermark.saved_decoder import calibrate_decoder, check_decoder_key
 from peft_zoo.tasks.watermark.significance import false_alarm_rate
-from peft_zoo.tasks.watermark.vae import (
-    add_lora,
-    check_vae,
-    decode,
-    mark_trained,
-    reconstruct,
-    remove_lora,
-)
+from peft_zoo.tasks.watermark.vae import add_lora, check_vae, decode, mark_trained, reconstruct, remove_lora
 
 __all__ = ["embed_watermark"]
 
