@@ -40,12 +40,8 @@ from peft_zoo.common.checks import is_number
 __all__ = ["WatermarkLoraConfig"]
 
 LAST_UP_BLOCK = "last_up_block"
-PLAIN_FOLDER, DIFFUSERS_FILE, DIFFUSERS_HEADER = (
-    "plain_lora",
-    "pytorch_lora_weights.safetensors",
-    "lora_adapter_metadata",
-)
-PEFT_PREFIX = "base_model.model."
+PLAIN_FOLDER, PEFT_PREFIX = "plain_lora", "base_model.model."
+DIFFUSERS_FILE, DIFFUSERS_HEADER = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 CHOICES = {"decoder": ("keyed", "custom"), "controller": ("two_sided", "dlws"), "image_loss": ("mse", "mse+l1")}
 AUGMENTATIONS = ("crop", "resize", "jpeg", "noise")
 MAX_BITS = 256

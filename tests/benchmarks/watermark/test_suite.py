@@ -145,3 +145,8 @@ def test_false_alarms_of_both_tests(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(rates) == ["exact", "binomial", "exact, 0.01", "binomial, 0.01"]
     assert found["1"]["exact"] == found["1"]["binomial"]
     assert found["32"]["exact, 0.01"] < 0.0135 < 0.02 < found["32"]["binomial, 0.01"]
+
+
+def test_the_time_to_a_bit_accuracy() -> None:
+    trace = [{"bit_accuracy": step / 10, "seconds": float(step)} for step in range(11)]
+    assert suite.seconds_to(trace, 0.5, window=3) == 6 and suite.seconds_to(trace, 1.0, window=3) is None

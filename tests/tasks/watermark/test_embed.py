@@ -45,7 +45,6 @@ def test_the_report(embedded: Embedded) -> None:
     assert len(report.trace) == report.steps == 60 and report.parameters == 3 * (4 * 8 * 9 + 8 * 4)
     assert report.nominal_fpr == 0.01 and report.images_per_test == 9 and 0 < report.measured_fpr < 0.0135  # 5 sigma
     assert report.trace[0]["lambda_i"] == report.trace[0]["lambda_w"] == 0.5
-    assert report.seconds_to(0.9) is not None and report.seconds_to(1.1) is None
     assert dataclasses.asdict(report)["psnr"] == report.psnr
     with pytest.raises(TypeError, match="KeyedDecoder"):
         pickle.dumps(report)

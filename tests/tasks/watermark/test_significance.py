@@ -15,7 +15,6 @@ from peft_zoo.tasks.watermark.significance import (
     bits_needed,
     count_matches,
     false_alarm_rate,
-    match_threshold,
     message_p_value,
 )
 
@@ -26,6 +25,10 @@ STEPS = ((0.5e-2, 34, 24), (1e-3, 36, 26), (1e-6, 41, 30), (1e-9, 44, 32))
 def messages(count: int) -> Tensor:
     """All messages, `(2^count, count)`."""
     return torch.arange(2**count)[:, None] >> torch.arange(count) & 1 == 1
+
+
+def match_threshold(counts: list[int], images: int, fpr: float) -> int | None:
+    return MatchDistribution.from_counts(counts, images).threshold(fpr)
 
 
 def binomial_p_value(matches: int, trials: int) -> float:

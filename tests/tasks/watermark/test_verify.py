@@ -30,7 +30,7 @@ ODD = slice(0, 23)
 def test_the_key_of_the_embedding_is_accepted(embedded: Embedded) -> None:
     found = verify_watermark(embedded.marked, KEY, decoder=embedded.decoder, fpr=0.01)
     assert found.decision and found.matches >= found.threshold and found.p_value <= 0.01
-    assert found.bits.equal(KEY.message) and found.n_images == 24 and found.method == "exact"
+    assert found.bits.equal(KEY.message) and found.n_images == 24
     assert found.bit_accuracy == found.matches / (24 * 8) > 0.9
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 from peft_zoo.common.atomic import replaced_file
-from peft_zoo.tasks.watermark.controllers import DlwsController, TwoSidedController
+from peft_zoo.tasks.watermark.controllers import Controller
 from peft_zoo.tasks.watermark.key import WatermarkKey
 
 NAME = "watermark_checkpoint.safetensors"
@@ -68,18 +68,15 @@ class EmbedCheckpoint:
         if self.path.parent.exists() and not self.path.parent.is_dir():
             raise ValueError(f"checkpoint={str(folder)!r} is not a folder: give a new name, or the folder of a run.")
         if self.path.exists() and (found := self._facts().get("of")) != of:
-            what = (
-                "is damaged"
-                if found is None
-                else "is of a training with other settings, images, key, autoencoder or decoder"
-            )
+            other = "is of a training with other settings, images, key, autoencoder or decoder"
+            what = "is damaged" if found is None else other
             raise ValueError(f"checkpoint: {str(self.path)!r} {what}: give another folder, or delete it to start anew.")
 
     def save(
         self,
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        controller: TwoSidedController | DlwsController,
+        controller: Controller,
         trace: list[dict[str, float]],
     ) -> None:
         """Replaces the file by the current state.
@@ -98,18 +95,9 @@ class EmbedCheckpoint:
             save_file(tensors, work, metadata={"training": json.dumps(facts)})
 
     def load(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        controller: TwoSidedController | DlwsController,
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, controller: Controller
     ) -> list[dict[str, float]]:
-        """Restores parameters, optimizer and controller if there is a file; returns its trace, or an empty list.
-
-        Args:
-            parameters: As in `save`.
-            optimizer: As in `save`.
-            controller: As in `save`.
-        """
+        """Restores the arguments of `save` if there is a file; returns its trace, or an empty list."""
         if not self.path.exists():
             return []
         facts = self._facts()

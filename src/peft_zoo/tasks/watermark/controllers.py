@@ -15,14 +15,49 @@ target is our reading, the paper does not say. The two-sided controller is ours.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 
-__all__ = ["DlwsController", "TwoSidedController", "new_controller"]
+__all__ = ["Controller", "DlwsController", "TwoSidedController", "new_controller"]
 
 
-class TwoSidedController:
+class Controller:
+    """Base of the controllers; saves and restores the attributes in `STATE`."""
+
+    STATE: ClassVar[tuple[str, ...]]
+
+    def weights(self) -> tuple[float, float]:
+        """Returns `lambda_i` and `lambda_w`."""
+        raise NotImplementedError
+
+    def update(self, psnr: float, bit_accuracy: float) -> None:
+        """Updates the weights after a step.
+
+        Args:
+            psnr: PSNR of the marked images of the step to the clean ones, in dB.
+            bit_accuracy: Bit accuracy on the marked images.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state that changes, as values that JSON can hold."""
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the state that `state_dict` returned.
+
+        Raises:
+            ValueError: If `state` has other fields.
+        """
+        if odd := {*self.STATE} ^ state.keys():
+            raise ValueError(
+                f"state of a {type(self).__name__} has missing or unknown fields: {', '.join(sorted(odd))}."
+            )
+        vars(self).update(state)
+
+
+class TwoSidedController(Controller):
     """Integral controller with limits.
 
     Attributes:
@@ -34,6 +69,8 @@ class TwoSidedController:
         log_ratio: Current u, the logarithm of `lambda_w / lambda_i`.
     """
 
+    STATE = ("log_ratio", "psnr", "bit_accuracy")
+
     def __init__(
         self, psnr_target: float, bit_target: float, rate: float = 0.05, limit: float = 3.0, decay: float = 0.9
     ) -> None:
@@ -44,36 +81,21 @@ class TwoSidedController:
         self.bit_accuracy: float | None = None
 
     def weights(self) -> tuple[float, float]:
-        """Returns `lambda_i` and `lambda_w`; they sum to 1, since only their ratio matters to Adam."""
-        share = 1 / (1 + math.exp(-self.log_ratio))
+        share = 1 / (1 + math.exp(-self.log_ratio))  # the sum is 1, since only the ratio matters to Adam
         return 1 - share, share
 
     def update(self, psnr: float, bit_accuracy: float) -> None:
-        """Updates u after a step.
-
-        Args:
-            psnr: PSNR of the marked images of the step to the clean ones, in dB.
-            bit_accuracy: Bit accuracy on the marked images.
-        """
         self.psnr = self._average(self.psnr, psnr)
         self.bit_accuracy = self._average(self.bit_accuracy, bit_accuracy)
         # PSNR has priority: if both targets are missed, u would otherwise stay constant.
         push = -1 if self.psnr < self.psnr_target else int(self.bit_accuracy < self.bit_target)
         self.log_ratio = min(max(self.log_ratio + self.rate * push, -self.limit), self.limit)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state that changes, as values that JSON can hold."""
-        return {"log_ratio": self.log_ratio, "psnr": self.psnr, "bit_accuracy": self.bit_accuracy}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state that `state_dict` returned."""
-        _restore(self, state)
-
     def _average(self, old: float | None, new: float) -> float:
         return new if old is None else self.decay * old + (1 - self.decay) * new
 
 
-class DlwsController:
+class DlwsController(Controller):
     """Dynamic loss weight scheduling.
 
     Attributes:
@@ -85,18 +107,17 @@ class DlwsController:
     """
 
     PATIENCE, PSNR_STEP, BIT_STEP = 5, 2.5, 0.08
+    STATE = ("psnr_target", "bit_target", "image_weight", "bit_weight", "bits_met", "picture_met")  # in checkpoints
 
     def __init__(self, psnr_target: float = 30.0, bit_target: float = 0.9, gamma: float = 0.3) -> None:
         self.psnr_target, self.bit_target, self.gamma = psnr_target, bit_target, gamma
         self.image_weight, self.bit_weight = 1.0, 0.0
-        self.bits_met, self.picture_met = 0, 0  # names in saved checkpoints
+        self.bits_met, self.picture_met = 0, 0
 
     def weights(self) -> tuple[float, float]:
-        """Returns `lambda_i` and `lambda_w`."""
         return self.image_weight, self.bit_weight
 
     def update(self, psnr: float, bit_accuracy: float) -> None:
-        """Updates weights and targets after a step; arguments as in `TwoSidedController.update`."""
         if bit_accuracy < self.bit_target:
             self.bit_weight += 2 * self.gamma
             self.bits_met = 0
@@ -112,26 +133,9 @@ class DlwsController:
         if self.picture_met >= self.PATIENCE:
             self.psnr_target, self.picture_met = self.psnr_target + self.PSNR_STEP, 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state that changes, as values that JSON can hold."""
-        names = ("psnr_target", "bit_target", "image_weight", "bit_weight", "bits_met", "picture_met")
-        return {name: getattr(self, name) for name in names}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state that `state_dict` returned."""
-        _restore(self, state)
-
-
-def new_controller(config: WatermarkLoraConfig) -> TwoSidedController | DlwsController:
+def new_controller(config: WatermarkLoraConfig) -> Controller:
     """Returns a new controller of the kind and with the targets of a configuration."""
     if config.controller == "dlws":
         return DlwsController(config.psnr_target, gamma=config.controller_gamma)
     return TwoSidedController(config.psnr_target, config.bit_target, config.controller_rate, config.controller_limit)
-
-
-def _restore(controller: TwoSidedController | DlwsController, state: dict[str, Any]) -> None:
-    if odd := controller.state_dict().keys() ^ state.keys():
-        raise ValueError(
-            f"state of a {type(controller).__name__} has missing or unknown fields: {', '.join(sorted(odd))}."
-        )
-    vars(controller).update(state)

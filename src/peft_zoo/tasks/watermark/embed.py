@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 from peft_zoo.common.checks import check_int
@@ -29,14 +29,7 @@ from peft_zoo.tasks.watermark.losses import augment, image_distance
 from peft_zoo.tasks.watermark.report import EmbedReport, detection_facts
 from peft_zoo.tasks.watermark.saved_decoder import calibrate_decoder, check_decoder_key
 from peft_zoo.tasks.watermark.significance import false_alarm_rate
-from peft_zoo.tasks.watermark.vae import (
-    add_lora,
-    check_vae,
-    decode,
-    mark_trained,
-    reconstruct,
-    remove_lora,
-)
+from peft_zoo.tasks.watermark.vae import add_lora, check_vae, decode, mark_trained, reconstruct, remove_lora
 
 __all__ = ["embed_watermark"]
 
@@ -264,7 +257,7 @@ class Training:
     def report(self, facts: dict[str, Any]) -> EmbedReport:
         """Returns the report of the finished training with the values of `evaluate`."""
         count = sum(parameter.numel() for parameter in self.parameters.values())
-        own = {"seconds": self.trace[-1]["seconds"], "trace": self.trace, "decoder": self.decoder}
+        own: dict[str, Any] = {"seconds": self.trace[-1]["seconds"], "trace": self.trace, "decoder": self.decoder}
         return EmbedReport(self.config.steps, count, **facts, **own)
 
 

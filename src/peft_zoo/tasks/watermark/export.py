@@ -110,7 +110,16 @@ def merge_and_export(
     marked = _without_peft_model(model.vae if is_pipeline else model)
     _check_trained(marked, key)
     vae = merged(marked)
-    record, texts = public_record(config, key, calibration), [CARD_TEXT.format(bits=config.num_bits)]
+    texts = [CARD_TEXT.format(bits=config.num_bits)]
+    record: dict[str, Any] = {
+        "version": VERSION,
+        "method": config.method_name,
+        "num_bits": config.num_bits,
+        "decoder": config.decoder,
+        "commitment": key.commitment,
+        "date": date.today().isoformat(),
+        "calibration": dict(calibration or {}),
+    }
     if differing := differing_tensors(vae):
         record["differing_tensors"] = differing
         texts.append(DIFFERING_TEXT.format(kind=type(vae).__name__, count=len(differing), name=differing[0]))
@@ -125,27 +134,6 @@ def merge_and_export(
         add_to_card(folder / "README.md", texts)
         refuse_key_in(folder, key)
     return Path(path)
-
-
-def public_record(
-    config: WatermarkLoraConfig, key: WatermarkKey, calibration: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Returns the content of `watermark.json`; of the key it has only the commitment.
-
-    Args:
-        config: Configuration that the watermark was embedded with.
-        key: Key of the watermark.
-        calibration: As in `merge_and_export`.
-    """
-    return {
-        "version": VERSION,
-        "method": config.method_name,
-        "num_bits": config.num_bits,
-        "decoder": config.decoder,
-        "commitment": key.commitment,
-        "date": date.today().isoformat(),
-        "calibration": dict(calibration or {}),
-    }
 
 
 def differing_tensors(vae: Any) -> list[str]:

@@ -40,7 +40,6 @@ __all__ = [
     "bits_needed",
     "count_matches",
     "false_alarm_rate",
-    "match_threshold",
     "message_p_value",
 ]
 
@@ -174,27 +173,13 @@ def message_p_value(bits: Tensor, message: Tensor) -> float:
     return MatchDistribution.of(bits).p_value(count_matches(bits, message))
 
 
-def match_threshold(counts: Sequence[int], images: int, fpr: float) -> int | None:
-    """Returns the smallest number of matches to accept for sums of decoded bits, or None if there is none.
-
-    Args:
-        counts: Number of images in which each bit is set, c_i; arbitrary for a single image.
-        images: Number of images, m.
-        fpr: False-positive rate, in (0, 1) and at least 2^-n.
-
-    Raises:
-        ValueError: As `MatchDistribution.from_counts` and `MatchDistribution.threshold`.
-    """
-    return MatchDistribution.from_counts(counts, images).threshold(fpr)
-
-
 def false_alarm_rate(
     bits: Tensor,
     images: int,
     fpr: float,
     messages: int = 20_000,
     seed: int = 0,
-    threshold: Callable[[Sequence[int], int, float], int | None] = match_threshold,
+    threshold: Callable[[Sequence[int], int, float], int | None] | None = None,
 ) -> float:
     """Measures the false-positive rate: the share of random messages that are accepted in unmarked images.
 
@@ -207,7 +192,8 @@ def false_alarm_rate(
         fpr: Nominal rate, in (0, 1) and at least 2^-n.
         messages: Number of random messages, default 20,000; memory grows with `messages N / m`.
         seed: Seed of the messages, default 0.
-        threshold: Maps counts, images and fpr to the smallest number of matches to accept; default the exact test.
+        threshold: Maps counts, images and fpr to the smallest number of matches to accept, or to None if there is none.
+            None (default) takes the exact test.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -218,6 +204,7 @@ def false_alarm_rate(
     drawn = torch.randint(2, (messages, bits.shape[1]), generator=torch.Generator().manual_seed(seed))
     # A bit matches in c images if it is set in the message, and in m - c otherwise.
     matches = (images - counts).sum(1) + drawn.float() @ (2 * counts - images).float().T
+    threshold = threshold or (lambda row, images, fpr: MatchDistribution.from_counts(row, images).threshold(fpr))
     limits = [threshold(row, images, fpr) for row in counts.tolist()]
     limit = matches.new_tensor([math.inf if limit is None else limit for limit in limits])
     return float((matches >= limit).double().mean())

@@ -40,7 +40,6 @@ class Verification:
         num_bits: Bits of the message, n.
         n_images: Number of images, m.
         fpr: Requested false-positive rate.
-        method: Name of the test, `"exact"`.
 
     Examples:
         >>> import torch
@@ -58,7 +57,6 @@ class Verification:
     num_bits: int
     n_images: int
     fpr: float
-    method: str = "exact"
 
     @property
     def bit_accuracy(self) -> float:
