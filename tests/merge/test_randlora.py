@@ -130,6 +130,14 @@ def test_we_load_what_peft_writes(fields: dict[str, Any], alias: bool, tmp_path:
     assert back.keys() == tensors.keys() - set(copies)
 
 
+def test_matrices_keep_their_precision_on_the_way_to_peft_and_back(tmp_path: Path) -> None:
+    base, x, expected = saved(ours(), tmp_path / "ours")
+    from_peft(to_peft(tmp_path / "ours", tmp_path / "peft"), tmp_path / "back")
+    assert differs(base, tmp_path / "back", x, expected) < 1e-6
+    PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "back").save_pretrained(tmp_path / "again")
+    assert differs(base, tmp_path / "again", x, expected) < 1e-6
+
+
 def test_a_file_without_the_matrices_needs_to_be_told_their_dtype(tmp_path: Path) -> None:
     base, x, expected = saved(theirs(save_projection=False), tmp_path / "peft")
     with pytest.raises(ValueError, match="peft_basis_dtype="):

@@ -228,14 +228,19 @@ class RandLoraModel(ZooModel):
         if all(adapter_name in getattr(self, name, {}) for name in MATRICES):  # drawn for an earlier module
             return
         needed = _largest(self._sizes(config))
-        config.peft_basis_dtype = config.peft_basis_dtype or usual_dtype()
+        dtype = config.peft_basis_dtype or usual_dtype()
+        # `from_peft` leaves the dtype open if no 16-bit dtype represents the matrices of the file exactly.
+        is_wide = config.save_projection and config.basis_shape is not None and config.peft_basis_dtype is None
+        if not is_wide:
+            config.peft_basis_dtype = dtype
         largest, smallest = config.basis_shape = config.basis_shape or needed
         fits = largest >= needed[0] and smallest >= needed[1]
         config.require(fits, "basis_shape", f"the adapted modules need at least {needed}; use None for a new adapter")
-        drawn = draw(config.basis, config.r, largest, smallest, config.projection_prng_key, config.peft_basis_dtype)
+        drawn = draw(config.basis, config.r, largest, smallest, config.projection_prng_key, dtype)
         for container, matrix in zip(MATRICES, drawn, strict=True):
             if not hasattr(self, container):
                 self.add_module(container, BufferDict())
+            matrix = matrix.float() if is_wide else matrix
             getattr(self, container).register_buffer(adapter_name, matrix, persistent=config.saves_projection)
 
     def _sizes(self, config: RandLoraConfig) -> Iterator[tuple[int, int]]:
