@@ -66,11 +66,7 @@ def test_the_update_is_that_of_peft(tmp_path: Path, config: dict[str, Any]) -> N
         assert adapter.modules.keys() == layers.keys()
         for name, layer in layers.items():
             module, (B, A) = adapter.modules[name], adapter.factors(name)
-            assert (module.rank, module.alpha, module.scale) == (
-                layer.r["default"],
-                layer.lora_alpha["default"],
-                layer.scaling["default"],
-            )
+            assert (module.rank, module.scale) == (layer.r["default"], layer.scaling["default"])
             assert B.shape == (module.out_features, module.rank) and A.shape == (module.rank, module.in_features)
             torch.testing.assert_close(delta(module, B, A), layer.get_delta_weight("default"), **CLOSE)
             assert (Role.MAGNITUDE in module.keys) is bool(config.get("use_dora"))
@@ -170,8 +166,8 @@ def test_files_of_sd_scripts(tmp_path: Path) -> None:
         assert (adapter.format, adapter.config, adapter.other_keys) == ("kohya", None, ["bundle_emb.cat"])
         assert adapter.file.metadata == {"ss_network_dim": "4"}
         linear, conv = adapter.modules["lora_unet_to_q"], adapter.modules["lora_unet_conv"]
-        assert (linear.kind, linear.rank, linear.alpha, linear.scale) == ("linear", 4, 2.0, 0.5)
-        assert (conv.kind, conv.rank, conv.alpha, conv.scale) == ("conv", 3, 3.0, 1.0)
+        assert (linear.kind, linear.rank, linear.scale) == ("linear", 4, 0.5)
+        assert (conv.kind, conv.rank, conv.scale) == ("conv", 3, 1.0)
         assert (conv.out_features, conv.in_features, conv.dtype) == (7, 18, torch.float16)
         B, A = adapter.factors("lora_unet_conv")
         down, up = (tensors[f"lora_unet_conv.lora_{end}.weight"].float() for end in ("down", "up"))

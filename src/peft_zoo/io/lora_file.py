@@ -49,7 +49,6 @@ class LoraModule:
         keys: Tensor names by role.
         kind: Layout of the factors.
         rank: Rank R.
-        alpha: `lora_alpha` of the module.
         scale: Factor s of the update `s * B A`.
         shape_A: Stored shape of A.
         shape_B: Stored shape of B.
@@ -60,7 +59,6 @@ class LoraModule:
     keys: dict[Role, str]
     kind: LayerKind
     rank: int
-    alpha: float
     scale: float
     shape_A: tuple[int, ...]
     shape_B: tuple[int, ...]
@@ -129,15 +127,14 @@ class LoraAdapter(ClosedOnExit):
         _check_shapes(name, kind, info_A.shape, info_B.shape)
         _check_companions(name, keys, self.file.tensors, info_A.shape, info_B.shape, self.config)
         rank = info_A.shape[0]
-        alpha, scale = self._alpha_and_scale(name, keys, rank)
-        return LoraModule(name, keys, kind, rank, alpha, scale, info_A.shape, info_B.shape, info_A.dtype)
+        scale = self._scale(name, keys, rank)
+        return LoraModule(name, keys, kind, rank, scale, info_A.shape, info_B.shape, info_A.dtype)
 
-    def _alpha_and_scale(self, name: str, keys: dict[Role, str], rank: int) -> tuple[float, float]:
-        """Alpha and scale from the configuration, else from the alpha tensor, else alpha = R as all loaders assume."""
+    def _scale(self, name: str, keys: dict[Role, str], rank: int) -> float:
+        """Scale from the configuration, else from the alpha tensor, else 1 (alpha = R) as all loaders assume."""
         configured = self._configured(name)
         if configured is None:
-            alpha = self._read_alpha(keys[Role.ALPHA]) if Role.ALPHA in keys else float(rank)
-            return alpha, alpha / rank
+            return self._read_alpha(keys[Role.ALPHA]) / rank if Role.ALPHA in keys else 1.0
         if Role.ALPHA in keys:
             raise ValueError(f"module {name}: an alpha in {keys[Role.ALPHA]!r} and one in the metadata; remove one.")
         if configured.rank != rank:
@@ -145,7 +142,7 @@ class LoraAdapter(ClosedOnExit):
                 f"module {name}: config says rank {configured.rank}, file has {rank}; "
                 "correct r or rank_pattern, or get both files from one save."
             )
-        return configured.alpha, configured.scale
+        return configured.scale
 
     def _read_alpha(self, key: str) -> float:
         """Reads an alpha tensor of one element."""

@@ -200,11 +200,7 @@ def _patterns(name: str, config: Mapping[str, Any], check: Callable[[str, object
 
 
 def _module_name(shown: str, key: str) -> str:
-    """Module name (or end of a name) that a pattern key matches.
-
-    Args:
-        shown: Field and key, for the error message.
-        key: Key of a pattern.
+    """Module name (or end of a name) that a pattern key matches; `shown` names the key in the error.
 
     Raises:
         ValueError: If the key is a regular expression that may match other names.

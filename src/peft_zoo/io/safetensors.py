@@ -197,12 +197,7 @@ def _pickle_error(path: Path) -> ValueError:
 
 
 def _parse_header(header: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
-    """Parses a header: metadata, tensor infos, and the position of each tensor in the file.
-
-    Args:
-        header: JSON text.
-        begin: Position where the tensors begin, in bytes.
-        size: Size of the file in bytes.
+    """Parses a header: metadata, tensor infos, and the position of each tensor in a file of `size` bytes.
 
     Raises:
         ValueError: If the header violates the format.

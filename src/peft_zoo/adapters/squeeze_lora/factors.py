@@ -84,10 +84,6 @@ class LoraPair:
 def lora_pairs(model: nn.Module, adapter_name: str) -> list[LoraPair]:
     """Factors of every module of an adapter, in the order of the model.
 
-    Args:
-        model: A `PeftModel`, or any model with LoRA layers.
-        adapter_name: Name of the adapter.
-
     Raises:
         ValueError: If the adapter is missing, merged or sharded.
         NotImplementedError: If a module's update is not `s * B A`; names the module.
@@ -138,12 +134,7 @@ def squeeze_pair(
 
 
 def drop_zero_directions(pair: LoraPair, new_scale: float | None = None) -> None:
-    """Removes the directions that are zero in both factors from the tensors; the update does not change.
-
-    Args:
-        pair: Factors of one module.
-        new_scale: Scale of the new factors; None keeps the old scale.
-    """
+    """Removes directions that are zero in both factors from the tensors; the update does not change."""
     alive = pair.live()
     alive[0] |= not alive.any()  # a layer needs a rank of at least 1
     B, A = pair.matrices()
@@ -155,14 +146,7 @@ def drop_zero_directions(pair: LoraPair, new_scale: float | None = None) -> None
 
 @torch.no_grad()
 def write_factors(pair: LoraPair, B: Tensor, A: Tensor, scale: float) -> None:
-    """Writes new factors into the same Parameter objects and updates rank, scale and alpha of the layer.
-
-    Args:
-        pair: Factors of one module.
-        B: New factor, `(out, r)`.
-        A: New factor, `(r, in)`.
-        scale: Scale of the new factors.
-    """
+    """Writes factors B `(out, r)` and A `(r, in)` into the same Parameter objects and updates the layer's fields."""
     layer, name, rank = pair.layer, pair.adapter, len(A)
     scale_bias(pair, pair.scale / scale)
     pair.B.grad = pair.A.grad = None
@@ -255,13 +239,7 @@ class Projection:
 
 
 def _map_moments(state: dict[str, Tensor], over_columns: bool, small: Tensor) -> None:
-    """Maps Adam's moments of one factor.
-
-    Args:
-        state: Optimizer state of the parameter, changed in place.
-        over_columns: True for B, whose moments are multiplied from the right; False for A.
-        small: `(R, r)` for B, `(r, R)` for A.
-    """
+    """Maps Adam's moments in place: those of B times `small` (`over_columns`), or `small` times those of A."""
 
     def mapped(moment: Tensor, matrix: Tensor) -> Tensor:
         wide = moment.reshape(len(moment), -1).double()

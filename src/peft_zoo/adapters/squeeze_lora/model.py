@@ -24,7 +24,6 @@ from peft_zoo import registration
 from peft_zoo.adapters.base import ZooLoraConfig, ZooLoraModel
 from peft_zoo.adapters.squeeze_lora.callback import SqueezeCallback
 from peft_zoo.adapters.squeeze_lora.schedule import SqueezeConfig
-from peft_zoo.common.checks import require
 
 
 @dataclass
@@ -55,25 +54,19 @@ class SqueezeLoraConfig(SqueezeConfig, ZooLoraConfig):
         SqueezeConfig.__post_init__(self)
 
     def for_training(self, steps: int) -> SqueezeLoraConfig:
-        """Returns the configuration itself, after checking that its schedule fits into `steps` optimizer steps.
-
-        Raises:
-            ValueError: As `check_steps`.
-        """
-        self.check_steps(steps)
-        return self
-
-    def check_steps(self, total_steps: int) -> None:
-        """Checks that the schedule fits the number of optimizer steps and the rank.
+        """Returns the configuration itself, after checking that its schedule fits `steps` optimizer steps and the rank.
 
         Raises:
             ValueError: If a stage would be shorter than `min_stage_steps`, a step is after the end of the run, or no
                 rank is above `target_rank`.
         """
-        super().check_steps(total_steps)
-        ranks = (self.r, *(self.rank_pattern or {}).values())
-        lowers = self.target_rank is None or self.target_rank < max(ranks)
-        require(lowers, self, "target_rank", f"use less than r={self.r}")
+        if self.schedule == "step":
+            self._explicit(steps)
+        elif self.has_target and self.num_stages is not None:
+            self._points(steps)
+        lowers = self.target_rank is None or self.target_rank < max((self.r, *(self.rank_pattern or {}).values()))
+        self.require(lowers, "target_rank", f"use less than r={self.r}")
+        return self
 
 
 @registration.register(

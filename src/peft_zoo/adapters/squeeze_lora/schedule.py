@@ -167,17 +167,6 @@ class SqueezeConfig:
                 found[step] = value = rounded
         return found
 
-    def check_steps(self, total_steps: int) -> None:
-        """Checks that the schedule fits the number of optimizer steps, before there is a model.
-
-        Raises:
-            ValueError: If a stage would be shorter than `min_stage_steps`, or a step is after the end of the run.
-        """
-        if self.schedule == "step":
-            self._explicit(total_steps)
-        elif self.has_target and self.num_stages is not None:
-            self._points(total_steps)
-
     def _points(self, total_steps: int) -> dict[int, float]:
         """Optimizer steps at which the curve is evaluated, each with its u."""
         end = self._step_at(self.end_ratio, total_steps)

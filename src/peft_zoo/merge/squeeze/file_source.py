@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_zoo.common.atomic import new_folder
+from peft_zoo.common.atomic import check_new_folder, new_folder
 from peft_zoo.io import LoraAdapter, Role, TensorWriter, parse_json
 from peft_zoo.io.lora_config import target_fields, write_config
 from peft_zoo.io.lora_file import WEIGHTS_NAME
@@ -45,7 +45,9 @@ class FileSource:
             raise ValueError(
                 f"out_dir={str(target)!r}: {source} is a single file, so give the name of a .safetensors file."
             )
-        if target.exists() and not (adapter.config is not None and target.is_dir() and not any(target.iterdir())):
+        if adapter.config is not None:
+            check_new_folder(target)
+        elif target.exists():
             raise ValueError(f"out_dir={str(target)!r} exists; give a new name.")
 
     def overhead(self, modules: Mapping[str, RankAndScale]) -> int:
@@ -115,13 +117,7 @@ def _kept(modules: Mapping[str, RankAndScale]) -> dict[str, RankAndScale]:
 def _metadata(
     adapter: LoraAdapter, modules: Mapping[str, RankAndScale], before: Iterable[str]
 ) -> dict[str, str] | None:
-    """Metadata of the file with new ranks and alphas and without hashes; None if nothing is left.
-
-    Args:
-        adapter: The old adapter.
-        modules: Rank and scale of the modules of the new adapter.
-        before: Names of all modules of the old adapter.
-    """
+    """Metadata with new ranks and alphas, without hashes; `before` has the names of all modules of the adapter."""
     texts = {name: text for name, text in adapter.file.metadata.items() if name not in HASHES}
     if DIFFUSERS_METADATA in texts and adapter.format == "diffusers_peft":
         configs = _diffusers_configs(texts[DIFFUSERS_METADATA], modules, before)
