@@ -1,4 +1,4 @@
-"""Weights of LQ-LoRA from data: sums against their definition, and what they do to the choice and to the split."""
+"""Importance weights from data: against their definition, and their effect on budgets and decompositions."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def steep() -> dict[str, ImportanceWeights]:
     }
 
 
-def test_what_is_weighed_is_lost_less() -> None:
+def test_important_weights_have_smaller_errors() -> None:
     data = {
         name: ImportanceWeights(row / row.mean(), column / column.mean()) for name, (row, column) in steep().items()
     }
@@ -167,7 +167,7 @@ def test_a_budget_goes_where_it_counts() -> None:
         ("dear", {**even, dear: ImportanceWeights(*(1e6 * part for part in even[dear]))}),
     ):
         made, _ = quantized("two-sided", data, budget_bits=3.0, qconfig_grid=GRID)
-        bits[how] = {name: way[0] for name, way in made.peft_config["default"].qconfig_map.items()}
+        bits[how] = {name: nf[0] for name, nf in made.peft_config["default"].qconfig_map.items()}
     assert bits["dear"][dear] == 8 > bits["even"][dear]
     assert sum(bits["dear"].values()) - 8 < sum(bits["even"].values()) - bits["even"][dear]
 

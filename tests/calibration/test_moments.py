@@ -1,4 +1,4 @@
-"""Moments against the formula on rows that a test's own hooks caught, and what calibration refuses or leaves alone."""
+"""Moments against the formula on rows of the test's own hooks; refusals; models are left unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny Llama and what the tests of LQ-LoRA do with it."""
+"""A tiny Llama for the tests of LQ-LoRA."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peft_zoo.adapters.lq_lora.layer import LqLinear
 TOKENS = torch.arange(24).view(2, 12) * 5 % 64
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 GRID = [[bits, 4, "bf16", block, 64] for bits in (2, 3, 4, 8) for block in (16, 32)]
-"""Few ways, for a budget that is spent quickly."""
+"""A small grid of quantization configs, for fast budgets."""
 
 
 def base(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Two layers, 64 wide, always the same weights for a seed."""
+    """Returns a model of two layers, 64 wide, with the same weights for a seed."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2)
@@ -27,18 +27,18 @@ def base(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 
 def adapted(seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
-    """It with LQ-LoRA on three kinds of modules."""
+    """Returns the model with LQ-LoRA on three kinds of modules."""
     fields = {"r": 8, "target_modules": TARGETS, **fields}
     return get_peft_model(base(seed, dtype), LqLoraConfig(**fields)).eval()
 
 
 def layers(model: PeftModel) -> dict[str, LqLinear]:
-    """The quantized layers by name."""
+    """Returns the quantized layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LqLinear)}
 
 
 def train(model: PeftModel, steps: int = 3) -> list[float]:
-    """A few steps, in training mode; losses."""
+    """Trains a few steps and returns the losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     losses = []
     model.train()
@@ -54,5 +54,5 @@ def train(model: PeftModel, steps: int = 3) -> list[float]:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    """Of the tokens above."""
+    """Returns the logits of the tokens above."""
     return model(input_ids=TOKENS).logits

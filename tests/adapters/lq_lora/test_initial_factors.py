@@ -67,7 +67,7 @@ def test_any_rank_and_shape(rank: int, shape: tuple[int, int]) -> None:
         assert same(found, (restored[:, : shape[0]].mT, restored[:, shape[0] :]))
 
 
-def test_small_directions_are_not_lost_beside_large_ones() -> None:
+def test_small_directions_keep_their_precision_next_to_large_ones() -> None:
     torch.manual_seed(0)
     sizes = torch.tensor([10.0, 3.0, 1.0])
     factors = torch.randn(64, 3) * sizes, torch.randn(3, 128) * sizes[:, None]
@@ -206,7 +206,7 @@ def test_what_is_kept_stays_as_the_first_adapter_has_it(has: bool | str, comes: 
     assert torch.equal(logits(again), logits(other))
 
 
-def test_other_factors_beside_the_same_matrices_do_not_replace_those_that_are_kept(tmp_path: Path) -> None:
+def test_loading_an_adapter_does_not_replace_kept_initial_factors(tmp_path: Path) -> None:
     """An adapter that began on a trained model of the standalone form keeps what stood there."""
     trained = adapted()
     train(trained)
@@ -221,10 +221,10 @@ def test_other_factors_beside_the_same_matrices_do_not_replace_those_that_are_ke
     assert not torch.equal(without(later), start)
 
 
-# ---- beside the standalone form ----
+# ---- standalone models ----
 
 
-def test_an_adapter_where_nothing_stands(tmp_path: Path) -> None:
+def test_an_adapter_on_a_layer_without_factors(tmp_path: Path) -> None:
     """What is kept has the rank 0."""
     with pytest.warns(UserWarning, match="missing without the adapter"):
         bare = adapted().unload()
@@ -240,7 +240,7 @@ def test_an_adapter_where_nothing_stands(tmp_path: Path) -> None:
     assert {len((layer.quantized.initial or ())[1]) for layer in layers(again).values()} == {0}
 
 
-def test_an_adapter_takes_over_what_stands(tmp_path: Path) -> None:
+def test_an_adapter_starts_from_the_factors_of_a_standalone_model(tmp_path: Path) -> None:
     alone = standalone(odd())
     alone.save_pretrained(tmp_path / "alone")
     model = get_peft_model(alone, LqLoraConfig(r=5, lora_alpha=5, target_modules=TARGETS, keep_init="nf8")).eval()
@@ -253,7 +253,7 @@ def test_an_adapter_takes_over_what_stands(tmp_path: Path) -> None:
         assert torch.equal(logits(again), logits(model)) and torch.equal(without(again), start)
 
 
-def test_where_an_adapter_does_not_reach_what_is_kept_stands(tmp_path: Path) -> None:
+def test_untargeted_layers_keep_their_initial_factors(tmp_path: Path) -> None:
     model = adapted(keep_init="nf8")
     model.add_adapter("second", LqLoraConfig(r=4, target_modules=["q_proj"]))
     model.set_adapter("second")

@@ -1,4 +1,4 @@
-"""LQ-LoRA in a model: what is quantized, what training starts from, and what merging, disabling and saving leave."""
+"""LQ-LoRA in a model: quantization, initial values, merging, disabling, saving and invalid fields."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_the_decomposition_is_made_as_the_fields_say() -> None:
     config = LqLoraConfig(r=8, target_modules=TARGETS, num_iterations=2, niter=0, **common)
     before = weights(base())
     for name, layer in layers(get_peft_model(base(), config)).items():
-        W, way = before[name.removeprefix("base_model.model.")], layer.quantized.config
+        W, nf = before[name.removeprefix("base_model.model.")], layer.quantized.config
         options = DecomposeOptions(iterations=2, power_iterations=0, **common)
-        assert torch.equal(layer.quantized.codes, quantized_low_rank(W, 8, way, options).Q.codes)
-        other = quantized_low_rank(W, 8, way, replace(options, power_iterations=2))
+        assert torch.equal(layer.quantized.codes, quantized_low_rank(W, 8, nf, options).Q.codes)
+        other = quantized_low_rank(W, 8, nf, replace(options, power_iterations=2))
         assert not torch.equal(layer.quantized.codes, other.Q.codes)
 
 
@@ -154,12 +154,12 @@ def test_rows_that_no_block_fits_stay_as_they_are(caplog: pytest.LogCaptureFixtu
 def test_a_budget_is_kept(budget: float) -> None:
     grid = [[2, 2, "bf16", 16, 256], [3, 4, "bf16", 32, 16], [4, 8, "bf16", 32, 256]]
     model = adapted(budget_bits=budget, qconfig_grid=grid)
-    ways = {name: layer.quantized.config for name, layer in layers(model).items()}
-    numbers = {name: layer.quantized.shape[0] * layer.quantized.shape[1] for name, layer in layers(model).items()}
-    spent = sum(packed_bits(way, numbers[name]) for name, way in ways.items())
-    assert spent <= budget * sum(numbers.values())
-    assert set(ways.values()) <= {NFConfig(*way) for way in grid}
-    assert spent > 0.9 * budget * sum(numbers.values()) or set(ways.values()) == {NFConfig(*grid[-1])}
+    configs = {name: layer.quantized.config for name, layer in layers(model).items()}
+    num_weights = {name: layer.quantized.shape[0] * layer.quantized.shape[1] for name, layer in layers(model).items()}
+    spent = sum(packed_bits(nf, num_weights[name]) for name, nf in configs.items())
+    assert spent <= budget * sum(num_weights.values())
+    assert set(configs.values()) <= {NFConfig(*nf) for nf in grid}
+    assert spent > 0.9 * budget * sum(num_weights.values()) or set(configs.values()) == {NFConfig(*grid[-1])}
 
 
 def test_more_bits_are_less_error() -> None:
@@ -176,28 +176,28 @@ def test_ranks_compete_with_bits() -> None:
     grid = [[2, 2, "bf16", 16, 256], [3, 4, "bf16", 32, 16]]
     fields = {"budget_bits": 6.0, "budget_scope": "base+lora", "rank_options": [2, 4, 8], "qconfig_grid": grid}
     model = adapted(**fields)
-    spent = numbers = 0
+    spent = num_weights = 0
     for name, layer in layers(model).items():
         rows, columns = layer.quantized.shape
         rank = layer.r["default"]
         key = exactly(name.removeprefix("base_model.model."))
         assert model.peft_config["default"].rank_pattern[key] == rank in (2, 4, 8)
         spent += packed_bits(layer.quantized.config, rows * columns) + 16 * rank * (rows + columns)
-        numbers += rows * columns
-    assert 0.85 * 6.0 < spent / numbers <= 6.0
+        num_weights += rows * columns
+    assert 0.85 * 6.0 < spent / num_weights <= 6.0
     W = weights(base())["model.layers.0.self_attn.q_proj"]
-    table = matrix_errors(W, [NFConfig(*way) for way in grid], (2, 4, 8), factor_bits=16)
+    table = matrix_errors(W, [NFConfig(*nf) for nf in grid], (2, 4, 8), factor_bits=16)
     assert len(table) == 6
 
 
 def test_what_stays_as_it_is_is_counted() -> None:
-    """Rows of 96 numbers have no block of 64: they cost 32 bits each, and the others have what is left."""
+    """Rows of 96 values have no block of 64: they cost 32 bits per weight, and the others share the rest."""
     grid = [[2, 2, "bf16", 64, 256], [4, 4, "bf16", 64, 256]]
     model = adapted(target_modules=["q_proj", "down_proj"], qconfig_grid=grid, budget_bits=20.5)
-    ways = model.peft_config["default"].qconfig_map
-    sizes = {name: weight.numel() for name, weight in weights(base()).items() if name in ways}
-    bits = {n: 32 * sizes[n] if way is None else packed_bits(NFConfig(*way), sizes[n]) for n, way in ways.items()}
-    assert sorted(way[0] if way else 32 for way in ways.values()) == [2, 4, 32, 32]
+    configs = model.peft_config["default"].qconfig_map
+    sizes = {name: weight.numel() for name, weight in weights(base()).items() if name in configs}
+    bits = {n: 32 * sizes[n] if nf is None else packed_bits(NFConfig(*nf), sizes[n]) for n, nf in configs.items()}
+    assert sorted(nf[0] if nf else 32 for nf in configs.values()) == [2, 4, 32, 32]
     assert 20 < sum(bits.values()) / sum(sizes.values()) <= 20.5
 
 
@@ -226,18 +226,18 @@ def test_a_budget_is_spent_by_the_errors_of_the_levels_that_are_used() -> None:
     for codebook in typing.get_args(Codebook):
         model = adapted(budget_bits=3.0, qconfig_grid=[[2, 4, "bf16", 32, 16], "nf3", "nf4"], codebook=codebook)
         config = model.peft_config["default"]
-        ways, found = config.qconfig_map, weights(base())
+        configs, found = config.qconfig_map, weights(base())
         tables = {}
-        for name in ways:
+        for name in configs:
             tables[name] = matrix_errors(
                 found[name],
                 fitting(config.grid, found[name].shape[1]),
                 (8,),
                 DecomposeOptions(iterations=1, codebook=codebook),
             )
-        choices, _ = plan_bits(tables, 3.0, sum(found[name].numel() for name in ways))
+        choices, _ = plan_bits(tables, 3.0, sum(found[name].numel() for name in configs))
         maps[codebook] = {name: list(choice.config or ()) for name, choice in choices.items()}
-        assert ways == maps[codebook]
+        assert configs == maps[codebook]
     assert maps["nf"] != maps["lloyd"]
 
 
@@ -342,13 +342,13 @@ def saved_tensors(model: PeftModel) -> dict[str, Tensor]:
 # ---- without the adapter ----
 
 
-def test_a_disabled_adapter_leaves_a_hole_and_says_so() -> None:
+def test_disabling_warns_that_the_low_rank_part_is_missing() -> None:
     model, want = adapted(), logits(base())
     with pytest.warns(UserWarning, match="keep_init=True"), model.disable_adapter():
         assert (logits(model) - want).norm() > 0.5 * want.norm()
 
 
-def test_what_was_split_off_can_be_kept(tmp_path: Path) -> None:
+def test_initial_factors_can_be_kept(tmp_path: Path) -> None:
     model, want = adapted(keep_init=True), logits(base())
     fresh = logits(model)
     train(model)
@@ -439,7 +439,7 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep_init", [False, True])
 def test_a_further_adapter_quantizes_nothing(keep_init: bool, tmp_path: Path) -> None:
-    """Other adapters count on the matrices as they are; what it does not target needs the initial factors."""
+    """Other adapters need the weights as they are; layers that it does not target need the initial factors."""
     model = adapted(keep_init=keep_init)
     before = {name for name, module in model.named_modules() if isinstance(module, NFLinear)}
     second = LqLoraConfig(r=8, target_modules=["q_proj", "o_proj"])
@@ -501,10 +501,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
         PeftModel.from_pretrained(base(), tmp_path)
 
 
-def test_a_map_can_be_given(tmp_path: Path) -> None:
+def test_a_qconfig_map_can_be_given(tmp_path: Path) -> None:
     names = [name for name in weights(base()) if name.endswith("q_proj")]
-    ways = {names[0]: "nf3", names[1]: None}
-    model = adapted(target_modules=["q_proj"], qconfig_map=ways)
+    configs = {names[0]: "nf3", names[1]: None}
+    model = adapted(target_modules=["q_proj"], qconfig_map=configs)
     (layer,) = layers(model).values()
     assert layer.quantized.config == NFConfig(3, 8, "fp32", 64, 256)
     model.save_pretrained(tmp_path)
@@ -572,7 +572,7 @@ def test_a_budget_below_the_least_names_the_least() -> None:
         adapted(budget_bits=1.5, qconfig_grid=list(GRIDS["default60"][:2]))
 
 
-def test_a_map_that_lacks_a_module() -> None:
+def test_a_qconfig_map_that_lacks_a_module() -> None:
     with pytest.raises(ValueError, match=r"qconfig_map lacks 'model\.layers\.0"):
         adapted(qconfig_map={})
 
@@ -592,7 +592,7 @@ def test_models_that_ask_a_layer_for_its_dtype() -> None:
 
 
 class Packed(nn.Linear):
-    """As bitsandbytes' layers, in what is seen of them here."""
+    """A stand-in for a layer of bitsandbytes."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__(columns, rows, bias=False)

@@ -1,4 +1,4 @@
-"""peft's own adapters on a model of the standalone form: trained, merged and taken out again, or refused in words."""
+"""peft's own adapters on a standalone model: trained, merged and unmerged, or refused."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_what_is_not_quantized_is_not_concerned(alone: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning")
-def test_a_layer_without_what_stood_beside_it() -> None:
+def test_a_layer_without_its_initial_factors() -> None:
     """What an adapter of LQ-LoRA leaves behind is Q alone, and so it computes."""
     model = get_peft_model(adapted().unload(), peft.LoraConfig(**ON))
     train(model)
@@ -303,7 +303,7 @@ def test_dequantizing_to_another_dtype(folder: Path) -> None:
         assert torch.equal(model.get_submodule(name).weight, exact.get_submodule(name).weight)
 
 
-def test_what_peft_makes_of_a_layer(alone: Any) -> None:
+def test_peft_creates_a_lora_layer_for_a_quantized_one(alone: Any) -> None:
     layer = alone.get_submodule(Q_PROJ)
     assert isinstance(peft.utils.resolve_quantization_backend(layer), NFBackend)
     weight = NFBackend().get_base_weight(layer)

@@ -1,4 +1,4 @@
-"""What is split off the base counts once, however many adapters hold it; where it cannot, a warning says so."""
+"""The initial factors count once, however many adapters contain them; without `keep_init` a warning says so."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_weighted_adapter() -> None:
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "twice", combination_type="cat")
 
 
-def test_a_sum_without_what_was_split_off_is_warned_of() -> None:
+def test_a_sum_without_kept_factors_is_warned_of() -> None:
     model = adapted()
     with pytest.warns(UserWarning, match="adapter 'default'"):
         model.add_adapter("other", LqLoraConfig(r=8, target_modules=TARGETS))
@@ -135,7 +135,7 @@ def test_a_sum_without_what_was_split_off_is_warned_of() -> None:
         model.base_model.set_adapter(["default", "other"])
 
 
-def test_what_unloading_leaves_is_warned_of() -> None:
+def test_unloading_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="missing without the adapter"):
         adapted().unload()
     kept = adapted(keep_init=True)

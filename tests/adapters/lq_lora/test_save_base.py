@@ -1,4 +1,4 @@
-"""Adapters whose folder has nothing of the base: it is decomposed again, and the bits must be the same."""
+"""Adapters saved without their base: it is decomposed again, and the bits have to be the same."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the matrices that loading decomposes; it may not do so elsewhere, nor choose anything."""
     names, real = [], lq_lora_files.quantize_layer
 
-    def counted(config: Any, way: Any, layer: Any, rank: int, name: str) -> Any:
+    def counted(config: Any, nf: Any, layer: Any, rank: int, name: str) -> Any:
         names.append(name)
-        return real(config, way, layer, rank, name)
+        return real(config, nf, layer, rank, name)
 
     monkeypatch.setattr(lq_lora_files, "quantize_layer", counted)
     return names
@@ -136,7 +136,7 @@ def test_trained_further_and_saved_with_its_base(tmp_path: Path, splits: list[st
 
 
 def test_the_folder_is_that_of_a_lora(tmp_path: Path) -> None:
-    """What is left out is all that there is beside A and B."""
+    """The folder contains A and B only."""
     sizes = {}
     for keep_init, save_base in ((True, "quantized"), (False, "quantized"), (True, "none")):
         model = adapted(keep_init=keep_init, save_base=save_base)
@@ -263,7 +263,7 @@ def test_a_second_adapter_belongs_to_the_matrices_that_are_there(tmp_path: Path,
     assert unchanged(model, before) and not splits
 
 
-def test_an_adapter_that_was_made_beside_another_loads_beside_it_only(tmp_path: Path) -> None:
+def test_an_adapter_created_on_quantized_layers_loads_only_onto_them(tmp_path: Path) -> None:
     """Its own fields are not those of the decomposition."""
     model = adapted(keep_init=True)
     model.save_pretrained(tmp_path / "first")

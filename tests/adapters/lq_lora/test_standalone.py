@@ -1,4 +1,4 @@
-"""Quantized models that are saved and loaded without their base, and what is trained on them."""
+"""Standalone quantized models: saved and loaded without their base, and trained further."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_modules_that_a_model_keeps_in_float32(tmp_path: Path) -> None:
     assert all(same(layer, quantized(alone)[name]) for name, layer in quantized(loaded).items())
 
 
-def test_a_layer_is_its_matrix_and_what_stands_beside_it(tmp_path: Path) -> None:
+def test_a_standalone_layer_is_q_plus_its_factors(tmp_path: Path) -> None:
     standalone(gpt2()).save_pretrained(tmp_path)
     layer = quantized(AutoModelForCausalLM.from_pretrained(tmp_path))["transformer.h.1.attn.c_attn"]
     B, A = (factor.double() for factor in layer.initial or ())
@@ -154,7 +154,9 @@ def test_without_the_head(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("keep_init", [False, True])
-def test_an_adapter_takes_over_what_stands(keep_init: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_starts_from_the_factors_of_a_standalone_model(
+    keep_init: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("peft_zoo.adapters.lq_lora.model.quantize_layer", None)  # nothing is quantized
     alone = AutoModelForCausalLM.from_pretrained(folder)
     before, bits = logits(alone), {name: layer.codes for name, layer in quantized(alone).items()}
@@ -193,7 +195,7 @@ def test_a_smaller_adapter_takes_the_best_part(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning")
-def test_an_adapter_where_nothing_stands(tmp_path: Path) -> None:
+def test_an_adapter_on_a_layer_without_factors(tmp_path: Path) -> None:
     """Then it begins as an ordinary LoRA does, with B = 0."""
     bare = adapted().unload()
     before = logits(bare)
@@ -224,7 +226,7 @@ def test_adapters_know_their_matrices(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [LoraConfig, LqLoraConfig])
 def test_what_is_left_as_it_is(config: Any, folder: Path) -> None:
-    """peft's own LoRA, and random factors on the base as it is, go around the layer and what stands in it."""
+    """peft's own LoRA, and random factors on an unquantized base, leave the layer and its factors unchanged."""
     alone = AutoModelForCausalLM.from_pretrained(folder)
     before, bits = logits(alone), {name: buffer.clone() for name, buffer in alone.named_buffers()}
     fields = {} if config is LoraConfig else {"qconfig_map": dict.fromkeys(quantized(alone))}
@@ -240,7 +242,7 @@ def test_what_is_left_as_it_is(config: Any, folder: Path) -> None:
     assert torch.equal(logits(model.unload()), before)
 
 
-def test_a_further_adapter_leaves_what_stands(folder: Path) -> None:
+def test_a_further_adapter_leaves_untargeted_layers_alone(folder: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LqLoraConfig(r=8, target_modules=["q_proj"]))
     first = logits(model.eval())
     with pytest.warns(UserWarning, match="adapter 'default'"):
@@ -250,7 +252,7 @@ def test_a_further_adapter_leaves_what_stands(folder: Path) -> None:
     torch.testing.assert_close(logits(model), first, rtol=1e-5, atol=1e-5)
 
 
-def test_another_way_than_that_of_the_matrix_is_refused(folder: Path) -> None:
+def test_another_quantization_config_is_refused(folder: Path) -> None:
     alone = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match=rf"qconfig_map: {Q_PROJ} is quantized already, as \[4, 4"):
         get_peft_model(alone, LqLoraConfig(r=8, target_modules=["q_proj"], qconfig_map={Q_PROJ: "nf4"}))
@@ -284,7 +286,7 @@ def test_trained_modules_are_put_back(tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(alone))
 
 
-def test_where_an_adapter_does_not_reach_the_initial_factors_stand() -> None:
+def test_untargeted_layers_keep_their_initial_factors_in_float32() -> None:
     model = adapted(keep_init=True)
     model.add_adapter("second", LqLoraConfig(r=4, target_modules=["q_proj"]))
     model.set_adapter("second")
@@ -365,7 +367,7 @@ def test_quantizing_is_not_what_the_configuration_does(tmp_path: Path) -> None:
         (lambda c: c["ranks"].update({Q_PROJ: 7}), rf"{Q_PROJ}.initial_B is .*\(64, 8\).*needs .*\(64, 7\)"),
         (lambda c: c["ranks"].update({"lm_head": 7}), "ranks names 'lm_head', which modules lacks"),
     ],
-    ids=["layer", "kind", "bits", "scales", "way", "rank", "ranks"],
+    ids=["layer", "kind", "bits", "scales", "config", "rank", "ranks"],
 )
 def test_a_damaged_configuration_is_refused(change: Any, message: str, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())

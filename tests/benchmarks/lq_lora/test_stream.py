@@ -1,4 +1,4 @@
-"""The benchmark of quantizing from files: its checkpoint is one, and what its processes say is read or refused."""
+"""The benchmark of quantizing from files: its checkpoint loads, and output of its processes is read or refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_checkpoint_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_run_is_killed_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the quantizing itself in threads' places of processes: what is measured is put together right."""
+    """With generators instead of processes: the measurements are put together right."""
     started: list[Any] = []
 
     class Child:

@@ -74,7 +74,7 @@ def test_the_best_iteration_is_returned() -> None:
 
 
 def test_the_published_figures() -> None:
-    """Relative errors of 512 x 1024 Gaussian numbers: plain, and with rank 8 after one and five iterations."""
+    """Relative errors of 512 x 1024 Gaussian values: plain, and with rank 8 after one and five iterations."""
     W, config = matrix(shape=(512, 1024)), NFConfig(4, 8, "fp32", 64, 256)
     assert quantized_low_rank(W, 0, config).error == pytest.approx(0.0920, rel=0.01)
     for iterations, wanted in ((1, 0.0902), (5, 0.0858)):
@@ -149,7 +149,7 @@ def test_fitted_levels_are_better() -> None:
 
 
 @pytest.mark.parametrize("config", [NF2, NF3], ids=["2 bits", "3 bits"])
-def test_fitted_levels_serve_the_numbers_that_matter(config: NFConfig) -> None:
+def test_fitted_levels_follow_the_importance(config: NFConfig) -> None:
     W = matrix("structured")
     row, column = torch.logspace(-1, 1, W.shape[0]), torch.logspace(0, -2, W.shape[1])
 
@@ -167,7 +167,7 @@ def test_fitted_levels_serve_the_numbers_that_matter(config: NFConfig) -> None:
 
 
 @pytest.mark.parametrize(("bits", "least"), [(2, 1e-3), (4, 1e-7), (8, 1e-12), (2, 1e-30), (4, 0.0)])
-def test_fitted_levels_of_numbers_that_hardly_count(bits: int, least: float) -> None:
+def test_fitted_levels_of_values_with_small_importance(bits: int, least: float) -> None:
     """A block, a row or a column that is much larger than all others hides none of them."""
     config = NFConfig(bits, 8, "fp32", 16, 4)
     few = torch.full((64,), least)
@@ -182,7 +182,7 @@ def test_fitted_levels_of_numbers_that_hardly_count(bits: int, least: float) -> 
         assert bool((levels.diff() >= 0).all()) and levels.abs().max() <= 1
 
 
-def test_fitted_levels_of_gaussian_numbers() -> None:
+def test_fitted_levels_of_gaussian_values() -> None:
     config = NFConfig(2, 8, "fp32", 64, 256)
     levels = lloyd_levels(matrix(shape=(512, 512)), config)
     torch.testing.assert_close(levels, torch.tensor([-0.586, -0.171, 0.175, 0.590]), rtol=0, atol=0.02)

@@ -1,4 +1,4 @@
-"""A checkpoint quantized from its files: the same bits as in memory, again after a kill, and nothing by halves."""
+"""Checkpoints quantized from files: the same bits as in memory, resumed after a kill, written atomically."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_the_bits_are_those_of_a_model_in_memory(folder: Path, tmp_path: Path) -
     assert seen == ["measuring", "quantizing"]
     whole = get_peft_model(base(), config())
     expected = {name.removeprefix("base_model.model."): layer for name, layer in layers(whole).items()}
-    ways = {name: list(layer.quantized.config) for name, layer in expected.items()}
-    assert {row.name: list(row.config or ()) for row in rows} == ways and len(rows) == 14
+    configs = {name: list(layer.quantized.config) for name, layer in expected.items()}
+    assert {row.name: list(row.config or ()) for row in rows} == configs and len(rows) == 14
     alone = standalone(whole)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(loaded), logits(alone.eval()), rtol=1e-4, atol=1e-4)
@@ -81,9 +81,9 @@ def test_the_bits_are_those_of_a_model_in_memory(folder: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert not (tmp_path / "out.partial").exists()
-    numbers = sum(layer.quantized.shape[0] * layer.quantized.shape[1] for layer in expected.values())
+    num_weights = sum(layer.quantized.shape[0] * layer.quantized.shape[1] for layer in expected.values())
     sizes = {name: layer.quantized.shape[0] * layer.quantized.shape[1] for name, layer in expected.items()}
-    assert sum(row.bits * sizes[row.name] for row in rows) <= 3.0 * numbers
+    assert sum(row.bits * sizes[row.name] for row in rows) <= 3.0 * num_weights
     assert all(0 < row.error < 0.6 and row.rank == 8 for row in rows)
 
 
@@ -169,12 +169,12 @@ def test_layers_of_gpt2_and_rows_that_no_block_fits(tmp_path: Path) -> None:
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-PICTURES = {**SIZES, "image_size": 16, "patch_size": 8}
+VISION = {**SIZES, "image_size": 16, "patch_size": 8}
 
 
 def vit() -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(**PICTURES, initializer_range=0.2)), {
+    return ViTForImageClassification(ViTConfig(**VISION, initializer_range=0.2)), {
         "pixel_values": torch.randn(2, 3, 16, 16)
     }
 
@@ -182,7 +182,7 @@ def vit() -> tuple[nn.Module, dict[str, Any]]:
 def llava() -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     text = LlamaConfig(vocab_size=64, initializer_range=0.2, **SIZES)
-    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(**PICTURES)))
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(**VISION)))
     return model, {"input_ids": TOKENS}
 
 
@@ -209,7 +209,7 @@ def test_names_that_transformers_changes_as_it_loads(make: Any, renamed: str, tm
 
 @pytest.mark.parametrize("target", ["gate_proj", "up_proj"])
 def test_a_tensor_that_transformers_splits_as_it_loads_is_refused(target: str, tmp_path: Path) -> None:
-    Dinov2Model(Dinov2Config(**PICTURES, use_swiglu_ffn=True)).save_pretrained(tmp_path / "model")
+    Dinov2Model(Dinov2Config(**VISION, use_swiglu_ffn=True)).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=rf"weights_in\.weight becomes \S+\.{target}\.weight"):
         quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(budget_bits=None, target_modules=[target]))
     rows = quantize_checkpoint(
@@ -235,10 +235,10 @@ def test_experts_in_one_tensor_stay_and_are_counted(tmp_path: Path, caplog: pyte
     rows = quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(budget_bits=None, r=4))
     assert {row.name.rpartition(".")[2] for row in rows} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     left = unquantized_summary(tmp_path / "out")
-    numbers = sum(p.numel() for p in model.parameters()) - sum(row.num_weights for row in rows)
-    assert (left.num_weights, left.nbytes) == (numbers, 4 * numbers)
+    num_weights = sum(p.numel() for p in model.parameters()) - sum(row.num_weights for row in rows)
+    assert (left.num_weights, left.nbytes) == (num_weights, 4 * num_weights)
     assert left.tensors == 4 * 3 + 2 + 3 + 1, "matrices of experts, embeddings and head, norms, and the router"
-    assert f"unquantized: {numbers:,} weights in 18 tensors" in caplog.text
+    assert f"unquantized: {num_weights:,} weights in 18 tensors" in caplog.text
     experts, its = (
         it.model.layers[0].mlp.experts for it in (model, MixtralForCausalLM.from_pretrained(tmp_path / "out"))
     )

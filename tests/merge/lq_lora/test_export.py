@@ -1,4 +1,4 @@
-"""LQ-LoRA in files: what it learned, as a plain LoRA for the base model."""
+"""The trained change of an LQ-LoRA as a plain LoRA for the base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An LQ-LoRA merged and quantized again: the error told is the one made, and refusals change nothing."""
+"""LQ-LoRA merged and quantized again: reported errors are right, and refusals change nothing."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def restored(model: Any, name: str) -> Tensor:
 @pytest.mark.parametrize("r", [0, 8])
 def test_errors_are_those_of_the_merged_weights(r: int, tmp_path: Path) -> None:
     model, expected = trained()
-    ways = {name.removeprefix("base_model.model."): layer.quantized.config for name, layer in layers(model).items()}
+    configs = {name.removeprefix("base_model.model."): layer.quantized.config for name, layer in layers(model).items()}
     new, rows = merge_and_requantize(model, r=r)
     assert {row.name for row in rows} == expected.keys() and len(rows) == 2 * len(TARGETS)
     for row in rows:
         W = expected[row.name]
         error = ((restored(new, row.name) - W).norm() / W.norm()).item()
         assert error == pytest.approx(row.error, rel=1e-3) and 0 < error < 0.15
-        assert row.rank == r and NFConfig(*(row.config or ())) == ways[row.name]
+        assert row.rank == r and NFConfig(*(row.config or ())) == configs[row.name]
     new.save_pretrained(tmp_path / "new")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()), logits(new.eval()))
 
 
-def test_a_part_beside_it_loses_less() -> None:
+def test_a_low_rank_part_reduces_the_error() -> None:
     errors = {}
     for r in (0, 8):
         _, rows = merge_and_requantize(trained()[0], r=r)
@@ -67,8 +67,8 @@ def test_many_bits_lose_little() -> None:
 def test_a_budget_is_kept() -> None:
     model, expected = trained(qconfig="nf4", qconfig_grid=GRID)
     new, rows = merge_and_requantize(model, budget_bits=2.75)
-    numbers = sum(W.numel() for W in expected.values())
-    assert 2.6 * numbers < sum(row.bits * row.num_weights for row in rows) <= 2.75 * numbers
+    num_weights = sum(W.numel() for W in expected.values())
+    assert 2.6 * num_weights < sum(row.bits * row.num_weights for row in rows) <= 2.75 * num_weights
     assert len({row.config for row in rows}) > 1
     assert all(new.get_submodule(row.name).config == NFConfig(*(row.config or ())) for row in rows)
 
