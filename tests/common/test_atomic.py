@@ -149,7 +149,7 @@ def test_failing_at_any_step_leaves_nothing_or_all(
         target = tmp_path / str(number) / "out"
         (target if save is save_folder else target.parent).mkdir(parents=True)
         with monkeypatch.context() as patch:
-            if isinstance(error, Killed):  # then nobody cleans up
+            if isinstance(error, Killed):  # a killed process does not clean up
                 patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
                 patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
             if step == "write":

@@ -42,7 +42,7 @@ def pair(name: str = "q", rank: int = 2, out: int = 3, into: int = 5, **changes:
 
 
 class Zoo(nn.Module):
-    """One layer of each kind that peft's LoRA knows; never run."""
+    """One layer of each kind that peft's LoRA adapts; never run."""
 
     def __init__(self) -> None:
         super().__init__()

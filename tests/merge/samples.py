@@ -1,4 +1,4 @@
-"""Small models with trained LoRAs, the files that hold them, and what the best compression of them is."""
+"""Small models with trained LoRAs, their files, and their best approximations of lower rank."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 @contextmanager
-def new_folder(target: str | Path, field: str = "out_dir") -> Iterator[Path]:
+def new_folder(target: str | os.PathLike[str], field: str = "out_dir") -> Iterator[Path]:
     """Yields a temporary folder that is flushed to disk and renamed to `target` when the block ends.
 
     If the block raises or the process is killed, `target` stays as it was.
@@ -55,7 +55,7 @@ def check_new_folder(target: Path, field: str = "out_dir") -> None:
 
 
 @contextmanager
-def new_file(target: str | Path, field: str = "out_dir", *, private: bool = False) -> Iterator[Path]:
+def new_file(target: str | os.PathLike[str], field: str = "out_dir", *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path; the file created there is flushed to disk and renamed to `target` when the block ends.
 
     Args:
@@ -73,7 +73,7 @@ def new_file(target: str | Path, field: str = "out_dir", *, private: bool = Fals
 
 
 @contextmanager
-def replaced_file(target: str | Path, *, private: bool = False) -> Iterator[Path]:
+def replaced_file(target: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path; the file written there replaces `target`, or creates it, when the block ends.
 
     Args:

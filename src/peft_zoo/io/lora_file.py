@@ -114,7 +114,7 @@ class LoraAdapter(ClosedOnExit):
         if self.format == "peft" and config is None:
             raise ValueError(f"{file.path}: its scale is in {CONFIG_NAME}; give the folder that holds both.")
         if self.format != "peft" and config is not None:
-            raise ValueError(f"{file.path}: {self.format} keys beside an {CONFIG_NAME}; give the file itself.")
+            raise ValueError(f"{file.path}: {self.format} keys in a folder with {CONFIG_NAME}; give the file itself.")
         self._configured = _configured(self.format, file.metadata, config)
         groups, self.other_keys = _group(self.format, file.tensors)
         self.modules = {name: self._module(name, keys) for name, keys in groups.items()}
