@@ -1,19 +1,20 @@
-"""Adapters on quantized base models: 8 and 4 bit of bitsandbytes, torchao, and NormalFloat."""
+"""Adapters on quantized base models: 8 and 4 bit of bitsandbytes, torchao, and the formats of methods."""
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_zoo import LqLoraConfig, Method
-from peft_zoo.lq_lora import NFLinear, standalone
+from peft_zoo import Method
 from tests.adapters.models import adapted, bits, config, first, inputs, layers, output, spread, wrap
 
 NAMES = ["other", "__base__", "default"]
@@ -56,23 +57,34 @@ def _quantize_torchao(weight: Tensor) -> Any:
     return layer.weight
 
 
-def _standalone(folder: Path) -> Path:
-    """A folder with the same model in the standalone form, with a low-rank part for each matrix."""
-    target = folder.with_name(f"{folder.name}-nfk")
-    if not target.exists():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        fields = {"r": 2, "num_iterations": 1, "target_modules": "all-linear", "qconfig": [3, 4, "bf16", 32, 64]}
-        standalone(get_peft_model(model, LqLoraConfig(**fields))).save_pretrained(target)
-    return target
+@dataclass(frozen=True)
+class Kind:
+    """A kind of quantized base model.
+
+    Attributes:
+        load: Loads a quantized Llama from the folder of one in floating-point.
+        quantize: Quantizes a weight as `load` does; the identity if merging leaves the weight in floating-point.
+        packed: The bits of a quantized layer; None: `packed` below finds them in its weight.
+    """
+
+    load: Callable[[Path], Any]
+    quantize: Callable[[Tensor], Any]
+    packed: Callable[[nn.Module], list[Tensor] | None] = lambda layer: None
 
 
-# Quantization config of transformers (None: the model is loaded from its own folder), and the quantizer of a weight.
-KINDS: dict[str, tuple[Callable[[], Any] | None, Callable[[Tensor], Any]]] = {
-    "8bit": (_eight_bits, _quantize_8),
-    "4bit": (_four_bits, _quantize_4),
-    "torchao": (_torchao, _quantize_torchao),
-    "nfk": (None, lambda weight: weight),  # a merged layer is in floating-point
+def _with(config: Callable[[], Any]) -> Callable[[Path], Any]:
+    """Loads with a quantization config of transformers."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return lambda folder: load(folder, quantization_config=config(), device_map="cpu", dtype=torch.float32)
+
+
+KINDS = {
+    "8bit": Kind(_with(_eight_bits), _quantize_8),
+    "4bit": Kind(_with(_four_bits), _quantize_4),
+    "torchao": Kind(_with(_torchao), _quantize_torchao),
 }
+for file in sorted(Path(__file__).parent.glob("*/quantized.py")):  # quantized formats of methods
+    KINDS |= {name: Kind(*kind) for name, kind in runpy.run_path(str(file))["KINDS"].items()}
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +104,15 @@ each_kind_shifted = pytest.mark.parametrize(("method", "kind"), spread(KINDS, sh
 @pytest.fixture
 def base(kind: str, folder: Path) -> Any:
     """A quantized Llama."""
-    make, load = KINDS[kind][0], transformers.AutoModelForCausalLM.from_pretrained
-    if make is None:
-        return load(_standalone(folder), dtype=torch.float32).eval()
-    return load(folder, quantization_config=make(), device_map="cpu", dtype=torch.float32).eval()
+    return KINDS[kind].load(folder).eval()
 
 
 def packed(weight: Any, layer: Any = None) -> list[Tensor]:
     """The bits of a quantized weight: its codes and scales."""
-    if isinstance(layer, NFLinear):
-        return [bits(tensor) for _, tensor in layer.saved()]
+    for kind in KINDS.values():
+        found = kind.packed(layer)
+        if found is not None:
+            return [bits(tensor) for tensor in found]
     if type(weight) in (Tensor, nn.Parameter):
         return [bits(weight)]
     if hasattr(weight, "tensor_data_names"):  # torchao
@@ -160,7 +171,9 @@ def test_merging_quantizes_the_sum_once_and_unmerging_restores_the_bits(method: 
     model.merge_adapter()
     for layer, weight in zip(layers(model), dense, strict=True):
         exact = weight.float() + layer.get_delta_weight("default") + layer.get_delta_weight("other")
-        assert same(packed(layer.get_base_layer().weight), packed(KINDS[kind][1](exact.to(weight.dtype).detach())))
+        assert same(
+            packed(layer.get_base_layer().weight), packed(KINDS[kind].quantize(exact.to(weight.dtype).detach()))
+        )
     merged, merged_output = weights_of(model), output(model, "llama")
     assert not any(same(one, other) for one, other in zip(merged, originals, strict=True))
     # Merged and adapted differ by the quantization alone; the base differs by the updates too.

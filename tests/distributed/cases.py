@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,6 +42,13 @@ class Case:
     trainer: bool = False
 
 
+def quick(mode: str, case: str) -> bool:
+    """Whether a case is trained without `--full`: both kinds of FSDP1 share the cases of FSDP2."""
+    place = list(cases()).index(case) % 2
+    return place == {"fsdp1": 0, "fsdp1_flat": 1}.get(mode, place)
+
+
+@functools.cache
 def cases() -> dict[str, Case]:
     """Every method that trains, and the `CASES` of each `tests/adapters/<method>/parallel.py`."""
     trainable = (method for method in peft_zoo.methods().values() if method.trainable)

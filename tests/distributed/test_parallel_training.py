@@ -25,7 +25,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
 from tests.distributed import worker
-from tests.distributed.cases import MIDDLE, cases
+from tests.distributed.cases import MIDDLE, cases, quick
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -56,20 +56,21 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Launch one process and two, side by side, on everything."""
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    """Launches one process and a group of two, each for all of its runs."""
+    extent = "full" if request.config.getoption("--full") else "quick"
     folder = tmp_path_factory.mktemp("runs")
-    alone = [sys.executable, worker.__file__, str(folder), "single"]
+    alone = [sys.executable, worker.__file__, str(folder), extent, "single"]
     # With `--cpu` accelerate leaves it to MPI to start the second process; with `--multi_gpu` torchrun does.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
     settings = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    together = [*launcher, *settings, worker.__file__, str(folder), *PARALLEL]
+    together = [*launcher, *settings, worker.__file__, str(folder), extent, *PARALLEL]
     with ThreadPoolExecutor() as pool:
         return Runs(folder, "\n".join(pool.map(output_of, (alone, together))))
 
 
 def output_of(command: list[str]) -> str:
-    """Run a command on the CPU, one thread a process and without network; its failure shows in what it leaves out."""
+    """Runs a command on the CPU with one thread and without network; a failure shows in missing results."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "FSDP"))}
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
@@ -79,7 +80,12 @@ def output_of(command: list[str]) -> str:
 
 @pytest.mark.parametrize(
     ("mode", "case"),
-    [(mode, name) for mode in PARALLEL for name, case in CASES.items() if case.fsdp or mode not in worker.FSDP],
+    [
+        pytest.param(mode, name, marks=[] if quick(mode, name) else [pytest.mark.full])
+        for mode in PARALLEL
+        for name, case in CASES.items()
+        if case.fsdp or mode not in worker.FSDP
+    ],
 )
 def test_two_processes_train_what_one_trains(runs: Runs, mode: str, case: str) -> None:
     one, first, second = runs.read("single", case), runs.read(mode, case, 0), runs.read(mode, case, 1)

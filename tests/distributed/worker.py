@@ -1,6 +1,6 @@
 """Program that the tests launch: trains every case with every kind of parallelism and writes the results.
 
-    accelerate launch … worker.py OUTPUT_DIR ddp fsdp2 …
+    accelerate launch … worker.py OUTPUT_DIR quick|full ddp fsdp2 …
 
 In `OUTPUT_DIR/<mode>/` each process writes `<run>.rank<n>.json` with the loss and the budget of each step, and the
 first process the adapter: `<run>.safetensors`, or a folder that `Trainer` saves.
@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import peft_zoo
-from tests.distributed.cases import MIDDLE, STEPS, Case, cases
+from tests.distributed.cases import MIDDLE, STEPS, Case, cases, quick
 
 BATCH, LENGTH, VOCABULARY = 4, 16, 64
 FSDP = {
@@ -164,14 +164,16 @@ def forget_accelerate() -> None:
         del os.environ[name]
 
 
-def main(out: Path, modes: list[str]) -> None:
-    """Run everything."""
+def main(out: Path, extent: str, modes: list[str]) -> None:
+    """Runs all cases with all modes, or without `full` those that `quick` selects."""
     allow_fsdp_on_cpu()
     rank = os.environ.get("RANK", "0")
     for mode in modes:
         folder = out / mode
         folder.mkdir(exist_ok=True)
-        runs = {name: partial(train_in_a_loop, name) for name, case in cases().items() if case.fsdp or mode not in FSDP}
+        names = [name for name, case in cases().items() if case.fsdp or mode not in FSDP]
+        chosen = [name for name in names if extent == "full" or quick(mode, name)]
+        runs = {name: partial(train_in_a_loop, name) for name in chosen}
         for name in (name for name, case in cases().items() if case.trainer):
             if not mode.startswith("fsdp1"):  # Trainer saves with the offloading of `accelerator.get_state_dict`
                 runs[f"{name}_trainer"] = partial(train_with_trainer, name)
@@ -183,4 +185,4 @@ def main(out: Path, modes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

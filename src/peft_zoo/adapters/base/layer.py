@@ -327,8 +327,9 @@ class ParameterTarget(ZooLayer):
     def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
         """Creates adapter `name` as in any layer; a configuration with a dropout is refused."""
         for kind in ("dropout", "drop_path"):
-            fix = "use 0 with `target_parameters`: a parameter's value cannot drop parts of an input"
-            config.require(not getattr(config, kind), f"{config.method_name}_{kind}", fix)
+            if getattr(config, kind):
+                fix = "use 0 with `target_parameters`: a parameter's value cannot drop parts of an input"
+                config.require(False, f"{config.method_name}_{kind}", fix)
         super().add_adapter(name, config, inference_mode)
 
     def unload_and_optionally_merge_module(
