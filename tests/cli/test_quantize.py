@@ -48,7 +48,7 @@ def test_it_writes_what_the_library_writes(here: Path, capsys: pytest.CaptureFix
     assert digest("out") == digest("again")
     worst = max(rows, key=lambda row: row.error)
     assert f"{worst.error:.4f}  {worst.bits:.2f} bits  {worst.name}" in text
-    bits = sum(row.bits * row.numbers for row in rows) / sum(row.numbers for row in rows)
+    bits = sum(row.bits * row.num_weights for row in rows) / sum(row.num_weights for row in rows)
     assert "matrices    14 with" in text and f"{bits:.3f} per weight" in text
 
 
@@ -57,7 +57,7 @@ def test_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     total = sum(p.numel() for p in base().parameters())
     assert len(data["matrices"]) == 14 and data["written"] == "out"
-    assert data["unquantized"]["numbers"] == total - sum(row["num_weights"] for row in data["matrices"])
+    assert data["unquantized"]["num_weights"] == total - sum(row["num_weights"] for row in data["matrices"])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_importance_from_a_file(here: Path) -> None:
     config = LqLoraConfig(r=4, target_modules="all-linear", weighting="activation", qconfig="nf4", num_iterations=1)
     save_importance("w.safetensors", preprocess_lq_lora(base(), config, [{"input_ids": TOKENS}]))
     fields = ["--set", "r=4", "--set", "qconfig=nf4", "--set", "num_iterations=1"]
-    words = ["--weights", "w.safetensors", "--set", "weighting=activation"]
+    words = ["--importance", "w.safetensors", "--set", "weighting=activation"]
     assert main(["quantize", "model", "out", *fields, *words]) == 0
     assert main(["quantize", "model", "plain", *fields]) == 0
     assert digest("out") != digest("plain")
@@ -96,7 +96,7 @@ def test_importance_from_a_file(here: Path) -> None:
         (["model", "model"], "is not an empty folder"),
         (["model", "model", "--dry-run"], "is not an empty folder"),
         (["nothing", "out"], "nothing"),
-        (["model", "out", "--weights", "model/config.json"], "model/config.json"),
+        (["model", "out", "--importance", "model/config.json"], "model/config.json"),
         (["model", "out", "--device", "abacus"], "device='abacus'"),
         (["model", "out", "--set", "lq_state=decomposed"], "lq_state='decomposed'"),
         (["model", "out", "--set", 'base_sha256={"a": "b"}'], "base_sha256"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   peft-zoo quantize Llama-3-8B Llama-3-8B-2.75bit --budget-bits 2.75
   peft-zoo quantize model small --set qconfig=nf4 --set r=16
-  peft-zoo quantize model small --budget-bits 3 --weights fisher.safetensors --set weighting=fisher --set codebook=lloyd
+  peft-zoo quantize model small --budget-bits 3 --importance fisher.safetensors --set weighting=fisher --set codebook=lloyd
 
 Every field of LqLoraConfig can be given by --set. The same command continues an interrupted run. Once peft_zoo is
 imported, AutoModelForCausalLM.from_pretrained loads OUT, and an LqLoraConfig trains it."""
@@ -34,7 +34,7 @@ class Flags:
     )
     target: str = setting("a new folder", positional=True, required=True, metavar="OUT")
     budget_bits: float | None = setting("average bits per weight of the quantized matrices")
-    weights: str | None = setting("importance of weights, for --set weighting=fisher", metavar="FILE")
+    importance: str | None = setting("file of save_importance, for --set weighting=fisher", metavar="FILE")
     device: str = setting("where matrices are decomposed", "cpu")
     options: dict[str, str] = method_options()
 
@@ -64,7 +64,7 @@ def _run(flags: Flags) -> Result:
     from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint, unquantized_summary
 
     config = _config(flags)
-    importance = None if flags.weights is None else load_importance(flags.weights)
+    importance = None if flags.importance is None else load_importance(flags.importance)
     more: dict[str, Any] = {"importance": importance, "device": flags.device, "progress": progress_bar}
     rows = quantize_checkpoint(flags.source, flags.target, config, **more)
     return _result(rows, unquantized_summary(flags.target), flags)
