@@ -1,1 +1,1 @@
-"""What composing LoRAs costs, beside one adapter alone."""
+"""Benchmarks of composing LoRAs: cost relative to one adapter, and quality by rule."""

@@ -1,15 +1,15 @@
-"""Ways to compose LoRAs on one denoiser, against one LoRA alone: wall time and multiply-accumulates of a generation.
+"""Measures methods of composing LoRAs against one LoRA alone: wall time and multiply-accumulates of a generation.
 
     python -m benchmarks.composition               measure, print, write benchmarks/results/composition_<device>.json
     python -m benchmarks.composition --quick       four steps; writes nothing
-    python -m benchmarks.composition --markdown    only put saved results into docs/methods/cached_lora.md
+    python -m benchmarks.composition --markdown    only write saved results to docs/methods/cached_lora.md
 
-On a CPU the denoisers are a small SD-shaped UNet and a DiT-Ti/2; on a GPU one of SDXL's and one of FLUX.1's shape, with
-random weights in bfloat16, each where it has room. LoRAs are on the projections of the attention, as is usual. What is
-timed is a generation with all that a composition does when it begins and ends, and without what a scheduler does.
+On a CPU the denoisers are a small SD-shaped UNet and a DiT-Ti/2; on a GPU denoisers of the shape of SDXL and FLUX.1,
+with random weights in bfloat16, if memory suffices. LoRAs are on the attention projections. Times are those of a
+generation, including the installation and removal of a composition and excluding the scheduler.
 
-A policy is only timed after its first prediction has been compared with the sum that defines it, of what each adapter
-predicts alone; if one is wrong, its row has no number, nothing is saved and the exit status is 1.
+A policy is timed only after its first prediction has been compared with the weighted sum of the predictions of each
+adapter alone; if one is wrong, its row has no numbers, nothing is saved and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "cmlora": {},
     "cmlora, batched": {"batched": True},
 }
-"""cmlora without a cache costs what composite does."""
+"""Fields of the recipe by policy; cmlora without a cache is left out, because it costs as much as composite."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Shape:
     """A denoiser to measure.
 
     Attributes:
-        make: Makes it, on the default device and in the default dtype.
-        call: Sample and other arguments of one call, beside the timestep.
-        rank: Of the LoRAs.
-        steps: Of a generation.
-        gigabytes: What it needs on a GPU, with room for a batch of three.
+        make: Builds the model on the default device in the default dtype.
+        call: Returns sample and other arguments of one call, without the timestep.
+        rank: Rank of the LoRAs.
+        steps: Steps of a generation.
+        gigabytes: GPU memory that it needs, including a batch of three.
     """
 
     make: Callable[[], Any]
@@ -71,7 +71,7 @@ class Shape:
 
 
 def small_unet() -> UNet2DConditionModel:
-    """Four levels as SD 1.5, a tenth as wide."""
+    """Returns a UNet with four levels like SD 1.5, a tenth as wide."""
     return UNet2DConditionModel(
         sample_size=32,
         block_out_channels=(32, 64, 128, 128),
@@ -82,14 +82,14 @@ def small_unet() -> UNet2DConditionModel:
 
 
 def small_dit() -> DiTTransformer2DModel:
-    """DiT-Ti/2 of an image of 256 x 256."""
+    """Returns a DiT-Ti/2 for images of 256 x 256."""
     return DiTTransformer2DModel(
         num_attention_heads=3, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=12, sample_size=32
     )
 
 
 def sdxl() -> UNet2DConditionModel:
-    """The UNet of SDXL."""
+    """Returns a UNet of the shape of SDXL."""
     return UNet2DConditionModel(
         sample_size=128,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -106,12 +106,12 @@ def sdxl() -> UNet2DConditionModel:
 
 
 def flux() -> FluxTransformer2DModel:
-    """The transformer of FLUX.1-schnell."""
+    """Returns a transformer of the shape of FLUX.1-schnell."""
     return FluxTransformer2DModel(guidance_embeds=False)
 
 
 def unet_call(side: int, tokens: int, width: int, added: bool = False) -> dict[str, Any]:
-    """Both halves of guidance."""
+    """Returns arguments for both halves of guidance."""
     found = {"sample": torch.randn(2, 4, side, side), "encoder_hidden_states": torch.randn(2, tokens, width)}
     if added:
         found["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 1280), "time_ids": torch.randn(2, 6)}
@@ -119,12 +119,12 @@ def unet_call(side: int, tokens: int, width: int, added: bool = False) -> dict[s
 
 
 def dit_call() -> dict[str, Any]:
-    """Both halves of guidance; the last class is none."""
+    """Returns arguments for both halves of guidance; the last class is the unconditional one."""
     return {"hidden_states": torch.randn(2, 4, 32, 32), "class_labels": torch.tensor([1, 1000])}
 
 
 def flux_call(side: int = 64, tokens: int = 256) -> dict[str, Any]:
-    """One image of 1024 x 1024: FLUX has its guidance inside."""
+    """Returns arguments for one image of 1024 x 1024; FLUX takes guidance as an input."""
     place = torch.arange(side * side)
     return {
         "hidden_states": torch.randn(1, side * side, 64),
@@ -149,7 +149,7 @@ GPU = {
 
 
 def with_loras(shape: Shape, count: int) -> tuple[Any, list[str]]:
-    """A denoiser with so many LoRAs, whose updates are small and not zero."""
+    """Returns a denoiser with `count` LoRAs of small non-zero updates, and their names."""
     torch.manual_seed(0)
     model = shape.make()
     names = [f"lora{place}" for place in range(count)]
@@ -162,7 +162,7 @@ def with_loras(shape: Shape, count: int) -> tuple[Any, list[str]]:
 
 
 def generate(model: Any, call: dict[str, Any], steps: int) -> Tensor:
-    """The calls of one generation. What a scheduler does between them is the same for all, and left out."""
+    """Makes the calls of one generation, without a scheduler; returns the last prediction."""
     output: Any = None
     rows = len(next(iter(call.values())))
     with torch.no_grad():
@@ -173,7 +173,7 @@ def generate(model: Any, call: dict[str, Any], steps: int) -> Tensor:
 
 
 class Subject:
-    """A denoiser with LoRAs, and the calls of a generation."""
+    """Denoiser with LoRAs, and the arguments of its calls."""
 
     def __init__(self, shape: Shape, count: int) -> None:
         self.model, self.names = with_loras(shape, count)
@@ -181,25 +181,25 @@ class Subject:
         self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
     def alone(self, name: str, steps: int) -> Tensor:
-        """A generation with one adapter and nothing of ours."""
+        """Runs a generation with one adapter, without any of our code."""
         for layer in self.layers:
             layer._active_adapter = [name]
         return generate(self.model, self.call, steps)
 
     def composed(self, composition: Composition, steps: int) -> Tensor:
-        """One with a composition, put in and taken out."""
+        """Runs a generation inside a composition, including its installation and removal."""
         with composition:
             return generate(self.model, self.call, steps)
 
     def unit(self) -> int:
-        """Multiply-accumulates of a generation with one adapter."""
+        """Returns the multiply-accumulates of a generation with one adapter."""
         one = compose(self.model, CachedLoraConfig(adapters=self.names[:1], method="switch"))
         self.composed(one, 1)
         return one.trace()[0].macs * self.steps
 
 
 def measure(title: str, shape: Shape, count: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """One row for each policy, after that of one adapter alone."""
+    """Returns one row for each policy, after that of one adapter alone."""
     subject = Subject(shape, count)
     first = [subject.alone(name, 1).float() for name in subject.names]
     steps: dict[str, common.Step] = {ALONE: partial(subject.alone, subject.names[0], shape.steps)}
@@ -233,20 +233,20 @@ def _times(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
 
 
 def wrong(name: str, found: Tensor, first: Sequence[Tensor], weights: dict[str, float]) -> str | None:
-    """What is wrong with a first prediction, or None: it is a weighted sum of those of the adapters, or one of them."""
+    """Returns what is wrong with a first prediction, None if it is the weighted sum of those of the adapters."""
     if not bool(torch.isfinite(found).all()):
         return "it is not finite"
     if name.startswith("merge"):
-        return None  # one forward with all updates: peft's own
+        return None  # one forward of peft with all updates
     expected = sum(weight * first[int(adapter.removeprefix("lora"))] for adapter, weight in weights.items())
     error = float((found - expected).norm() / found.norm())
-    # Some roundings of a batch against a loop, in bfloat16 of the same predictions.
+    # A batch and a loop round differently.
     return None if error < (1e-4 if torch.get_default_dtype() == torch.float32 else 3e-2) else f"it is {error:.1e} off"
 
 
 @contextmanager
 def defaults(device: torch.device) -> Iterator[None]:
-    """Makes every tensor where and how it is wanted."""
+    """Makes tensors on `device` by default, in bfloat16 on a GPU."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
@@ -262,7 +262,7 @@ HEADER = ("", "forwards", "of them full", "MACs, x one adapter", "time, x one ad
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row as text; one that is wrong has no numbers."""
+    """Returns the cells of a row as text; a wrong policy has no numbers."""
     if "wrong" in row:
         return row["policy"], "wrong", *["-"] * (len(HEADER) - 2)
     ratios = f"{row['macs_ratio']:.2f}", f"{row['ratio']:.2f}"
@@ -270,18 +270,18 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def caption(case: dict[str, Any]) -> str:
-    """One denoiser, and what is done with it."""
+    """Returns the caption of one denoiser's table."""
     size = f"{case['parameters'] / 1e6:,.0f} M parameters, {case['adapters']} LoRAs of rank {case['rank']}"
     return f"{case['denoiser']}: {size}, {case['steps']} steps, {case['macs'] / 1e12:.3g} TMAC with one adapter"
 
 
 def shown(case: dict[str, Any]) -> str:
-    """One denoiser as text."""
+    """Returns the table of one denoiser as text."""
     return f"{caption(case)}\n{common.aligned(HEADER, map(cells, case['rows']))}\n"
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """Saved results as Markdown."""
+    """Returns saved results as Markdown."""
     parts = []
     for result in results:
         parts.append(f"{common.describe(result['machine'])}; median of {result['repeats']} generations.")
@@ -291,20 +291,20 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def saved() -> list[dict[str, Any]]:
-    """What lies in benchmarks/results, the CPU first; the study beside it has a table of its own."""
+    """Returns the results in benchmarks/results, the CPU first, without those of the study."""
     paths = sorted(common.RESULTS.glob("composition_*.json"))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return [result for result in results if result.get("benchmark") == "composition"]
 
 
 def write_page() -> None:
-    """Put the saved results into docs/methods/cached_lora.md."""
+    """Writes the saved results to docs/methods/cached_lora.md."""
     page = common.replace_block(PAGE.read_text(encoding="utf-8"), "composition", markdown(saved()))
     PAGE.write_text(page, encoding="utf-8")
 
 
 def chosen(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Shape]]:
-    """The denoisers to measure; one that has no room is left out, and named."""
+    """Yields the denoisers to measure; prints those that do not fit into memory."""
     for title, shape in (GPU if device.type == "cuda" else CPU).items():
         free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else math.inf
         if free < shape.gigabytes:
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.composition.cost", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="four steps; writes no file unless --json is given")
-    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
+    parser.add_argument("--markdown", action="store_true", help="only write saved results to the page")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"default {device}")
     parser.add_argument("--adapters", type=int, nargs="+", default=[3], help="how many LoRAs (default 3)")

@@ -1,15 +1,15 @@
-"""Which rule composes LoRAs best? Concepts on Fashion-MNIST, every picture scored by an independent classifier.
+"""Compares the rules that compose LoRAs: concepts on Fashion-MNIST, with images scored by an independent classifier.
 
-    python -m benchmarks.composition.study            # three seeds; about 25 minutes on one core once the base is there
-    python -m benchmarks.composition.study --quick    # one seed, few pictures: for a look
-    python -m benchmarks.composition.study --markdown # only put saved results into its page
+    python -m benchmarks.composition.study            # three seeds; about 25 minutes on one core
+    python -m benchmarks.composition.study --quick    # one seed, few images
+    python -m benchmarks.composition.study --markdown # only write saved results to the page
 
-For each seed a LoRA is trained for each of four concepts: `bag` (a class that the base has never seen), `checker` (a
-texture), `gradient` (a background) and `square` (an object in a corner). All pairs and triples are drawn by every rule
-from the same initial noise. A picture is right if the classifier, trained on photographs with painted concepts, finds
-the kind of garment that was asked for and every concept. The standard error is over the combinations and seeds; `less
-than cmlora` is the mean difference within these. Seconds are CPU time of one thread, work is counted in multiply-adds.
-What is finished is kept under `--output`; started again, a study goes on where it was stopped.
+For each seed one LoRA is trained for each of four concepts: `bag` (a class that the base model has not seen), `checker`
+(a texture), `gradient` (a background) and `square` (an object in a corner). All pairs and triples are sampled by every
+rule from the same initial noise. An image is right if the classifier, trained on photographs with painted concepts,
+finds the kind of garment of its label and every concept. The standard error is over combinations and seeds; `less than
+cmlora` is the mean difference within these. Seconds are CPU time of one thread, work is counted in multiply-adds.
+Finished runs are saved under `--output`; an interrupted study resumes from them.
 """
 
 from __future__ import annotations
@@ -45,17 +45,21 @@ Run = dict[str, Any]
 
 PAGE = ROOT / "docs" / "methods" / "cached_lora.md"
 STEPS = 20
-SETTINGS = ("train_steps", "rank", "images")  # of the command line: what results depend on, beside base and data
+SETTINGS = (
+    "train_steps",
+    "rank",
+    "images",
+)  # command-line settings that results depend on, besides base model and data
 OURS = "cmlora"
-# Fields of the recipe. Those with `order` take it and the phases from the measured frequencies, `reverse` turns them
-# round; with `first` the first concept weighs so much more than each of the others.
+# Fields of the recipe by rule. `order` takes order and phases from the measured frequencies, `reverse` inverts them;
+# `first` is the weight of the first concept relative to each of the others.
 RULES: dict[str, dict[str, Any]] = {
     "merge": {"method": "merge"},
     "merge_normalized": {"method": "merge_normalized"},
     "switch, every step": {"method": "switch", "switch_every": 1},
     "switch, every 5 steps": {"method": "switch", "switch_every": 5},
     "w_switch, every step": {"method": "w_switch", "switch_every": 1},
-    "w_switch, 2:1": {"method": "w_switch", "switch_every": 3, "first": 2.0},  # shorter rounds cannot be shared so
+    "w_switch, 2:1": {"method": "w_switch", "switch_every": 3, "first": 2.0},  # shorter rounds have no such shares
     "composite": {"method": "composite"},
     OURS: {"method": "cmlora", "order": "profile"},
     "cmlora without cache": {"method": "cmlora", "order": "profile", "cache": False},
@@ -65,10 +69,10 @@ ALONE, NOTHING = "one adapter", "no adapter"
 
 
 class Study:
-    """Trains the adapters, draws and scores, and remembers what is done.
+    """Trains the adapters, samples and scores images, and records finished runs.
 
     Args:
-        words: The command line.
+        words: Parsed command line.
     """
 
     def __init__(self, words: argparse.Namespace) -> None:
@@ -82,7 +86,7 @@ class Study:
         self.judge, self.accuracy = load_judge(words.data)
 
     def run(self, key: str, work: Callable[[], Run]) -> Run:
-        """What is on record under `key`, else the result of `work`, which is recorded."""
+        """Returns the recorded run `key`, or runs `work` and records its result."""
         if key not in self.runs:
             self.runs[key] = work()
             write_json(self.path, self.runs)
@@ -90,7 +94,7 @@ class Study:
         return self.runs[key]
 
     def train(self, concept: str, seed: int) -> Run:
-        """Train and save one adapter."""
+        """Trains and saves one adapter; returns its errors and CPU seconds."""
         words = self.words
         settings = {"task": "diffusion", "method": "lora", "model": self.base, "data": words.data, "concept": concept}
         settings |= {"steps": words.train_steps, "seed": seed, "output": self.adapter(concept, seed)}
@@ -109,7 +113,7 @@ class Study:
         return self.folder / f"{concept}-{seed}"
 
     def seed(self, seed: int) -> None:
-        """Everything of one seed."""
+        """Runs everything of one seed."""
         for concept in CONCEPTS:
             self.run(f"train/{seed}/{concept}", partial(self.train, concept, seed))
         pipe = load_pipeline(self.base)
@@ -125,12 +129,12 @@ class Study:
                 self.run(f"draw/{seed}/{rule}/{'+'.join(chosen)}", work)
 
     def profile(self, pipe: ClassConditionalPipeline, seed: int) -> Run:
-        """The measured frequencies of each adapter."""
+        """Measures the frequency profile of all adapters."""
         profile = measure(pipe, CONCEPTS, BASE_CLASSES, STEPS, seed)
         return {"shares": profile.shares, "spectra": profile.spectra, "h": profile.h}
 
     def plain(self, pipe: ClassConditionalPipeline, chosen: Names, seed: int) -> Run:
-        """Without any adapter."""
+        """Samples and scores images without any adapter."""
         labels = self.labels(chosen)
         images = pipe(labels, STEPS, torch.Generator().manual_seed(seed))
         return scores(self.judge, images, labels, chosen)
@@ -138,7 +142,7 @@ class Study:
     def draw(
         self, pipe: ClassConditionalPipeline, config: CachedLoraConfig, chosen: Names, seed: int, rule: str
     ) -> Run:
-        """By one rule: what is right, and what it cost."""
+        """Samples and scores images by one rule; returns scores and cost."""
         labels, start = self.labels(chosen), time.process_time()
         images, trace = draw(pipe, config, labels, STEPS, seed)
         seconds = time.process_time() - start
@@ -153,7 +157,7 @@ class Study:
 
 
 def recipe(rule: str, chosen: Names, found: Mapping[str, Any]) -> CachedLoraConfig:
-    """The recipe of a rule for some of the adapters, with their measured frequencies."""
+    """Returns the recipe of a rule for the adapters `chosen`, given their measured profile `found`."""
     fields = {"method": "merge"} if rule == ALONE else dict(RULES[rule])
     reverse, profiled = fields.pop("reverse", False), fields.pop("order", None)
     if "first" in fields:
@@ -167,7 +171,7 @@ def recipe(rule: str, chosen: Names, found: Mapping[str, Any]) -> CachedLoraConf
 
 
 def scores(judge: FactorClassifier, images: torch.Tensor, labels: Names | list[int], chosen: Names) -> Run:
-    """Shares of pictures: right in all, of the right kind, and with each concept of `chosen`; `bag` is the kind."""
+    """Returns the shares of images that are all right, of the right kind, and with each concept (`bag` is the kind)."""
     verdict = judge.judge(images, torch.tensor(labels))
     present = {name: float(verdict["kind" if name == BAG else name].float().mean()) for name in chosen}
     return {
@@ -178,7 +182,7 @@ def scores(judge: FactorClassifier, images: torch.Tensor, labels: Names | list[i
 
 
 def summarize(runs: Mapping[str, Run], seeds: Sequence[int]) -> dict[str, Any]:
-    """Mean and standard error of every rule by number of concepts, and the adapters alone."""
+    """Returns mean and standard error of every rule by number of concepts, and of the adapters alone."""
     cells: dict[tuple[str, int], dict[str, Run]] = {}
     for key, run in runs.items():
         kind, seed, *rest = key.split("/")
@@ -195,7 +199,7 @@ def summarize(runs: Mapping[str, Run], seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def _row(found: Mapping[str, Run], ours: Mapping[str, Run], seconds: float, macs: float) -> Run:
-    """One rule with one number of concepts, over all cells (combinations and seeds)."""
+    """Averages one rule with one number of concepts over all cells (combinations and seeds)."""
     joints = [run["joint"] for run in found.values()]
     differences = [ours[cell]["joint"] - run["joint"] for cell, run in found.items()]
     present = [run[name] for cell, run in found.items() for name in cell.split("/")[1].split("+")]
@@ -210,7 +214,7 @@ def _row(found: Mapping[str, Run], ours: Mapping[str, Run], seconds: float, macs
 
 
 def _alone(cells: Mapping[tuple[str, int], Mapping[str, Run]], runs: Mapping[str, Run], seeds: Sequence[int]) -> Run:
-    """Each concept with its own adapter and with none, how well it was learnt, and its share of high frequencies."""
+    """Averages each concept with its own adapter and with none, its errors and its share of high frequencies."""
 
     result: Run = {}
     for name in CONCEPTS:
@@ -226,12 +230,12 @@ def _alone(cells: Mapping[tuple[str, int], Mapping[str, Run]], runs: Mapping[str
 
 
 def error(values: Sequence[float]) -> float | None:
-    """Standard error of a mean; None for one value."""
+    """Returns the standard error of the mean; None for one value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def tables(report: Mapping[str, Any]) -> str:
-    """The study as two Markdown tables."""
+    """Returns the study as two Markdown tables."""
     header = ["concept", "without adapter", "with its own", "and the kind", "noise error", "share of high bands"]
     first = [
         [name, *(f"{row[k]:.2f}" for k in ("none", "own", "joint")), f"{row['before']:.4f} → {row['after']:.4f}",
@@ -263,19 +267,19 @@ def tables(report: Mapping[str, Any]) -> str:
 
 
 def page_block(report: Mapping[str, Any]) -> str:
-    """The study as the page has it."""
+    """Returns the study as it stands on the page."""
     settings = report["settings"]
     judge = ", ".join(f"{name} {share:.3f}" for name, share in report["judge"].items())
     facts = (
-        f"Seeds {', '.join(map(str, settings['seeds']))}; {settings['images']} pictures of each combination and seed; "
+        f"Seeds {', '.join(map(str, settings['seeds']))}; {settings['images']} images of each combination and seed; "
         f"{STEPS} steps; LoRAs of rank {settings['rank']}, {settings['train_steps']} training steps. Accuracy of the "
-        f"judge on test photographs: {judge}."
+        f"classifier on test photographs: {judge}."
     )
     return f"{describe(report['machine'])}. {facts}\n\n{tables(report)}"
 
 
 def write_page() -> None:
-    """Put the saved results into the page."""
+    """Writes the saved results to the page."""
     report = json.loads((RESULTS / "composition_study.json").read_text(encoding="utf-8"))
     page = replace_block(PAGE.read_text(encoding="utf-8"), "composition-study", page_block(report))
     PAGE.write_text(page, encoding="utf-8")
@@ -288,15 +292,15 @@ def _pm(value: float, deviation: float | None, sign: str = "") -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fashion-mnist")
-    parser.add_argument("--model", default=NAME, help="a folder of diffusers, or the built-in base")
+    parser.add_argument("--model", default=NAME, help="folder of a diffusers model; default the built-in base model")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--train-steps", type=int, default=300)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--images", type=int, default=16, help="pictures of each combination, seed and rule")
-    parser.add_argument("--quick", action="store_true", help="one seed, eight pictures")
+    parser.add_argument("--images", type=int, default=16, help="images of each combination, seed and rule")
+    parser.add_argument("--quick", action="store_true", help="one seed, eight images")
     parser.add_argument("--output", default="runs/composition_study")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/composition_study.json")
-    parser.add_argument("--markdown", action="store_true", help="only put saved results into the docs")
+    parser.add_argument("--markdown", action="store_true", help="only write saved results to the page")
     words = parser.parse_args(arguments)
     if words.markdown:
         write_page()
@@ -310,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study.seed(seed)
     report = {"settings": {"seeds": seeds, **study.runs["settings/all"]}}
     report |= {"judge": study.accuracy, **summarize(study.runs, seeds)}
-    print(f"\nAccuracy of the judge on test photographs: {study.accuracy}\n\n{tables(report)}")
+    print(f"\nAccuracy of the classifier on test photographs: {study.accuracy}\n\n{tables(report)}")
     if words.save:
         write_json(RESULTS / "composition_study.json", {"machine": machine(torch.device("cpu")), **report})
     return 0

@@ -57,7 +57,7 @@ class Composition:
         >>> from peft import LoraConfig, get_peft_model
         >>> from peft_zoo.composition import CachedLoraConfig, Composition
         >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-        >>> unet = UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+        >>> unet = UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=2, **blocks)
         >>> tuned = get_peft_model(unet, LoraConfig(target_modules=["conv1"]), "knight").eval()
         >>> with torch.no_grad(), Composition(unet, CachedLoraConfig(method="switch")) as composition:
         ...     noise = unet(torch.randn(1, 3, 8, 8), timestep=500).sample
@@ -293,7 +293,7 @@ def compose(
         >>> from peft import LoraConfig, get_peft_model
         >>> from peft_zoo import CachedLoraConfig, compose
         >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-        >>> unet = UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+        >>> unet = UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=2, **blocks)
         >>> tuned = get_peft_model(unet, LoraConfig(target_modules=["conv1"]), "knight")
         >>> tuned.add_adapter("watercolour", LoraConfig(target_modules=["conv1"]))
         >>> recipe = CachedLoraConfig(adapters=["knight", "watercolour"], method="composite")

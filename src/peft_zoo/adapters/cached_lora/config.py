@@ -13,9 +13,8 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from peft_zoo import registration
-from peft_zoo.adapters.base.config import option
-from peft_zoo.common.checks import is_number, require
+from peft_zoo.adapters.base.config import MethodConfig, option
+from peft_zoo.common.checks import is_number
 
 MERGES = ("merge", "merge_normalized")
 METHODS = (*MERGES, "switch", "w_switch", "composite", "cmlora")
@@ -39,7 +38,7 @@ class Roles:
 
 
 @dataclass
-class CachedLoraConfig(PeftConfig):
+class CachedLoraConfig(MethodConfig, PeftConfig):
     """Recipe for composing several LoRAs on one diffusers denoiser; it has no weights of its own and trains nothing.
 
     Pass it to `compose`, or to `get_peft_model` to load the LoRAs that it names and compose them in every forward.
@@ -54,7 +53,7 @@ class CachedLoraConfig(PeftConfig):
         >>> from peft_zoo import CachedLoraConfig
         >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
         >>> def unet():
-        ...     return UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+        ...     return UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=2, **blocks)
         >>> folders = {name: tempfile.mkdtemp() for name in ("knight", "watercolour")}
         >>> for folder in folders.values():
         ...     get_peft_model(unet(), LoraConfig(r=2, target_modules=["conv1"])).save_pretrained(folder)
@@ -68,7 +67,6 @@ class CachedLoraConfig(PeftConfig):
     """
 
     method_name: ClassVar[str] = "cached_lora"
-    #: A recipe combines trained adapters and has nothing to train.
     trainable: ClassVar[bool] = False
 
     adapters: dict[str, str | None] | list[str] | None = option(
@@ -119,12 +117,11 @@ class CachedLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = registration.peft_type_of(type(self))
         self._name_adapters()
-        for field, (is_valid, fix) in RULES.items():
-            require(is_valid(getattr(self, field)), self, field, fix)
+        for name, (is_valid, fix) in RULES.items():
+            self.require(is_valid(getattr(self, name)), name, fix)
         fix = "measure it with profile_frequency() and store() it in the recipe"
-        require(self.order != "profile" or bool(self.profile), self, "order", fix)
+        self.require(self.order != "profile" or bool(self.profile), "order", fix)
         self._convert_numbers()
         if self.adapters:
             self.roles(list(self.adapters))
@@ -138,17 +135,17 @@ class CachedLoraConfig(PeftConfig):
         """Turns lists into dicts by adapter name; `order` keeps their order because peft sorts the keys it saves."""
         given = self.adapters
         if isinstance(given, list):
-            require(len(set(given)) == len(given), self, "adapters", "name each adapter once")
+            self.require(len(set(given)) == len(given), "adapters", "name each adapter once")
             self.adapters = given = dict.fromkeys(given)
         names = list(given or ())
         named = all(isinstance(name, str) and name and "." not in name for name in names)
-        require(given is None or (isinstance(given, dict) and named), self, "adapters", "use names without dots")
-        require(given is None or bool(given), self, "adapters", "name one, or use None for all that are loaded")
+        self.require(given is None or (isinstance(given, dict) and named), "adapters", "use names without dots")
+        self.require(given is None or bool(given), "adapters", "name one, or use None for all that are loaded")
         located = all(source is None or (isinstance(source, str) and source) for source in self.sources.values())
-        require(located, self, "adapters", "use a path or Hub id (str) for each adapter, or None if it is loaded")
+        self.require(located, "adapters", "use a path or Hub id (str) for each adapter, or None if it is loaded")
         if isinstance(self.weights, list):
             fix = "give one weight for each of adapters, or a dict by name"
-            require(len(self.weights) == len(names), self, "weights", fix)
+            self.require(len(self.weights) == len(names), "weights", fix)
             self.weights = dict(zip(names, self.weights, strict=True))
         if self.order == "given" and names:
             self.order = names
@@ -186,7 +183,7 @@ class CachedLoraConfig(PeftConfig):
         self._check_names("weights", weights, names)
         fix = "w_switch shares out the steps: use weights of at least 0, not all of them 0"
         enough = self.method != "w_switch" or (min(weights.values()) >= 0 and sum(weights.values()) > 0)
-        require(enough, self, "weights", fix)
+        self.require(enough, "weights", fix)
         return Roles(tuple(order), high, low, weights)
 
     def _phases(self, order: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -21,8 +21,14 @@ Mode = Literal["off", "store", "replay"]
 Override = tuple[nn.Module, Callable[..., Any]]
 
 #: Attributes in which diffusers' transformers keep their blocks.
-BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers")
-BLOCK_LISTS += ("visual_transformer_blocks", "temporal_transformer_blocks")
+BLOCK_LISTS = (
+    "blocks",
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "layers",
+    "visual_transformer_blocks",
+    "temporal_transformer_blocks",
+)
 
 
 class FeatureCache:
@@ -101,8 +107,8 @@ class TransformerFeatureCache(FeatureCache):
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
-        try:  # since diffusers 0.35; the registry has no documented home, so take it from a cache that uses it
-            from diffusers.hooks.first_block_cache import TransformerBlockRegistry
+        try:  # since diffusers 0.35; no public module defines the registry, so take it from one that uses it
+            from diffusers.hooks.first_block_cache import TransformerBlockRegistry  # type: ignore[attr-defined]
         except ImportError as error:
             raise NotImplementedError("this version of diffusers does not say what its blocks return") from error
         lists = (part for name, part in transformer.named_children() if name in BLOCK_LISTS)

@@ -123,7 +123,7 @@ def profile_frequency(
         >>> from peft import LoraConfig, get_peft_model
         >>> from peft_zoo.composition import profile_frequency
         >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-        >>> unet = UNet2DModel(8, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+        >>> unet = UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=2, **blocks)
         >>> tuned = get_peft_model(unet, LoraConfig(target_modules=["conv1"], init_lora_weights=False), "ink").eval()
         >>> noise = torch.randn(1, 3, 8, 8)
         >>> profile = profile_frequency(unet, run=lambda: unet(noise, timestep=500))
