@@ -14,18 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_zoo.adapters.cached_lora import checks
+from peft_zoo.adapters.cached_lora import checks, passes
 from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
 from peft_zoo.adapters.cached_lora.feature_cache import FeatureCache, feature_cache_for
 from peft_zoo.adapters.cached_lora.layers import AdapterLayers
-from peft_zoo.adapters.cached_lora.passes import (
-    TIMESTEP_NAMES,
-    Passes,
-    argument_names,
-    call_arguments,
-    noise_level,
-    sample_spec,
-)
 from peft_zoo.adapters.cached_lora.patches import Patches, owner_of
 from peft_zoo.adapters.cached_lora.schedule import Planner
 from peft_zoo.adapters.cached_lora.steps import Clock, StepTrace, remaining_steps
@@ -50,19 +42,6 @@ class Composition:
 
     Raises:
         ValueError: If recipe and denoiser do not fit; the denoiser is left unchanged.
-
-    Examples:
-        >>> import torch
-        >>> from diffusers import UNet2DModel
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from peft_zoo.composition import CachedLoraConfig, Composition
-        >>> blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-        >>> unet = UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=2, **blocks)
-        >>> tuned = get_peft_model(unet, LoraConfig(target_modules=["conv1"]), "knight").eval()
-        >>> with torch.no_grad(), Composition(unet, CachedLoraConfig(method="switch")) as composition:
-        ...     noise = unet(torch.randn(1, 3, 8, 8), timestep=500).sample
-        >>> composition.trace()[0].dominant
-        'knight'
     """
 
     def __init__(
@@ -94,15 +73,14 @@ class Composition:
         dora = layers.with_dora(roles.order)
         if self.config.batched and dora:
             raise ValueError(f"batched=True cannot be used with DoRA ({dora}), which peft cannot mix: use False.")
-        names = argument_names(self.denoiser)
-        if not set(TIMESTEP_NAMES) & set(names):
+        names = passes.argument_names(self.denoiser)
+        if not set(passes.TIMESTEP_NAMES) & set(names):
             raise ValueError(f"{type(self.denoiser).__name__} is no denoiser: its forward has no timestep: {names}.")
         self.layers, self.roles, self.adapters = layers, roles, roles.order
-        passes = Passes(self.config, layers, self._feature_cache(), len(roles.order))
-        before: Passes | None = getattr(self, "passes", None)
+        before: passes.Passes | None = getattr(self, "passes", None)
+        self.passes = passes.Passes(self.config, layers, self._feature_cache(), len(roles.order))
         if before and before.layers.ranks == layers.ranks:
-            passes.macs = before.macs
-        self.passes = passes
+            self.passes.macs = before.macs
 
     def reset(self) -> None:
         """Drops features and trace; the next call of the denoiser begins a generation."""
@@ -211,8 +189,8 @@ class Composition:
         checks.check_mode(self.denoiser)
         if torch.is_grad_enabled():
             raise ValueError("gradients are enabled, and a composition has none: use torch.no_grad().")
-        arguments = call_arguments(self.denoiser, args, kwargs)
-        timestep, several = noise_level(self.denoiser, arguments)
+        arguments = passes.call_arguments(self.denoiser, args, kwargs)
+        timestep, several = passes.noise_level(self.denoiser, arguments)
         if several:
             self._warn("the timesteps of one call differ: the largest counts as that of the step.")
         try:
@@ -229,7 +207,7 @@ class Composition:
         # A property that makes new timesteps on every access does not mark a generation.
         mark = schedule if schedule is self._schedule() else None
         steps = self.num_inference_steps
-        info = self._clock.observe(timestep, self._context, sample_spec(arguments), mark, steps)
+        info = self._clock.observe(timestep, self._context, passes.sample_spec(arguments), mark, steps)
         if info.begins:
             checks.check_denoiser(self.denoiser)
             if AdapterLayers(self.denoiser).ranks != self.layers.ranks:

@@ -74,35 +74,22 @@ class CachedLoraConfig(MethodConfig, PeftConfig):
         "Path or Hub id of each LoRA by adapter name; a list of names if they are loaded already; None: all LoRAs on "
         "the denoiser.",
     )
-    method: str = option(
-        "cmlora",
-        "merge, merge_normalized (updates scaled to equal norm), switch, w_switch (turns in proportion to weights), "
-        "composite or cmlora.",
-    )
+    method: str = option("cmlora", "merge, merge_normalized (equal norms), switch, w_switch, composite or cmlora.")
     weights: dict[str, float] | list[float] | None = option(
         None, "Factor on the scale of each adapter; for w_switch its share of the steps. None: 1."
     )
     order: list[str] | str = option(
         "given", "Order in which adapters take turns: a list of names, 'given' (as in adapters), or 'profile'."
     )
-    high: list[str] | None = option(
-        None,
-        "cmlora: adapters that may dominate before phase_border. None: from the profile, or all that are not in low.",
-    )
-    low: list[str] | None = option(
-        None,
-        "cmlora: adapters that may dominate after phase_border. None: from the profile, or all that are not in high.",
-    )
-    phase_border: float = option(0.545, "cmlora: share of the steps after which adapters in low dominate.")
+    high: list[str] | None = option(None, "Adapters that dominate early; None: by profile, or all not in low.")
+    low: list[str] | None = option(None, "Adapters that dominate late; None: by profile, or all not in high.")
+    phase_border: float = option(0.545, "cmlora: share of the steps after which low dominates instead of high.")
     switch_every: int = option(5, "Steps per turn of switch; mean steps per turn of w_switch.")
     dominance_init: float | None = option(
-        None,
-        "cmlora: initial weight of the dominant adapter relative to another one. None: number of adapters - 0.5.",
+        None, "cmlora: first ratio c of the largest weight to the others; None: N - 0.5."
     )
-    dominance_decay: float = option(
-        0.5, "cmlora: base d of the decrement d**k of that relative weight at the k-th change of the dominant adapter."
-    )
-    dominance_floor: float = option(1.0, "cmlora: lower bound of that relative weight; at 1 all adapters weigh equal.")
+    dominance_decay: float = option(0.5, "cmlora: base d of the decrement d**k of c at the k-th change of dominance.")
+    dominance_floor: float = option(1.0, "cmlora: lower bound of c; at 1 all adapters weigh equal.")
     cache: bool = option(True, "cmlora: adapters that do not dominate reuse their own deep features.")
     cache_early: int = option(2, "cmlora: steps between refreshes before the first and after the second cache border.")
     cache_middle: int = option(3, "cmlora: steps between refreshes between the two cache borders.")

@@ -23,13 +23,6 @@ class StepTrace:
         ages: Age in steps of each reused feature, by adapter.
         forwards: Number of passes through the denoiser, full or cached.
         macs: Multiply-accumulates of all passes in matrix products, convolutions and attention.
-
-    Examples:
-        >>> from peft_zoo.composition import StepTrace
-        >>> weights, passes = {"knight": 0.6, "ink": 0.4}, {"knight": "full", "ink": "cached"}
-        >>> step = StepTrace(4, "cond", 801.0, 0.2, "knight", weights, passes, {"ink": 1}, forwards=2, macs=10**9)
-        >>> [name for name, kind in step.passes.items() if kind == "cached"]
-        ['ink']
     """
 
     step: int
