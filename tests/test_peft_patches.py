@@ -8,6 +8,8 @@ import sys
 
 CHILD = """
 import json, sys, types
+for name in "torchvision", "torchao", "bitsandbytes":  # they cost time
+    sys.modules[name] = None
 import peft, peft.tuners.vera.layer, transformers
 from peft.tuners.tuners_utils import BaseTuner
 
@@ -16,7 +18,7 @@ user.resolve_quantization_backend = peft.utils.resolve_quantization_backend
 sys.modules["user"] = user
 
 def names():
-    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("peft", "user")}
+    modules = {name: sys.modules[name] for name in [*sys.modules] if name.partition(".")[0] in ("peft", "user")}
     found = {f"{name}.{key}": id(value) for name, module in modules.items() for key, value in vars(module).items()}
     return found | {f"BaseTuner.{key}": id(value) for key, value in vars(BaseTuner).items()}
 

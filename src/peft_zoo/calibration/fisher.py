@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -194,7 +195,7 @@ def save_importance(path: str | os.PathLike[str], importance: Mapping[str, Impor
         ['0']
     """
     parts = {f"{name}.{part}": tensor for name, both in importance.items() for part, tensor in both._asdict().items()}
-    with replaced_file(path) as draft:
+    with replaced_file(Path(path)) as draft:
         save_file({key: tensor.contiguous() for key, tensor in parts.items()}, draft)
 
 

@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -332,7 +333,7 @@ def save_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments]) -
     found = {f"{name}.{which}": getattr(moments[name], which) for name in moments for which in FIELDS}
     tensors = {key: tensor.contiguous() for key, tensor in found.items() if tensor is not None}
     counts = json.dumps({name: value.count for name, value in moments.items()})
-    with replaced_file(path) as draft:
+    with replaced_file(Path(path)) as draft:
         save_file(tensors, draft, metadata={"counts": counts})
 
 
