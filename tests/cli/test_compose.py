@@ -99,7 +99,7 @@ def test_a_dry_run_draws_nothing(here: Path, capsys: pytest.CaptureFixture[str])
         ("--adapter c", ["--adapter", "'c'"]),
         ("--adapter c=nowhere", ["--adapter", "'c=nowhere'"]),
         ("--adapter a=two", ["--adapter", "'a=two'"]),
-        ("--adapter c=base", ["--adapter", "c=base", "adapter_config.json"]),
+        ("--adapter c=base", ["--adapter", "'c'", "adapter_config.json"]),
         ("--model nowhere", ["--model", "'nowhere'", "UNet2DModel"]),
     ],
 )
