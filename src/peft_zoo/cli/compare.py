@@ -35,7 +35,9 @@ class Flags(TrainSettings):
     options: dict[str, str] = setting(
         "field of one method; repeatable", dict, flag="set", metavar="METHOD.KEY=VALUE", example="snell.r=8"
     )
-    methods: list[str] = setting("methods to compare, such as snell,lora; lora is peft's own", required=True)
+    methods: list[str] = setting(
+        "methods to compare, such as snell,lora; lora is peft's own", required=True, metavar="NAME,NAME"
+    )
     learning_rates: list[float] = setting("grid of learning rates for every method", required=True, metavar="X,X")
     seeds: list[int] | None = setting("seeds of the scored runs (default 0,1,2)", metavar="N,N")
 

@@ -98,7 +98,7 @@ def _parser() -> _Parser:
 def _add_commands(parser: _Parser, commands: Mapping[str, Command | Group]) -> None:
     added = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in commands.items():
-        description = command.description or command.summary
+        description = command.description or f"{command.summary[0].upper()}{command.summary[1:]}."
         sub = added.add_parser(name, help=command.summary, description=description, epilog=command.epilog)
         parser.commands[name] = sub
         if isinstance(command, Group):
@@ -114,7 +114,7 @@ def _add_flags(parser: _Parser, command: Command) -> None:
     usage = [parser.prog]
     for item in setting_fields(command.flags):
         metavar = item.metadata.get("metavar") or _placeholder(hints[item.name])
-        text = item.metadata["help"] + (f" (default {item.default})" if item.default else "")
+        text = item.metadata["help"] + (f" (default {item.default})" if type(item.default) in (int, float, str) else "")
         options: dict[str, Any] = {"dest": item.name, "help": text.replace("%", "%%")}
         if item.metadata.get("positional"):
             usage.append(metavar if item.metadata.get("required") else f"[{metavar}]")

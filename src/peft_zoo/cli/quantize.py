@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   peft-zoo quantize Llama-3-8B Llama-3-8B-2.75bit --budget-bits 2.75
   peft-zoo quantize model small --set qconfig=nf4 --set r=16
-  peft-zoo quantize model small --budget-bits 3 --importance fisher.safetensors --set weighting=fisher --set codebook=lloyd
+  peft-zoo quantize model small --budget-bits 3 --importance fisher.safetensors --set weighting=fisher
 
 Every field of LqLoraConfig can be given by --set. The same command continues an interrupted run. Once peft_zoo is
 imported, AutoModelForCausalLM.from_pretrained loads OUT, and an LqLoraConfig trains it."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
+from peft_zoo.adapters import public_names
 from peft_zoo.cli.shared import Command, Facts, Result
 from peft_zoo.common.values import unknown
 from peft_zoo.tasks.base.registry import check_task_name
-from peft_zoo.tasks.base.settings import PRESETS, TrainSettings
+from peft_zoo.tasks.base.settings import BASELINE, PRESETS, TrainSettings
 
 EPILOG = """examples:
   peft-zoo train --preset demo
@@ -22,10 +23,8 @@ wins over the preset. Built-in models and data: smollm2-135m with shakespeare or
 
 
 def check_methods(*names: str | None) -> None:
-    """Raises a SettingError unless each name is a method of this package, peft's LoRA or None; imports no method."""
-    from peft_zoo.adapters import public_names
-
-    valid = [*(module.rpartition(".")[2] for module in public_names()), "lora"]
+    """Raises a SettingError unless each name is a method of this package, peft's LoRA or None, without importing it."""
+    valid = [*(module.rpartition(".")[2] for module in public_names()), BASELINE]
     for name in names:
         if name is not None and name not in valid:
             raise unknown("method", name, valid)

@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_zoo.common.values import SettingError
 from peft_zoo.registration import methods
-from peft_zoo.tasks.base.methods import BASELINE
 from peft_zoo.tasks.base.registry import load_task
-from peft_zoo.tasks.base.settings import TrainSettings
+from peft_zoo.tasks.base.settings import BASELINE, TrainSettings
 from peft_zoo.tasks.base.training import EVALUATION_BATCH, evaluate, train
 
 STEPS = 4

@@ -17,8 +17,7 @@ from torch import nn
 from transformers import EvalPrediction
 
 from peft_zoo.common.values import SettingError
-from peft_zoo.tasks.base.methods import BASELINE
-from peft_zoo.tasks.base.settings import TrainSettings
+from peft_zoo.tasks.base.settings import BASELINE, TrainSettings
 from peft_zoo.tasks.base.training import evaluate, train
 from peft_zoo.tasks.vision import VisionTask, accuracy
 from peft_zoo.tasks.vision.dinov2 import INSTALL

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from peft_zoo.common.values import SettingError, parse_value, unknown
 from peft_zoo.registration import methods
+from peft_zoo.tasks.base.settings import BASELINE
 
-BASELINE = "lora"  # peft's own LoRA, to compare with
 TABLE_WIDTH = 100  # columns of the table of methods
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from peft_zoo.common.settings import Layer, flag, method_options, setting, setting_fields
 from peft_zoo.common.values import SettingError
 
+BASELINE = "lora"  # peft's own LoRA, to compare with
 # YAML files that ship with the package, by name.
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
 
