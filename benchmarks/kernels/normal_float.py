@@ -33,7 +33,7 @@ def _bitsandbytes(codes: Tensor, *rest: Any) -> Step:
 
 
 def _bitsandbytes_linear(x: Tensor, *rest: Any) -> Step:
-    """Its product and peft's way to add a LoRA."""
+    """bitsandbytes' product with a LoRA added as peft adds it."""
     import bitsandbytes
 
     low, B, (rows, columns) = rest[5], rest[6], rest[12:14]

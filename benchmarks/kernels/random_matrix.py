@@ -25,7 +25,7 @@ _normal = functools.partial(random_tensor, dtype=torch.bfloat16)
 
 
 def _factors(sizes: Sizes, device: torch.device) -> tuple[RandLoraFactors, RandLoraSpec]:
-    """Of a square layer, with an update about as large as its weight."""
+    """Draws the factors of a square layer with an update about as large as its weight."""
     width, bases = sizes.width, sizes.width // RANK
     lambda_ = _normal(RANK, bases, device=device, scale=width**-0.5, dtype=torch.float32)
     gamma = _normal(bases, width, device=device, scale=width**-0.5, dtype=torch.float32)

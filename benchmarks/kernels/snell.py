@@ -85,7 +85,9 @@ def _thresholds(sizes: Sizes) -> list[Case]:
 
 def _kernel_matrices(sizes: Sizes) -> list[Case]:
     N = sizes.numel
-    flips = 2 * (1 + N // 10**6)  # an entry on the wrong side, and the one whose place it takes
+    flips = 2 * (
+        1 + N // 10**6
+    )  # an entry on the wrong side of the threshold, and one that is kept or dropped in exchange
 
     def merge(device: torch.device) -> Arguments:
         threshold = _threshold(sizes, device)

@@ -1,4 +1,4 @@
-"""The instruments of the benchmarks, on cases whose answer is known."""
+"""The measurements of the benchmarks on cases with known results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments for every operator in the registry: what its contracts with torch are checked on."""
+"""Arguments of every registered operator, for the tests of its contracts with torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _factors(spec: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 def _threshold(factors: tuple[Any, ...], spec: tuple[Any, ...]) -> Tensor:
-    """Halfway between two neighbouring magnitudes: a small change of the factors changes no mask."""
+    """Returns a threshold halfway between two magnitudes, so that small changes of the factors change no mask."""
     detached = [None if t is None else t.detach() for t in factors]
     find = OPERATORS["kernelized_threshold"].reference
     return (find(*detached, torch.tensor(20), None, *spec) + find(*detached, torch.tensor(19), None, *spec)) / 2
@@ -242,4 +242,4 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[Arguments]]] = {
     "randlora_linear": _randlora_linear,
     "randlora_linear_backward": _randlora_linear_backward,
 }
-"""By name of the operator: arguments of a dtype. Trained tensors require a gradient."""
+"""Functions from a dtype to sets of arguments, by name of the operator; trained tensors require a gradient."""

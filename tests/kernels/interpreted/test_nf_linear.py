@@ -9,6 +9,7 @@ from torch import Tensor
 from peft_zoo.kernels.base.operator import OPERATORS
 from peft_zoo.kernels.normal_float.linear import nf_linear, nf_merge
 from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, quantize
+from tests.kernels.cases import core_first
 
 CONFIGS = [
     NFConfig(2, 2, "bf16", 16, 16),
@@ -16,6 +17,7 @@ CONFIGS = [
     NFConfig(4, 3, "fp16", 32, 5),
     NFConfig(8, 4, "bf16", 128, 3),  # a block wider than a tile
 ]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 2176), (33, 384)]  # the first has more columns than a tile
 
 
@@ -29,9 +31,7 @@ def assert_near(found: Tensor, exact: Tensor, size: float) -> None:
     assert bool(((found.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.bits}-bits")
+@pytest.mark.parametrize(("config", "shape", "dtype"), core_first(CONFIGS, SHAPES, DTYPES), ids=str)
 def test_few_tokens(config: NFConfig, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     weight, (rows, columns) = quantized(shape, config, device), shape
     constants = (*config.integers, *shape, False)
@@ -49,9 +49,7 @@ def test_few_tokens(config: NFConfig, shape: tuple[int, int], dtype: torch.dtype
         assert_near(found, exact, float((x.double().abs() @ Q.abs().mT).max()) + rank)
 
 
-@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.bits}-bits")
+@pytest.mark.parametrize(("config", "dtype", "factors"), core_first(CONFIGS, DTYPES, DTYPES[:2]), ids=str)
 def test_merging_rounds_once(config: NFConfig, dtype: torch.dtype, factors: torch.dtype, device: str) -> None:
     for shape, rank in zip(SHAPES, (1, 17), strict=True):
         weight = quantized(shape, config, device)

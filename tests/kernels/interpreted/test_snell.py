@@ -15,7 +15,7 @@ from peft_zoo import SnellConfig
 from peft_zoo.adapters.snell.layer import SnellLayer
 from peft_zoo.kernels.snell import linear_triton as kernelized_linear_triton
 from peft_zoo.kernels.sparse import threshold_triton as magnitude_threshold_triton
-from tests.kernels.cases import core_first, full_only
+from tests.kernels.cases import core_first
 
 WIDTH = 96
 
@@ -76,8 +76,9 @@ def no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernelized_linear_triton, name, run)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("no_garbage")
-@pytest.mark.parametrize("mode", ["fused", *full_only("additive")])
+@pytest.mark.parametrize("mode", ["fused", "additive"])
 def test_one_scratch_of_16_bits_serves_all_layers(mode: str, device: str) -> None:
     scratch = 2 * WIDTH * WIDTH
     one, two = step_peak(1, mode, device), step_peak(2, mode, device)
