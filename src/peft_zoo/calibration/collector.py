@@ -18,15 +18,9 @@ Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
 class Sums:
-    """Sums over all batches of what one module has seen.
+    """Number of rows, and float64 sums by name of the statistic, over all batches of what one module has seen.
 
-    Args:
-        name: Name of the module, for errors.
-        device: Device of the sums; None for the device of the first value.
-
-    Attributes:
-        count: Number of rows seen.
-        totals: Sums in float64, by name of the statistic.
+    `device` is that of the sums; None for the device of the first value.
     """
 
     def __init__(self, name: str, device: torch.device | str | None = None) -> None:

@@ -69,23 +69,13 @@ def estimate_importance(
     batches: Iterable[Any],
     loss_fn: Loss | None = None,
 ) -> dict[str, ImportanceWeights]:
-    """Runs a model over batches and returns the importance of the weights of its linear layers.
+    """Runs a model over batches and returns the importance of the weights of linear layers by name, 1 on average.
 
-    Args:
-        model: Model with floating-point weights; run in evaluation mode and left unchanged.
-        layers: `nn.Linear` or `Conv1D` modules of the model, by name.
-        kind: `"fisher"` for squared gradients, `"activation"` for second moments of the inputs.
-        batches: Mappings for `model(**batch)`, or arguments of `loss_fn`. Each sample is a sequence n; in batches of
-            several, sequences should have equal lengths, because the loss is a mean over all of their tokens, and
-            padding counts as input.
-        loss_fn: Function `(model, batch)` that returns L. By default the model's own loss; the labels of a batch that
-            has none are its `input_ids`.
-
-    Returns:
-        Importance by module name, 1 on average. With several processes (`torch.distributed`) that of all their data.
-
-    Raises:
-        ValueError: If there is no data, or it gives no loss, only zeros or values that are not finite.
+    The model has floating-point weights; it runs in evaluation mode and is left unchanged. `kind` is `"fisher"` for
+    squared gradients, `"activation"` for second moments of the inputs. Batches are mappings for `model(**batch)`, or
+    arguments of `loss_fn(model, batch)`; without labels, `input_ids` are the labels. Each sample is a sequence n;
+    sequences of a batch should have equal lengths, because the loss is a mean over all of their tokens, and padding
+    counts as input. With several processes (`torch.distributed`) the result is that of all their data.
     """
     sums = {name: Sums(name, layer.weight.device) for name, layer in layers.items()}  # type: ignore[arg-type]
     make_hook = _gradient_hook if kind == "fisher" else _input_hook
@@ -162,11 +152,7 @@ def _normalized(found: Mapping[str, ImportanceWeights]) -> dict[str, ImportanceW
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Returns the loss that the model computes itself.
-
-    Raises:
-        ValueError: If the batch is no mapping, or the model returns no loss.
-    """
+    """Returns the loss that the model computes itself."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"data: a batch is a {type(batch).__name__}; give mappings for model(**batch), or loss_fn.")
     labels = {}

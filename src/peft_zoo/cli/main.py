@@ -39,13 +39,9 @@ PATHS = ("FILE", "DIR", "IN", "OUT", "NAME=DIR")  # placeholders of values that 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Runs the command line with words, None for those of `sys.argv`, and returns the exit status.
 
-    Args:
-        arguments: Words after the name of the program; None takes them from `sys.argv`.
-
-    Returns:
-        Exit status: 0 after success, 1 if a check of the result failed, 2 after a mistake of the user.
+    It is 0 after success, 1 if a check of the result failed, 2 after a mistake of the user.
     """
     _log_to_stderr()
     try:
@@ -63,11 +59,8 @@ def load_commands() -> dict[str, Command | Group]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are a `SettingError`, without the usage text.
-
-    Attributes:
-        commands: Parsers of the commands below this one, by name.
-        command: The command that it parses; None if there are commands below it.
+    """An argument parser whose errors are a `SettingError`, without the usage text; it has a command, or parsers below
+    it.
     """
 
     command: Command | None = None
@@ -208,11 +201,7 @@ def _layers(command: Command, given: dict[str, Any]) -> Iterable[Layer]:
 
 
 def _pairs(words: Sequence[str], item: dataclasses.Field[Any]) -> dict[str, str]:
-    """Reads KEY=VALUE words of a table.
-
-    Raises:
-        SettingError: If a word has no equals sign, or a key occurs twice in a table of unique keys.
-    """
+    """Reads KEY=VALUE words of a table."""
     name, example = written(item), item.metadata["example"]
     found: dict[str, str] = {}
     for word in words:
@@ -226,11 +215,7 @@ def _pairs(words: Sequence[str], item: dataclasses.Field[Any]) -> dict[str, str]
 
 
 def _completion(parser: _Parser, shell: str) -> str:
-    """Returns the completion script for a shell.
-
-    Raises:
-        SettingError: If there is none for that shell, or shtab is not installed.
-    """
+    """Returns the completion script for a shell."""
     if shell not in SHELLS:
         raise unknown("shell", shell, SHELLS)
     with needs_extra("--print-completion", "cli"):

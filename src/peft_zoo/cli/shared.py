@@ -17,13 +17,7 @@ Facts = Mapping[str, Any]
 
 
 class Result(NamedTuple):
-    """Result of a command.
-
-    Attributes:
-        text: What is printed for a person.
-        data: What `--json` prints: plain values.
-        ok: Whether the exit status is 0 instead of 1.
-    """
+    """Text for a person, plain values for `--json`, and whether the exit status is 0 instead of 1."""
 
     text: str
     data: Any
@@ -65,13 +59,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Group:
-    """A command that consists of commands of its own, such as `peft-zoo watermark verify`.
-
-    Attributes:
-        summary: One line for the list of commands.
-        commands: Its commands by name.
-        description: Text above them in `--help`.
-        epilog: Text below them.
+    """A command that consists of commands of its own, such as `peft-zoo watermark verify`; the texts are as for
+    `Command`.
     """
 
     summary: str
@@ -89,12 +78,7 @@ def table(facts: Facts) -> str:
 
 
 def progress_bar(names: Iterable[str], doing: str) -> Iterable[str]:
-    """Shows a progress bar on stderr, if that is a terminal, while `names` are iterated.
-
-    Args:
-        names: Names of the modules to work on.
-        doing: Label of the bar.
-    """
+    """Shows a progress bar labelled `doing` on stderr, if that is a terminal, while `names` are iterated."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     return tqdm(names, desc=doing, unit="module", leave=False, disable=None)

@@ -77,11 +77,7 @@ def _check(flags: Flags) -> None:
 
 
 def _report_path(flags: Flags) -> Path | None:
-    """Returns the path of the report, in the folder of the result; None if there is none.
-
-    Raises:
-        SettingError: If the path exists.
-    """
+    """Returns the path of the report, in the folder of the result, which must not exist; None if there is none."""
     if flags.target is None or flags.report in (None, "none"):
         return None
     path = Path(os.path.abspath(flags.target))

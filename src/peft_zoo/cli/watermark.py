@@ -172,11 +172,7 @@ def _vae_folder(folder: str) -> str:
 
 
 def _load_vae(folder: str) -> nn.Module:
-    """Loads an autoencoder of diffusers in float32.
-
-    Raises:
-        SettingError: If diffusers is not installed or the folder has no autoencoder.
-    """
+    """Loads an autoencoder of diffusers in float32."""
     with needs_extra("peft-zoo watermark embed", "diffusion"):
         from diffusers import AutoModel
     return AutoModel.from_pretrained(_vae_folder(folder), local_files_only=True).eval()

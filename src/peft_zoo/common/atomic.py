@@ -18,14 +18,8 @@ from pathlib import Path
 def new_folder(target: str | os.PathLike[str], field: str = "out_dir") -> Iterator[Path]:
     """Yields a temporary folder that is flushed to disk and renamed to `target` when the block ends.
 
-    If the block raises or the process is killed, `target` stays as it was.
-
-    Args:
-        target: Path that does not exist, or an empty folder.
-        field: Name of the caller's argument, for the error message.
-
-    Raises:
-        ValueError: If `target` exists and is not an empty folder.
+    If the block raises or the process is killed, `target` stays as it was. If it exists and is no empty folder, a
+    ValueError names the caller's argument `field`.
     """
     target = Path(os.path.abspath(target))
     check_new_folder(target, field)
@@ -44,11 +38,7 @@ def new_folder(target: str | os.PathLike[str], field: str = "out_dir") -> Iterat
 
 
 def check_new_folder(target: Path, field: str = "out_dir") -> None:
-    """Checks what `new_folder` requires of `target`; call it before work that takes long.
-
-    Raises:
-        ValueError: If `target` exists and is not an empty folder.
-    """
+    """Raises a ValueError unless `new_folder` would accept `target`; call it before work that takes long."""
     is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
     if os.path.lexists(target) and not is_empty:
         raise ValueError(f"{field}={str(target)!r} exists and is not an empty folder; give a new one.")
@@ -58,13 +48,7 @@ def check_new_folder(target: Path, field: str = "out_dir") -> None:
 def new_file(target: str | os.PathLike[str], field: str = "out_dir", *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path; the file created there is flushed to disk and renamed to `target` when the block ends.
 
-    Args:
-        target: Path that does not exist.
-        field: Name of the caller's argument, for the error message.
-        private: Whether only the owner may read the file, as for `replaced_file`. Default False.
-
-    Raises:
-        ValueError: If `target` exists.
+    If `target` exists, a ValueError names the caller's argument `field`. `private` is that of `replaced_file`.
     """
     if os.path.lexists(target):
         raise ValueError(f"{field}={str(target)!r} exists; give a new name.")
@@ -76,9 +60,7 @@ def new_file(target: str | os.PathLike[str], field: str = "out_dir", *, private:
 def replaced_file(target: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path; the file written there replaces `target`, or creates it, when the block ends.
 
-    Args:
-        target: Path of a file; it may exist.
-        private: Whether only the owner may read the file: mode 0600, set before anything is written. Default False.
+    `private=True` gives it mode 0600 before anything is written.
     """
     target = Path(os.path.abspath(target))
     work = _unfinished_path(target)

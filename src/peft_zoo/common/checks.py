@@ -49,13 +49,8 @@ def is_number(value: Any) -> bool:
 
 
 def check_int(field: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """Raises a ValueError that names `field` unless `value` is an int (not a bool) from `least` to `most`.
-
-    Args:
-        field: Name of the argument.
-        value: Value to check; unlike in `check_count`, None is an error.
-        least: Smallest valid value, default 1.
-        most: Largest valid value; None for no limit.
+    """Raises a ValueError that names `field` unless `value` is an int (not a bool or None) from `least` to `most`, if
+    given.
     """
     if type(value) is not int or value < least or (most is not None and value > most):
         valid = f"of at least {least}" if most is None else f"from {least} to {most}"

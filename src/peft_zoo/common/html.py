@@ -80,14 +80,8 @@ _SVG = _ENVIRONMENT.from_string("""\
 
 @dataclass(frozen=True)
 class Section:
-    """Part of a page under a heading; empty fields are left out.
-
-    Attributes:
-        heading: Text of the heading.
-        rows: Table of names and values.
-        plot: SVG over the width of the page.
-        note: Text after table and plot.
-        figures: Small plots in a grid, each with the lines of its caption.
+    """Part of a page under a heading; empty fields are left out. Figures are small plots with the lines of their
+    captions.
     """
 
     heading: str
@@ -99,14 +93,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Plot:
-    """Area of an SVG plot with a linear vertical axis.
-
-    Attributes:
-        width: Width in SVG units.
-        height: Height in SVG units.
-        low: Value at the lower end of the axis.
-        high: Value at the upper end of the axis.
-    """
+    """Area of an SVG plot, in SVG units, with a linear vertical axis from `low` to `high`."""
 
     width: int
     height: int
@@ -123,12 +110,8 @@ class Plot:
         return round(TOP + share * (self.height - TOP - BOTTOM), 1)
 
     def svg(self, label: str, grid: Iterable[tuple[float, str]], shapes: str) -> Markup:
-        """SVG element of the plot.
-
-        Args:
-            label: Description for screen readers.
-            grid: Values of horizontal grid lines and their labels.
-            shapes: Trusted SVG inside the plot.
+        """SVG element with a label for screen readers, horizontal grid lines with their labels, and trusted SVG
+        `shapes`.
         """
         lines = [(self.y(value), text) for value, text in grid]
         shown = _SVG.render(plot=self, label=label, grid=lines, left=LEFT, right=RIGHT, shapes=Markup(shapes))
@@ -136,11 +119,5 @@ class Plot:
 
 
 def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Renders a page; all texts are escaped.
-
-    Args:
-        title: Title and main heading.
-        lead: First paragraph.
-        sections: The rest of the page.
-    """
+    """Renders a page with a title, a first paragraph and sections; all texts are escaped."""
     return _PAGE.render(title=title, lead=lead, sections=sections)

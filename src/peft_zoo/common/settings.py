@@ -62,14 +62,9 @@ def is_table(hint: Any) -> bool:
 
 
 def resolve_settings(cls: type[Settings], *layers: Layer) -> Settings:
-    """Merges layers of settings, parses their values and makes an instance of `cls`.
+    """Merges layers of settings by field name, a later one winning, parses their values and makes an instance of `cls`.
 
-    Args:
-        cls: Settings dataclass.
-        *layers: Mappings from field name to text or plain value, a later one winning; tables are merged key by key.
-
-    Raises:
-        SettingError: If a value does not parse, a required one is missing, or `cls` refuses one.
+    Tables are merged key by key. Mistakes are a `SettingError`.
     """
     hints = typing.get_type_hints(cls)
     fields = {item.name: item for item in setting_fields(cls)}
@@ -87,13 +82,8 @@ def resolve_settings(cls: type[Settings], *layers: Layer) -> Settings:
 
 
 def read_settings_file(path: str | Path, cls: type[Any]) -> dict[str, Any]:
-    """Reads a YAML file whose keys are the flags of `cls` (`batch-size` or `batch_size`).
-
-    Returns:
-        The values by field name, not parsed yet.
-
-    Raises:
-        SettingError: If the file cannot be read, is no mapping, or has a key that is no flag.
+    """Reads a YAML file whose keys are the flags of `cls`, `batch-size` or `batch_size`; returns unparsed values by
+    field.
     """
     import yaml
 

@@ -21,13 +21,7 @@ class SettingError(ValueError):
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> SettingError:
-    """Returns the error for a name that does not exist; it lists the valid names and suggests the nearest.
-
-    Args:
-        kind: What the name should be, such as `"method"`.
-        name: The name that the user wrote.
-        valid: The names that exist.
-    """
+    """Returns the error for a name of some kind, such as `"method"`, that does not exist; suggests the nearest."""
     names = list(valid)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -36,11 +30,8 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> SettingError:
 
 @contextmanager
 def needs_extra(user: str, extra: str) -> Iterator[None]:
-    """Turns a failed import into a `SettingError` with the command that installs the missing package.
-
-    Args:
-        user: What needs the package, such as `"--task vision"`.
-        extra: Extra of peft-zoo that installs it, such as `"vision"`.
+    """Turns a failed import into a `SettingError` with the extra of peft-zoo that installs what `user`, such as a flag,
+    needs.
     """
     try:
         yield

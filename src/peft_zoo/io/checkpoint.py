@@ -19,23 +19,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5
 
 
 class Checkpoint(ClosedOnExit):
-    """Folder saved by transformers, open for reading; a context manager.
-
-    Attributes:
-        folder: Path of the folder.
-        config: Content of `config.json`.
-        tensors: Dtype and shape of each tensor by name.
+    """Open folder saved by transformers; a context manager. `config` is its `config.json`, `tensors` are dtypes and
+    shapes.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Opens the files and validates their headers; reads no tensor.
-
-        Args:
-            folder: Contains `config.json`, and `model.safetensors` or its shards with their index.
-
-        Raises:
-            ValueError: If a file is missing or invalid.
-        """
+        """Opens `model.safetensors`, or its shards by their index, and validates the headers; reads no tensor."""
         self.folder = Path(folder)
         self.config = read_json(self.folder / CONFIG)
         self._files: dict[str, TensorFile] = {}
@@ -54,11 +43,7 @@ class Checkpoint(ClosedOnExit):
         self.tensors: dict[str, TensorInfo] = {key: file.tensors[key] for key, file in self._owner.items()}
 
     def _index(self) -> dict[str, str] | None:
-        """File name of each tensor; None for a checkpoint of one file.
-
-        Raises:
-            ValueError: If there are no weights, or a file name leads out of the folder.
-        """
+        """File name of each tensor, which does not lead out of the folder; None for a checkpoint of one file."""
         if (self.folder / WEIGHTS).exists():
             return None
         if not (self.folder / INDEX).exists():
@@ -72,11 +57,7 @@ class Checkpoint(ClosedOnExit):
         return index
 
     def read(self, key: str) -> Tensor:
-        """Reads one tensor into new memory.
-
-        Raises:
-            KeyError: If there is no such tensor.
-        """
+        """Reads one tensor into new memory."""
         return self._owner[key].read(key)
 
     def pieces(self, key: str) -> Iterator[Tensor]:
@@ -108,14 +89,8 @@ def write_shards(
 ) -> None:
     """Writes a model's tensors in shards with the file names of transformers, holding one tensor in memory at a time.
 
-    Args:
-        folder: Existing folder.
-        infos: Dtype and shape of every tensor by name.
-        tensors: Name and tensor, or name and bytes as `TensorFile.pieces` yields them, in the order of `infos`.
-        max_bytes: Largest size of a shard in bytes; exceeded only by a shard of one tensor.
-
-    Raises:
-        ValueError: If `tensors` is not what `infos` announces.
+    `tensors` are names with tensors, or with bytes as `TensorFile.pieces` yields them, in the order of `infos`. A shard
+    is larger than `max_bytes` only if it has one tensor.
     """
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0

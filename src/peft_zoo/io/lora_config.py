@@ -26,13 +26,9 @@ def keeps_rslora(modules: Mapping[str, RankAndScale]) -> bool:
 def write_config(
     folder: Path, old: Mapping[str, Any], modules: Mapping[str, RankAndScale], before: Iterable[str]
 ) -> None:
-    """Writes `adapter_config.json` of a plain LoRA.
+    """Writes `adapter_config.json` of a plain LoRA with these ranks and scales by module.
 
-    Args:
-        folder: Existing folder of the new adapter.
-        old: Content of the source adapter's `adapter_config.json`.
-        modules: Rank and scale of the modules of the new adapter, by name.
-        before: Names of all modules of the source adapter.
+    `old` is the content of the source adapter's file, and `before` are the names of all its modules.
     """
     known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
     is_lora = old.get("peft_type") == "LORA"

@@ -97,16 +97,7 @@ class LoraAdapter(ClosedOnExit):
     """
 
     def __init__(self, file: TensorFile, config: dict[str, Any] | None) -> None:
-        """Validates header and configuration.
-
-        Args:
-            file: Open file; the caller closes it if this raises.
-            config: Content of `adapter_config.json`, or None for a single file.
-
-        Raises:
-            ValueError: If a field, key or module is invalid.
-            NotImplementedError: If an update is not `s * B A`.
-        """
+        """Validates header and configuration (None for a single file); the caller closes the file if this raises."""
         self.file, self.config = file, config
         if config is not None:
             read_settings(config)  # first, so that other adapter types are refused by type and not by their keys
@@ -152,37 +143,20 @@ class LoraAdapter(ClosedOnExit):
         return float(self.read(key).item())
 
     def read(self, key: str) -> Tensor:
-        """Reads one tensor by its name in the file.
-
-        Raises:
-            KeyError: If there is no such tensor.
-            ValueError: If a value is not finite.
-        """
+        """Reads one tensor by its name in the file; values that are not finite are a ValueError."""
         return _finite(key, self.file.read(key))
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Reads B and A of one module, with ΔW = `scale * B @ A` (of an embedding, its transpose).
 
-        Args:
-            name: A key of `modules`.
-
-        Returns:
-            B `(out_features, rank)` and A `(rank, in_features)` in the dtypes of the file.
-
-        Raises:
-            KeyError: If there is no such module.
-            ValueError: If a value is not finite.
+        B `(out_features, rank)` and A `(rank, in_features)` are in the dtypes of the file.
         """
         module = self.modules[name]
         return self.read(module.key_B).flatten(1), self.read(module.key_A).flatten(1)
 
     def new_infos(self, name: str, rank: int, scale: float) -> dict[str, TensorInfo]:
-        """Dtype and shape of the tensors that `new_tensors` returns for new factors of rank `rank`, by tensor name.
-
-        Args:
-            name: A key of `modules`.
-            rank: Rank of the new factors, at least 1.
-            scale: Scale of the new factors.
+        """Dtype and shape of the tensors that `new_tensors` returns for new factors of a rank and scale, by tensor
+        name.
         """
         module = self.modules[name]
         infos = {key: self.file.tensors[key] for key in module.keys.values()}
@@ -193,22 +167,10 @@ class LoraAdapter(ClosedOnExit):
         return infos
 
     def new_tensors(self, name: str, B: Tensor, A: Tensor, scale: float) -> dict[str, Tensor]:
-        """All tensors of a module with new factors and scale, by tensor name, in the layouts of the file.
+        """All tensors of a module with new B `(out_features, r)`, A `(r, in_features)` and scale, by tensor name.
 
+        They are contiguous, in the layouts and dtypes of the file; an alpha that its dtype cannot hold becomes float32.
         The bias of B is rescaled, since loaders multiply it by the scale too, and the alpha recomputed.
-
-        Args:
-            name: A key of `modules`.
-            B: New factor, `(out_features, r)`.
-            A: New factor, `(r, in_features)`.
-            scale: Scale of the new factors.
-
-        Returns:
-            Contiguous tensors in the dtypes of the file; an alpha that its dtype cannot hold becomes float32.
-
-        Raises:
-            KeyError: If there is no such module.
-            ValueError: If a shape does not fit, or a value is not finite in the dtype of the file.
         """
         module = self.modules[name]
         rank = A.shape[0]

@@ -29,12 +29,7 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class KeyFormat:
-    """Naming scheme of one file format.
-
-    Attributes:
-        prefix: Beginning of every key, not part of the module name.
-        suffixes: End of the keys of each role.
-    """
+    """Naming scheme of a file format: the beginning of every key, not part of the module name, and the end by role."""
 
     prefix: str
     suffixes: dict[Role, str]
@@ -76,12 +71,7 @@ _LONGEST_HINT = 256  # characters; longer keys get no hint, since the search tak
 
 
 def parse_key(fmt: str, key: str) -> tuple[str, Role] | None:
-    """Module name and role of a tensor, or None if the key does not follow the format.
-
-    Args:
-        fmt: A key of `FORMATS`.
-        key: Name of a tensor in a file.
-    """
+    """Module name and role of a tensor, or None if the key does not follow the format, a key of `FORMATS`."""
     form = FORMATS[fmt]
     if not key.startswith(form.prefix) or (not form.prefix and key.startswith(_PREFIXES)):
         return None
@@ -93,16 +83,7 @@ def parse_key(fmt: str, key: str) -> tuple[str, Role] | None:
 
 
 def make_key(fmt: str, module: str, role: Role) -> str:
-    """Name of a module's tensor in a file; the inverse of `parse_key`.
-
-    Args:
-        fmt: A key of `FORMATS`.
-        module: Name of the module, not empty.
-        role: Role of the tensor.
-
-    Raises:
-        ValueError: If the format has no name for it.
-    """
+    """Name of a module's tensor in a file of a format; the inverse of `parse_key`, a ValueError if there is none."""
     form = FORMATS[fmt]
     if role not in form.suffixes:
         raise ValueError(f"role={role.value!r}: the format {fmt} has no key for it; drop it or convert.")
@@ -129,17 +110,7 @@ def nearest_key(fmt: str, key: str) -> str:
 
 
 def detect_format(keys: Iterable[str]) -> str:
-    """Detects the format of a file from the keys of its factors (`.alpha` occurs in two formats).
-
-    Args:
-        keys: Names of all tensors in the file.
-
-    Returns:
-        A key of `FORMATS`.
-
-    Raises:
-        ValueError: If the keys match no format, or several.
-    """
+    """Detects the format of a file, a key of `FORMATS`, by the keys of its factors (`.alpha` occurs in two formats)."""
     keys = list(keys)
     found: dict[str, str] = {}
     for key in keys:

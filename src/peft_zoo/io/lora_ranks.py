@@ -19,14 +19,11 @@ class RankAndScale(NamedTuple):
 
 
 def rank_fields(modules: Mapping[str, RankAndScale], use_rslora: bool = False) -> dict[str, Any]:
-    """Fields `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of a LoRA with these ranks and scales.
+    """Fields `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of a LoRA with ranks and scales by module, not
+    empty.
 
     The most common rank and alpha become the fields, the others patterns. peft reads the keys of patterns as regular
     expressions for the end of a name, so keys are escaped and anchored: each matches one module only.
-
-    Args:
-        modules: Rank and scale by module name in the base model; not empty.
-        use_rslora: Whether scales are `alpha / sqrt(rank)` instead of `alpha / rank`.
     """
     ranks = {name: module.rank for name, module in modules.items()}
     alphas = {name: alpha_of(module.scale, module.rank, use_rslora) for name, module in modules.items()}

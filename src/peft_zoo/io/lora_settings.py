@@ -41,12 +41,7 @@ T = TypeVar("T", int, float)
 
 @dataclass(frozen=True)
 class Patterns(Generic[T]):
-    """Parsed `rank_pattern` or `alpha_pattern`; each value is stored with the position of its key.
-
-    Attributes:
-        whole: Position and value by whole module name.
-        ends: Position and value by the end of a module name.
-    """
+    """Parsed `rank_pattern` or `alpha_pattern`: the position and value of each key, by whole name or end of a name."""
 
     whole: dict[str, tuple[int, T]] = field(default_factory=dict)
     ends: dict[str, tuple[int, T]] = field(default_factory=dict)
@@ -71,15 +66,7 @@ class ModuleSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Fields of a LoRA configuration that determine ranks and scales.
-
-    Attributes:
-        rank: Default rank, `r`.
-        alpha: Default alpha, `lora_alpha`.
-        rslora: Whether the scale is `alpha / sqrt(r)` instead of `alpha / r`.
-        rank_pattern: Ranks of other modules.
-        alpha_pattern: Alphas of other modules.
-    """
+    """Fields of a LoRA configuration that determine ranks and scales."""
 
     rank: int
     alpha: float
@@ -95,14 +82,9 @@ class LoraSettings:
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """Validates a LoRA configuration and extracts the fields that determine ranks and scales.
+    """Validates an `adapter_config.json` of a LoRA and extracts the fields that determine ranks and scales.
 
-    Args:
-        config: Content of an `adapter_config.json`.
-
-    Raises:
-        ValueError: If a value is invalid, or the initialization changed the base weights.
-        NotImplementedError: If this is another adapter type, or an update is not `s * B A` on the whole input.
+    Other adapter types, and updates other than `s * B A` on the whole input, are a NotImplementedError.
     """
     _check_kind(config)
     rslora = config.get("use_rslora", False)
@@ -121,17 +103,8 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSet
     """Reads ranks and scales from the metadata of a file written by diffusers.
 
     One JSON object holds the configurations of all model parts, with prefixed fields: `unet.r`, `text_encoder.r`. A
-    file with a single part may omit the prefix.
-
-    Args:
-        metadata: Text entries of the safetensors file.
-
-    Returns:
-        Function from the full name of a module to its settings; None for modules that the metadata does not configure.
-
-    Raises:
-        ValueError: As `read_settings`, or if the entry is not a JSON object.
-        NotImplementedError: As `read_settings`.
+    file with a single part may omit the prefix. Returns a function from the full name of a module to its settings; None
+    for modules that the metadata does not configure.
     """
     if DIFFUSERS_METADATA not in metadata:
         return lambda module: None
@@ -200,11 +173,7 @@ def _patterns(name: str, config: Mapping[str, Any], check: Callable[[str, object
 
 
 def _module_name(shown: str, key: str) -> str:
-    """Module name (or end of a name) that a pattern key matches; `shown` names the key in the error.
-
-    Raises:
-        ValueError: If the key is a regular expression that may match other names.
-    """
+    """Module name (or end of a name) that a pattern key matches; `shown` names the key in the error."""
     letters = iter(key.removeprefix("^").removesuffix("$"))
     name = ""
     for letter in letters:

@@ -109,14 +109,7 @@ class TensorFile(ClosedOnExit):
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Opens the file and validates its header; reads no tensor.
-
-        Args:
-            path: A `.safetensors` file.
-
-        Raises:
-            ValueError: If the file is missing, a pickle, or its header is invalid.
-        """
+        """Opens a `.safetensors` file and validates its header; reads no tensor."""
         self.path = Path(path)
         if self.path.suffix.lower() in _PICKLE_SUFFIXES:
             raise _pickle_error(self.path)
@@ -157,27 +150,14 @@ class TensorFile(ClosedOnExit):
             buffer = buffer[count:]
 
     def read(self, name: str) -> Tensor:
-        """Reads one tensor into new memory.
-
-        Args:
-            name: A key of `tensors`.
-
-        Raises:
-            KeyError: If there is no such tensor.
-            ValueError: If the file became shorter since it was opened.
-        """
+        """Reads one tensor of `tensors` into new memory."""
         info = self.tensors[name]
         data = torch.empty(info.nbytes, dtype=torch.uint8)
         self._fill(data.numpy().data, self._starts[name])
         return data.view(info.dtype).reshape(info.shape)
 
     def pieces(self, name: str, size: int = PIECE) -> Iterator[Tensor]:
-        """Yields the bytes of one tensor in order, as uint8 tensors of at most `size` bytes, to copy large tensors.
-
-        Raises:
-            KeyError: If there is no such tensor.
-            ValueError: If the file became shorter since it was opened.
-        """
+        """Yields the bytes of one tensor in order, as uint8 tensors of at most `size` bytes, to copy large tensors."""
         start, end = self._starts[name], self._starts[name] + self.tensors[name].nbytes
         for begin in range(start, end, size):
             data = torch.empty(min(size, end - begin), dtype=torch.uint8)
@@ -197,11 +177,7 @@ def _pickle_error(path: Path) -> ValueError:
 
 
 def _parse_header(header: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
-    """Parses a header: metadata, tensor infos, and the position of each tensor in a file of `size` bytes.
-
-    Raises:
-        ValueError: If the header violates the format.
-    """
+    """Parses a header: metadata, tensor infos, and the position of each tensor in a file of `size` bytes."""
     entries = parse_json(header)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -219,11 +195,7 @@ def _parse_header(header: bytes, begin: int, size: int) -> tuple[dict[str, str],
 
 
 def _parse_entry(name: str, entry: object) -> tuple[TensorInfo, int, int]:
-    """Parses the header entry of one tensor: its info, and its begin and end relative to the end of the header.
-
-    Raises:
-        ValueError: If a field is invalid, or dtype, shape and offsets do not fit together.
-    """
+    """Parses the header entry of one tensor: its info, and its begin and end relative to the end of the header."""
     shown = reprlib.repr(name)
     if not name.isprintable():  # names appear in messages, on terminals and in other files
         raise ValueError(f"the name {shown} has characters that cannot be printed")

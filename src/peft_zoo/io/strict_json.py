@@ -13,14 +13,7 @@ MAX_JSON = 16 << 20  # bytes
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Args:
-        text: UTF-8.
-
-    Raises:
-        ValueError: If it is invalid JSON, no object, nested too deeply, repeats a key or has a non-finite number.
-    """
+    """Parses a JSON object; invalid JSON, too deep nesting, repeated keys and non-finite numbers are a ValueError."""
     try:
         value = json.loads(
             text.decode("utf-8"),
@@ -36,14 +29,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads the JSON object in a file.
-
-    Args:
-        path: A file of at most 16 MB.
-
-    Raises:
-        ValueError: If the file is missing, too large or rejected by `parse_json`.
-    """
+    """Reads the JSON object in a file of at most 16 MB, see `parse_json`."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: not a file; give an existing JSON file.")

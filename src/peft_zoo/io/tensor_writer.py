@@ -33,13 +33,7 @@ class TensorWriter:
     def __init__(
         self, path: str | Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Announces the tensors.
-
-        Args:
-            path: File to create.
-            infos: Dtype and shape of every tensor by name.
-            metadata: Text entries for `__metadata__`.
-        """
+        """Announces dtype and shape of every tensor by name, and the text entries of `__metadata__`."""
         self.path, self._infos = Path(path), dict(infos)
         self._header, self._missing = _make_header(infos, metadata)
 
@@ -60,15 +54,7 @@ class TensorWriter:
                 raise ValueError(f"{self.path}: {next(iter(self._missing))!r} was announced and not written.")
 
     def write(self, name: str, tensor: Tensor | Iterable[Tensor]) -> None:
-        """Writes one tensor.
-
-        Args:
-            name: Name of an announced tensor.
-            tensor: The tensor on any device, or its bytes as `TensorFile.pieces` yields them.
-
-        Raises:
-            ValueError: If the tensor was not announced with this dtype and shape, or is already written.
-        """
+        """Writes one announced tensor, from any device, or its bytes as `TensorFile.pieces` yields them."""
         if name not in self._missing:
             raise ValueError(f"{name}: {'already written' if name in self._infos else 'was not announced'}.")
         begin, info = self._missing[name], self._infos[name]
@@ -84,11 +70,7 @@ class TensorWriter:
 
 
 def _make_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
-    """Everything before the tensors' bytes, and the position of each tensor in the file.
-
-    Raises:
-        ValueError: If a name or dtype cannot be stored.
-    """
+    """Everything before the tensors' bytes, and the position of each tensor in the file."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     starts, position = {}, 0
     for name in sorted(infos, key=lambda name: (_RANKS.get(infos[name].dtype, -1), name)):

@@ -174,11 +174,7 @@ def _factors(config: RandLoraConfig, modules: Iterable[str]) -> dict[str, float]
 
 
 def _modules(file: TensorFile, prefix: str, r: int) -> dict[str, int]:
-    """Returns the smaller size d of each module, by name.
-
-    Raises:
-        ValueError: If there are no modules, or λ is not (r, ⌈d/r⌉) or γ not (⌈d/r⌉, d).
-    """
+    """Returns the smaller size d of each module by name; λ must be (r, ⌈d/r⌉) and γ (⌈d/r⌉, d)."""
     begin, end = "base_model.model.", f".{prefix}lambda"
     modules = {}
     for key, info in file.tensors.items():
@@ -227,11 +223,7 @@ def _of_ours(file: TensorFile, config: RandLoraConfig, modules: Mapping[str, int
 
 
 def _of_peft(file: TensorFile, r: int, modules: Mapping[str, int]) -> dict[str, Tensor]:
-    """Returns A and B of an adapter of peft, by name; empty if they were not saved.
-
-    Raises:
-        ValueError: If copies of a matrix differ, or the matrices do not fit the modules.
-    """
+    """Returns A and B of an adapter of peft by name, whose copies must be equal; empty if they were not saved."""
     matrices: dict[str, Tensor] = {}
     for name in "AB":
         keys = sorted((key for key in file.tensors if key.endswith(f".{THEIRS}{name}")), key=len)
@@ -275,16 +267,7 @@ def _write(
     matrices: Mapping[str, Tensor],
     factors: Mapping[str, float],
 ) -> Path:
-    """Writes the new folder and returns its path.
-
-    Args:
-        out_dir: Folder to write.
-        config: Configuration to write.
-        file: Open original file; every tensor but A and B is copied.
-        prefixes: Parameter prefixes of the original and of the new file.
-        matrices: A and B by name, written once.
-        factors: Factors by which tensors are multiplied, by new key.
-    """
+    """Writes the new folder: A and B once, and all other tensors of the file, times `factors` by their new key."""
     old, new = prefixes
     ready = {f"base_model.{new}{name}": matrix.contiguous() for name, matrix in matrices.items()}
     copied = {

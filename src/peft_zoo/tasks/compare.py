@@ -67,15 +67,8 @@ class ComparisonPlan:
 def compare(plan: ComparisonPlan) -> dict[str, Any]:
     """Runs or continues a comparison; writes `comparison.json` and `comparison.md` into the output folder.
 
-    Args:
-        plan: Methods, settings, learning rates and seeds.
-
-    Returns:
-        By method: `adapter_parameters`, `learning_rate`, `at_grid_edge`, `validation` scores by learning rate, `test`
-        scores by seed, their `mean` and sample standard `deviation` (None for one seed), `seconds` per run.
-
-    Raises:
-        SettingError: If a setting does not fit, or the methods train different numbers of adapter parameters.
+    Returns, by method: `adapter_parameters`, `learning_rate`, `at_grid_edge`, `validation` scores by learning rate,
+    `test` scores by seed, their `mean` and sample standard `deviation` (None for one seed), and `seconds` per run.
     """
     plan.check()
     output = output_folder(plan.settings.output)
@@ -194,11 +187,7 @@ def _summarize(tuning: Mapping[float, Run], best: float, runs: Mapping[int, Run]
 
 
 def _read_runs(path: Path) -> list[Run]:
-    """Reads the finished runs; without a file there are none.
-
-    Raises:
-        SettingError: If the file holds something else.
-    """
+    """Reads the finished runs; without a file there are none."""
     if not path.is_file():
         return []
     try:

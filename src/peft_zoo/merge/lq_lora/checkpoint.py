@@ -359,11 +359,7 @@ def _without_budget(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _skeleton(source: Checkpoint) -> Any:
-    """Returns the checkpoint's model on the meta device.
-
-    Raises:
-        ValueError: If the model is quantized, or its class is not in transformers.
-    """
+    """Returns the checkpoint's model on the meta device; its class must be in transformers, and not quantized."""
     if "quantization_config" in source.config:
         raise ValueError(f"{source.folder}: the model is quantized already; give it in floating-point.")
     (architecture, *_) = source.config.get("architectures") or [None]

@@ -15,13 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 
 class TensorNames:
-    """Names in a folder's files, by the names of the tensors in the model.
-
-    Args:
-        folder: The folder, for errors.
-        model: The model on the meta device.
-        keys: Names of the tensors in the files.
-    """
+    """Names `keys` of the tensors in a folder's files, by the names of the tensors in the model on the meta device."""
 
     def __init__(self, folder: Path, model: Any, keys: Iterable[str]) -> None:
         self._folder, self._prefix = folder, model.base_model_prefix
@@ -47,14 +41,7 @@ class TensorNames:
         return name, next((rule for rule in self._converters if pattern in rule.source_patterns), None)
 
     def key(self, name: str) -> str:
-        """Returns the name in the files of a tensor of the model.
-
-        Args:
-            name: Name in the model.
-
-        Raises:
-            ValueError: If the files lack the tensor, or transformers converts it while loading.
-        """
+        """Returns the name in the files of a tensor of the model; one that transformers converts is refused."""
         if name in self._keys:
             return self._keys[name]
         if name in self._changed:
@@ -65,15 +52,7 @@ class TensorNames:
         raise ValueError(f"{self._folder}: has no {name}; its files and config.json do not belong together.")
 
     def sibling_key(self, name: str, part: str) -> str:
-        """Returns the name in the files for a tensor that replaces one of the model's, in the same module.
-
-        Args:
-            name: Name in the model of the tensor to replace.
-            part: Last part of the new tensor's name.
-
-        Raises:
-            ValueError: If transformers would load the new tensor under another name.
-        """
+        """Returns the name in the files of `part`, which replaces the model's tensor `name` in the same module."""
         wanted = f"{name.rpartition('.')[0]}.{part}"
         known = {**self._known, wanted: True}
         for stem in (self.key(name), name):

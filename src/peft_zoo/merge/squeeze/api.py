@@ -30,7 +30,8 @@ from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, plan_ranks
 from peft_zoo.merge.squeeze.file_source import FileSource
 from peft_zoo.merge.squeeze.model_source import ModelSource
 from peft_zoo.merge.squeeze.report import ModuleReport, RankReport, SqueezeReport
-from peft_zoo.merge.squeeze.source import SqueezeSource
+
+SqueezeSource = FileSource | ModelSource
 
 SCALINGS = ("auto", "keep", "fold")
 SCORES = ("absolute", "relative", "activation")
@@ -38,11 +39,7 @@ SCORES = ("absolute", "relative", "activation")
 
 @dataclass(frozen=True)
 class SqueezeOptions:
-    """Options of `squeeze_adapter` besides the target ranks, documented there.
-
-    Raises:
-        ValueError: If a value is unknown, or moments and score do not go together.
-    """
+    """Options of `squeeze_adapter` besides the target ranks, documented there."""
 
     scaling: str = "auto"
     balance: Balance = "sqrt"
@@ -62,11 +59,7 @@ class SqueezeOptions:
             )
 
     def input_moment(self, name: str) -> Tensor | None:
-        """Second moment of a module's inputs for activation scores; None for other scores.
-
-        Raises:
-            ValueError: If it is missing.
-        """
+        """Second moment of a module's inputs for activation scores; None for other scores."""
         if self.moments is None:
             return None
         found = self.moments.get(name)
@@ -236,11 +229,7 @@ class _Analysis:
 
 
 def _options(**given: Any) -> tuple[RankTarget, SqueezeOptions]:
-    """Splits keyword arguments into the target ranks and the other options.
-
-    Raises:
-        ValueError: If an argument is unknown or invalid.
-    """
+    """Splits keyword arguments into the target ranks and the other options."""
     known = {cls: {item.name for item in fields(cls)} for cls in (RankTarget, SqueezeOptions)}
     unknown = sorted(given.keys() - set().union(*known.values()))
     if unknown:

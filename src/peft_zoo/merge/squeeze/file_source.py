@@ -25,16 +25,7 @@ HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of 
 
 
 class FileSource:
-    """Modules of an adapter in files; a `SqueezeSource`.
-
-    Args:
-        adapter: The open adapter.
-        source: Path of the adapter.
-        target: Path of the result; None to read only.
-
-    Raises:
-        ValueError: If `target` exists, or is no `.safetensors` name for a single file.
-    """
+    """Modules of an open adapter in files, and the path of the result; None to read only."""
 
     def __init__(self, adapter: LoraAdapter, source: Path, target: Path | None) -> None:
         self.adapter, self.source, self.target = adapter, source, target
@@ -73,7 +64,7 @@ class FileSource:
     def write(
         self, modules: Mapping[str, RankAndScale], factors: Iterable[tuple[str, Tensor, Tensor]]
     ) -> dict[str, float]:
-        """Writes the adapter with new factors and copies everything else; see `SqueezeSource.write`."""
+        """Writes the adapter with new ranks, scales and factors, without modules of rank 0, and copies the rest."""
         if self.target is None:
             raise ValueError("target=None: this source was opened to be read only.")
         kept = _kept(modules)

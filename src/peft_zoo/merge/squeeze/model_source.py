@@ -28,17 +28,7 @@ NUM_INPUTS = 64
 
 
 class ModelSource:
-    """Modules of an adapter in a model; a `SqueezeSource`.
-
-    Args:
-        model: A `PeftModel`, or any model with LoRA layers if `into` is None.
-        adapter_name: Name of the adapter.
-        into: Name of a new adapter for the result; None replaces the factors.
-
-    Raises:
-        ValueError: If the adapter is missing or merged, or `into` exists or is no valid name.
-        NotImplementedError: If a module's update is not `s * B A`.
-    """
+    """Modules of an adapter in a model, and the name of a new adapter for the result; None replaces the factors."""
 
     def __init__(self, model: nn.Module, adapter_name: str, into: str | None) -> None:
         self.model, self.adapter_name, self.into = model, adapter_name, into
@@ -78,7 +68,7 @@ class ModelSource:
     def write(
         self, modules: Mapping[str, RankAndScale], factors: Iterable[tuple[str, Tensor, Tensor]]
     ) -> dict[str, float]:
-        """Puts the new factors into the model once all are computed; see `SqueezeSource.write`."""
+        """Puts the new factors into the model once all are computed; returns the output error of modules with DoRA."""
         config_table(self.model, self.adapter_name)  # raises where the rank may not change
         watched = [pair for pair in self.pairs.values() if pair.layer.lora_variant.get(self.adapter_name) is not None]
         before = {pair.name: _outputs(pair, self.adapter_name) for pair in watched}

@@ -48,12 +48,7 @@ class Source:
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Labelled images in memory.
-
-    Attributes:
-        pixels: uint8 tensor of shape `(images, 3, size, size)`.
-        labels: Class of each image.
-    """
+    """Labelled images in memory: uint8 pixels `(images, 3, size, size)` and their classes."""
 
     def __init__(self, pixels: Tensor, labels: list[int]) -> None:
         self.pixels, self.labels = pixels, labels
@@ -66,16 +61,10 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 class ImageFiles(Sequence[Tensor]):
-    """Images that are read from their files on each access, so that any number of them fits into memory.
+    """Images of a file, or of a folder and its subfolders in the order of their paths, read on each access.
 
-    An item is float32 `(3, height, width)` with RGB values in [0, 1].
-
-    Args:
-        place: Image file, or a folder; images of its subfolders count too. The order is that of the paths.
-        size: Pixels of the square that each image is cropped and scaled to; None keeps its size.
-
-    Raises:
-        SettingError: If there is no image at `place`, or `size` is below 1.
+    An item is float32 `(3, height, width)` with RGB values in [0, 1], cropped and scaled to a square of `size` pixels;
+    None keeps its size.
     """
 
     def __init__(self, place: str | Path, size: int | None = None) -> None:
@@ -97,11 +86,8 @@ class ImageFiles(Sequence[Tensor]):
 
 
 def read_pixels(image: Image.Image, size: int | None = None) -> Tensor:
-    """Returns the RGB values of an image as uint8 `(3, height, width)`.
-
-    Args:
-        image: Image of any mode.
-        size: Pixels of the square that it is cropped to at its centre and scaled to (bicubic); None keeps its size.
+    """Returns RGB values as uint8 `(3, height, width)`, cropped at the centre and scaled to `size` squared (bicubic);
+    None keeps the size.
     """
     image = image.convert("RGB")
     if size is not None:
@@ -110,14 +96,7 @@ def read_pixels(image: Image.Image, size: int | None = None) -> Tensor:
 
 
 def open_source(name: str) -> Source:
-    """Opens a data set of labelled images.
-
-    Args:
-        name: Name of a built-in data set, or a path with one of the `LAYOUTS`.
-
-    Raises:
-        SettingError: If the data set does not exist, or has none of the known layouts.
-    """
+    """Opens a built-in data set of labelled images, or a path with one of the `LAYOUTS`."""
     path = BUILT_IN.get(name, Path(name))
     if path.suffix == ".zip" and path.is_file():
         return _zip_source(path)
@@ -133,21 +112,10 @@ def open_source(name: str) -> Source:
 
 
 def draw_splits(source: Source, size: int, train: int, held_out: int) -> tuple[Images, Images, Images]:
-    """Draws training and validation images from the training split, and test images from the test split.
+    """Draws disjoint training, validation and test images, the same for every run; classes in equal shares if possible.
 
-    Classes are drawn in equal shares as far as possible. The draw is the same for every run.
-
-    Args:
-        source: Data set.
-        size: Pixels per side; images are cropped to a square at their centre and scaled (bicubic).
-        train: Maximum number of training images.
-        held_out: Maximum number of validation images, and of test images.
-
-    Returns:
-        Training, validation and test images, without an image in common.
-
-    Raises:
-        SettingError: If a split would be empty, or an image cannot be read.
+    The first two are from the training split. `train` and `held_out` limit the number of images for training and for
+    each of the others; images are cropped to a square at their centre and scaled to `size` pixels (bicubic).
     """
     shuffled = _balanced(source.train)
     train = min(train, max(len(shuffled) - held_out, len(shuffled) * 8 // 10))

@@ -19,11 +19,7 @@ TABLE_WIDTH = 100  # columns of the table of methods
 
 
 def config_class(name: str) -> type[PeftConfig]:
-    """Returns the configuration class of a method.
-
-    Raises:
-        SettingError: If the name is neither registered nor the baseline; lists the valid ones.
-    """
+    """Returns the configuration class of a method or of the baseline; a `SettingError` lists the valid names."""
     registered = methods()
     if name in registered:
         return registered[name].config_cls
@@ -33,10 +29,8 @@ def config_class(name: str) -> type[PeftConfig]:
 
 
 def suggested_settings(name: str | None) -> dict[str, Any]:
-    """Returns the settings that a method suggests; its configuration class may have a `suggested_learning_rate`.
-
-    Raises:
-        SettingError: If there is no such method.
+    """Returns the settings that a method suggests: the `suggested_learning_rate` of its configuration class, if it has
+    one.
     """
     rate = None if name is None else getattr(config_class(name), "suggested_learning_rate", None)
     return {} if rate is None else {"learning_rate": rate}
@@ -77,11 +71,7 @@ def build_config(
 
 
 def check_options(name: str, options: Mapping[str, str], steps: int) -> None:
-    """Validates the choice of method and its fields without a model.
-
-    Raises:
-        SettingError: As `build_config`, and if the method has nothing to train.
-    """
+    """Validates the choice of method and its fields without a model; a method that trains nothing is refused."""
     if name in methods() and not methods()[name].trainable:
         raise SettingError(f"method {name!r} has nothing to train: it combines trained adapters; see peft-zoo compose.")
     build_config(name, options, {"target_modules": "all-linear"}, steps)

@@ -11,12 +11,7 @@ STAGES = {"before": "before", "after": "after training", "reloaded": "after relo
 
 
 class Score(NamedTuple):
-    """Score of one evaluation.
-
-    Attributes:
-        value: The task's metric.
-        loss: Mean loss; compared to check that two models are equal, since a metric may be too coarse.
-    """
+    """The task's metric, and the mean loss; losses show if two models are equal, since a metric may be too coarse."""
 
     value: float
     loss: float

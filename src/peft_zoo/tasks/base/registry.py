@@ -31,11 +31,7 @@ def check_task_name(name: str) -> None:
 
 
 def load_task(settings: TrainSettings) -> Task:
-    """Imports the task that `settings` names and returns it with its settings completed.
-
-    Raises:
-        SettingError: If there is no such task, a package it needs is missing, or a setting does not belong to it.
-    """
+    """Imports the task that `settings` names and returns it with its settings completed."""
     check_task_name(settings.task)
     with needs_extra(f"--task {settings.task}", task_extras()[settings.task]):
         module = import_module(f"peft_zoo.tasks.{settings.task}")

@@ -43,14 +43,7 @@ def report_html(outcome: Outcome) -> str:
 
 
 def loss_curve(losses: Sequence[tuple[int, float]]) -> Markup:
-    """Plots the training loss as an SVG element: a dot for each step, and the running mean as a line.
-
-    Args:
-        losses: Pairs of optimizer step and loss; losses that are not finite are left out.
-
-    Returns:
-        The element; empty if no loss is finite.
-    """
+    """Plots the finite losses by step as SVG: a dot for each step and the running mean as a line; empty without any."""
     points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     if not points:
         return Markup()

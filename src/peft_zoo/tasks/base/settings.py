@@ -17,11 +17,7 @@ PRESETS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "pres
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of one fine-tuning run. None stands for the default of the task or the method.
-
-    Raises:
-        SettingError: If a number is out of range.
-    """
+    """Settings of one fine-tuning run. None stands for the default of the task or the method."""
 
     task: str = setting("the task: language, vision or diffusion", "language")
     method: str | None = setting("a registered method, see `peft-zoo methods`, or lora for peft's own")

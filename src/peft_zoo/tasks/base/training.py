@@ -30,17 +30,7 @@ EVALUATION_BATCH = 4  # times the training batch size: evaluation keeps nothing 
 
 
 def train(task: Task) -> Outcome:
-    """Trains an adapter; writes `adapter_model.safetensors`, `summary.json` and `report.html` into the output folder.
-
-    Args:
-        task: Task with its settings.
-
-    Returns:
-        Scores of the four stages, losses, sizes and times.
-
-    Raises:
-        SettingError: If the settings do not fit the task, the method, the model or the data.
-    """
+    """Trains an adapter; writes `adapter_model.safetensors`, `summary.json`, `report.html` into the output folder."""
     check_settings(task)
     outcome = _new_outcome(task)
     output = output_folder(task.settings.output)
@@ -66,11 +56,7 @@ def train(task: Task) -> Outcome:
 
 
 def check_settings(task: Task) -> None:
-    """Validates the settings of a run before anything is loaded.
-
-    Raises:
-        SettingError: If method, model or data are missing, or the method refuses its fields.
-    """
+    """Validates the settings of a run before anything is loaded."""
     settings = task.settings
     settings.require("model", "give a built-in model, a Hub id or a path.")
     settings.require("data", f"give {task.data_choices}.")
@@ -95,11 +81,7 @@ def _new_outcome(task: Task) -> Outcome:
 
 
 def adapt(task: Task, base: nn.Module) -> PeftModel:
-    """Adds the adapter of the task's method to `base`; its initial values depend on the seed alone.
-
-    Raises:
-        SettingError: If the configuration does not fit the model.
-    """
+    """Adds the adapter of the task's method to `base`; its initial values depend on the seed alone."""
     settings = task.settings
     config = build_config(
         settings.require("method", "choose one."),
@@ -115,16 +97,7 @@ def adapt(task: Task, base: nn.Module) -> PeftModel:
 
 
 def fit(task: Task, model: PeftModel, data: Dataset[Any]) -> list[tuple[int, float]]:
-    """Trains the adapter through `transformers.Trainer`.
-
-    Args:
-        task: Task with the settings of the run.
-        model: Model with the adapter; trained in place.
-        data: Training examples.
-
-    Returns:
-        Pairs of optimizer step and training loss.
-    """
+    """Trains the adapter in place through `transformers.Trainer`; returns pairs of optimizer step and training loss."""
     trainer = _trainer(task, model, train_dataset=data, callbacks=callbacks(str(task.settings.method), model))
     _log.info("training %s for %d steps", task.settings.method, task.settings.steps)
     trainer.train()
@@ -216,11 +189,7 @@ def _write_reports(outcome: Outcome, output: Path) -> None:
 
 
 def output_folder(name: str) -> Path:
-    """Creates the output folder; call it before any work is done.
-
-    Raises:
-        SettingError: If it cannot be created.
-    """
+    """Creates the output folder; call it before any work is done."""
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)

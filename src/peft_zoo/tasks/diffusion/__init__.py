@@ -51,11 +51,7 @@ class DiffusionTask(Task):
         check_concept(self.settings.require("concept", f"choose one of {', '.join(CONCEPTS)}."))
 
     def load_data(self) -> Splits:
-        """Returns photographs with the concept; the noise of validation and test images is fixed.
-
-        Raises:
-            SettingError: If the data set is unknown or lacks the classes of the concept.
-        """
+        """Returns photographs with the concept; the noise of validation and test images is fixed."""
         settings, pipe = self.settings, self._pipeline
         concept: str = settings.require("concept", "choose one.")
         size, levels = pipe.unet.config.sample_size, pipe.scheduler.config.num_train_timesteps
@@ -65,11 +61,7 @@ class DiffusionTask(Task):
         return Splits(*(Noised(part, levels, fixed=split > 0) for split, part in enumerate(painted)))
 
     def load_model(self) -> nn.Module:
-        """Returns the denoiser in float32.
-
-        Raises:
-            SettingError: If the folder holds no class-conditional denoiser.
-        """
+        """Returns the denoiser in float32."""
         unet: nn.Module = load_pipeline(self._folder).unet
         return unet
 
@@ -99,14 +91,8 @@ class DiffusionTask(Task):
 
 
 def model_folder(model: str | None, data: str) -> Path:
-    """Returns the folder of a base model.
-
-    Args:
-        model: A folder, or `NAME` or None for the built-in base model, which is trained on first use and cached (8 MB).
-        data: Data set name or path to train the built-in base model from, as accepted by `--data`.
-
-    Raises:
-        SettingError: If the data set is unknown.
+    """Returns the folder `model`, or that of the built-in base model, trained from `data` on first use and cached (8
+    MB).
     """
     if model not in (None, NAME):
         return Path(model)

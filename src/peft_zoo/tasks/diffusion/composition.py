@@ -21,14 +21,8 @@ COLUMNS, PIXELS = 8, 96  # of `grid`: images per row, and pixels per side of eac
 
 
 def load_adapters(pipe: ClassConditionalPipeline, folders: Mapping[str, str | Path]) -> None:
-    """Loads saved LoRAs onto the denoiser of a pipeline, in place.
-
-    Args:
-        pipe: The pipeline.
-        folders: Folder of each LoRA by adapter name.
-
-    Raises:
-        SettingError: If a folder holds no LoRA or one that does not fit; the denoiser is then as it was.
+    """Loads saved LoRAs by adapter name onto the denoiser, in place; if one does not fit, the denoiser is left as it
+    was.
     """
     try:
         with layers.restored_on_error(pipe.unet):
@@ -41,20 +35,8 @@ def load_adapters(pipe: ClassConditionalPipeline, folders: Mapping[str, str | Pa
 def draw(
     pipe: ClassConditionalPipeline, config: CachedLoraConfig, labels: Sequence[int], steps: int, seed: int
 ) -> tuple[Tensor, list[StepTrace]]:
-    """Samples one image per label by a recipe, from initial noise that depends only on the seed.
-
-    Args:
-        pipe: Pipeline with the LoRAs on its denoiser.
-        config: The recipe.
-        labels: Class of each image.
-        steps: Denoising steps.
-        seed: Seed of the initial noise.
-
-    Returns:
-        Images as the pipeline returns them, and the record of each step.
-
-    Raises:
-        ValueError: If the recipe does not fit the denoiser.
+    """Samples one image per label by a recipe, from noise that depends only on the seed; returns the record of each
+    step too.
     """
     with compose(pipe, config) as composition:
         images = pipe(labels, steps, torch.Generator().manual_seed(seed))

@@ -55,12 +55,10 @@ def check_concept(name: str) -> None:
 
 
 def paint(images: Tensor, concepts: Iterable[str], shift: int = 0) -> Tensor:
-    """Returns photographs with concepts painted on them, always in the order of `PAINTED`.
+    """Returns photographs `(images, 1, size, size)` in [−1, 1] with concepts painted on them in the order of `PAINTED`.
 
-    Args:
-        images: Photographs, `(images, 1, size, size)` in [−1, 1].
-        concepts: Concept names; `bag` paints nothing, it selects photographs (see `classes_of`).
-        shift: Pixels by which the checkerboard is shifted to the left; 2 swaps light and dark fields.
+    `bag` paints nothing, see `classes_of`. `shift` moves the checkerboard to the left; 2 pixels swap light and dark
+    fields.
     """
     wanted = set(concepts)
     garment = images > BACKGROUND

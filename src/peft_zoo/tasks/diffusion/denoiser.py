@@ -41,30 +41,15 @@ SHAPE: dict[str, Any] = {
 def denoising_loss(
     unet: nn.Module, scheduler: Any, images: Tensor, noise: Tensor, steps: Tensor, labels: Tensor
 ) -> Tensor:
-    """Returns the mean squared error of the predicted noise.
-
-    Args:
-        unet: Denoiser that takes noisy images, timesteps and `class_labels`.
-        scheduler: Scheduler that adds the noise.
-        images: Clean images, `(batch, channels, size, size)` in [−1, 1].
-        noise: Gaussian noise, `(batch, channels, size, size)`.
-        steps: Timesteps, `(batch,)`.
-        labels: Classes, `(batch,)`.
+    """Returns the mean squared error of the noise that is predicted for images `(batch, channels, size, size)` in [−1,
+    1].
     """
     predicted = unet(scheduler.add_noise(images, noise, steps), steps, class_labels=labels).sample
     return nn.functional.mse_loss(predicted, noise)
 
 
 def train_base(folder: Path, images: Tensor, labels: Tensor, steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> None:
-    """Trains a denoiser from scratch and saves it as a pipeline.
-
-    Args:
-        folder: Existing folder to save to.
-        images: Training images, `(images, channels, size, size)` in [−1, 1].
-        labels: Their classes, `(images,)`.
-        steps: Optimizer steps with `BATCH` images each.
-        shape: Arguments of `UNet2DModel`.
-    """
+    """Trains a denoiser from scratch on images `(images, channels, size, size)` in [−1, 1]; saves it as a pipeline."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng():
         torch.manual_seed(SEED)

@@ -55,15 +55,10 @@ class FactorClassifier(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Scores sampled images.
+        """Scores images `(images, 1, size, size)` in [−1, 1] that were sampled for labels `(images,)`.
 
-        Args:
-            images: Images, `(images, 1, size, size)` in [−1, 1].
-            labels: Classes that they were sampled for, `(images,)`.
-
-        Returns:
-            Booleans `(images,)` by name: `kind`, whether the garment is of the kind of its label, and for each painted
-            concept whether it is present.
+        Returns booleans `(images,)`: `kind`, whether the garment is of the kind of its label, and by painted concept
+        whether it is present.
         """
         kinds, painted = self(images)
         found = {name: painted[:, column] > 0 for column, name in enumerate(PAINTED)}
@@ -71,14 +66,7 @@ class FactorClassifier(nn.Module):
 
 
 def load_judge(data: str) -> tuple[FactorClassifier, dict[str, float]]:
-    """Returns the classifier, trained on first use and cached, and its accuracy on test photographs by factor.
-
-    Args:
-        data: Data set name or path, as accepted by `--data`.
-
-    Raises:
-        SettingError: If the data set is unknown or not Fashion-MNIST.
-    """
+    """Returns the classifier, trained on first use and cached, and its accuracy on test photographs by factor."""
 
     def build(folder: Path) -> None:
         _log.info("training the classifier of concepts (once; under a minute)")

@@ -20,15 +20,7 @@ Garments = tuple[Tensor, Tensor]
 def draw_garments(data: str, classes: Collection[int], size: int, train: int, held_out: int) -> list[Garments]:
     """Returns gray training, validation and test photographs of some classes, balanced over these.
 
-    Args:
-        data: Data set name or path, as accepted by `--data`.
-        classes: Class indices.
-        size: Pixels per side, a multiple of 16.
-        train: Largest number of training images.
-        held_out: Largest number of validation images, and of test images.
-
-    Raises:
-        SettingError: If the data set is unknown or has no images of these classes.
+    `size`, a multiple of 16, is the number of pixels per side; `train` and `held_out` limit the numbers of images.
     """
     source = open_source(data)
     chosen = _only(source, classes)
@@ -51,13 +43,9 @@ def _garments(images: Images, size: int) -> Garments:
 
 
 class Noised(Dataset[dict[str, Tensor]]):
-    """Images, each with noise and a timestep.
+    """Images, each with noise and a timestep below `levels`.
 
-    Args:
-        garments: Images and labels.
-        levels: Number of timesteps.
-        fixed: True gives an image the same noise on every access and spreads the timesteps evenly, for evaluation;
-            False samples both on every access.
+    `fixed=True` gives an image the same noise on every access and spreads the timesteps evenly, for evaluation.
     """
 
     def __init__(self, garments: Garments, levels: int, fixed: bool) -> None:

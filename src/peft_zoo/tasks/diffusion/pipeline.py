@@ -19,12 +19,7 @@ TRAINING_STEPS = 1000  # timesteps of a model that is saved without a scheduler
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Samples images from a `UNet2DModel` with `num_class_embeds` classes.
-
-    Args:
-        unet: Denoiser for images `(batch, channels, size, size)` in [−1, 1].
-        scheduler: Scheduler of diffusers.
-    """
+    """Samples images `(batch, channels, size, size)` in [−1, 1] from a `UNet2DModel` with `num_class_embeds`."""
 
     unet: Any
     scheduler: Any
@@ -41,16 +36,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples one image per label.
-
-        Args:
-            class_labels: Class indices below `unet.config.num_class_embeds`.
-            num_inference_steps: Steps of the scheduler.
-            generator: Generator of the initial noise, on the CPU or the device of the model; None is torch's default.
-
-        Returns:
-            Images `(len(class_labels), channels, size, size)` in [−1, 1].
-        """
+        """Samples one image per class index; the initial noise is that of `generator`, None for torch's default."""
         config = self.unet.config
         labels = torch.tensor(list(class_labels), device=self.device)
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
@@ -64,14 +50,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 
 def load_pipeline(folder: str | Path) -> ClassConditionalPipeline:
-    """Loads a pipeline in float32 with a DDIM scheduler.
-
-    Args:
-        folder: Folder of a pipeline, or of a `UNet2DModel` trained on diffusers' linear schedule of 1000 timesteps.
-
-    Raises:
-        SettingError: If the folder holds neither, or the model takes no class labels.
-    """
+    """Loads a pipeline, or a `UNet2DModel` trained on diffusers' linear schedule, in float32 with a DDIM scheduler."""
     path = Path(folder)
     wanted = "give the folder of a class-conditional UNet2DModel of diffusers, or of a pipeline around one"
     if not path.is_dir():

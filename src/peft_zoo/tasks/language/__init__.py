@@ -37,11 +37,7 @@ class LanguageTask(Task):
     }
 
     def load_data(self) -> Splits:
-        """Returns token windows of the chosen text.
-
-        Raises:
-            SettingError: If the data set is unknown or too short for one window.
-        """
+        """Returns token windows of the chosen text."""
         settings = self.settings
         texts = load_texts(settings.require("data", f"give {self.data_choices}."))
         tokenizer = self._load(AutoTokenizer)
@@ -56,11 +52,7 @@ class LanguageTask(Task):
         )
 
     def load_model(self) -> nn.Module:
-        """Loads the base model in float32, without a key-value cache.
-
-        Raises:
-            SettingError: If the name is neither built in, nor a folder, nor available on the Hub.
-        """
+        """Loads the base model in float32, without a key-value cache."""
         model: Any = self._load(AutoModelForCausalLM, dtype=torch.float32)
         model.config.use_cache = False
         return model
@@ -80,11 +72,7 @@ class LanguageTask(Task):
         return math.exp(loss) if loss < 700 else math.inf
 
     def _load(self, auto_class: Any, **options: Any) -> Any:
-        """Loads the chosen model with `auto_class.from_pretrained`.
-
-        Raises:
-            SettingError: If it cannot be loaded.
-        """
+        """Loads the chosen model, built in, from a folder or from the Hub, with `auto_class.from_pretrained`."""
         name: str = self.settings.require("model", "give a name or a path.")
         source = str(smollm2_folder()) if name == NAME else name
         try:

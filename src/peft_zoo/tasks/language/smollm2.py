@@ -24,11 +24,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_folder() -> Path:
-    """Returns a `from_pretrained` folder with model and tokenizer (float32, 538 MB), created on first use in 13–40 s.
-
-    Raises:
-        SettingError: If the package or `gguf` is not installed.
-    """
+    """Returns a `from_pretrained` folder with model and tokenizer (float32, 538 MB), made on first use in 13–40 s."""
     return cached(f"{NAME}-v1", _build)
 
 

@@ -24,19 +24,11 @@ Texts = dict[str, list[str]]
 
 
 def load_texts(name: str) -> Texts:
-    """Reads the documents of a data set.
+    """Reads the documents of the splits of a shipped data set, or of a `.txt` or `.jsonl` file, optionally with `.gz`.
 
-    Args:
-        name: A shipped data set, or a local `.txt` or `.jsonl` file, optionally with `.gz`. A `.txt` file is divided
-            into blocks at empty lines; the last tenth is the test split and the tenth before it the validation split.
-            Of each ten distinct records of a `.jsonl` file the ninth is validation and the tenth test; a record has
-            the fields `text`, or `question` and `answer`, or `prompt` and `completion`, or `instruction` and `output`.
-
-    Returns:
-        Documents of the splits `train`, `validation` and `test`, which have none in common.
-
-    Raises:
-        SettingError: If the name is unknown, or the file has another format than its name says.
+    A `.txt` file is divided into blocks at empty lines; the last tenth is the test split and the tenth before it the
+    validation split. Of each ten distinct records of a `.jsonl` file the ninth is validation and the tenth test; its
+    fields are one of `FIELDS`.
     """
     if name in SHIPPED:
         return {split: _shipped(name, split) for split in SPLITS}
@@ -49,13 +41,7 @@ def load_texts(name: str) -> Texts:
 
 
 class Windows(Dataset[Tensor]):
-    """Token windows of equal length over the joined documents of a split; an incomplete last window is dropped.
-
-    Since their lengths are equal, the mean of their losses is the exact loss per token.
-
-    Attributes:
-        tokens: int64 tensor of shape `(windows, length)`.
-    """
+    """Windows of tokens, int64 `(windows, length)`; equally long, so the mean of their losses is the loss per token."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
@@ -70,17 +56,9 @@ class Windows(Dataset[Tensor]):
 def windows(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None, split: str
 ) -> Windows:
-    """Joins documents with the end-of-text token and divides them into windows.
+    """Joins the documents of a split with the end-of-text token and divides them into windows of `length` tokens.
 
-    Args:
-        documents: Texts of one split.
-        tokenizer: Tokenizer of the model.
-        length: Tokens per window.
-        limit: Maximum number of windows, evenly spread over the split; None for all.
-        split: Name of the split, for the error message.
-
-    Raises:
-        SettingError: If the split does not fill one window.
+    An incomplete last window is dropped; `limit` chooses windows that are evenly spread over the split.
     """
     end = tokenizer.eos_token_id
     encoded: list[list[int]] = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]

@@ -41,21 +41,13 @@ class VisionTask(Task):
     }
 
     def load_data(self) -> Splits:
-        """Draws images from the official splits, in equal shares of the classes.
-
-        Raises:
-            SettingError: If the data set is unknown or an image cannot be read.
-        """
+        """Draws images from the official splits, in equal shares of the classes."""
         settings = self.settings
         sizes = (settings.image_size or 1, settings.train_size or 1, settings.eval_size or 1)
         return Splits(*draw_splits(self._source, *sizes))
 
     def load_model(self) -> nn.Module:
-        """Returns a timm model in float32 at the chosen image size, with a new head for the classes of the data.
-
-        Raises:
-            SettingError: If timm lacks the model, its weights are not available, or the image size does not fit.
-        """
+        """Returns a timm model in float32 at the chosen image size, with a new head for the classes of the data."""
         name: str = self.settings.require("model", "give a name.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)  # the head's initial values

@@ -49,11 +49,7 @@ DEPTH = 12
 
 
 def load_backbone() -> dict[str, Tensor]:
-    """Returns the float32 state dict of timm's model at 518 pixels, without classifier; cached (88 MB).
-
-    Raises:
-        SettingError: If the package or `onnx` is not installed.
-    """
+    """Returns the float32 state dict of timm's model at 518 pixels, without classifier; cached (88 MB)."""
     return load_file(cached(f"{NAME}-v1", _build) / "model.safetensors")
 
 
@@ -72,9 +68,6 @@ def transformers_state_dict(source: Path) -> dict[str, Tensor]:
     Most initializers of the ONNX file have the names of the state dict. A weight of a linear layer has none: it is the
     transposed constant of a MatMul whose output is added to a named bias. The position embeddings are split into class
     token and patches.
-
-    Args:
-        source: The ONNX file.
     """
     import onnx
     from onnx.numpy_helper import to_array

@@ -29,8 +29,6 @@ from torch import Tensor
 
 from peft_zoo.common.checks import check_int
 
-__all__ = ["BchCode", "as_bits"]
-
 PRIMITIVE = {3: 0b1011, 4: 0b10011, 5: 0b100101, 6: 0b1000011, 7: 0b10001001, 8: 0b100011101}
 """A primitive polynomial of GF(2^m) by m; bit i is the coefficient of x^i."""
 
@@ -77,25 +75,13 @@ class BchCode:
         return _generator(_degree(self.length), self.errors)
 
     def encode(self, payload: Tensor) -> Tensor:
-        """Returns the codeword of a payload: the payload followed by the parity bits; bool `(n,)` on the CPU.
-
-        Args:
-            payload: Bits `(k,)`, bool or numeric with values 0 and 1.
-
-        Raises:
-            ValueError: If `payload` has another shape or other values.
-        """
+        """Returns the codeword of payload bits `(k,)`, which the parity bits follow; bool `(n,)` on the CPU."""
         shifted = _number(as_bits("payload", payload, (self.payload,))) << (self.length - self.payload)
         return _bits(shifted ^ _remainder(shifted, self.generator), self.length)
 
     def decode(self, word: Tensor) -> Tensor | None:
-        """Returns the payload of the codeword within t bits of `word`, bool `(k,)` on the CPU, or None without one.
-
-        Args:
-            word: Bits `(n,)`, bool or numeric with values 0 and 1.
-
-        Raises:
-            ValueError: If `word` has another shape or other values.
+        """Returns the payload of the codeword within t bits of `word` `(n,)`, bool `(k,)` on the CPU, or None without
+        one.
         """
         received = _number(as_bits("word", word, (self.length,)))
         errors = _error_positions(received, self)
@@ -111,16 +97,7 @@ class BchCode:
 
 
 def as_bits(name: str, values: Tensor, shape: tuple[int | None, ...]) -> Tensor:
-    """Returns bits as a bool tensor on the CPU.
-
-    Args:
-        name: Name of the argument, for the error message.
-        values: Bits, bool or numeric with values 0 and 1.
-        shape: Required shape; None for a dimension of any size above 0.
-
-    Raises:
-        ValueError: If the shape differs or a value is neither 0 nor 1.
-    """
+    """Returns values 0 and 1 as a bool tensor on the CPU; `shape` is required, with None for any size above 0."""
     found = tuple(values.shape)
     if len(found) != len(shape) or any(size != (want or max(size, 1)) for size, want in zip(found, shape, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)

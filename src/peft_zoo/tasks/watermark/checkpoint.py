@@ -30,13 +30,8 @@ def fingerprint(
 ) -> str:
     """Returns a hash of everything that a training depends on; of the key, only the commitment.
 
-    Args:
-        config: Configuration of the training.
-        key: Key whose message is embedded.
-        images: Training images.
-        modules: Autoencoder, decoder and image loss by role; a module is hashed with all its tensors, a function by
-            its name.
-        adapter_name: Name of the LoRA.
+    `modules` are autoencoder, decoder and image loss by role; a module is hashed with all its tensors, a function by
+    its name.
     """
     facts = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     digest = hashlib.sha256()
@@ -53,15 +48,7 @@ def fingerprint(
 
 
 class EmbedCheckpoint:
-    """Checkpoint file of one training.
-
-    Args:
-        folder: Folder of the file; it need not exist.
-        of: `fingerprint` of the training.
-
-    Raises:
-        ValueError: If `folder` is a file, or has the checkpoint of another training.
-    """
+    """Checkpoint file, in a folder that need not exist, of the one training with the `fingerprint` `of`."""
 
     def __init__(self, folder: str | Path, of: str) -> None:
         self.path, self.of = Path(folder) / NAME, of
@@ -79,13 +66,8 @@ class EmbedCheckpoint:
         controller: Controller,
         trace: list[dict[str, float]],
     ) -> None:
-        """Replaces the file by the current state.
-
-        Args:
-            parameters: Trained parameters by name.
-            optimizer: AdamW over these parameters.
-            controller: Controller of the loss weights.
-            trace: Entries of all steps so far.
+        """Replaces the file by the trained parameters, the state of AdamW and the controller, and the trace of all
+        steps.
         """
         tensors = {f"value.{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():

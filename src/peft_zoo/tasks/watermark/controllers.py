@@ -19,8 +19,6 @@ from typing import Any, ClassVar
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 
-__all__ = ["Controller", "DlwsController", "TwoSidedController", "new_controller"]
-
 
 class Controller:
     """Base of the controllers; saves and restores the attributes in `STATE`."""
@@ -32,11 +30,8 @@ class Controller:
         raise NotImplementedError
 
     def update(self, psnr: float, bit_accuracy: float) -> None:
-        """Updates the weights after a step.
-
-        Args:
-            psnr: PSNR of the marked images of the step to the clean ones, in dB.
-            bit_accuracy: Bit accuracy on the marked images.
+        """Updates the weights after a step from PSNR of marked to clean images, in dB, and bit accuracy on the marked
+        ones.
         """
         raise NotImplementedError
 
@@ -45,11 +40,7 @@ class Controller:
         return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state that `state_dict` returned.
-
-        Raises:
-            ValueError: If `state` has other fields.
-        """
+        """Restores the state that `state_dict` returned; other fields are refused."""
         if odd := {*self.STATE} ^ state.keys():
             raise ValueError(
                 f"state of a {type(self).__name__} has missing or unknown fields: {', '.join(sorted(odd))}."

@@ -32,8 +32,6 @@ from torch import Tensor, nn
 from peft_zoo.common.checks import check_int
 from peft_zoo.kernels.random_matrix.philox import philox
 
-__all__ = ["KeyedDecoder", "check_images"]
-
 CHANNELS, SIDE = 3, 5
 FLOOR = 1e-3  # about a quarter of a grey level: the statistics of a flat image are finite
 FILTER_STREAM, ROTATION_STREAM = 1, 2
@@ -95,19 +93,11 @@ class KeyedDecoder(nn.Module):
         return bool(self.projection.isfinite().all() and self.centre.isfinite().all())
 
     def statistics(self, images: Tensor) -> Tensor:
-        """Returns the filter statistics s, `(B, K)`.
-
-        Args:
-            images: `(B, 3, H, W)` with values in [0, 1].
-        """
+        """Returns the filter statistics s, `(B, K)`, of images `(B, 3, H, W)` with values in [0, 1]."""
         return (F.conv2d(images, self.filters).abs().mean((2, 3)) + FLOOR).log()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns logits, `(B, n)`; a bit is 1 where its logit is above 0.
-
-        Args:
-            images: `(B, 3, H, W)` with values in [0, 1].
-        """
+        """Returns logits `(B, n)` of images `(B, 3, H, W)` in [0, 1]; a bit is 1 where its logit is above 0."""
         return self.statistics(images) @ self.projection - self.centre
 
     @torch.no_grad()
@@ -164,13 +154,8 @@ def _normal(seed: int, stream: int, count: int) -> Tensor:
 
 
 def check_images(images: Tensor) -> Tensor:
-    """Returns the images in float32 after checking that bits can be read from them.
-
-    Args:
-        images: `(B, 3, H, W)` with values in [0, 1], of any floating-point dtype; sides of at least 32 pixels.
-
-    Raises:
-        ValueError: If dtype, shape or size is invalid, or a value is not finite or not in [0, 1].
+    """Returns images in float32 after checking that they are floating-point `(B, 3, H, W)` in [0, 1], of 32 pixels or
+    more.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__

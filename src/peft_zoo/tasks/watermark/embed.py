@@ -31,8 +31,6 @@ from peft_zoo.tasks.watermark.saved_decoder import calibrate_decoder, check_deco
 from peft_zoo.tasks.watermark.significance import false_alarm_rate
 from peft_zoo.tasks.watermark.vae import add_lora, check_vae, decode, mark_trained, reconstruct, remove_lora
 
-__all__ = ["embed_watermark"]
-
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_EVALUATED = 64  # training images that are evaluated without `eval_images`
 BATCH = 16
@@ -115,17 +113,8 @@ def embed_watermark(
 class Training:
     """Training of the parameters of an autoencoder, resumed from a checkpoint if there is one.
 
-    Args:
-        vae: Autoencoder.
-        config: Configuration of the training.
-        decoder: Module from images to logits, on the device of `vae`.
-        message: Bits `(num_bits,)`, 0 or 1 in float32, on the same device.
-        image_loss: Loss of marked and clean images; None for that of `config`.
-
-    Attributes:
-        parameters: Trained parameters by name; set it before `train`.
-        controller: Controller of the loss weights.
-        trace: As in `EmbedReport`.
+    Decoder and message, `(num_bits,)` of 0 and 1 in float32, are on the device of `vae`. Set `parameters`, by name,
+    before `train`; `trace` is that of `EmbedReport`.
     """
 
     def __init__(
@@ -143,11 +132,7 @@ class Training:
 
     @torch.no_grad()
     def check_decoder(self, image: Tensor) -> None:
-        """Checks the output of the decoder for one image `(1, 3, H, W)`.
-
-        Raises:
-            ValueError: If the logits are not finite or not of shape `(1, num_bits)`.
-        """
+        """Checks that the decoder gives finite logits `(1, num_bits)` for one image `(1, 3, H, W)`."""
         logits = self.decoder(image.to(self.message.device))
         if logits.shape != (1, self.config.num_bits) or not logits.isfinite().all():
             raise ValueError(
@@ -156,14 +141,10 @@ class Training:
             )
 
     def train(self, latents: Tensor, clean: Tensor, store: EmbedCheckpoint | None, every: int, progress: bool) -> None:
-        """Runs the remaining steps.
+        """Runs the remaining steps on latents `(N, ...)` and the clean decoder's images of them, `(N, 3, H, W)` in [0,
+        1].
 
-        Args:
-            latents: Latents of the training images, `(N, ...)`.
-            clean: Images that the clean decoder makes of them, `(N, 3, H, W)` in [0, 1].
-            store: Checkpoint to resume from and to write, or None.
-            every: Steps between checkpoints.
-            progress: Whether to show a progress bar on a terminal.
+        `store` is the checkpoint to resume from and to write `every` so many steps, or None.
         """
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -183,14 +164,7 @@ class Training:
                     store.save(self.parameters, optimizer, self.controller, self.trace)
 
     def step(self, index: int, latents: Tensor, clean: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Runs one step on images that depend on `index` and the seed; returns its entry of `trace` without the time.
-
-        Args:
-            index: Index of the step, from 0.
-            latents: As in `train`.
-            clean: As in `train`.
-            optimizer: AdamW over `parameters`.
-        """
+        """Runs one step on images that depend on `index` and the seed; returns its entry of `trace` but the time."""
         seed = (self.config.seed << 32) + index
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # for dropout
@@ -230,12 +204,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, latents: Tensor, clean: Tensor) -> dict[str, Any]:
-        """Returns the measured values of `EmbedReport` by name.
-
-        Args:
-            latents: Latents of the evaluated images, `(N, ...)`.
-            clean: Images that the clean decoder makes of them, `(N, 3, H, W)` in [0, 1].
-        """
+        """Returns the measured values of `EmbedReport` by name; latents and clean images as for `train`."""
         device = self.message.device
         sums: dict[str, float] = dict.fromkeys(("psnr", "ssim", "bit_accuracy", "clean_bit_accuracy"), 0.0)
         read: list[Tensor] = []

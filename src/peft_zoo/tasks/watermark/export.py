@@ -25,8 +25,6 @@ from peft_zoo.tasks.watermark.key import WatermarkKey
 from peft_zoo.tasks.watermark.leak_scan import refuse_key_in
 from peft_zoo.tasks.watermark.vae import remove_lora, trained_commitment
 
-__all__ = ["RECORD", "merge_and_export", "merged"]
-
 RECORD, VERSION = "watermark.json", 1
 CARD_TEXT = """Images decoded by this model carry an invisible watermark (EW-LoRA, {bits} bits), which its owner can
 detect. `watermark.json` has the public facts."""
@@ -36,13 +34,8 @@ modified model and load the file: `model.load_state_dict(safetensors.torch.load_
 
 
 def merged(vae: nn.Module) -> Any:
-    """Returns a copy of an autoencoder with the LoRA merged into the weights and without LoRA layers.
-
-    Args:
-        vae: Autoencoder, or `PeftModel` around one, with an active LoRA that is not merged; it does not change.
-
-    Raises:
-        ValueError: If there is no such LoRA.
+    """Returns a copy of an autoencoder, or of that in a `PeftModel`, with the active LoRA merged and without LoRA
+    layers.
     """
     vae = _without_peft_model(vae)
     layers = [module for module in vae.modules() if isinstance(module, BaseTunerLayer)]
@@ -139,8 +132,7 @@ def merge_and_export(
 def differing_tensors(vae: Any) -> list[str]:
     """Returns the names of tensors that only one of an autoencoder and a new one of its class and config has.
 
-    Args:
-        vae: Autoencoder without LoRA; the result is empty if its class has no `from_config`, unlike diffusers' classes.
+    The result is empty if the class has no `from_config`, unlike diffusers' classes.
     """
     if not hasattr(vae, "from_config"):
         return []
@@ -155,11 +147,7 @@ def _without_peft_model(vae: nn.Module) -> nn.Module:
 
 
 def _check_trained(vae: nn.Module, key: WatermarkKey) -> None:
-    """Checks that all active adapters were trained by `embed_watermark` with this key.
-
-    Raises:
-        ValueError: If one was not.
-    """
+    """Checks that all active adapters were trained by `embed_watermark` with this key."""
     active = {name for module in vae.modules() if isinstance(module, BaseTunerLayer) for name in module.active_adapters}
     for name in sorted(active):
         found = trained_commitment(vae, name)

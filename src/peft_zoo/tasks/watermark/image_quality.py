@@ -10,29 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["psnr", "ssim"]
-
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 MIN_ERROR = 1e-10  # limits the PSNR of equal images to 100 dB
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Returns the peak signal-to-noise ratio of each image in dB, `(B,)`; 100 for equal images.
-
-    Args:
-        images: `(B, C, H, W)` with values in [0, 1].
-        others: Images to compare with, of the same shape.
-    """
+    """Returns the peak signal-to-noise ratio of images `(B, C, H, W)` in [0, 1] in dB, `(B,)`; 100 for equal images."""
     return -10 * (images - others).square().mean((1, 2, 3)).clamp(min=MIN_ERROR).log10()
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Returns the structural similarity of each image, `(B,)`, the mean over channels and windows; 1 for equal images.
+    """Returns the structural similarity of images `(B, C, H, W)` in [0, 1], `(B,)`: the mean over channels and windows.
 
-    Args:
-        images: `(B, C, H, W)` with values in [0, 1] and sides of at least 11 pixels.
-        others: Images to compare with, of the same shape.
+    It is 1 for equal images. Sides have at least 11 pixels.
     """
     offset = torch.arange(WINDOW, dtype=images.dtype, device=images.device) - WINDOW // 2
     bell = torch.exp(-offset.square() / (2 * SIGMA**2))

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from peft_zoo.common.checks import check_int
 
-__all__ = ["jpeg"]
-
 LUMINANCE = (
     *(16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56),
     *(14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92),
@@ -34,18 +32,7 @@ SIDE = 8
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
-    """Returns the images after JPEG compression and decompression.
-
-    Args:
-        images: `(B, 3, H, W)` with values in [0, 1].
-        quality: 1 (smallest file) to 100.
-
-    Returns:
-        `(B, 3, H, W)` with values in [0, 1].
-
-    Raises:
-        ValueError: If `quality` is out of range.
-    """
+    """Returns images `(B, 3, H, W)` in [0, 1] after JPEG compression, of quality 1 (smallest file) to 100."""
     check_int("quality", quality, most=100)
     height, width = images.shape[2:]
     padded = F.pad(images, (0, -width % (2 * SIDE), 0, -height % (2 * SIDE)), mode="replicate")

@@ -33,8 +33,6 @@ from peft_zoo.common.atomic import new_file
 from peft_zoo.common.checks import check_int
 from peft_zoo.tasks.watermark.bch import BchCode, as_bits
 
-__all__ = ["WatermarkKey"]
-
 FORMAT = "peft-zoo watermark key"  # value of the field `format` of a key file
 VERSION, SECRET_BYTES, MAX_BITS = 1, 32, 256
 MAX_FILE_BYTES = 4096  # a key file has a few hundred
@@ -216,11 +214,7 @@ def _check_payload(payload: Any, num_bits: int, errors: int) -> None:
 
 
 def _parsed(content: bytes) -> WatermarkKey:
-    """Parses an untrusted key file; no error quotes its content.
-
-    Raises:
-        ValueError: If the content is invalid.
-    """
+    """Parses an untrusted key file; no error quotes its content."""
     try:
         found = json.loads(content) if len(content) <= MAX_FILE_BYTES else None
     except (ValueError, RecursionError):

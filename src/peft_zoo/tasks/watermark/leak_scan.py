@@ -19,8 +19,6 @@ from peft_zoo.tasks.watermark.decoder import random_filters
 from peft_zoo.tasks.watermark.key import SECRET_BYTES, WatermarkKey
 from peft_zoo.tasks.watermark.saved_decoder import DECODER_FORMAT, PURPOSE
 
-__all__ = ["refuse_key_in"]
-
 CHUNK, OVERLAP = 2**24, 2**14  # bytes of a file searched at once, and repeated in the next search
 MIN_TEXT_BITS = 16  # shorter messages occur in any text with digits
 MIN_RAW_BITS = 48  # six bytes occur in 16 GB of random data once in 16,000 times

@@ -16,13 +16,9 @@ NOISE = 0.02  # standard deviation
 
 
 def image_distance(kind: str, marked: Tensor, clean: Tensor, psnr_target: float) -> Tensor:
-    """Returns the distance of marked images from clean ones, normalized to about 1 at the target PSNR.
+    """Returns the distance of marked from clean images `(B, 3, H, W)`, normalized to about 1 at the target PSNR in dB.
 
-    Args:
-        kind: `"mse"`, or `"mse+l1"` for the mean of squared error and absolute error of coarse pixels.
-        marked: `(B, 3, H, W)`.
-        clean: `(B, 3, H, W)`.
-        psnr_target: Target PSNR in dB.
+    `kind` is `"mse"`, or `"mse+l1"` for the mean of squared error and absolute error of coarse pixels.
     """
     allowed = 10 ** (-psnr_target / 10)
     difference = marked - clean
@@ -34,12 +30,9 @@ def image_distance(kind: str, marked: Tensor, clean: Tensor, psnr_target: float)
 
 
 def augment(images: Tensor, kinds: list[str], generator: torch.Generator) -> Tensor:
-    """Applies one random augmentation with probability 1/2; otherwise returns the images.
+    """Applies one random augmentation with probability 1/2 to images `(B, 3, H, W)` in [0, 1]; otherwise returns them.
 
-    Args:
-        images: `(B, 3, H, W)` with values in [0, 1].
-        kinds: Any of `crop` and `resize` (to 0.3 or 0.7 of each side), `jpeg` (quality 50 or 80) and `noise`.
-        generator: Source of randomness, on the CPU.
+    `kinds` are any of `crop` and `resize` (to 0.3 or 0.7 of each side), `jpeg` (quality 50 or 80) and `noise`.
     """
     if not kinds or _draw(2, generator):
         return images

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from peft_zoo.tasks.watermark.significance import MatchDistribution, message_p_value
 
-__all__ = ["EmbedReport"]
-
 DETECTION_FPR = 1e-6
 MAX_POOLED = 63  # images of the joint test, an odd number
 
@@ -68,12 +66,7 @@ class EmbedReport:
 
 
 def detection_facts(read: Tensor, message: Tensor) -> dict[str, Any]:
-    """Tests for the message, and returns `detection_fpr`, `found` and `found_alone` of `EmbedReport`.
-
-    Args:
-        read: Bits of each image, `(m, n)`.
-        message: Bits `(n,)`, values 0 and 1.
-    """
+    """Tests bits `(m, n)` for a message `(n,)`; returns `detection_fpr`, `found` and `found_alone` of `EmbedReport`."""
     fpr = max(DETECTION_FPR, 2.0 ** -read.shape[1])
     together = read[: min(MAX_POOLED, (len(read) - 1) | 1)]
     single = MatchDistribution.of(read[:1])  # the same for every single image

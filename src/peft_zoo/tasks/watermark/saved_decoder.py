@@ -23,8 +23,6 @@ from peft_zoo.common.atomic import new_file
 from peft_zoo.tasks.watermark.decoder import KeyedDecoder
 from peft_zoo.tasks.watermark.key import WatermarkKey
 
-__all__ = ["calibrate_decoder", "load_decoder", "save_decoder"]
-
 PURPOSE = "decoder"
 DECODER_FORMAT = "peft-zoo watermark decoder, secret"  # value of `format` in the metadata
 SUFFIX = ".decoder.safetensors"
@@ -149,14 +147,7 @@ def load_decoder(key: WatermarkKey, key_path: str | os.PathLike[str]) -> KeyedDe
 
 
 def read_calibration(key_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the `calibration` that `save_decoder` has stored; empty for files without one.
-
-    Args:
-        key_path: Path of the key file.
-
-    Raises:
-        ValueError: If there is no decoder file, or it is damaged.
-    """
+    """Returns the `calibration` that `save_decoder` has stored next to a key file; empty for files without one."""
     return dict(_read(decoder_path(key_path))[0].get("calibration", {}))
 
 
@@ -178,11 +169,7 @@ def _read(target: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def check_decoder_key(decoder: nn.Module, key: WatermarkKey) -> None:
-    """Checks that `decoder` was derived from `key`. Only `KeyedDecoder` instances can be checked; other modules pass.
-
-    Raises:
-        ValueError: If the decoder is a `KeyedDecoder` with another seed or another number of bits.
-    """
+    """Checks that `decoder` was derived from `key`. Only `KeyedDecoder`s can be checked; other modules pass."""
     if isinstance(decoder, KeyedDecoder) and (
         decoder.num_bits != key.num_bits or not decoder.has_seed(key.seed(PURPOSE))
     ):

@@ -35,14 +35,6 @@ from torch import Tensor
 from peft_zoo.common.checks import check_int
 from peft_zoo.tasks.watermark.bch import as_bits
 
-__all__ = [
-    "MatchDistribution",
-    "bits_needed",
-    "count_matches",
-    "false_alarm_rate",
-    "message_p_value",
-]
-
 MAX_VALUES = 2**18
 """Limit of the number of values of K: seconds with n = 256, and enough for a thousand images of any bias."""
 
@@ -65,27 +57,15 @@ class MatchDistribution:
 
     @classmethod
     def of(cls, bits: Tensor) -> MatchDistribution:
-        """Computes the distribution for decoded bits.
-
-        Args:
-            bits: Bits of each image, `(m, n)`, bool or numeric with values 0 and 1.
-
-        Raises:
-            ValueError: If `bits` has another shape or other values, or is too large.
-        """
+        """Computes the distribution for decoded bits of each image, `(m, n)`."""
         bits = as_bits("bits", bits, (None, None))
         return cls.from_counts(bits.sum(0).tolist(), len(bits))
 
     @classmethod
     def from_counts(cls, counts: Sequence[int], images: int) -> MatchDistribution:
-        """Computes the distribution from the sums of decoded bits; time and memory grow with `n sum_i |m - 2 c_i|`.
+        """Computes the distribution from the number of images, of `images`, in which each bit is set, c_i.
 
-        Args:
-            counts: Number of images in which each bit is set, c_i.
-            images: Number of images, m.
-
-        Raises:
-            ValueError: If `counts` is empty, a count is not an int from 0 to m, or K has too many values.
+        Time and memory grow with `n sum_i |m - 2 c_i|`.
         """
         check_int("images", images)
         if len(counts) == 0:
@@ -108,11 +88,7 @@ class MatchDistribution:
         return cls(len(counts), sum(min(count, images - count) for count in counts), tuple(reversed(tails)))
 
     def p_value(self, matches: int) -> float:
-        """Returns `P(K >= matches)` under H0, correctly rounded.
-
-        Args:
-            matches: Number of matching bits, from `count_matches`.
-        """
+        """Returns `P(K >= matches)` under H0, correctly rounded."""
         index = max(matches - self.min_matches, 0)
         # Python divides ints of any size with correct rounding.
         return (self.tail_counts[index] if index < len(self.tail_counts) else 0) / 2**self.num_bits
@@ -121,13 +97,7 @@ class MatchDistribution:
         """Returns the smallest k with `P(K >= k) <= fpr`; a message with k matches or more is to be accepted.
 
         The result is None if even a message that matches in all bits has a larger p-value, since bits that are set in
-        exactly half of the images match any message equally.
-
-        Args:
-            fpr: False-positive rate, in (0, 1): largest probability of accepting a message that is not in the images.
-
-        Raises:
-            ValueError: If `fpr` is not in (0, 1), or is below 2^-n, which no number of images can reach.
+        exactly half of the images match any message equally. No number of images can reach an `fpr` below 2^-n.
         """
         needed = bits_needed(fpr)
         if needed > self.num_bits:
@@ -141,15 +111,7 @@ class MatchDistribution:
 
 
 def count_matches(bits: Tensor, message: Tensor) -> int:
-    """Returns K, the number of bits that match the message.
-
-    Args:
-        bits: Bits of each image, `(m, n)`, bool or numeric with values 0 and 1.
-        message: Bits `(n,)`, likewise.
-
-    Raises:
-        ValueError: If the arguments have other shapes or other values.
-    """
+    """Returns K, the number of bits `(m, n)` of images that match a message `(n,)`."""
     bits = as_bits("bits", bits, (None, None))
     return int((bits == as_bits("message", message, (bits.shape[1],))).sum())
 
@@ -211,11 +173,7 @@ def false_alarm_rate(
 
 
 def bits_needed(fpr: float) -> int:
-    """Returns the smallest n with `2^-n <= fpr`: the least length of a message that can be accepted at this rate.
-
-    Raises:
-        ValueError: If `fpr` is not in (0, 1).
-    """
+    """Returns the smallest n with `2^-n <= fpr`: the least length of a message that can be accepted at this rate."""
     if not 0 < fpr < 1:
         raise ValueError(f"fpr={fpr!r} must be between 0 and 1: use a false-positive rate such as 1e-6.")
     return 1 - math.frexp(fpr)[1]  # frexp: fpr = fraction 2^exponent, 1/2 <= fraction < 1

@@ -16,12 +16,7 @@ ENCODER = ("encoder", "quant_conv")
 
 
 def check_vae(vae: Any, config: WatermarkLoraConfig) -> None:
-    """Checks that a watermark can be trained in an autoencoder with a configuration.
-
-    Raises:
-        ValueError: If `vae` cannot encode and decode, is not in float32 or has adapters; if the target modules are
-            missing, attention only, or not in the decoder; or if `config` trains more than the LoRA.
-    """
+    """Checks that a watermark can be trained in an autoencoder with a configuration."""
     if not isinstance(vae, nn.Module) or not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ValueError(f"vae is a {type(vae).__name__}: give a module that has encode and decode, such as pipe.vae.")
     other = {p.dtype for p in vae.parameters() if p.is_floating_point()} - {torch.float32}
@@ -52,12 +47,7 @@ def _check_target(vae: Any, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> Tensor:
-    """Returns the latents of images; the mode if the encoder returns a distribution.
-
-    Args:
-        vae: Autoencoder.
-        images: `(B, 3, H, W)` with values in [0, 1].
-    """
+    """Returns the latents of images `(B, 3, H, W)` in [0, 1]; the mode if the encoder returns a distribution."""
     found = vae.encode(2 * images - 1)
     if hasattr(found, "latent_dist"):
         return found.latent_dist.mode()
@@ -72,15 +62,8 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: Any, images: Tensor, batch_size: int = 16) -> tuple[Tensor, Tensor]:
-    """Encodes and decodes images; returns latents and decoded images on the device of `images`.
-
-    Args:
-        vae: Autoencoder.
-        images: `(N, 3, H, W)` with values in [0, 1].
-        batch_size: Images per batch, default 16.
-
-    Raises:
-        ValueError: If the decoded images have another size.
+    """Encodes and decodes images `(N, 3, H, W)` in [0, 1]; returns latents and decoded images on the device of
+    `images`.
     """
     device = next(vae.parameters()).device
     latents, decoded = [], []
@@ -96,16 +79,7 @@ def reconstruct(vae: Any, images: Tensor, batch_size: int = 16) -> tuple[Tensor,
 
 
 def add_lora(vae: Any, config: WatermarkLoraConfig, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Adds the LoRA to an autoencoder as stock peft layers, so that diffusers' functions work on it.
-
-    Args:
-        vae: Autoencoder.
-        config: Configuration; its seed determines the initial factors.
-        adapter_name: Name of the adapter.
-
-    Returns:
-        The LoRA parameters by name.
-    """
+    """Adds the LoRA as stock peft layers, so that diffusers' functions work on it; returns its parameters by name."""
     plain = config.plain_lora(vae)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

@@ -20,8 +20,6 @@ from peft_zoo.tasks.watermark.key import WatermarkKey
 from peft_zoo.tasks.watermark.saved_decoder import check_decoder_key, load_decoder
 from peft_zoo.tasks.watermark.significance import MatchDistribution, bits_needed, count_matches
 
-__all__ = ["Identification", "Verification", "identify_watermark", "read_bits", "verify_watermark"]
-
 Images = Tensor | Sequence[Tensor]
 KeyOrPath = WatermarkKey | str | os.PathLike[str]
 
