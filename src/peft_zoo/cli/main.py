@@ -59,9 +59,7 @@ def load_commands() -> dict[str, Command | Group]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are a `SettingError`, without the usage text; it has a command, or parsers below
-    it.
-    """
+    """An argument parser whose errors are a `SettingError`; it has either a command or parsers of commands below it."""
 
     command: Command | None = None
 

@@ -59,9 +59,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Group:
-    """A command that consists of commands of its own, such as `peft-zoo watermark verify`; the texts are as for
-    `Command`.
-    """
+    """A command that consists of commands of its own, such as `peft-zoo watermark verify`."""
 
     summary: str
     commands: Mapping[str, Command]

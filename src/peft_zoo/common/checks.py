@@ -49,9 +49,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_int(field: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """Raises a ValueError that names `field` unless `value` is an int (not a bool or None) from `least` to `most`, if
-    given.
-    """
+    """Raises a ValueError that names `field` unless `value` is an int (no bool, not None) from `least` to `most`."""
     if type(value) is not int or value < least or (most is not None and value > most):
         valid = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{field}={value!r} must be an int {valid}.")

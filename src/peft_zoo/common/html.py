@@ -80,9 +80,7 @@ _SVG = _ENVIRONMENT.from_string("""\
 
 @dataclass(frozen=True)
 class Section:
-    """Part of a page under a heading; empty fields are left out. Figures are small plots with the lines of their
-    captions.
-    """
+    """Part of a page under a heading; empty fields are left out. Figures are small plots with lines of captions."""
 
     heading: str
     rows: Sequence[tuple[str, str]] = ()
@@ -110,9 +108,7 @@ class Plot:
         return round(TOP + share * (self.height - TOP - BOTTOM), 1)
 
     def svg(self, label: str, grid: Iterable[tuple[float, str]], shapes: str) -> Markup:
-        """SVG element with a label for screen readers, horizontal grid lines with their labels, and trusted SVG
-        `shapes`.
-        """
+        """SVG element with a label for screen readers, labelled horizontal grid lines, and trusted SVG `shapes`."""
         lines = [(self.y(value), text) for value, text in grid]
         shown = _SVG.render(plot=self, label=label, grid=lines, left=LEFT, right=RIGHT, shapes=Markup(shapes))
         return Markup(shown)

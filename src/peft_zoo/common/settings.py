@@ -82,9 +82,7 @@ def resolve_settings(cls: type[Settings], *layers: Layer) -> Settings:
 
 
 def read_settings_file(path: str | Path, cls: type[Any]) -> dict[str, Any]:
-    """Reads a YAML file whose keys are the flags of `cls`, `batch-size` or `batch_size`; returns unparsed values by
-    field.
-    """
+    """Reads a YAML file whose keys are flags of `cls`, such as `batch-size`; returns unparsed values by field."""
     import yaml
 
     try:

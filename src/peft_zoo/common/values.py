@@ -30,9 +30,7 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> SettingError:
 
 @contextmanager
 def needs_extra(user: str, extra: str) -> Iterator[None]:
-    """Turns a failed import into a `SettingError` with the extra of peft-zoo that installs what `user`, such as a flag,
-    needs.
-    """
+    """Turns a failed import into a `SettingError` with the extra of peft-zoo that `user`, such as a flag, needs."""
     try:
         yield
     except ModuleNotFoundError as error:

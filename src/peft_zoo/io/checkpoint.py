@@ -19,9 +19,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5
 
 
 class Checkpoint(ClosedOnExit):
-    """Open folder saved by transformers; a context manager. `config` is its `config.json`, `tensors` are dtypes and
-    shapes.
-    """
+    """Open folder of transformers, a context manager: the content of `config.json`, and `tensors` by name."""
 
     def __init__(self, folder: str | Path) -> None:
         """Opens `model.safetensors`, or its shards by their index, and validates the headers; reads no tensor."""

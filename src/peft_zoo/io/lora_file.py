@@ -155,9 +155,7 @@ class LoraAdapter(ClosedOnExit):
         return self.read(module.key_B).flatten(1), self.read(module.key_A).flatten(1)
 
     def new_infos(self, name: str, rank: int, scale: float) -> dict[str, TensorInfo]:
-        """Dtype and shape of the tensors that `new_tensors` returns for new factors of a rank and scale, by tensor
-        name.
-        """
+        """Dtype and shape of the tensors that `new_tensors` returns for a new rank and scale, by tensor name."""
         module = self.modules[name]
         infos = {key: self.file.tensors[key] for key in module.keys.values()}
         infos[module.key_B] = TensorInfo(infos[module.key_B].dtype, (module.shape_B[0], rank, *module.shape_B[2:]))

@@ -19,8 +19,7 @@ class RankAndScale(NamedTuple):
 
 
 def rank_fields(modules: Mapping[str, RankAndScale], use_rslora: bool = False) -> dict[str, Any]:
-    """Fields `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of a LoRA with ranks and scales by module, not
-    empty.
+    """Fields `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of a LoRA with these ranks and scales by module.
 
     The most common rank and alpha become the fields, the others patterns. peft reads the keys of patterns as regular
     expressions for the end of a name, so keys are escaped and anchored: each matches one module only.

@@ -12,7 +12,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,8 @@ class _Runner:
             "adapter_parameters": self.parameters[method],
         }
         self.done.append(run)
-        _write_runs(self.path, self.done)
+        with replaced_file(self.path) as draft:
+            draft.write_text("".join(json.dumps(each) + "\n" for each in self.done), encoding="utf-8")
         return run
 
     def _task(self, method: str, learning_rate: float, seed: int) -> Task:
@@ -196,9 +197,3 @@ def _read_runs(path: Path) -> list[Run]:
         raise SettingError(
             f"{str(path)!r} is not a list of runs ({error}): remove it or give another --output."
         ) from error
-
-
-def _write_runs(path: Path, runs: Iterable[Run]) -> None:
-    """Replaces the file of finished runs atomically."""
-    with replaced_file(path) as draft:
-        draft.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")

@@ -21,6 +21,7 @@ from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, weight_matrix
 from peft_zoo.adapters.lq_lora.plan import assign_by_budget, error_table, refuse_budget
 from peft_zoo.adapters.lq_lora.standalone import check_standalone, standalone, standalone_layer
 from peft_zoo.adapters.lq_lora.targets import check_values
+from peft_zoo.common.checks import check
 from peft_zoo.kernels.normal_float.quantize import packed_bits
 from peft_zoo.merge.lq_lora.export import QuantizedMatrix
 
@@ -53,8 +54,7 @@ def merge_and_requantize(
         >>> row.name, row.rank, 0 < row.error < 1
         ('transformer.h.0.attn.c_attn', 0, True)
     """
-    if type(r) is not int or r < 0:
-        raise ValueError(f"r={r!r} cannot be used; use an integer from 0.")
+    check(type(r) is int and r >= 0, "r", r, "use an integer from 0")
     base, name = check_standalone(model, adapter_name)
     layers = {key: module for key, module in base.named_modules() if isinstance(module, LqLinear)}
     config = _config(model.peft_config[name], budget_bits, r)

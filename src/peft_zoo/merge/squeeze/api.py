@@ -21,7 +21,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from peft_zoo.calibration.moments import Moments
-from peft_zoo.common.checks import check_count
+from peft_zoo.common.checks import check_choice, check_count
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io import open_adapter
 from peft_zoo.io.lora_ranks import RankAndScale, kept_scale
@@ -50,8 +50,7 @@ class SqueezeOptions:
     def __post_init__(self) -> None:
         choices = {"scaling": SCALINGS, "score": SCORES, "balance": get_args(Balance), "method": get_args(Method)}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
+            check_choice(name, getattr(self, name), allowed)
         if (self.score == "activation") != (self.moments is not None):
             raise ValueError(
                 f"score={self.score!r} with moments {'given' if self.moments is not None else 'missing'}: pass "

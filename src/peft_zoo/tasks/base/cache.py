@@ -43,9 +43,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def package_file(package: str, relative: str, install: str) -> Path:
-    """Returns the path of a data file of an installed package without importing it; `install` is the command for the
-    error.
-    """
+    """Returns the path of a file of an installed package without importing it; `install` is the command to name."""
     spec = find_spec(package)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     for folder in folders:

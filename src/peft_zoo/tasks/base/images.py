@@ -86,9 +86,7 @@ class ImageFiles(Sequence[Tensor]):
 
 
 def read_pixels(image: Image.Image, size: int | None = None) -> Tensor:
-    """Returns RGB values as uint8 `(3, height, width)`, cropped at the centre and scaled to `size` squared (bicubic);
-    None keeps the size.
-    """
+    """Returns RGB values as uint8 `(3, height, width)`, cropped to a square and scaled (bicubic) if `size` is given."""
     image = image.convert("RGB")
     if size is not None:
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

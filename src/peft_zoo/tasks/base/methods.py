@@ -29,9 +29,7 @@ def config_class(name: str) -> type[PeftConfig]:
 
 
 def suggested_settings(name: str | None) -> dict[str, Any]:
-    """Returns the settings that a method suggests: the `suggested_learning_rate` of its configuration class, if it has
-    one.
-    """
+    """Returns the settings that a method suggests: `suggested_learning_rate` of its configuration, if any."""
     rate = None if name is None else getattr(config_class(name), "suggested_learning_rate", None)
     return {} if rate is None else {"learning_rate": rate}
 

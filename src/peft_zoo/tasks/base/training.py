@@ -51,7 +51,8 @@ def train(task: Task) -> Outcome:
     outcome.adapter_bytes = (output / "adapter_model.safetensors").stat().st_size
     outcome.peak_memory_bytes = _peak_memory()
     if PartialState().is_main_process:
-        _write_reports(outcome, output)
+        (output / "summary.json").write_text(json.dumps(outcome.summary(), indent=2) + "\n", encoding="utf-8")
+        (output / "report.html").write_text(report_html(outcome), encoding="utf-8")
     return outcome
 
 
@@ -180,12 +181,6 @@ def _check_saved(outcome: Outcome, task: Task, data: Splits, output: Path) -> No
     model = PeftModel.from_pretrained(task.load_model(), str(output))
     _evaluate_stage(outcome, "reloaded", task, model, data)
     _evaluate_stage(outcome, "merged", task, model.merge_and_unload(), data)
-
-
-def _write_reports(outcome: Outcome, output: Path) -> None:
-    """Writes `summary.json` and `report.html`."""
-    (output / "summary.json").write_text(json.dumps(outcome.summary(), indent=2) + "\n", encoding="utf-8")
-    (output / "report.html").write_text(report_html(outcome), encoding="utf-8")
 
 
 def output_folder(name: str) -> Path:

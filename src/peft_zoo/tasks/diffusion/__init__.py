@@ -91,9 +91,7 @@ class DiffusionTask(Task):
 
 
 def model_folder(model: str | None, data: str) -> Path:
-    """Returns the folder `model`, or that of the built-in base model, trained from `data` on first use and cached (8
-    MB).
-    """
+    """Returns the folder `model`, or that of the built-in base model, trained from `data` once and cached (8 MB)."""
     if model not in (None, NAME):
         return Path(model)
 

@@ -21,9 +21,7 @@ COLUMNS, PIXELS = 8, 96  # of `grid`: images per row, and pixels per side of eac
 
 
 def load_adapters(pipe: ClassConditionalPipeline, folders: Mapping[str, str | Path]) -> None:
-    """Loads saved LoRAs by adapter name onto the denoiser, in place; if one does not fit, the denoiser is left as it
-    was.
-    """
+    """Loads saved LoRAs by adapter name onto the denoiser, in place; an error leaves the denoiser as it was."""
     try:
         with layers.restored_on_error(pipe.unet):
             layers.load_adapters(pipe.unet, {name: str(folder) for name, folder in folders.items()})
@@ -35,9 +33,7 @@ def load_adapters(pipe: ClassConditionalPipeline, folders: Mapping[str, str | Pa
 def draw(
     pipe: ClassConditionalPipeline, config: CachedLoraConfig, labels: Sequence[int], steps: int, seed: int
 ) -> tuple[Tensor, list[StepTrace]]:
-    """Samples one image per label by a recipe, from noise that depends only on the seed; returns the record of each
-    step too.
-    """
+    """Samples one image per label by a recipe, from noise that depends only on the seed; also returns each step."""
     with compose(pipe, config) as composition:
         images = pipe(labels, steps, torch.Generator().manual_seed(seed))
         return images, composition.trace()

@@ -41,9 +41,7 @@ SHAPE: dict[str, Any] = {
 def denoising_loss(
     unet: nn.Module, scheduler: Any, images: Tensor, noise: Tensor, steps: Tensor, labels: Tensor
 ) -> Tensor:
-    """Returns the mean squared error of the noise that is predicted for images `(batch, channels, size, size)` in [−1,
-    1].
-    """
+    """Returns the mean squared error of the noise predicted for images `(batch, channels, size, size)`."""
     predicted = unet(scheduler.add_noise(images, noise, steps), steps, class_labels=labels).sample
     return nn.functional.mse_loss(predicted, noise)
 

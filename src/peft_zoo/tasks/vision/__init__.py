@@ -59,7 +59,8 @@ class VisionTask(Task):
 
     def adapter_defaults(self, model: nn.Module) -> dict[str, Any]:
         """Returns the linear layers of attention and MLP as target modules, and the head to train in full."""
-        return {"target_modules": LINEAR_LAYERS, "modules_to_save": [self._head_name(model)]}
+        config: Any = model.pretrained_cfg
+        return {"target_modules": LINEAR_LAYERS, "modules_to_save": [str(config["classifier"])]}
 
     def collate(self, examples: Sequence[tuple[Tensor, int]]) -> Batch:
         """Returns float32 pixels `(batch, 3, size, size)`, normalized as in pretraining, and labels `(batch,)`."""
@@ -85,12 +86,9 @@ class VisionTask(Task):
 
     @cached_property
     def _normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        config: Any = timm.models.get_pretrained_cfg(self._timm_name)
+        name = TIMM_NAME if self.settings.model == NAME else str(self.settings.model)
+        config: Any = timm.models.get_pretrained_cfg(name)
         return config.mean, config.std
-
-    @property
-    def _timm_name(self) -> str:
-        return TIMM_NAME if self.settings.model == NAME else str(self.settings.model)
 
     def _create(self, name: str) -> nn.Module:
         """Creates the pretrained model with a new head."""
@@ -118,11 +116,6 @@ class VisionTask(Task):
             raise SettingError(
                 f"--image-size cannot be {size}: give a multiple of the patch size {patch}, such as {8 * patch}."
             )
-
-    @staticmethod
-    def _head_name(model: nn.Module) -> str:
-        config: Any = model.pretrained_cfg
-        return str(config["classifier"])
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

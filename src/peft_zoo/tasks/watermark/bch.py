@@ -80,9 +80,7 @@ class BchCode:
         return _bits(shifted ^ _remainder(shifted, self.generator), self.length)
 
     def decode(self, word: Tensor) -> Tensor | None:
-        """Returns the payload of the codeword within t bits of `word` `(n,)`, bool `(k,)` on the CPU, or None without
-        one.
-        """
+        """Returns the payload of the codeword within t bits of `word` `(n,)`, bool `(k,)`, or None without one."""
         received = _number(as_bits("word", word, (self.length,)))
         errors = _error_positions(received, self)
         if errors is None:

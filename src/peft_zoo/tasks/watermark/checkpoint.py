@@ -66,9 +66,7 @@ class EmbedCheckpoint:
         controller: Controller,
         trace: list[dict[str, float]],
     ) -> None:
-        """Replaces the file by the trained parameters, the state of AdamW and the controller, and the trace of all
-        steps.
-        """
+        """Replaces the file by the parameters, the state of AdamW and controller, and the trace of all steps."""
         tensors = {f"value.{name}": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment].cpu().contiguous() for moment in MOMENTS}

@@ -30,9 +30,7 @@ class Controller:
         raise NotImplementedError
 
     def update(self, psnr: float, bit_accuracy: float) -> None:
-        """Updates the weights after a step from PSNR of marked to clean images, in dB, and bit accuracy on the marked
-        ones.
-        """
+        """Updates the weights after a step from PSNR, in dB, and bit accuracy of the marked images."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:

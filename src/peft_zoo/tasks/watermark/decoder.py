@@ -154,9 +154,7 @@ def _normal(seed: int, stream: int, count: int) -> Tensor:
 
 
 def check_images(images: Tensor) -> Tensor:
-    """Returns images in float32 after checking that they are floating-point `(B, 3, H, W)` in [0, 1], of 32 pixels or
-    more.
-    """
+    """Returns images in float32; they must be floating-point `(B, 3, H, W)` in [0, 1] with sides of at least 32."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = str(images.dtype) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a floating-point tensor, got {kind}: divide 8-bit values by 255.")

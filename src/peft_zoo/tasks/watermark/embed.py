@@ -141,8 +141,7 @@ class Training:
             )
 
     def train(self, latents: Tensor, clean: Tensor, store: EmbedCheckpoint | None, every: int, progress: bool) -> None:
-        """Runs the remaining steps on latents `(N, ...)` and the clean decoder's images of them, `(N, 3, H, W)` in [0,
-        1].
+        """Runs the remaining steps on latents `(N, ...)` and what the clean decoder makes of them, `(N, 3, H, W)`.
 
         `store` is the checkpoint to resume from and to write `every` so many steps, or None.
         """

@@ -34,9 +34,7 @@ modified model and load the file: `model.load_state_dict(safetensors.torch.load_
 
 
 def merged(vae: nn.Module) -> Any:
-    """Returns a copy of an autoencoder, or of that in a `PeftModel`, with the active LoRA merged and without LoRA
-    layers.
-    """
+    """Returns a copy of an autoencoder or `PeftModel` with the active LoRA merged and without LoRA layers."""
     vae = _without_peft_model(vae)
     layers = [module for module in vae.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:

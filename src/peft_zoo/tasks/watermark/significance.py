@@ -105,7 +105,8 @@ class MatchDistribution:
                 f"fpr={fpr!r} is below 2^-{self.num_bits}, the limit of {self.num_bits} bits with any number of images:"
                 f" use a message of at least {needed} bits, or a larger fpr."
             )
-        limit = _max_tail_count(fpr, self.num_bits)
+        numerator, denominator = fpr.as_integer_ratio()
+        limit = numerator * 2**self.num_bits // denominator  # largest count whose probability is at most fpr, exactly
         found = (index for index, count in enumerate(self.tail_counts) if count <= limit)
         return next((self.min_matches + index for index in found), None)
 
@@ -177,9 +178,3 @@ def bits_needed(fpr: float) -> int:
     if not 0 < fpr < 1:
         raise ValueError(f"fpr={fpr!r} must be between 0 and 1: use a false-positive rate such as 1e-6.")
     return 1 - math.frexp(fpr)[1]  # frexp: fpr = fraction 2^exponent, 1/2 <= fraction < 1
-
-
-def _max_tail_count(fpr: float, bits: int) -> int:
-    """Returns the largest count out of 2^bits whose probability is at most `fpr`, exactly."""
-    numerator, denominator = fpr.as_integer_ratio()
-    return numerator * 2**bits // denominator

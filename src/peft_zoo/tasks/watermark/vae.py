@@ -62,9 +62,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: Any, images: Tensor, batch_size: int = 16) -> tuple[Tensor, Tensor]:
-    """Encodes and decodes images `(N, 3, H, W)` in [0, 1]; returns latents and decoded images on the device of
-    `images`.
-    """
+    """Encodes and decodes images `(N, 3, H, W)` in [0, 1]; returns latents and decoded images on their device."""
     device = next(vae.parameters()).device
     latents, decoded = [], []
     for batch in images.split(batch_size):
