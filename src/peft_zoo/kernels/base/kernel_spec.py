@@ -92,9 +92,7 @@ class KernelSpec:
     def params(self, kernel_params: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns `alpha`, `gamma` and `beta`, each of shape `()` in the dtype of `like`.
 
-        Args:
-            kernel_params: `[alpha, gamma, beta]` of shape `(3,)`; None for `FIXED_PARAMS`.
-            like: Tensor that gives dtype and device.
+        They come from `kernel_params`, `[alpha, gamma, beta]` of shape `(3,)`, or from `FIXED_PARAMS` if it is None.
         """
         if kernel_params is None:  # filled on the device: copying them there would wait for it
             alpha, gamma, beta = (like.new_full((), value) for value in FIXED_PARAMS.get(self.kernel, (0.0, 1.0, 0.0)))

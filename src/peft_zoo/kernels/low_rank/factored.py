@@ -96,11 +96,7 @@ class FactoredSvd:
     def maps(self, rank: int, new_scale: float = 1.0, balance: Balance = "sqrt") -> tuple[Tensor, Tensor]:
         """Returns the maps `(R, rank)` and `(rank, R)` from B and A to new factors of `scale / new_scale * B A`.
 
-        Args:
-            rank: Rank of the new factors, at most R; beyond the numerical rank B gets columns of zeros.
-            new_scale: Scale of the new factors; default 1.
-            balance: `"sqrt"` (default) multiplies both factors by the roots of the singular values, `"up"` multiplies B
-                by the singular values.
+        Beyond the numerical rank, B gets columns of zeros. `balance` is as in `truncate_factors`.
         """
         up, down = balanced(self.singular_values[:rank], new_scale, balance)
         in_use = torch.arange(len(up), device=up.device) < self.rank
@@ -228,11 +224,7 @@ def canonical_signs(columns: Tensor) -> Tensor:
 
 
 def balanced(singular_values: Tensor, new_scale: float, balance: Balance) -> tuple[Tensor, Tensor]:
-    """Splits `singular_values / new_scale` into factors for the columns of B and for the rows of A.
-
-    Raises:
-        ValueError: If `new_scale` or `balance` is invalid.
-    """
+    """Splits `singular_values / new_scale` into factors for the columns of B and for the rows of A."""
     check(math.isfinite(new_scale) and new_scale > 0, "new_scale", new_scale, "use a positive number")
     check_choice("balance", balance, get_args(Balance))
     kept = singular_values / new_scale
@@ -301,15 +293,7 @@ def project_outputs(
 def rank_for_energy(singular_values: Tensor, energy: float) -> int:
     """Returns the smallest rank at which the first squared singular values reach the share `energy` of their sum.
 
-    Args:
-        singular_values: Singular values, `(k,)`, descending.
-        energy: Share of the squared singular values to keep, in (0, 1].
-
-    Returns:
-        Rank, at least 1 and at most the number of non-zero singular values.
-
-    Raises:
-        ValueError: If `energy` is not in (0, 1].
+    `singular_values` `(k,)` are descending. The rank is at least 1 and at most the number of those that are not zero.
     """
     check_share("energy", energy)
     squares = singular_values.double().square()

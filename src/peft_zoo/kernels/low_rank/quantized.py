@@ -169,18 +169,8 @@ def first_svd(
 ) -> tuple[RandomizedSvd | None, float]:
     """Computes the first SVD of `quantized_low_rank`, to be shared between quantization configs and ranks.
 
-    Args:
-        W: Matrix `(m, n)`, floating-point.
-        rank: Largest rank that the SVD is used for; 0 for no SVD.
-        options: Oversampling, power iterations and seed of the SVD.
-        weights: Diagonals of D_row and D_col, as in `quantized_low_rank`.
-        metric: Diagonals of the norm, as in `quantized_low_rank`.
-
-    Returns:
-        The argument `start` of `quantized_low_rank`, and the norm of W that its errors are relative to.
-
-    Raises:
-        ValueError: If an argument has the wrong shape or value, or W is not finite.
+    `rank` is the largest rank that the SVD is used for, 0 for none; the other arguments are those of
+    `quantized_low_rank`. Returns the SVD, or None without one, and the norm of W that errors are relative to.
     """
     wide = _checked(W, rank)
     weights = _diagonals(weights, wide)

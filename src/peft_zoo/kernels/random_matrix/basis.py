@@ -35,11 +35,7 @@ _CHUNK = 2**20  # entries drawn at a time; each takes about 100 bytes of int64 s
 
 
 def unit(k: int) -> float:
-    """Returns the factor that gives the values of a distribution a variance of 1.
-
-    Args:
-        k: Distribution: `UNIFORM`, or the k of ternary, 1 to 127.
-    """
+    """Returns the factor that gives the values of a distribution `k` a variance of 1."""
     return 128 * math.sqrt(3 / (256**2 - 1)) if k == UNIFORM else math.sqrt(128 / k)
 
 
@@ -85,18 +81,10 @@ def fill_basis_reference(store: Tensor, seed: int, matrix: int, k: int, first_ro
 
 
 def read_basis(store: Tensor, k: int, rows: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Decodes columns `start` to `stop` of the first rows of a stored matrix.
+    """Decodes columns `start` to `stop` of the first `rows` rows of a stored matrix, without the factor `unit(k)`.
 
-    Args:
-        store: Matrix as `fill_basis` writes it, or its values in a dtype other than uint8.
-        k: Distribution: `UNIFORM`, or the k of ternary.
-        rows: Number of rows to decode.
-        start: First column.
-        stop: Column after the last one.
-        dtype: Floating-point dtype of the result; the values are exact in float16 and wider dtypes.
-
-    Returns:
-        Values of shape `(rows, stop - start)`, without the factor `unit(k)`.
+    `store` is a matrix as `fill_basis` writes it, or its values in a dtype other than uint8. Returns values of shape
+    `(rows, stop - start)` in `dtype`, exact in float16, bfloat16 and wider dtypes.
     """
     if store.dtype != torch.uint8:
         return store[:rows, start:stop].to(dtype)

@@ -43,11 +43,7 @@ def block_rows(width: int, is_heavy: bool) -> int:
     """Returns the rows of a tile: the most within the register limit of the compile gate.
 
     The groups, the matrix, its gradient and the sums are held in registers at once, so tiles are smaller than those of
-    the other kernels.
-
-    Args:
-        width: Total rank r, padded to a power of two.
-        is_heavy: Whether the kernel is `mix_k` or `rbf`.
+    the other kernels. `width` is r, padded to a power of two; `mix_k` and `rbf` are heavy.
     """
     return 16 if width > 64 or (width > 32 and is_heavy) else 32 if width > 32 or is_heavy else 64
 
@@ -81,12 +77,8 @@ def _gradient(
 ) -> tuple[Tensor, Tensor]:
     """Returns the unscaled gradient of one factor, `(G, features, r/G)`, and two sums per feature, `(2, features)`.
 
-    Args:
-        factors: Factors of the kernel matrix.
-        dM: Gradient of S with the features of the factor along its rows.
-        threshold: Threshold of S, shape `()`.
-        rho: Sums of `_rho`, `(in,)`; unused unless the kernel is `mix_k`.
-        rows_are_inputs: True for the gradient of A, False for that of B.
+    `rows_are_inputs` for A; `dM`, the gradient of S, has the features of the factor along its rows. `rho` is that of
+    `_rho`, unused unless the kernel is `mix_k`.
     """
     own, other = factors.scaled if rows_are_inputs else factors.scaled[::-1]
     x, y = factors.columns if rows_are_inputs else factors.columns[::-1]

@@ -108,21 +108,12 @@ def _(w: Tensor, *_: object) -> Tensor:
 
 
 def tiled_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept: Tensor) -> Tensor:
-    """`magnitude_threshold` of a matrix that is computed in tiles, in torch on any device.
+    """`magnitude_threshold` of a matrix of `numel` values that is computed in tiles, in torch on any device.
 
-    Args:
-        tiles: Returns an iterator over the tiles of the matrix, of any shapes, one dtype (float32 or float64) and one
-            device. It is called once for each pass and must yield the same values every time, and once in all if the
-            first tile is the whole matrix.
-        numel: Number of values in all tiles.
-        num_kept: Number of values to keep, int64 of shape `()` on the device of the tiles. It is never read on the
-            host, so it may change between replays of a captured graph.
-
-    Returns:
-        Threshold of shape `()` in the dtype of the tiles.
-
-    Raises:
-        ValueError: If the tiles are neither float32 nor float64, or there are none.
+    `tiles` returns an iterator over the tiles, of any shapes, one dtype (float32 or float64) and one device. It is
+    called once for each pass and must yield the same values every time, and once in all if the first tile is the whole
+    matrix.
+    `num_kept` is never read on the host, so it may change between replays of a captured graph.
     """
     source = iter(tiles())
     first = _first_tile(source)

@@ -58,13 +58,7 @@ def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Ten
 
 
 def select(source: MatrixSource, num_kept: Tensor, last: Tensor | None) -> Tensor:
-    """Returns the threshold, float32 of shape `()`, without reading anything on the host.
-
-    Args:
-        source: Matrix in memory or factors of a kernel matrix.
-        num_kept: Number of entries above the threshold, int64 of shape `()` on the device.
-        last: Threshold of a similar matrix for the warm start, or None.
-    """
+    """Returns the threshold, float32 of shape `()`, without reading anything on the host; warm from `last`."""
     numel = source.shape[0] * source.shape[1]
     rank = (numel - num_kept).clamp(0, numel)
     if last is not None and numel >= WARM_ELEMENTS:
