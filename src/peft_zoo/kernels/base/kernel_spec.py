@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_zoo.common.checks import check_choice
+
 KERNELS = ("piecewise_linear", "mix_k", "linear", "sigmoid", "rbf")
 SPARSIFY = ("none", "signed_square", "product", "hard", "soft")
 
@@ -47,10 +49,8 @@ class KernelSpec:
     sparsify: str = "signed_square"
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel={self.kernel!r} is unknown; choose one of {', '.join(KERNELS)}.")
-        if self.sparsify not in SPARSIFY:
-            raise ValueError(f"sparsify={self.sparsify!r} is unknown; choose one of {', '.join(SPARSIFY)}.")
+        check_choice("kernel", self.kernel, KERNELS)
+        check_choice("sparsify", self.sparsify, SPARSIFY)
         if self.norm not in (1, 2):
             raise ValueError(f"norm={self.norm!r} is not supported; use 1 or 2.")
         if self.norm == 1 and not self.is_distance:

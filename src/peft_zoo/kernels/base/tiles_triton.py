@@ -8,9 +8,6 @@ Distances are sums of squared differences in float32, which keeps the digits of 
 TF32. The factors are stored as `(G, r/G, features)`, so that neighbouring threads read neighbouring values.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -38,14 +35,7 @@ added in the same order on every GPU."""
 
 @dataclass
 class Factors:
-    """Factors of a kernel matrix, prepared as arguments of the Triton kernels.
-
-    Attributes:
-        A: Input factors of shape `(G, in, r/G)`, float32.
-        B: Output factors of shape `(G, out, r/G)`, float32.
-        kernel_params: `[alpha, gamma, beta]` of shape `(3,)`, or None.
-        spec: Kernel and sparsity mode.
-    """
+    """Factors A `(G, in, r/G)` and B `(G, out, r/G)` of a kernel matrix, float32, as arguments of Triton kernels."""
 
     A: Tensor
     B: Tensor

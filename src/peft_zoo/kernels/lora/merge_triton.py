@@ -1,8 +1,5 @@
 """Triton kernel of `merge_lora`: reads each tile of the weight once, adds all updates, and writes it once."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from typing import Any

@@ -34,17 +34,6 @@ Method = Literal["gram", "qr"]
 Balance = Literal["sqrt", "up"]
 
 
-def reference(
-    B: Tensor, A: Tensor, rank: int, scale: float = 1.0, new_scale: float = 1.0
-) -> tuple[Tensor, Tensor, float]:
-    """Forms the matrix, truncates its singular value decomposition and splits it evenly; the definition, for tests."""
-    dense = scale * B.double() @ A.double()
-    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
-    root = (S[:rank] / new_scale).sqrt()
-    error = (S[rank:].norm() / S.norm()).item() if S.any() else 0.0
-    return (U[:, :rank] * root).to(B.dtype), (root[:, None] * Vh[:rank]).to(A.dtype), error
-
-
 class LowRank(NamedTuple):
     """New factors of a truncated product, its error, and the maps from the old factors.
 
@@ -158,7 +147,8 @@ def truncate_factors(
         >>> abs((M - low.B @ low.A).norm() / M.norm() - low.error).item() < 1e-5
         True
     """
-    _check_rank(rank, B, A)
+    _check_factors(B, A)
+    check_rank(rank, B.shape[1])
     wide_B, wide_A = B.detach().double(), A.detach().double()
     svd = factored_svd(wide_B, wide_A, scale=scale, method=method, input_moment=input_moment)
     low = svd.truncate(wide_B, wide_A, rank, new_scale=new_scale, balance=balance)
@@ -271,7 +261,8 @@ def project_outputs(
         >>> abs((y - new).norm() / y.norm() - low.error).item() < 1e-4
         True
     """
-    _check_rank(rank, B, A)
+    _check_factors(B, A)
+    check_rank(rank, B.shape[1])
     _check_moment(output_moment, len(B), "output_moment", diagonal=False)
     Tb = _finite("B", _triangle(B, "gram"))
     coordinates = torch.linalg.pinv(Tb, rtol=1e-7)  # B @ coordinates is orthonormal
@@ -354,11 +345,6 @@ def _check_factors(B: Tensor, A: Tensor) -> None:
         raise ValueError(
             f"B is {B.dtype} on {B.device}, A is {A.dtype} on {A.device}: use floating point on one device for both."
         )
-
-
-def _check_rank(rank: int, B: Tensor, A: Tensor) -> None:
-    _check_factors(B, A)
-    check_rank(rank, B.shape[1])
 
 
 def _check_moment(moment: Tensor, size: int, name: str, diagonal: bool) -> None:

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from peft_zoo.common.checks import check_count
+from peft_zoo.common.checks import check_choice, check_count
 from peft_zoo.kernels.low_rank.randomized import RandomizedSvd, randomized_svd
 from peft_zoo.kernels.normal_float.lloyd import lloyd_levels
 from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, dequantize, quantize
@@ -71,9 +71,8 @@ class DecomposeOptions:
         check_count("power_iterations", self.power_iterations, least=0)
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance!r} must be in [0, 1).")
-        for field, allowed in (("svd", get_args(Svd)), ("codebook", get_args(Codebook))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} must be one of {', '.join(map(repr, allowed))}.")
+        check_choice("svd", self.svd, get_args(Svd))
+        check_choice("codebook", self.codebook, get_args(Codebook))
 
 
 DEFAULTS = DecomposeOptions()
@@ -137,12 +136,13 @@ def quantized_low_rank(
     svd, best = start, None
     for iteration in range(1, options.iterations + 1):
         if rank and not (iteration == 1 and start is not None):
-            residual = wide if restored is None else _subtract(wide, restored)
+            residual = wide if restored is None else torch.sub(wide, restored, out=restored)
             svd = _svd(_weighted(residual, weights), rank, options, svd)
             del residual
         restored = None  # as large as W: released as early as possible, like `residual`
         B, A = _factors(svd, rank, wide, weights)
-        residual = _subtract(wide, B @ A)
+        residual = B @ A
+        torch.sub(wide, residual, out=residual)  # no second matrix in memory
         if fitted and (levels is None or iteration > 1):
             levels = lloyd_levels(residual, config, *norm)
         Q = quantize(residual, config, levels if fitted else None)
@@ -197,11 +197,6 @@ def _factors(svd: RandomizedSvd | None, rank: int, wide: Tensor, weights: Diagon
     B, A = svd.U[:, :rank] * root, root[:, None] * svd.Vh[:rank]
     row, column = weights
     return B if row is None else B / row[:, None], A if column is None else A / column
-
-
-def _subtract(wide: Tensor, product: Tensor) -> Tensor:
-    """Returns `wide - product`, written into the memory of `product`."""
-    return torch.sub(wide, product, out=product)
 
 
 def _weighted(matrix: Tensor, weights: Diagonals) -> Tensor:

@@ -1,8 +1,5 @@
 """Triton kernels of `nf_linear` for up to two tokens and of `nf_merge`; both decode the weight in registers."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,8 +1,5 @@
 """Triton kernel of `nf_dequantize`: each program decodes the scales of a few blocks, then their values."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from peft_zoo.common.checks import check_choice
+
 IMPORTANCE = ("sensitivity", "magnitude")
 
 _SMALLEST_SCORE = 1e-100  # relative to the largest; below it caps / score could overflow
@@ -154,9 +156,6 @@ class ImportanceTracker:
         beta1: Decay of the average importance I, in [0, 1); default 0.85.
         beta2: Decay of its uncertainty U, in [0, 1); default 0.85.
         importance: `"sensitivity"` (default) for |T * grad|, `"magnitude"` for |T|.
-
-    Raises:
-        ValueError: If a decay is outside [0, 1) or `importance` is unknown.
     """
 
     def __init__(
@@ -169,8 +168,7 @@ class ImportanceTracker:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name}={beta} must be in [0, 1).")
-        if importance not in IMPORTANCE:
-            raise ValueError(f"importance={importance!r} is unknown; choose one of {', '.join(IMPORTANCE)}.")
+        check_choice("importance", importance, IMPORTANCE)
         self.factors = {name: list(tensors) for name, tensors in factors.items()}
         self.beta1, self.beta2, self.importance = beta1, beta2, importance
         self._I = {name: [_zeros(t) for t in tensors] for name, tensors in self.factors.items()}

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_zoo.common.checks import check_int
 from peft_zoo.kernels.base.operator import PreferTorch, operator
 from peft_zoo.kernels.random_matrix.philox import philox
 
@@ -55,14 +56,10 @@ def fill_basis(store: Tensor, seed: int, matrix: int, k: int, first_row: int = 0
     """
     if store.dtype != torch.uint8 or store.dim() != 2 or not store.is_contiguous():
         raise ValueError(f"store is {store.dtype} of shape {tuple(store.shape)}; use a contiguous uint8 matrix.")
-    for name, value, low, high in (
-        ("seed", seed, -(2**63), 2**63),
-        ("matrix", matrix, 0, 2**31),
-        ("k", k, 0, 128),
-        ("first_row", first_row, 0, 2**31),
-    ):
-        if not low <= value < high:
-            raise ValueError(f"{name}={value} must be an integer of at least {low} and below {high}.")
+    check_int("seed", seed, -(2**63), 2**63 - 1)
+    check_int("matrix", matrix, 0, 2**31 - 1)
+    check_int("k", k, 0, 127)
+    check_int("first_row", first_row, 0, 2**31 - 1)
     _fill(store, seed, matrix, k, first_row)
 
 

@@ -1,8 +1,5 @@
 """Triton kernel of `fill_basis`: each program draws the Philox words of one tile and writes the bytes or codes."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 import triton

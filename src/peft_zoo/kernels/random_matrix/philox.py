@@ -20,8 +20,8 @@ _WORD = 0xFFFFFFFF
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: int = 0, c3: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes four random 32-bit words for each counter.
 
-    The key `seed` is a signed 64-bit integer, used as its two's complement. `c0` and `c1` are broadcast; they and `c2`,
-    which tells apart streams with different purposes, have values in [0, 2³²).
+    The key `seed` is a signed 64-bit integer, used as its two's complement. The words of the counters have values in
+    [0, 2³²); `c0` and `c1` are broadcast, and `c2` tells apart streams with different purposes.
 
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2³²).

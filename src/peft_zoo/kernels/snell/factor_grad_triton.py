@@ -5,9 +5,6 @@ the ranges are added afterwards, always in the same order. The gradient of the o
 rows and columns exchanged, because distances and products are symmetric. There are no atomics.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from typing import Any

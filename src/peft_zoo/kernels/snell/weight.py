@@ -11,7 +11,7 @@ With ``m`` the multiplier of `matrix.sparsify` (`|W| 1[|W| > t]` for `signed_squ
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,20 +238,6 @@ def _threshold(
     return tiled_threshold(lambda: (tiles.tile(block).W for block in tiles.blocks()), numel, num_kept)
 
 
-class MergeArguments(NamedTuple):
-    """Arguments of the operator `kernelized_merge`, with the last four as a `KernelSpec`."""
-
-    A: Tensor
-    B: Tensor
-    kernel_params: Tensor | None
-    num_kept: Tensor
-    threshold: Tensor | None
-    last: Tensor | None
-    weight: Tensor | None
-    dtype: torch.dtype | None
-    spec: KernelSpec
-
-
 def with_spec(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the arguments of an operator with the last four, its `SPEC`, replaced by their `KernelSpec`."""
     return *args[:-4], KernelSpec(*args[-4:])
@@ -259,12 +245,11 @@ def with_spec(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _merge_reference(*args: Any) -> tuple[Tensor, Tensor]:
     """Definition of the operator `kernelized_merge`."""
-    a = MergeArguments(*with_spec(args))
-    threshold = a.threshold
+    A, B, kernel_params, num_kept, threshold, last, weight, dtype, spec = with_spec(args)
     if threshold is None:
-        threshold = _threshold_reference(a.A, a.B, a.kernel_params, a.num_kept, a.last, *a.spec.fields)
-    S = reference_weight(a.A, a.B, a.kernel_params, a.num_kept, a.spec, threshold).t()
-    return (S if a.weight is None else a.weight + S).to(a.dtype or a.A.dtype), threshold
+        threshold = _threshold_reference(A, B, kernel_params, num_kept, last, *spec.fields)
+    S = reference_weight(A, B, kernel_params, num_kept, spec, threshold).t()
+    return (S if weight is None else weight + S).to(dtype or A.dtype), threshold
 
 
 @operator(
@@ -276,10 +261,9 @@ def _merge_reference(*args: Any) -> tuple[Tensor, Tensor]:
 )
 def merge_operator(*args: Any) -> tuple[Tensor, Tensor]:
     """Computes `S^T (+ weight)` of shape `(out, in)` in `dtype` (default: that of the factors), and the threshold."""
-    a = MergeArguments(*with_spec(args))
-    tiles = KernelTiles(a.A, a.B, a.kernel_params, a.spec)
-    merged, threshold = sparse_weight(tiles, a.num_kept, a.threshold, a.weight)
-    return merged.to(a.dtype or a.A.dtype), threshold
+    A, B, kernel_params, num_kept, threshold, _last, weight, dtype, spec = with_spec(args)
+    merged, threshold = sparse_weight(KernelTiles(A, B, kernel_params, spec), num_kept, threshold, weight)
+    return merged.to(dtype or A.dtype), threshold
 
 
 def _factor_grad_reference(

@@ -84,16 +84,12 @@ def magnitude_threshold_reference(w: Tensor, num_kept: Tensor | int, last: Tenso
     return wide.abs().flatten().sort().values[min(rank, w.numel()) - 1]
 
 
-def _refuse(w: Tensor, num_kept: Tensor, last: Tensor | None) -> str | None:
-    return refuse_dtypes(w, allowed=FLOATS)
-
-
 @operator(
     "magnitude_threshold",
     "(Tensor w, Tensor num_kept, Tensor? last) -> Tensor",
     reference=magnitude_threshold_reference,
     triton="threshold_triton",
-    refuse=_refuse,
+    refuse=lambda w, *_: refuse_dtypes(w, allowed=FLOATS),
 )
 def _of_matrix(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
     wide = torch.promote_types(w.dtype, torch.float32)

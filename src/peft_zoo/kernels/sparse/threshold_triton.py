@@ -6,9 +6,6 @@ program adds its histogram to one table; counts are integers, so the order of ad
 whether the warm start has already found the threshold, in which case the passes return at once.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from typing import Any
