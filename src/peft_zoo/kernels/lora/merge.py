@@ -141,8 +141,6 @@ def _check(weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scales: Seq
         raise ValueError(f"seed={seed} must be an integer of 64 bits.")
 
 
-# The operators.
-
 _SCHEMA = "weight, Tensor[] A, Tensor[] B, float[] scales, int? seed"
 
 

@@ -48,13 +48,6 @@ class DecomposeOptions:
         power_iterations: Power iterations of an SVD that starts from random vectors.
         codebook: Quantization levels: NormalFloat's (`"nf"`), or fitted to each residual (`"lloyd"`).
         seed: Seed of the random start vectors.
-
-    Raises:
-        ValueError: If a value is invalid, naming the field.
-
-    Examples:
-        >>> DecomposeOptions(iterations=5).svd
-        'warm'
     """
 
     iterations: int = 10
@@ -123,9 +116,6 @@ def quantized_low_rank(
 
     Returns:
         The iteration with the smallest error.
-
-    Raises:
-        ValueError: If an argument has the wrong shape or value, or W is not finite.
     """
     wide = _checked(W, rank)
     weights = _diagonals(weights, wide)
@@ -210,9 +200,8 @@ def _weighted(matrix: Tensor, weights: Diagonals) -> Tensor:
 
 def _diagonals(weights: Diagonals, matrix: Tensor) -> Diagonals:
     """Validates both diagonals and moves them to the device of the matrix."""
-    named = zip(("row", "column"), weights, matrix.shape, strict=True)
-    row, column = (_diagonal(name, weight, size, matrix.device) for name, weight, size in named)
-    return row, column
+    (m, n), device = matrix.shape, matrix.device
+    return _diagonal("row", weights[0], m, device), _diagonal("column", weights[1], n, device)
 
 
 def _diagonal(name: str, weight: Tensor | None, size: int, device: torch.device) -> Tensor | None:

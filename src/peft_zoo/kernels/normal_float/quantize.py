@@ -294,9 +294,6 @@ def _sizes(config: NFConfig, count: int) -> dict[str, int]:
     }
 
 
-# --- operator ---
-
-
 def _dequantize_reference(*arguments: Any) -> Tensor:
     """Restores `count` values, one axis, by the definition; arguments as in the schema."""
     codes, scales, group_scales, offset, levels = arguments[:5]

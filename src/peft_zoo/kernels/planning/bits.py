@@ -80,16 +80,11 @@ def matrix_errors(
     weights: Diagonals = (None, None),
     metric: Diagonals | None = None,
 ) -> MatrixErrors:
-    """Measures the error of each quantization config with each rank.
+    """Measures the error of the matrix W `(m, n)` with each quantization config and each rank, at least one of each.
 
-    Args:
-        W: Matrix `(m, n)`, floating-point and finite.
-        configs: Quantization configs, at least one, whose blocks fit n (see `fitting`).
-        ranks: Ranks, at least one, each from 0 to min(m, n).
-        options: Options of the decomposition; one iteration by default.
-        factor_bits: Bits per weight of the low-rank factors; 0 if the budget does not count them.
-        weights: Diagonals of D_row and D_col for the SVD, see `quantized_low_rank`.
-        metric: Diagonals that the error is measured with; `weights` by default.
+    The blocks of the configs must fit n (see `fitting`). A weight of the low-rank factors costs `factor_bits`, 0 if the
+    budget does not count them. `weights` are the diagonals of D_row and D_col for the SVD (see `quantized_low_rank`),
+    and `metric` those that the error is measured with, by default `weights`.
     """
     if not configs or not ranks:
         raise ValueError("configs and ranks: give at least one of each.")

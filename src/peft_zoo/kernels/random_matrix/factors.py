@@ -32,13 +32,9 @@ class RandLoraSpec(NamedTuple):
 
 
 class RandLoraFactors(NamedTuple):
-    """Factors of a RandLoRA update.
+    """Factors of a RandLoRA update: λ `(r, n)` and γ `(n, d)`, both trained, and two random matrices.
 
-    Attributes:
-        lambda_: λ, `(r, n)`, trained.
-        gamma: γ, `(n, d)`, trained.
-        A: Random matrix of at least `(r, d)` values, stored as `basis.read_basis` describes.
-        B: Random matrix of at least `(D, r n)` values.
+    A has at least `(r, d)` values and B at least `(D, r n)`, stored as `basis.read_basis` describes.
     """
 
     lambda_: Tensor

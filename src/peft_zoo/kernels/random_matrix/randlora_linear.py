@@ -122,8 +122,6 @@ def _check(
         raise ValueError(f"bias has shape {tuple(bias.shape)}; use ({out_features},), and only together with weight.")
 
 
-# --- operators ---
-
 _FACTORS = "Tensor lambda_, Tensor gamma, Tensor A, Tensor B"
 _SPEC = "int features, bool flipped, float scale, int k, int chunk"
 
@@ -300,9 +298,6 @@ def _accumulate(totals: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> No
     """Adds each gradient to its total, in place."""
     for total, gradient in zip(totals, gradients, strict=True):
         total += gradient
-
-
-# --- shapes for tracing, and autograd ---
 
 
 @_weight.register_fake

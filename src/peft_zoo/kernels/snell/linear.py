@@ -88,22 +88,15 @@ def kernelized_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     A, B, kernel_params = check_factors(A, B, kernel_params, spec)
-    _check_linear(x, A, B, weight, bias)
-    given = as_factor(threshold, A)
-    y, found = _linear(x, A, B, kernel_params, num_kept, given, last, weight, bias, *spec.fields)
-    remember(last, found)
-    return y
-
-
-def _check_linear(x: Tensor, A: Tensor, B: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     if x.dim() == 0 or x.shape[-1] != A.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in={A.shape[1]}, as in A.")
     for name, frozen, shape in (("weight", weight, (B.shape[1], A.shape[1])), ("bias", bias, (B.shape[1],))):
         if frozen is not None:
             check_frozen(name, frozen, shape)
-
-
-# The operators.
+    given = as_factor(threshold, A)
+    y, found = _linear(x, A, B, kernel_params, num_kept, given, last, weight, bias, *spec.fields)
+    remember(last, found)
+    return y
 
 
 def apply_weight(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -194,9 +187,6 @@ class _OuterProduct:
     def __call__(self, block: slice, out: Tensor) -> Tensor:
         x = self._x[:, block].to(self._dtype)
         return torch.mm(self._dy, x, out=out) if self._dtype == out.dtype else out.copy_(self._dy @ x)
-
-
-# Fake tensors and gradients.
 
 
 @_linear.register_fake

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.kernel_spec import KernelSpec
 from peft_zoo.kernels.base.tiles_triton import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
@@ -23,14 +22,12 @@ from peft_zoo.kernels.sparse.threshold import KEEP_ALL
 from peft_zoo.kernels.sparse.threshold_triton import MatrixSource, select
 
 
-def kernelized_threshold(
-    A: Tensor, B: Tensor, kernel_params: Tensor | None, num_kept: Tensor, last: Tensor | None, *spec: Any
-) -> Tensor:
+def kernelized_threshold(*args: Any) -> Tensor:
     """Launches the kernels of `weight.threshold`."""
-    factors = Factors(A, B, kernel_params, KernelSpec(*spec))
-    if factors.spec.sparsify == "none":
+    A, B, kernel_params, num_kept, last, spec = with_spec(args)
+    if spec.sparsify == "none":
         return A.new_full((), KEEP_ALL)
-    return select(MatrixSource(factors), num_kept, last)
+    return select(MatrixSource(Factors(A, B, kernel_params, spec)), num_kept, last)
 
 
 def kernelized_merge(*args: Any) -> tuple[Tensor, Tensor]:

@@ -220,9 +220,6 @@ def mask_weight_reference(
     return torch.where(keep, weight, 0).to(dtype)
 
 
-# Checks.
-
-
 def _check_float(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}; it must be floating-point, so cast it first.")
@@ -255,9 +252,6 @@ def _result_dtype(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} must be floating-point.")
     return dtype or weight.dtype
-
-
-# The operators.
 
 
 def _refuse(*tensors: Tensor | None) -> str | None:

@@ -22,7 +22,7 @@ costs about as much as one that counts digits, and a miss would cost both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 import torch
@@ -112,7 +112,11 @@ def tiled_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept:
     `num_kept` is never read on the host, so it may change between replays of a captured graph.
     """
     source = iter(tiles())
-    first = _first_tile(source)
+    first = next(source, None)
+    if first is None:
+        raise ValueError("tiles yielded nothing; tiled_threshold needs at least one tile.")
+    if first.dtype not in _PATTERNS:
+        raise ValueError(f"tiles are {first.dtype}; tiled_threshold needs float32 or float64, so cast them first.")
     passes: Iterable[Tensor] = chain([first], source)
     pattern, unread = _PATTERNS[first.dtype]
     rank = (numel - num_kept).clamp(0, numel)
@@ -130,15 +134,6 @@ def tiled_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept:
         prefix = (prefix << width) + digit.to(pattern)
     threshold = prefix.view(first.dtype)
     return torch.where(keep_all, torch.full_like(threshold, KEEP_ALL), threshold)
-
-
-def _first_tile(source: Iterator[Tensor]) -> Tensor:
-    first = next(source, None)
-    if first is None:
-        raise ValueError("tiles yielded nothing; tiled_threshold needs at least one tile.")
-    if first.dtype not in _PATTERNS:
-        raise ValueError(f"tiles are {first.dtype}; tiled_threshold needs float32 or float64, so cast them first.")
-    return first
 
 
 def _bin_of(rank: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
