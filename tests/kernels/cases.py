@@ -15,6 +15,8 @@ from peft_zoo.kernels.snell import weight as module
 from peft_zoo.kernels.snell.linear import kernelized_linear
 from peft_zoo.kernels.snell.matrix import kernel_matrix, reference_weight, sparsify
 from peft_zoo.kernels.snell.tiles import TILE_ELEMENTS
+from peft_zoo.kernels.sparse.mask import magnitude_mask_reference
+from peft_zoo.kernels.sparse.threshold import magnitude_threshold_reference
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-10}
 SPECS = [
@@ -142,3 +144,8 @@ def each_shape_with(others: Sequence[Any], shapes: Sequence[tuple[int, ...]]) ->
     large = [shape for shape in shapes if shape not in small]
     pairs = [(shape, others[turn % len(others)]) for turn, shape in enumerate(large)]
     return [*core_first(small, others), *(pytest.param(*pair, marks=pytest.mark.full) for pair in pairs)]
+
+
+def density_mask_reference(scores: Tensor, density: float) -> Tensor:
+    """Definition of `density_mask`; arguments as there."""
+    return magnitude_mask_reference(scores, magnitude_threshold_reference(scores, round(density * scores.numel())))

@@ -16,7 +16,7 @@ from benchmarks.squeeze import files as squeeze_files
 from benchmarks.squeeze import suite as squeeze
 from benchmarks.squeeze.files import LoraUpdate, Sizes, relative_error
 from peft_zoo.io import open_adapter
-from peft_zoo.kernels.low_rank.factored import reference
+from tests.kernels.low_rank.cases import reference
 
 TINY = Sizes(size=48, rank=16, new_rank=4, layers=1, hidden=64, intermediate=96)
 QUICK = ["--quick", "--threads", "1", "--seconds", "0.01"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from peft_zoo.kernels.base.operator import OPERATORS
-from peft_zoo.kernels.sparse.mask import GROUPS, density_mask, density_mask_reference
-from tests.kernels.cases import core_first, each_shape_with, full_only
+from peft_zoo.kernels.sparse.mask import GROUPS, density_mask
+from tests.kernels.cases import core_first, density_mask_reference, each_shape_with, full_only
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -60,3 +60,14 @@ class SizeGuard(TorchDispatchMode):
         if not func.is_view:
             self.elements += sum(sizes)
         return result
+
+
+def reference(
+    B: Tensor, A: Tensor, rank: int, scale: float = 1.0, new_scale: float = 1.0
+) -> tuple[Tensor, Tensor, float]:
+    """Forms the matrix, truncates its singular value decomposition and splits it evenly; the definition."""
+    dense = scale * B.double() @ A.double()
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    root = (S[:rank] / new_scale).sqrt()
+    error = (S[rank:].norm() / S.norm()).item() if S.any() else 0.0
+    return (U[:, :rank] * root).to(B.dtype), (root[:, None] * Vh[:rank]).to(A.dtype), error

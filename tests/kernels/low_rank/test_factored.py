@@ -20,11 +20,10 @@ from peft_zoo.kernels.low_rank.factored import (
     factored_svd,
     project_outputs,
     rank_for_energy,
-    reference,
     truncate_factors,
 )
 from peft_zoo.kernels.low_rank.randomized import randomized_svd
-from tests.kernels.low_rank.cases import SPECTRA, SizeGuard, dense, distance, factors, orthonormal
+from tests.kernels.low_rank.cases import SPECTRA, SizeGuard, dense, distance, factors, orthonormal, reference
 
 METHODS: Any = ("gram", "qr")
 # The smallest singular value that each method resolves, relative to the product of the factors' norms.

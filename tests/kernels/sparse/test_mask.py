@@ -17,13 +17,12 @@ from peft_zoo.kernels.sparse.mask import (
     apply_mask,
     apply_threshold,
     density_mask,
-    density_mask_reference,
     magnitude_mask,
     mask_weight_reference,
     n_m_mask,
     n_m_mask_reference,
 )
-from tests.kernels.cases import in_turn
+from tests.kernels.cases import density_mask_reference, in_turn
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (63, 1000), (64, 64), (4, 3, 3, 2), (37,), ()]

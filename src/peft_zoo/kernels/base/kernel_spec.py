@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_zoo.common.checks import check_choice
+
 KERNELS = ("piecewise_linear", "mix_k", "linear", "sigmoid", "rbf")
 SPARSIFY = ("none", "signed_square", "product", "hard", "soft")
 
@@ -47,10 +49,8 @@ class KernelSpec:
     sparsify: str = "signed_square"
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel={self.kernel!r} is unknown; choose one of {', '.join(KERNELS)}.")
-        if self.sparsify not in SPARSIFY:
-            raise ValueError(f"sparsify={self.sparsify!r} is unknown; choose one of {', '.join(SPARSIFY)}.")
+        check_choice("kernel", self.kernel, KERNELS)
+        check_choice("sparsify", self.sparsify, SPARSIFY)
         if self.norm not in (1, 2):
             raise ValueError(f"norm={self.norm!r} is not supported; use 1 or 2.")
         if self.norm == 1 and not self.is_distance:
@@ -92,9 +92,7 @@ class KernelSpec:
     def params(self, kernel_params: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns `alpha`, `gamma` and `beta`, each of shape `()` in the dtype of `like`.
 
-        Args:
-            kernel_params: `[alpha, gamma, beta]` of shape `(3,)`; None for `FIXED_PARAMS`.
-            like: Tensor that gives dtype and device.
+        They come from `kernel_params`, `[alpha, gamma, beta]` of shape `(3,)`, or from `FIXED_PARAMS` if it is None.
         """
         if kernel_params is None:  # filled on the device: copying them there would wait for it
             alpha, gamma, beta = (like.new_full((), value) for value in FIXED_PARAMS.get(self.kernel, (0.0, 1.0, 0.0)))

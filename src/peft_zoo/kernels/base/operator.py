@@ -42,11 +42,7 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def kernels_mode() -> str:
-    """Returns the value of `PEFT_ZOO_KERNELS`.
-
-    Raises:
-        ValueError: If the value is not one of `MODES`.
-    """
+    """Returns the value of `PEFT_ZOO_KERNELS`; raises a ValueError if it is not one of `MODES`."""
     mode = os.environ.get("PEFT_ZOO_KERNELS", "auto")
     if mode not in MODES:
         raise ValueError(f"PEFT_ZOO_KERNELS={mode!r} is unknown; set it to one of {', '.join(MODES)}.")
@@ -89,16 +85,7 @@ class PreferTorch(str):
 
 
 class Operator:
-    """One operator of `torch.ops.peft_zoo`, callable like it.
-
-    Attributes:
-        name: Name in `torch.ops.peft_zoo`.
-        reference: Definition in differentiable torch, with the arguments of the operator.
-        torch_path: Implementation without Triton.
-        triton_module: Full name of the module with a function `name` that launches the Triton kernels; None for an
-            operator composed of other operators.
-        mutates: Names of the arguments that are changed in place; such an operator has no gradient.
-    """
+    """One operator of `torch.ops.peft_zoo`, callable like it; its attributes are the arguments of `operator`."""
 
     def __init__(
         self,

@@ -8,9 +8,6 @@ Distances are sums of squared differences in float32, which keeps the digits of 
 TF32. The factors are stored as `(G, r/G, features)`, so that neighbouring threads read neighbouring values.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -38,14 +35,7 @@ added in the same order on every GPU."""
 
 @dataclass
 class Factors:
-    """Factors of a kernel matrix, prepared as arguments of the Triton kernels.
-
-    Attributes:
-        A: Input factors of shape `(G, in, r/G)`, float32.
-        B: Output factors of shape `(G, out, r/G)`, float32.
-        kernel_params: `[alpha, gamma, beta]` of shape `(3,)`, or None.
-        spec: Kernel and sparsity mode.
-    """
+    """Factors A `(G, in, r/G)` and B `(G, out, r/G)` of a kernel matrix, float32, as arguments of Triton kernels."""
 
     A: Tensor
     B: Tensor
@@ -78,14 +68,11 @@ class Factors:
         """`log sum_j exp(K_ij / gamma)` of each input feature, `(in,)`, for `mix_k`; unused by other kernels."""
         if self.spec.kernel != "mix_k":
             return self.params
-        (n_out, n_in), blocks = self.shape, triton.cdiv(self.shape[1], BLOCK_ROWS)
-        splits = split_count(blocks, triton.cdiv(n_out, BLOCK_COLUMNS))
-        partial = self.A.new_empty(splits, n_in)
-        _log_sum_exp[(blocks, splits)](
-            partial,
-            *self.columns,
-            *(self.params, n_in, n_out, triton.cdiv(triton.cdiv(n_out, BLOCK_COLUMNS), splits)),
-            **launch(self.constants),
+        n_out, n_in = self.shape
+        grid, tiles_per_split = split_grid(n_in, n_out, self.constants)
+        partial = self.A.new_empty(grid[1], n_in)
+        _log_sum_exp[grid](
+            *(partial, *self.columns, self.params, n_in, n_out, tiles_per_split), **launch(self.constants)
         )
         return torch.logsumexp(partial, 0)
 
@@ -117,9 +104,11 @@ def launch(constants: dict[str, Any], num_warps: int = NUM_WARPS) -> dict[str, A
     return {**constants, "num_warps": num_warps, "enable_fp_fusion": False}
 
 
-def split_count(blocks: int, tiles: int) -> int:
-    """Number of parts into which each block's reduction over `tiles` tiles is split, one program for each part."""
-    return max(1, min(PROGRAMS // blocks, tiles))
+def split_grid(rows: int, columns: int, constants: dict[str, Any]) -> tuple[tuple[int, int], int]:
+    """Returns the grid of a reduction over columns, blocks of rows by parts of the columns, and the tiles of a part."""
+    blocks, tiles = triton.cdiv(rows, constants["BLOCK_ROWS"]), triton.cdiv(columns, constants["BLOCK_COLUMNS"])
+    parts = max(1, min(PROGRAMS // blocks, tiles))
+    return (blocks, parts), triton.cdiv(tiles, parts)
 
 
 @triton.jit

@@ -4,9 +4,6 @@ Every kernel is launched with floating-point fusion off and calls `fma` explicit
 are kept then has the same bits in every kernel that computes it, independent of the surrounding code.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 import triton

@@ -98,17 +98,10 @@ def merge_lora_reference(
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Rounds to one of the two neighbours in `dtype`, with probabilities that make the mean exact.
+    """Rounds float32 `(m, n)` to neighbours in `dtype`, with probabilities that make the mean exact.
 
-    Args:
-        values: Float32 of shape `(m, n)`; values that are not finite are converted as usual.
-        dtype: Dtype of the result; all but float16 and bfloat16 are converted as usual.
-        seed: 64-bit key of the random bits.
-        rows: Row indices of the values in the whole matrix, int64 of shape `(m,)`.
-        columns: Column indices of the values in the whole matrix, int64 of shape `(n,)`.
-
-    Returns:
-        Values of `dtype`, shape `(m, n)`.
+    The random bits follow from `seed` and the indices of the values in the whole matrix: `rows`, int64 `(m,)`, and
+    `columns`, `(n,)`. Values that are not finite, and all if `dtype` does not have 16 bits, are converted as usual.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return values.to(dtype)
@@ -147,8 +140,6 @@ def _check(weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scales: Seq
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed} must be an integer of 64 bits.")
 
-
-# The operators.
 
 _SCHEMA = "weight, Tensor[] A, Tensor[] B, float[] scales, int? seed"
 

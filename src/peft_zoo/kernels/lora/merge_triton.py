@@ -1,8 +1,5 @@
 """Triton kernel of `merge_lora`: reads each tile of the weight once, adds all updates, and writes it once."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from typing import Any
@@ -50,12 +47,10 @@ def _constants(chunk: int, stochastic: bool) -> dict[str, int | bool]:
 
 
 def _pack(A: list[Tensor], B: list[Tensor], scales: list[float]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Concatenates the factors to two matrices, each adapter padded to a multiple of the chunk, which has one scale.
+    """Concatenates the factors, each adapter padded to a multiple of the chunk, which has one scale.
 
-    16-bit factors of one dtype are not converted: their products are exact, and the tensor cores sum in 32 bits.
-
-    Returns:
-        Left matrix `(out, R)`, right matrix `(R, in)`, scale of each chunk `(R / chunk,)`, and the chunk.
+    Returns the matrices `(out, R)` and `(R, in)`, the scale of each chunk `(R / chunk,)`, and the chunk. 16-bit factors
+    of one dtype are not converted: their products are exact, and the tensor cores sum in 32 bits.
     """
     dtypes = {t.dtype for t in (*A, *B)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -34,17 +34,6 @@ Method = Literal["gram", "qr"]
 Balance = Literal["sqrt", "up"]
 
 
-def reference(
-    B: Tensor, A: Tensor, rank: int, scale: float = 1.0, new_scale: float = 1.0
-) -> tuple[Tensor, Tensor, float]:
-    """Forms the matrix, truncates its singular value decomposition and splits it evenly; the definition, for tests."""
-    dense = scale * B.double() @ A.double()
-    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
-    root = (S[:rank] / new_scale).sqrt()
-    error = (S[rank:].norm() / S.norm()).item() if S.any() else 0.0
-    return (U[:, :rank] * root).to(B.dtype), (root[:, None] * Vh[:rank]).to(A.dtype), error
-
-
 class LowRank(NamedTuple):
     """New factors of a truncated product, its error, and the maps from the old factors.
 
@@ -96,11 +85,7 @@ class FactoredSvd:
     def maps(self, rank: int, new_scale: float = 1.0, balance: Balance = "sqrt") -> tuple[Tensor, Tensor]:
         """Returns the maps `(R, rank)` and `(rank, R)` from B and A to new factors of `scale / new_scale * B A`.
 
-        Args:
-            rank: Rank of the new factors, at most R; beyond the numerical rank B gets columns of zeros.
-            new_scale: Scale of the new factors; default 1.
-            balance: `"sqrt"` (default) multiplies both factors by the roots of the singular values, `"up"` multiplies B
-                by the singular values.
+        Beyond the numerical rank, B gets columns of zeros. `balance` is as in `truncate_factors`.
         """
         up, down = balanced(self.singular_values[:rank], new_scale, balance)
         in_use = torch.arange(len(up), device=up.device) < self.rank
@@ -162,7 +147,8 @@ def truncate_factors(
         >>> abs((M - low.B @ low.A).norm() / M.norm() - low.error).item() < 1e-5
         True
     """
-    _check_rank(rank, B, A)
+    _check_factors(B, A)
+    check_rank(rank, B.shape[1])
     wide_B, wide_A = B.detach().double(), A.detach().double()
     svd = factored_svd(wide_B, wide_A, scale=scale, method=method, input_moment=input_moment)
     low = svd.truncate(wide_B, wide_A, rank, new_scale=new_scale, balance=balance)
@@ -228,11 +214,7 @@ def canonical_signs(columns: Tensor) -> Tensor:
 
 
 def balanced(singular_values: Tensor, new_scale: float, balance: Balance) -> tuple[Tensor, Tensor]:
-    """Splits `singular_values / new_scale` into factors for the columns of B and for the rows of A.
-
-    Raises:
-        ValueError: If `new_scale` or `balance` is invalid.
-    """
+    """Splits `singular_values / new_scale` into factors for the columns of B and for the rows of A."""
     check(math.isfinite(new_scale) and new_scale > 0, "new_scale", new_scale, "use a positive number")
     check_choice("balance", balance, get_args(Balance))
     kept = singular_values / new_scale
@@ -279,7 +261,8 @@ def project_outputs(
         >>> abs((y - new).norm() / y.norm() - low.error).item() < 1e-4
         True
     """
-    _check_rank(rank, B, A)
+    _check_factors(B, A)
+    check_rank(rank, B.shape[1])
     _check_moment(output_moment, len(B), "output_moment", diagonal=False)
     Tb = _finite("B", _triangle(B, "gram"))
     coordinates = torch.linalg.pinv(Tb, rtol=1e-7)  # B @ coordinates is orthonormal
@@ -301,15 +284,7 @@ def project_outputs(
 def rank_for_energy(singular_values: Tensor, energy: float) -> int:
     """Returns the smallest rank at which the first squared singular values reach the share `energy` of their sum.
 
-    Args:
-        singular_values: Singular values, `(k,)`, descending.
-        energy: Share of the squared singular values to keep, in (0, 1].
-
-    Returns:
-        Rank, at least 1 and at most the number of non-zero singular values.
-
-    Raises:
-        ValueError: If `energy` is not in (0, 1].
+    `singular_values` `(k,)` are descending. The rank is at least 1 and at most the number of those that are not zero.
     """
     check_share("energy", energy)
     squares = singular_values.double().square()
@@ -370,11 +345,6 @@ def _check_factors(B: Tensor, A: Tensor) -> None:
         raise ValueError(
             f"B is {B.dtype} on {B.device}, A is {A.dtype} on {A.device}: use floating point on one device for both."
         )
-
-
-def _check_rank(rank: int, B: Tensor, A: Tensor) -> None:
-    _check_factors(B, A)
-    check_rank(rank, B.shape[1])
 
 
 def _check_moment(moment: Tensor, size: int, name: str, diagonal: bool) -> None:

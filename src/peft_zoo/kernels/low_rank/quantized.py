@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from peft_zoo.common.checks import check_count
+from peft_zoo.common.checks import check_choice, check_count
 from peft_zoo.kernels.low_rank.randomized import RandomizedSvd, randomized_svd
 from peft_zoo.kernels.normal_float.lloyd import lloyd_levels
 from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, dequantize, quantize
@@ -48,13 +48,6 @@ class DecomposeOptions:
         power_iterations: Power iterations of an SVD that starts from random vectors.
         codebook: Quantization levels: NormalFloat's (`"nf"`), or fitted to each residual (`"lloyd"`).
         seed: Seed of the random start vectors.
-
-    Raises:
-        ValueError: If a value is invalid, naming the field.
-
-    Examples:
-        >>> DecomposeOptions(iterations=5).svd
-        'warm'
     """
 
     iterations: int = 10
@@ -71,9 +64,8 @@ class DecomposeOptions:
         check_count("power_iterations", self.power_iterations, least=0)
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance!r} must be in [0, 1).")
-        for field, allowed in (("svd", get_args(Svd)), ("codebook", get_args(Codebook))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} must be one of {', '.join(map(repr, allowed))}.")
+        check_choice("svd", self.svd, get_args(Svd))
+        check_choice("codebook", self.codebook, get_args(Codebook))
 
 
 DEFAULTS = DecomposeOptions()
@@ -124,9 +116,6 @@ def quantized_low_rank(
 
     Returns:
         The iteration with the smallest error.
-
-    Raises:
-        ValueError: If an argument has the wrong shape or value, or W is not finite.
     """
     wide = _checked(W, rank)
     weights = _diagonals(weights, wide)
@@ -137,12 +126,13 @@ def quantized_low_rank(
     svd, best = start, None
     for iteration in range(1, options.iterations + 1):
         if rank and not (iteration == 1 and start is not None):
-            residual = wide if restored is None else _subtract(wide, restored)
+            residual = wide if restored is None else torch.sub(wide, restored, out=restored)
             svd = _svd(_weighted(residual, weights), rank, options, svd)
             del residual
         restored = None  # as large as W: released as early as possible, like `residual`
         B, A = _factors(svd, rank, wide, weights)
-        residual = _subtract(wide, B @ A)
+        residual = B @ A
+        torch.sub(wide, residual, out=residual)  # no second matrix in memory
         if fitted and (levels is None or iteration > 1):
             levels = lloyd_levels(residual, config, *norm)
         Q = quantize(residual, config, levels if fitted else None)
@@ -169,18 +159,8 @@ def first_svd(
 ) -> tuple[RandomizedSvd | None, float]:
     """Computes the first SVD of `quantized_low_rank`, to be shared between quantization configs and ranks.
 
-    Args:
-        W: Matrix `(m, n)`, floating-point.
-        rank: Largest rank that the SVD is used for; 0 for no SVD.
-        options: Oversampling, power iterations and seed of the SVD.
-        weights: Diagonals of D_row and D_col, as in `quantized_low_rank`.
-        metric: Diagonals of the norm, as in `quantized_low_rank`.
-
-    Returns:
-        The argument `start` of `quantized_low_rank`, and the norm of W that its errors are relative to.
-
-    Raises:
-        ValueError: If an argument has the wrong shape or value, or W is not finite.
+    `rank` is the largest rank that the SVD is used for, 0 for none; the other arguments are those of
+    `quantized_low_rank`. Returns the SVD, or None without one, and the norm of W that errors are relative to.
     """
     wide = _checked(W, rank)
     weights = _diagonals(weights, wide)
@@ -209,11 +189,6 @@ def _factors(svd: RandomizedSvd | None, rank: int, wide: Tensor, weights: Diagon
     return B if row is None else B / row[:, None], A if column is None else A / column
 
 
-def _subtract(wide: Tensor, product: Tensor) -> Tensor:
-    """Returns `wide - product`, written into the memory of `product`."""
-    return torch.sub(wide, product, out=product)
-
-
 def _weighted(matrix: Tensor, weights: Diagonals) -> Tensor:
     """Returns D_row M D_col."""
     row, column = weights
@@ -225,9 +200,8 @@ def _weighted(matrix: Tensor, weights: Diagonals) -> Tensor:
 
 def _diagonals(weights: Diagonals, matrix: Tensor) -> Diagonals:
     """Validates both diagonals and moves them to the device of the matrix."""
-    named = zip(("row", "column"), weights, matrix.shape, strict=True)
-    row, column = (_diagonal(name, weight, size, matrix.device) for name, weight, size in named)
-    return row, column
+    (m, n), device = matrix.shape, matrix.device
+    return _diagonal("row", weights[0], m, device), _diagonal("column", weights[1], n, device)
 
 
 def _diagonal(name: str, weight: Tensor | None, size: int, device: torch.device) -> Tensor | None:

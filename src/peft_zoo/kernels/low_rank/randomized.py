@@ -180,10 +180,10 @@ def randomized_svd(
     elif block.dim() != 2 or len(block) != columns or not rank <= block.shape[1] <= min(rows, columns):
         raise ValueError(f"block has shape {tuple(block.shape)}; use ({columns}, l) with l of at least {rank}.")
     block = block.to(linear.device, linear.dtype)
-    basis = _orthonormal(_product("matmul", linear.matmul, block, rows))
+    basis = torch.linalg.qr(_product("matmul", linear.matmul, block, rows)).Q
     for _ in range(power_iterations):
-        basis = _orthonormal(_product("rmatmul", linear.rmatmul, basis, columns))
-        basis = _orthonormal(_product("matmul", linear.matmul, basis, rows))
+        basis = torch.linalg.qr(_product("rmatmul", linear.rmatmul, basis, columns)).Q
+        basis = torch.linalg.qr(_product("matmul", linear.matmul, basis, rows)).Q
     core = _product("rmatmul", linear.rmatmul, basis, columns).mT
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     return RandomizedSvd(basis @ U[:, :rank], S[:rank], Vh[:rank])
@@ -247,10 +247,6 @@ def _product(name: str, multiply: Callable[[Tensor], Tensor], block: Tensor, row
     if not result.isfinite().all():
         raise ValueError("non-finite values in the matrix or in its products: repair it or make it smaller.")
     return result
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
 
 
 def _matrix(name: str, tensor: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Triton kernels of `nf_linear` for up to two tokens and of `nf_merge`; both decode the weight in registers."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_zoo.kernels.base.triton_helpers import dot_like, load_tile, narrow, store_tile, widen
-from peft_zoo.kernels.normal_float.quantize_triton import decode
+from peft_zoo.kernels.normal_float.quantize_triton import constants, decode
 
 VALUES, WIDEST, LINEAR_WARPS = 4096, 2048, 2
 """For `nf_linear`: weights in a tile, columns of a tile at most, and warps of a program."""
@@ -21,25 +20,9 @@ CHUNK = 16
 """Ranks that both kernels process at a time."""
 
 
-def nf_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    group_scales: Tensor,
-    offset: Tensor,
-    levels: Tensor,
-    low: Tensor | None,
-    B: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    scale_bits: int,
-    block: int,
-    group: int,
-    rows: int,
-    columns: int,
-    transposed: bool,
-) -> Tensor:
+def nf_linear(x: Tensor, *rest: Any) -> Tensor:
     """Launches the kernel of `linear.nf_linear`, for at most `KERNEL_TOKENS` tokens."""
+    parts, (low, B, bias), integers, (rows, columns, _) = rest[:5], rest[5:8], rest[8:12], rest[12:]
     tokens = x.shape[:-1].numel()
     y = x.new_empty(*x.shape[:-1], rows)
     rank = 0 if B is None else B.shape[1]
@@ -49,11 +32,8 @@ def nf_linear(
     x = x.reshape(tokens, columns).contiguous()
     tile = _tile(tokens, columns)
     _product[(triton.cdiv(rows, tile["ROWS"]),)](
-        *(x, codes, scales, group_scales, offset, levels, *dense, y, tokens, rows, columns, rank),
-        BITS=bits,
-        SCALE_BITS=scale_bits,
-        BLOCK=block,
-        GROUP=group,
+        *(x, *parts, *dense, y, tokens, rows, columns, rank),
+        **constants(integers),
         HAS_BIAS=bias is not None,
         **tile,
         num_warps=LINEAR_WARPS,
@@ -68,31 +48,14 @@ def _tile(tokens: int, columns: int) -> dict[str, int]:
     return {"TOKENS": triton.next_power_of_2(tokens), "ROWS": VALUES // width, "WIDTH": width, "CHUNK": CHUNK}
 
 
-def nf_merge(
-    codes: Tensor,
-    scales: Tensor,
-    group_scales: Tensor,
-    offset: Tensor,
-    levels: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    bits: int,
-    scale_bits: int,
-    block: int,
-    group: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def nf_merge(*arguments: Any) -> Tensor:
     """Launches the kernel of `linear.nf_merge`."""
+    parts, (A, B, scaling), integers, dtype = arguments[:5], arguments[5:8], arguments[8:12], arguments[12]
     rows, columns = len(B), A.shape[1]
-    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    out = torch.empty(rows, columns, dtype=dtype, device=parts[0].device)
     _merge[(triton.cdiv(rows, ROWS), triton.cdiv(columns, WIDTH))](
-        *(codes, scales, group_scales, offset, levels, A.contiguous(), B.contiguous(), out),
-        *(scaling, rows, columns, len(A)),
-        BITS=bits,
-        SCALE_BITS=scale_bits,
-        BLOCK=block,
-        GROUP=group,
+        *(*parts, A.contiguous(), B.contiguous(), out, scaling, rows, columns, len(A)),
+        **constants(integers),
         ROWS=ROWS,
         WIDTH=WIDTH,
         CHUNK=CHUNK,
@@ -136,21 +99,9 @@ def _product(
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for first in range(0, columns, WIDTH):
         weight = decode(
-            codes_ptr,
-            scales_ptr,
-            group_scales_ptr,
-            offset_ptr,
-            levels_ptr,
-            first_row * columns + first,
-            rows - first_row,
-            columns - first,
-            columns,
-            BITS,
-            SCALE_BITS,
-            BLOCK,
-            GROUP,
-            ROWS,
-            WIDTH,
+            *(codes_ptr, scales_ptr, group_scales_ptr, offset_ptr, levels_ptr),
+            *(first_row * columns + first, rows - first_row, columns - first, columns),
+            *(BITS, SCALE_BITS, BLOCK, GROUP, ROWS, WIDTH),
         )
         weight = widen(narrow(weight, dtype))
         column = first + (tl.arange(0, ROWS * UNITS) % UNITS * EACH)[:, None] + tl.arange(0, EACH)[None, :]
@@ -200,20 +151,8 @@ def _merge(
         A = load_tile(A_ptr, start + tl.arange(0, CHUNK), column, rank, columns)
         update += dot_like(B, widen(A), A_ptr.dtype.element_ty)
     weight = decode(
-        codes_ptr,
-        scales_ptr,
-        group_scales_ptr,
-        offset_ptr,
-        levels_ptr,
-        first_row * columns + first,
-        rows - first_row,
-        columns - first,
-        columns,
-        BITS,
-        SCALE_BITS,
-        BLOCK,
-        GROUP,
-        ROWS,
-        WIDTH,
+        *(codes_ptr, scales_ptr, group_scales_ptr, offset_ptr, levels_ptr),
+        *(first_row * columns + first, rows - first_row, columns - first, columns),
+        *(BITS, SCALE_BITS, BLOCK, GROUP, ROWS, WIDTH),
     )
     store_tile(out_ptr, row, column, rows, columns, tl.reshape(weight, (ROWS, WIDTH)) + scaling * update)

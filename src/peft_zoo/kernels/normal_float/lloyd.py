@@ -28,20 +28,13 @@ def lloyd_levels(
     column: Tensor | None = None,
     iterations: int = 100,
 ) -> Tensor:
-    """Fits levels for `quantize(weight, config, levels)`.
+    """Fits levels for `quantize(weight, config, levels)`; only `bits` and `block` of the config are used.
 
-    Args:
-        weight: Matrix `(m, n)`, floating-point and finite.
-        config: Quantization config; only `bits` and `block` are used.
-        row: Weights of the rows, `(m,)`; None (default) for ones.
-        column: Weights of the columns, `(n,)`; None (default) for ones.
-        iterations: Largest number of iterations; default 100. Stops earlier when no level moves by a histogram bin.
+    Rows and columns of the matrix `(m, n)` have the weights `row` `(m,)` and `column` `(n,)`, None (default) for ones.
+    Stops after `iterations`, or earlier when no level moves by a bin of the histogram.
 
     Returns:
         Levels in [-1, 1], ascending, float32 of shape `(2^bits,)`; NormalFloat's levels for a zero matrix.
-
-    Raises:
-        ValueError: If `row` or `column` has the wrong shape.
     """
     for name, given, size in (("row", row, weight.shape[0]), ("column", column, weight.shape[-1])):
         if given is not None and given.shape != (size,):

@@ -7,17 +7,10 @@ from torch import Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes into int32 words, the first code in the lowest bits.
+    """Packs integers from 0 to 2^bits - 1, of any shape with n entries, into int32 words, the first in the lowest bits.
 
     With 2, 4 and 8 bits, code j of a word occupies its bits `[j b, (j + 1) b)`. With 3 bits, 32 codes make three words,
-    and bit j of word t is bit t of code j. The last word is padded with zeros.
-
-    Args:
-        codes: Integers from 0 to 2^bits - 1, any shape with n entries.
-        bits: Bits of a code: 2, 3, 4 or 8.
-
-    Returns:
-        int32 of shape `(ceil(n / 32) * 3,)` for 3 bits, else `(ceil(n bits / 32),)`.
+    and bit j of word t is bit t of code j. The last word, or the last three, are padded with zeros.
     """
     each = 32 if bits == 3 else 32 // bits
     flat = codes.flatten().to(torch.uint8)
@@ -37,13 +30,7 @@ def _bytes(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """Unpacks the first `count` codes, uint8 of shape `(count,)`.
-
-    Args:
-        words: Words, as `pack` returns them.
-        bits: Bits of a code: 2, 3, 4 or 8.
-        count: Number of codes.
-    """
+    """Unpacks the first `count` codes of words that `pack` returned, uint8 of shape `(count,)`."""
     packed = words.contiguous().view(torch.uint8)
     if bits == 3:
         planes = _spread_bits(packed.device).index_select(0, packed.int()).view(len(packed) // 12, 3, 4)

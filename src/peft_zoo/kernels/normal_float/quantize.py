@@ -62,11 +62,7 @@ class NFConfig(NamedTuple):
     group: int = 256
 
     def check(self) -> None:
-        """Validates the fields.
-
-        Raises:
-            ValueError: If a field is invalid; names it, its value and the valid ones.
-        """
+        """Raises a ValueError that names an invalid field, its value and the valid ones."""
         for name, allowed in (("bits", BITS), ("scale_bits", BITS), ("scale_dtype", tuple(SCALE_DTYPES))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"NFConfig: {name}={getattr(self, name)!r} must be one of {allowed}.")
@@ -103,11 +99,7 @@ class NFTensor(NamedTuple):
     levels: Tensor
 
     def check(self, config: NFConfig, shape: Sequence[int]) -> None:
-        """Checks that the tensors have the lengths of a matrix of `shape` in the quantization config `config`.
-
-        Raises:
-            ValueError: If one has another length, with the tensor and the required shape; or if `config` is invalid.
-        """
+        """Raises a ValueError unless `config` is valid and the tensors have the lengths for a matrix of `shape`."""
         config.check()
         for name, length in _sizes(config, math.prod(shape)).items():
             if getattr(self, name).shape != (length,):
@@ -125,14 +117,7 @@ def _codebook(bits: int) -> Tensor:
 
 
 def codebook(bits: int) -> Tensor:
-    """Returns the levels v of NormalFloat, ascending, float32 of shape `(2^bits,)`.
-
-    Args:
-        bits: 2, 3, 4 or 8.
-
-    Raises:
-        ValueError: If `bits` has another value.
-    """
+    """Returns NormalFloat's levels v for 2, 3, 4 or 8 bits, ascending, float32 of shape `(2^bits,)`."""
     if bits not in BITS:
         raise ValueError(f"bits={bits!r} must be one of {BITS}.")
     return _codebook(bits).clone()
@@ -215,12 +200,7 @@ def _levels(config: NFConfig, levels: Tensor | None) -> Tensor:
 
 
 def piece_length(count: int, block: int) -> int:
-    """Returns how many values to process at a time: a multiple of `block`, and a small share of a large matrix.
-
-    Args:
-        count: Number of values of the matrix.
-        block: Number of values of a block.
-    """
+    """Returns how many of `count` values to process at a time: a small share, and a multiple of `block`."""
     return block * max(1, min(_PIECE, max(_SMALLEST_PIECE, count // 16)) // block)
 
 
@@ -312,9 +292,6 @@ def _sizes(config: NFConfig, count: int) -> dict[str, int]:
         "group_scales": -(-blocks // config.group),
         "levels": 2**config.bits,
     }
-
-
-# --- operator ---
 
 
 def _dequantize_reference(*arguments: Any) -> Tensor:

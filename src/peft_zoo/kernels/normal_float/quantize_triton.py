@@ -1,9 +1,9 @@
 """Triton kernel of `nf_dequantize`: each program decodes the scales of a few blocks, then their values."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,31 +16,19 @@ VALUES, NUM_WARPS = 4096, 2
 """Values and warps of a program."""
 
 
-def nf_dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    group_scales: Tensor,
-    offset: Tensor,
-    levels: Tensor,
-    bits: int,
-    scale_bits: int,
-    block: int,
-    group: int,
-    count: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def nf_dequantize(*arguments: Any) -> Tensor:
     """Launches the kernel of `quantize.dequantize_operator`."""
-    out = torch.empty(count, dtype=dtype, device=codes.device)
+    parts, integers, (count, dtype) = arguments[:5], arguments[5:9], arguments[9:]
+    out = torch.empty(count, dtype=dtype, device=parts[0].device)
     _dequantize[(triton.cdiv(count, VALUES),)](
-        *(codes, scales, group_scales, offset, levels, out, count),
-        BITS=bits,
-        SCALE_BITS=scale_bits,
-        BLOCK=block,
-        GROUP=group,
-        VALUES=VALUES,
-        num_warps=NUM_WARPS,
+        *(*parts, out, count), **constants(integers), VALUES=VALUES, num_warps=NUM_WARPS
     )
     return out
+
+
+def constants(integers: Sequence[int]) -> dict[str, int]:
+    """Returns `NFConfig.integers` as compile-time arguments."""
+    return dict(zip(("BITS", "SCALE_BITS", "BLOCK", "GROUP"), integers, strict=True))
 
 
 @triton.jit
@@ -61,21 +49,8 @@ def _dequantize(
     EACH: tl.constexpr = 32 if BITS == 3 else 32 // BITS
     first = tl.program_id(0).to(tl.int64) * VALUES
     value = decode(
-        codes_ptr,
-        scales_ptr,
-        group_scales_ptr,
-        offset_ptr,
-        levels_ptr,
-        first,
-        1,
-        count - first,
-        0,
-        BITS,
-        SCALE_BITS,
-        BLOCK,
-        GROUP,
-        1,
-        VALUES,
+        *(codes_ptr, scales_ptr, group_scales_ptr, offset_ptr, levels_ptr, first, 1, count - first, 0),
+        *(BITS, SCALE_BITS, BLOCK, GROUP, 1, VALUES),
     )
     place = (tl.arange(0, VALUES // EACH) * EACH)[:, None] + tl.arange(0, EACH)[None, :]
     tl.store(out_ptr + first + place, narrow(value, out_ptr.dtype.element_ty), mask=place < count - first)

@@ -80,19 +80,11 @@ def matrix_errors(
     weights: Diagonals = (None, None),
     metric: Diagonals | None = None,
 ) -> MatrixErrors:
-    """Measures the error of each quantization config with each rank.
+    """Measures the error of the matrix W `(m, n)` with each quantization config and each rank, at least one of each.
 
-    Args:
-        W: Matrix `(m, n)`, floating-point.
-        configs: Quantization configs, at least one, whose blocks fit n (see `fitting`).
-        ranks: Ranks, at least one, each from 0 to min(m, n).
-        options: Options of the decomposition; one iteration by default.
-        factor_bits: Bits per weight of the low-rank factors; 0 if the budget does not count them.
-        weights: Diagonals of D_row and D_col for the SVD, see `quantized_low_rank`.
-        metric: Diagonals that the error is measured with; `weights` by default.
-
-    Raises:
-        ValueError: If an argument has the wrong shape or value, or W is not finite.
+    The blocks of the configs must fit n (see `fitting`). A weight of the low-rank factors costs `factor_bits`, 0 if the
+    budget does not count them. `weights` are the diagonals of D_row and D_col for the SVD (see `quantized_low_rank`),
+    and `metric` those that the error is measured with, by default `weights`.
     """
     if not configs or not ranks:
         raise ValueError("configs and ranks: give at least one of each.")
@@ -112,16 +104,7 @@ def matrix_errors(
 
 
 def check_budget(budget: float, least: int, num_weights: int) -> None:
-    """Refuses a budget that cannot be met.
-
-    Args:
-        budget: Average bits per weight.
-        least: Bits of all matrices together, each with its cheapest option.
-        num_weights: Number of weights of all matrices together.
-
-    Raises:
-        ValueError: If the budget is below the cheapest options, stating the smallest budget that works.
-    """
+    """Raises a ValueError with the smallest valid budget if that of `budget` bits per weight is below `least` bits."""
     if not math.isfinite(budget) or least > budget * num_weights:
         needed = math.ceil(1000 * least / num_weights) / 1000
         raise ValueError(f"budget_bits={budget!r} is below {needed}, the least that these matrices can have.")
@@ -132,17 +115,9 @@ def plan_bits(
 ) -> tuple[dict[str, BitChoice], Allocation]:
     """Chooses one option for every matrix, with the smallest total error found within the budget.
 
-    Args:
-        tables: Options by matrix name; a matrix that stays unquantized has one option.
-        budget: Average bits per weight.
-        num_weights: Number of weights of all matrices together.
-        solver: Solver of the knapsack, see `allocate`.
-
-    Returns:
-        The choices by matrix name, and the knapsack's result, whose values are negated errors.
-
-    Raises:
-        ValueError: If the budget is not positive, or below the cheapest options.
+    `tables` has the options by matrix name (one for a matrix that stays unquantized), `budget` is the average of bits
+    per weight, and `num_weights` the number of weights of all matrices. Returns the choices by matrix name, and the
+    knapsack's result, whose values are negated errors. Raises a ValueError if the budget cannot be met.
     """
     check_budget(budget, sum(min(choice.bits for choice in table) for table in tables.values()), num_weights)
     found = allocate(

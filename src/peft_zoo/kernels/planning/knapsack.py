@@ -38,6 +38,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_zoo.common.checks import check_choice
+
 Solver = Literal["auto", "greedy", "dynamic"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 
@@ -121,8 +123,7 @@ def allocate(
         >>> found.choices, found.cost, found.value
         ((1, 2), 50, 12.0)
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}.")
+    check_choice("solver", solver, SOLVERS)
     table, room = _reduced(*_checked(values, costs, budget))
     chosen, bound = _greedy(table, room)
     is_small = len(table.item) * min(room + 1, BINS) <= AUTO_STATES

@@ -147,11 +147,7 @@ def plan_ranks(spectra: Mapping[str, Spectrum], target: RankTarget, *, reserved:
 def parse_budget(budget: int | str) -> tuple[int, str]:
     """Parses a budget into its size and unit, `"parameters"` or `"bytes"`.
 
-    Args:
-        budget: Positive int of parameters, or a positive decimal with a unit of `UNITS`, such as `"24MB"`.
-
-    Raises:
-        ValueError: If the budget is neither.
+    It is a positive int of parameters, or a positive decimal with a unit of `UNITS`, such as `"24MB"`.
     """
     if type(budget) is int and budget > 0:
         return budget, "parameters"

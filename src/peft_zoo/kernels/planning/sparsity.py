@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from peft_zoo.common.checks import check_choice
+
 IMPORTANCE = ("sensitivity", "magnitude")
 
 _SMALLEST_SCORE = 1e-100  # relative to the largest; below it caps / score could overflow
@@ -32,16 +34,6 @@ def kept_count(sparsity: float, numel: int) -> int:
 
     The product is rounded to float32 for the sizes that `torch.quantile` accepts, which the authors' code calls. The
     exception for s = 0 keeps the smallest weight, which a strict comparison would drop.
-
-    Args:
-        sparsity: Fraction s of the weights to drop, `0 <= sparsity < 1`.
-        numel: Number N of weights.
-
-    Returns:
-        Number of weights to keep.
-
-    Raises:
-        ValueError: If `sparsity` lies outside [0, 1).
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be in [0, 1): it is the fraction of weights to drop.")
@@ -58,23 +50,9 @@ def budget_at(
     """Returns the number of weights to keep after `step` optimizer steps, and whether to divide it among the layers.
 
     The number is `initial` up to step `tinit`, approaches `target` with the cube of the remaining time, and stays
-    `target` during the last `tfinal` steps. The authors' code divides it in each of these last steps; here the pattern
-    is frozen, and the step before the freeze always divides, so that the target is reached with any `deltaT`.
-
-    Args:
-        step: Completed optimizer steps, from 1.
-        initial: Number of weights kept at the start, over all layers.
-        target: Number of weights kept at the end.
-        tinit: Number of steps before the first change.
-        tfinal: Number of steps without a change at the end.
-        total_step: Total number of steps.
-        deltaT: Number of steps between two divisions.
-
-    Returns:
-        The number of weights, and True if they are divided among the layers at this step.
-
-    Raises:
-        ValueError: If `tinit`, `tfinal` or `deltaT` is out of range, or the schedule leaves no step for a change.
+    `target` during the last `tfinal` of `total_step` steps. It is divided every `deltaT` steps. The authors' code
+    divides it in each of the last steps too; here the pattern is frozen, and the step before the freeze always divides,
+    so that the target is reached with any `deltaT`.
     """
     if tinit < 0 or tfinal < 0 or deltaT < 1:
         raise ValueError(f"tinit={tinit} and tfinal={tfinal} must not be negative and deltaT={deltaT} be at least 1.")
@@ -101,19 +79,12 @@ def water_fill(scores: Tensor, caps: Tensor, budget: int, minimum: Tensor | int 
     to the largest fractions. Layers with score 0 get units only when all others are full, in proportion to their caps.
     Negative, infinite and NaN scores and those below 1e-100 of the largest count as 0.
 
-    Args:
-        scores: Importance of the layers, `(layers,)`, any scale.
-        caps: Sizes of the layers, non-negative int64, `(layers,)`.
-        budget: Number of weights to divide; the excess over the sum of the caps is not given.
-        minimum: Weights that every layer gets first, an int or int64 of shape `(layers,)`, limited by `caps`; default
-            0. A layer without weights has no gradient and stays without.
+    Every layer first gets its `minimum`, an int or int64 of shape `(layers,)`, limited by its cap: a layer without
+    weights has no gradient and stays without.
 
     Returns:
         Allocations, int64 of shape `(layers,)` on the CPU, with the sum `min(budget, caps.sum())`. Among layers of
         equal cap and minimum they do not decrease with the score. They are equal on all machines.
-
-    Raises:
-        ValueError: If shapes differ, a cap or the budget is negative, or the minima exceed the budget.
     """
     caps = caps.detach().to("cpu", torch.int64)
     weights = _usable(scores.detach().to("cpu", torch.float64))
@@ -185,9 +156,6 @@ class ImportanceTracker:
         beta1: Decay of the average importance I, in [0, 1); default 0.85.
         beta2: Decay of its uncertainty U, in [0, 1); default 0.85.
         importance: `"sensitivity"` (default) for |T * grad|, `"magnitude"` for |T|.
-
-    Raises:
-        ValueError: If a decay is outside [0, 1) or `importance` is unknown.
     """
 
     def __init__(
@@ -200,8 +168,7 @@ class ImportanceTracker:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name}={beta} must be in [0, 1).")
-        if importance not in IMPORTANCE:
-            raise ValueError(f"importance={importance!r} is unknown; choose one of {', '.join(IMPORTANCE)}.")
+        check_choice("importance", importance, IMPORTANCE)
         self.factors = {name: list(tensors) for name, tensors in factors.items()}
         self.beta1, self.beta2, self.importance = beta1, beta2, importance
         self._I = {name: [_zeros(t) for t in tensors] for name, tensors in self.factors.items()}
@@ -250,11 +217,7 @@ class ImportanceTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies averages of `state_dict` into this tracker.
-
-        Raises:
-            ValueError: If names or shapes differ from those of this tracker; the tracker is then unchanged.
-        """
+        """Copies averages of `state_dict` into this tracker; if names or shapes differ, raises a ValueError instead."""
         own = self.state_dict()
         if own.keys() != state.keys():
             raise ValueError(f"state is for other layers; names that differ: {sorted(own.keys() ^ state.keys())[:4]}.")

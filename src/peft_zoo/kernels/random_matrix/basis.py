@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_zoo.common.checks import check_int
 from peft_zoo.kernels.base.operator import PreferTorch, operator
 from peft_zoo.kernels.random_matrix.philox import philox
 
@@ -35,11 +36,7 @@ _CHUNK = 2**20  # entries drawn at a time; each takes about 100 bytes of int64 s
 
 
 def unit(k: int) -> float:
-    """Returns the factor that gives the values of a distribution a variance of 1.
-
-    Args:
-        k: Distribution: `UNIFORM`, or the k of ternary, 1 to 127.
-    """
+    """Returns the factor that gives the values of a distribution `k` a variance of 1."""
     return 128 * math.sqrt(3 / (256**2 - 1)) if k == UNIFORM else math.sqrt(128 / k)
 
 
@@ -59,14 +56,10 @@ def fill_basis(store: Tensor, seed: int, matrix: int, k: int, first_row: int = 0
     """
     if store.dtype != torch.uint8 or store.dim() != 2 or not store.is_contiguous():
         raise ValueError(f"store is {store.dtype} of shape {tuple(store.shape)}; use a contiguous uint8 matrix.")
-    for name, value, low, high in (
-        ("seed", seed, -(2**63), 2**63),
-        ("matrix", matrix, 0, 2**31),
-        ("k", k, 0, 128),
-        ("first_row", first_row, 0, 2**31),
-    ):
-        if not low <= value < high:
-            raise ValueError(f"{name}={value} must be an integer of at least {low} and below {high}.")
+    check_int("seed", seed, -(2**63), 2**63 - 1)
+    check_int("matrix", matrix, 0, 2**31 - 1)
+    check_int("k", k, 0, 127)
+    check_int("first_row", first_row, 0, 2**31 - 1)
     _fill(store, seed, matrix, k, first_row)
 
 
@@ -85,18 +78,10 @@ def fill_basis_reference(store: Tensor, seed: int, matrix: int, k: int, first_ro
 
 
 def read_basis(store: Tensor, k: int, rows: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Decodes columns `start` to `stop` of the first rows of a stored matrix.
+    """Decodes columns `start` to `stop` of the first `rows` rows of a stored matrix, without the factor `unit(k)`.
 
-    Args:
-        store: Matrix as `fill_basis` writes it, or its values in a dtype other than uint8.
-        k: Distribution: `UNIFORM`, or the k of ternary.
-        rows: Number of rows to decode.
-        start: First column.
-        stop: Column after the last one.
-        dtype: Floating-point dtype of the result; the values are exact in float16 and wider dtypes.
-
-    Returns:
-        Values of shape `(rows, stop - start)`, without the factor `unit(k)`.
+    `store` is a matrix as `fill_basis` writes it, or its values in a dtype other than uint8. Returns values of shape
+    `(rows, stop - start)` in `dtype`, exact in float16, bfloat16 and wider dtypes.
     """
     if store.dtype != torch.uint8:
         return store[:rows, start:stop].to(dtype)

@@ -1,8 +1,5 @@
 """Triton kernel of `fill_basis`: each program draws the Philox words of one tile and writes the bytes or codes."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 import triton
@@ -47,19 +44,16 @@ def _fill(
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_M, 4 * BLOCK_N))  # w0 w1 w2 w3 w0 ...
     words = words.to(tl.uint32, bitcast=True)
     if TERNARY:
-        packed = (words & 0) + _code(words & 255, k)
-        packed |= _code((words >> 8) & 255, k) << 2
-        packed |= _code((words >> 16) & 255, k) << 4
-        packed |= _code(words >> 24, k) << 6
-        column = tl.program_id(1) * 4 * BLOCK_N + tl.arange(0, 4 * BLOCK_N)
-        inside = (m < rows)[:, None] & (column < columns)[None, :]
-        tl.store(store_ptr + m.to(tl.int64)[:, None] * columns + column[None, :], packed.to(tl.uint8), mask=inside)
+        stored = (words & 0) + _code(words & 255, k)
+        stored |= _code((words >> 8) & 255, k) << 2
+        stored |= _code((words >> 16) & 255, k) << 4
+        stored |= _code(words >> 24, k) << 6
     else:
         pairs = tl.join(tl.join(words & 255, (words >> 16) & 255), tl.join((words >> 8) & 255, words >> 24))
-        byte = tl.reshape(pairs, (BLOCK_M, 16 * BLOCK_N))
-        column = tl.program_id(1) * 16 * BLOCK_N + tl.arange(0, 16 * BLOCK_N)
-        inside = (m < rows)[:, None] & (column < columns)[None, :]
-        tl.store(store_ptr + m.to(tl.int64)[:, None] * columns + column[None, :], byte.to(tl.uint8), mask=inside)
+        stored = tl.reshape(pairs, (BLOCK_M, 16 * BLOCK_N))
+    column = tl.program_id(1) * stored.shape[1] + tl.arange(0, stored.shape[1])
+    inside = (m < rows)[:, None] & (column < columns)[None, :]
+    tl.store(store_ptr + m.to(tl.int64)[:, None] * columns + column[None, :], stored.to(tl.uint8), mask=inside)
 
 
 @triton.jit

@@ -32,13 +32,9 @@ class RandLoraSpec(NamedTuple):
 
 
 class RandLoraFactors(NamedTuple):
-    """Factors of a RandLoRA update.
+    """Factors of a RandLoRA update: λ `(r, n)` and γ `(n, d)`, both trained, and two random matrices.
 
-    Attributes:
-        lambda_: λ, `(r, n)`, trained.
-        gamma: γ, `(n, d)`, trained.
-        A: Random matrix of at least `(r, d)` values, stored as `basis.read_basis` describes.
-        B: Random matrix of at least `(D, r n)` values.
+    A has at least `(r, d)` values and B at least `(D, r n)`, stored as `basis.read_basis` describes.
     """
 
     lambda_: Tensor
@@ -55,13 +51,8 @@ def shape_of(gamma: Tensor, features: int, flipped: bool) -> tuple[int, int]:
 class RandLoraProducts:
     """Products with B and M, and the gradients of λ and γ, within a bounded workspace.
 
-    Args:
-        lambda_: As in `RandLoraFactors`, like the next three.
-        gamma: γ.
-        A: Stored random matrix.
-        B: Stored random matrix.
-        spec: Fields of `RandLoraSpec`, in order.
-        activation: Input of the layer or gradient of its output; on a CPU its size bounds the workspace.
+    `spec` has the fields of `RandLoraSpec`, in order. On a CPU the size of `activation`, the input of the layer or the
+    gradient of its output, bounds the workspace.
     """
 
     def __init__(
@@ -101,13 +92,7 @@ class RandLoraProducts:
             yield rows, read_basis(self.B[rows], self.spec.k, rows.stop - rows.start, 0, self.pairs, dtype)
 
     def weight_rows(self, rows: slice, U: Tensor, weight: Tensor | None) -> Tensor:
-        """Returns rows `(rows, d)` of V = B M, plus those of the frozen weight if there is one.
-
-        Args:
-            rows: Rows of B.
-            U: These rows, decoded, `(rows, r n)`.
-            weight: Frozen weight, `(out, in)`, or None.
-        """
+        """Returns `rows` of V = B M, `(rows, d)`, plus those of `weight` `(out, in)`; `U` are these rows of B."""
         V = self.times_m(U)
         if weight is None:
             return V

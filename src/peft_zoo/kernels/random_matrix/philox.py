@@ -20,12 +20,8 @@ _WORD = 0xFFFFFFFF
 def philox(seed: int, c0: Tensor, c1: Tensor, c2: int = 0, c3: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes four random 32-bit words for each counter.
 
-    Args:
-        seed: Key, a signed 64-bit integer, used as its two's complement.
-        c0: First words of the counters, int64 with values in [0, 2³²).
-        c1: Second words of the counters, broadcast with `c0`.
-        c2: Third word of all counters, in [0, 2³²); tells apart streams with different purposes. Default 0.
-        c3: Fourth word of all counters; default 0.
+    The key `seed` is a signed 64-bit integer, used as its two's complement. The words of the counters have values in
+    [0, 2³²); `c0` and `c1` are broadcast, and `c2` tells apart streams with different purposes.
 
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2³²).

@@ -22,18 +22,9 @@ from peft_zoo.kernels.random_matrix.basis import pieces, read_basis
 
 
 def basis_product(x: Tensor, B: Tensor, k: int, shape: tuple[int, int], transposed: bool, chunk: int) -> Tensor:
-    """Computes `x B^T` if `transposed`, else `x B`. Not differentiable.
+    """Computes `x B^T`, `(T, rows)`, if `transposed`, else `x B`, `(T, columns)`, in the dtype of `x`.
 
-    Args:
-        x: `(T, columns)` if `transposed`, else `(T, rows)`, floating-point.
-        B: Stored random matrix of at least `shape` values, see `basis.read_basis`.
-        k: Distribution of B: `UNIFORM`, or the k of ternary.
-        shape: `(rows, columns)` of the upper left corner of B that is used.
-        transposed: Whether to multiply by the transpose of B.
-        chunk: Largest size of a decoded piece of B, in bytes.
-
-    Returns:
-        `(T, rows)` if `transposed`, else `(T, columns)`, in the dtype of `x`.
+    B is the upper left corner of `shape`, `(rows, columns)`, of a stored matrix with distribution `k`.
     """
     rows, columns = shape
     out = x.new_empty(len(x), rows if transposed else columns)
@@ -50,12 +41,7 @@ def basis_product(x: Tensor, B: Tensor, k: int, shape: tuple[int, int], transpos
 def scaled_basis(A: Tensor, lambda_: Tensor, gamma: Tensor, scale: float, k: int) -> Tensor:
     """Forms the whole matrix M `(r n, d)` in the dtype of `gamma`; the definition of the other functions.
 
-    Args:
-        A: Stored random matrix of at least `(r, d)` values.
-        lambda_: λ, `(r, n)`.
-        gamma: γ, `(n, d)`.
-        scale: Factor of M.
-        k: Distribution of A.
+    A is a stored matrix of at least `(r, d)` values with distribution `k`, λ is `(r, n)` and γ is `(n, d)`.
     """
     rows = read_basis(A, k, len(lambda_), 0, gamma.shape[1], gamma.dtype)
     return scale * (lambda_[:, :, None] * (rows[:, None] * gamma)).flatten(0, 1)
@@ -64,17 +50,9 @@ def scaled_basis(A: Tensor, lambda_: Tensor, gamma: Tensor, scale: float, k: int
 def scaled_basis_product(
     x: Tensor, A: Tensor, lambda_: Tensor, gamma: Tensor, scale: float, k: int, transposed: bool, chunk: int
 ) -> Tensor:
-    """Computes `x M^T` if `transposed`, else `x M`, with M rounded to the dtype of `x`. Not differentiable.
+    """Computes `x M^T`, `(T, r n)`, if `transposed`, else `x M`, `(T, d)`, with M rounded to the dtype of `x`.
 
-    Args:
-        x: `(T, d)` if `transposed`, else `(T, r n)`.
-        A: As in `scaled_basis`.
-        lambda_: λ, `(r, n)`, float32 (float64 for a float64 `x`).
-        gamma: γ, `(n, d)`, in the dtype of λ.
-        scale: Factor of M.
-        k: Distribution of A.
-        transposed: Whether to multiply by the transpose of M.
-        chunk: Largest size of a piece of M, in bytes.
+    The factors are those of `scaled_basis`, λ and γ in float32 (float64 for a float64 `x`). Not differentiable.
     """
     (r, n), d = lambda_.shape, gamma.shape[1]
     out = x.new_empty(len(x), r * n if transposed else d)
@@ -94,18 +72,7 @@ def scaled_basis_product(
 def scaled_basis_grad(
     u: Tensor, v: Tensor, A: Tensor, lambda_: Tensor, gamma: Tensor, scale: float, k: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Computes the gradients of λ and γ where the gradient of M is `u^T v`.
-
-    Args:
-        u: `(T, r n)`.
-        v: `(T, d)`.
-        A: As in `scaled_basis`.
-        lambda_: λ, `(r, n)`.
-        gamma: γ, `(n, d)`.
-        scale: Factor of M.
-        k: Distribution of A.
-        chunk: Largest size of a piece of the gradient of M, in bytes.
-    """
+    """Computes the gradients of λ and γ where that of M is `u^T v`, with u `(T, r n)` and v `(T, d)`."""
     (r, n), d = lambda_.shape, gamma.shape[1]
     rows = scale * read_basis(A, k, r, 0, d, gamma.dtype)
     dlambda, dgamma = torch.empty_like(lambda_), torch.zeros_like(gamma)

@@ -76,13 +76,8 @@ def weight_is_cheaper(
 ) -> bool:
     """Tells whether the computation by weight takes fewer multiply-adds than the one by tokens.
 
-    Args:
-        tokens: Number of tokens T.
-        pairs: Rank times number of bases, r n; about d.
-        in_features: Size of the input.
-        out_features: Size of the output.
-        frozen: Whether W_0 + W is formed, which saves the frozen layer's own product.
-        training: Whether to count the backward pass.
+    `pairs` is rank times number of bases, r n, about d. With `frozen`, W_0 + W is formed, which saves the product
+    of the frozen layer. With `training`, the backward pass counts too.
     """
     D, d = max(in_features, out_features), min(in_features, out_features)
     through_tokens = tokens * pairs * (d + D)
@@ -127,33 +122,21 @@ def _check(
         raise ValueError(f"bias has shape {tuple(bias.shape)}; use ({out_features},), and only together with weight.")
 
 
-# --- operators ---
-
 _FACTORS = "Tensor lambda_, Tensor gamma, Tensor A, Tensor B"
 _SPEC = "int features, bool flipped, float scale, int k, int chunk"
 
 
-def _weight_reference(
-    lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, features: int, flipped: bool, scale: float, k: int, chunk: int
-) -> Tensor:
+def _weight_reference(lambda_: Tensor, gamma: Tensor, A: Tensor, B: Tensor, *spec: Any) -> Tensor:
     """Forms the update W by its definition."""
+    features, flipped, scale, k, _ = spec
     V = read_basis(B, k, features, 0, lambda_.numel(), gamma.dtype) @ scaled_basis(A, lambda_, gamma, scale, k)
     return V.mT if flipped else V
 
 
-def _linear_reference(
-    x: Tensor,
-    lambda_: Tensor,
-    gamma: Tensor,
-    A: Tensor,
-    B: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    by_weight: bool,
-    *spec: Any,
-) -> Tensor:
+def _linear_reference(x: Tensor, *rest: Any) -> Tensor:
     """Computes the layer's output by its definition."""
-    W = _weight_reference(lambda_, gamma, A, B, *spec).to(x.dtype)
+    factors, (weight, bias, _), spec = rest[:4], rest[4:7], rest[7:]
+    W = _weight_reference(*factors, *spec).to(x.dtype)
     return torch.nn.functional.linear(x, W if weight is None else W + weight, bias)
 
 
@@ -184,10 +167,10 @@ def _weight_backward(
 ) -> tuple[Tensor, Tensor]:
     products = RandLoraProducts(lambda_, gamma, A, B, *spec)
     dV = dW.mT if products.spec.flipped else dW
-    dlambda, dgamma = torch.zeros_like(lambda_), torch.zeros_like(gamma)
+    gradients = torch.zeros_like(lambda_), torch.zeros_like(gamma)
     for rows, U in products.row_blocks(gamma.dtype):
-        _accumulate((dlambda, dgamma), products.gradient(U, dV[rows]))
-    return dlambda, dgamma
+        _accumulate(gradients, products.gradient(U, dV[rows]))
+    return gradients
 
 
 @operator(
@@ -195,18 +178,9 @@ def _weight_backward(
     f"(Tensor x, {_FACTORS}, Tensor? weight, Tensor? bias, bool by_weight, {_SPEC}) -> Tensor",
     reference=_linear_reference,
 )
-def _linear(
-    x: Tensor,
-    lambda_: Tensor,
-    gamma: Tensor,
-    A: Tensor,
-    B: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    by_weight: bool,
-    *spec: Any,
-) -> Tensor:
-    products = RandLoraProducts(lambda_, gamma, A, B, *spec, activation=x)
+def _linear(x: Tensor, *rest: Any) -> Tensor:
+    factors, (weight, bias, by_weight), spec = rest[:4], rest[4:7], rest[7:]
+    products = RandLoraProducts(*factors, *spec, activation=x)
     x2d = x.reshape(-1, x.shape[-1])
     y = _by_weight(products, x2d, weight) if by_weight else _by_tokens(products, x2d)
     if bias is not None:
@@ -244,24 +218,15 @@ def _by_weight(products: RandLoraProducts, x: Tensor, weight: Tensor | None) -> 
     return y
 
 
-def _linear_backward_reference(
-    dy: Tensor,
-    x: Tensor | None,
-    lambda_: Tensor,
-    gamma: Tensor,
-    A: Tensor,
-    B: Tensor,
-    weight: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_backward_reference(dy: Tensor, x: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of x (empty if not needed), λ and γ (zero if x is None) by their definition."""
-    _, need_x, *spec = rest
-    W = _weight_reference(lambda_, gamma, A, B, *spec).to(dy.dtype)
+    factors, (weight, _, need_x), spec = rest[:4], rest[4:7], rest[7:]
+    W = _weight_reference(*factors, *spec).to(dy.dtype)
     dx = dy @ (W if weight is None else W + weight) if need_x else dy.new_empty(0)
     if x is None:
-        return dx, torch.zeros_like(lambda_), torch.zeros_like(gamma)
-    dW = (dy.flatten(0, -2).mT @ x.flatten(0, -2)).to(gamma.dtype)
-    return dx, *_weight_backward_reference(dW, lambda_, gamma, A, B, *spec)
+        return dx, torch.zeros_like(factors[0]), torch.zeros_like(factors[1])
+    dW = (dy.flatten(0, -2).mT @ x.flatten(0, -2)).to(factors[1].dtype)
+    return dx, *_weight_backward_reference(dW, *factors, *spec)
 
 
 @operator(
@@ -270,23 +235,13 @@ def _linear_backward_reference(
     "-> (Tensor, Tensor, Tensor)",
     reference=_linear_backward_reference,
 )
-def _linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    lambda_: Tensor,
-    gamma: Tensor,
-    A: Tensor,
-    B: Tensor,
-    weight: Tensor | None,
-    by_weight: bool,
-    need_x: bool,
-    *spec: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    products = RandLoraProducts(lambda_, gamma, A, B, *spec, activation=dy)
+def _linear_backward(dy: Tensor, x: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    factors, (weight, by_weight, need_x), spec = rest[:4], rest[4:7], rest[7:]
+    products = RandLoraProducts(*factors, *spec, activation=dy)
     out_features, in_features = products.shape
     dy2d = dy.reshape(-1, out_features)
     x2d = None if x is None else x.reshape(-1, in_features)
-    gradients = torch.zeros_like(lambda_), torch.zeros_like(gamma)
+    gradients = torch.zeros_like(factors[0]), torch.zeros_like(factors[1])
     if by_weight:
         dx = dy.new_empty(len(dy2d), in_features) if need_x else None
         _gradients_by_weight(products, dy2d, x2d, weight, dx, gradients)
@@ -343,9 +298,6 @@ def _accumulate(totals: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> No
     """Adds each gradient to its total, in place."""
     for total, gradient in zip(totals, gradients, strict=True):
         total += gradient
-
-
-# --- shapes for tracing, and autograd ---
 
 
 @_weight.register_fake

@@ -42,13 +42,7 @@ class BasisKey(NamedTuple):
 
 
 class SharedBasis:
-    """Random matrices A and B of one key. They grow on demand; existing entries never change.
-
-    Attributes:
-        key: Seed, distribution, storage and device.
-        A: Stored matrix, read by `basis.read_basis`.
-        B: Stored matrix, likewise.
-    """
+    """Stored random matrices A and B of one key. They grow on demand; existing entries never change."""
 
     def __init__(self, key: BasisKey) -> None:
         self.key = key

@@ -5,9 +5,6 @@ the ranges are added afterwards, always in the same order. The gradient of the o
 rows and columns exchanged, because distances and products are symmetric. There are no atomics.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.kernel_spec import KernelSpec
 from peft_zoo.kernels.base.tiles_triton import (
     DISTANCE,
     LINEAR,
@@ -31,10 +27,11 @@ from peft_zoo.kernels.base.tiles_triton import (
     multiplier_tile,
     pair_tiles,
     softmax_tile,
-    split_count,
+    split_grid,
 )
 from peft_zoo.kernels.base.triton_helpers import widen
 from peft_zoo.kernels.snell.tiles import finish_gradients
+from peft_zoo.kernels.snell.weight import with_spec
 
 BLOCK_COLUMNS = 16
 
@@ -43,37 +40,27 @@ def block_rows(width: int, is_heavy: bool) -> int:
     """Returns the rows of a tile: the most within the register limit of the compile gate.
 
     The groups, the matrix, its gradient and the sums are held in registers at once, so tiles are smaller than those of
-    the other kernels.
-
-    Args:
-        width: Total rank r, padded to a power of two.
-        is_heavy: Whether the kernel is `mix_k` or `rbf`.
+    the other kernels. `width` is r, padded to a power of two; `mix_k` and `rbf` are heavy.
     """
     return 16 if width > 64 or (width > 32 and is_heavy) else 32 if width > 32 or is_heavy else 64
 
 
-def kernelized_factor_grad(
-    dS: Tensor, A: Tensor, B: Tensor, kernel_params: Tensor | None, threshold: Tensor, *spec: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def kernelized_factor_grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the kernels of `weight.factor_grad_operator`."""
-    factors = Factors(A, B, kernel_params, KernelSpec(*spec))
+    dS, A, B, kernel_params, threshold, spec = with_spec(args)
+    factors = Factors(A, B, kernel_params, spec)
     rho = _rho(factors, dS, threshold) if factors.spec.kernel == "mix_k" else factors.params
     raw_A, sums = _gradient(factors, dS.t(), threshold, rho, rows_are_inputs=True)
     raw_B, _ = _gradient(factors, dS, threshold, rho, rows_are_inputs=False)
-    alpha, _, beta = factors.params
-    params = _kernel_params_grad(factors, sums, rho)
+    alpha, gamma, beta = factors.params
+    first, second = sums.sum(1)
+    if factors.spec.kernel == "mix_k":
+        params = torch.stack([rho.sum(), -alpha / gamma.square() * first, second])
+    else:
+        params = torch.stack([first, factors.scalars[1] * second, torch.zeros_like(first)])
     dA, dB, dparams = finish_gradients(factors.spec, *factors.scaled, alpha, beta, raw_A, raw_B, params)
     # In the memory layout of the fake tensors, which a traced graph relies on.
     return torch.empty_like(A).copy_(dA), torch.empty_like(B).copy_(dB), dparams
-
-
-def _kernel_params_grad(factors: Factors, sums: Tensor, rho: Tensor) -> Tensor:
-    """Returns the sums `[alpha, gamma, beta]` for `finish_gradients`, from `sums` of each input feature, `(2, in)`."""
-    first, second = sums.sum(1)
-    alpha, gamma, _ = factors.params
-    if factors.spec.kernel == "mix_k":
-        return torch.stack([rho.sum(), -alpha / gamma.square() * first, second])
-    return torch.stack([first, factors.scalars[1] * second, torch.zeros_like(first)])
 
 
 def _gradient(
@@ -81,26 +68,21 @@ def _gradient(
 ) -> tuple[Tensor, Tensor]:
     """Returns the unscaled gradient of one factor, `(G, features, r/G)`, and two sums per feature, `(2, features)`.
 
-    Args:
-        factors: Factors of the kernel matrix.
-        dM: Gradient of S with the features of the factor along its rows.
-        threshold: Threshold of S, shape `()`.
-        rho: Sums of `_rho`, `(in,)`; unused unless the kernel is `mix_k`.
-        rows_are_inputs: True for the gradient of A, False for that of B.
+    `rows_are_inputs` for A; `dM`, the gradient of S, has the features of the factor along its rows. `rho` is that of
+    `_rho`, unused unless the kernel is `mix_k`.
     """
     own, other = factors.scaled if rows_are_inputs else factors.scaled[::-1]
     x, y = factors.columns if rows_are_inputs else factors.columns[::-1]
     groups, n_rows, rank = own.shape
     n_columns = other.shape[1]
     chosen = _constants(factors.constants, factors.mode, rows_are_inputs)
-    programs, tiles = triton.cdiv(n_rows, chosen["BLOCK_ROWS"]), triton.cdiv(n_columns, chosen["BLOCK_COLUMNS"])
-    splits = split_count(programs, tiles)
+    grid, tiles_per_split = split_grid(n_rows, n_columns, chosen)
     flat_own, flat_other = (f.transpose(0, 1).flatten(1).contiguous() for f in (own, other))
-    partial = own.new_empty(splits, n_rows, groups * rank)
-    sums = own.new_empty(splits, 2, n_rows)
-    _factor_grad[(programs, splits)](
+    partial = own.new_empty(grid[1], n_rows, groups * rank)
+    sums = own.new_empty(grid[1], 2, n_rows)
+    _factor_grad[grid](
         *(dM, x, y, factors.params, factors.lse, *factors.scalars, n_rows, n_columns),
-        *(flat_own, flat_other, rho, threshold, partial, sums, *dM.stride(), triton.cdiv(tiles, splits)),
+        *(flat_own, flat_other, rho, threshold, partial, sums, *dM.stride(), tiles_per_split),
         **launch(chosen),
     )
     return partial.sum(0).view(n_rows, groups, rank).transpose(0, 1), sums.sum(0)
@@ -233,12 +215,11 @@ def slope_tile(pair, dK, KIND: tl.constexpr):
 def _rho(factors: Factors, dS: Tensor, threshold: Tensor) -> Tensor:
     """Returns `sum_j dW_ij P_ij` of each input feature, shape `(in,)`; `dS` is `(out, in)`."""
     (n_out, n_in), chosen = factors.shape, _row_constants(factors.constants, factors.mode)
-    programs, tiles = triton.cdiv(n_in, chosen["BLOCK_ROWS"]), triton.cdiv(n_out, chosen["BLOCK_COLUMNS"])
-    splits = split_count(programs, tiles)
-    partial = factors.A.new_empty(splits, n_in)
-    _row_products[(programs, splits)](
+    grid, tiles_per_split = split_grid(n_in, n_out, chosen)
+    partial = factors.A.new_empty(grid[1], n_in)
+    _row_products[grid](
         *(dS, *factors.columns, factors.params, factors.lse, *factors.scalars, n_in, n_out),
-        *(threshold, partial, *dS.stride()[::-1], triton.cdiv(tiles, splits)),
+        *(threshold, partial, *dS.stride()[::-1], tiles_per_split),
         **launch(chosen),
     )
     return partial.sum(0)

@@ -16,7 +16,7 @@ Cost of a layer with T tokens, forward and backward: 6 T in out FLOPs; LoRA on a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,54 +88,31 @@ def kernelized_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     A, B, kernel_params = check_factors(A, B, kernel_params, spec)
-    _check_linear(x, A, B, weight, bias)
+    if x.dim() == 0 or x.shape[-1] != A.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in={A.shape[1]}, as in A.")
+    for name, frozen, shape in (("weight", weight, (B.shape[1], A.shape[1])), ("bias", bias, (B.shape[1],))):
+        if frozen is not None:
+            check_frozen(name, frozen, shape)
     given = as_factor(threshold, A)
     y, found = _linear(x, A, B, kernel_params, num_kept, given, last, weight, bias, *spec.fields)
     remember(last, found)
     return y
 
 
-def _check_linear(x: Tensor, A: Tensor, B: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    if x.dim() == 0 or x.shape[-1] != A.shape[1]:
-        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in={A.shape[1]}, as in A.")
-    for name, frozen, shape in (("weight", weight, (B.shape[1], A.shape[1])), ("bias", bias, (B.shape[1],))):
-        if frozen is not None:
-            check_frozen(name, frozen, shape)
+def apply_weight(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiplies `x` by the weight W `(out, in)` and adds the bias, in the dtype of `x`."""
+    return torch.nn.functional.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-# The operators.
-
-
-class LinearArguments(NamedTuple):
-    """Arguments of the operator `kernelized_linear`, with the last four as a `KernelSpec`."""
-
-    x: Tensor
-    A: Tensor
-    B: Tensor
-    kernel_params: Tensor | None
-    num_kept: Tensor
-    threshold: Tensor | None
-    last: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    spec: KernelSpec
-
-    def apply(self, W: Tensor) -> Tensor:
-        """Multiplies `x` by the weight W `(out, in)` and adds the bias, in the dtype of `x`."""
-        bias = None if self.bias is None else self.bias.to(self.x.dtype)
-        return torch.nn.functional.linear(self.x, W.to(self.x.dtype), bias)
-
-    def merge_arguments(self, dtype: torch.dtype | None, last: Tensor | None) -> tuple[Any, ...]:
-        """Returns the arguments of `merge_operator` for the weight in `dtype`."""
-        factors = self.A, self.B, self.kernel_params
-        return *factors, self.num_kept, self.threshold, last, self.weight, dtype, *self.spec.fields
+def merge_arguments(args: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """Returns the arguments of `merge_operator` for the weight in `dtype`, given those of `kernelized_linear`."""
+    return *args[1:8], dtype, *args[9:]
 
 
 def _linear_reference(*args: Any) -> tuple[Tensor, Tensor]:
     """Definition of the operator `kernelized_linear`."""
-    a = LinearArguments(*with_spec(args))
-    merged, threshold = merge_operator.reference(*a.merge_arguments(None, None))
-    return a.apply(merged), threshold
+    merged, threshold = merge_operator.reference(*merge_arguments(args, None))
+    return apply_weight(args[0], merged, args[8]), threshold
 
 
 @operator(
@@ -146,44 +123,23 @@ def _linear_reference(*args: Any) -> tuple[Tensor, Tensor]:
     refuse=lambda x, A, B, *others: refuse_factors(A, B, x, others[4]),
 )
 def _linear(*args: Any) -> tuple[Tensor, Tensor]:
-    a = LinearArguments(*with_spec(args))
-    tiles = KernelTiles(a.A, a.B, a.kernel_params, a.spec)
-    W, threshold = sparse_weight(tiles, a.num_kept, a.threshold, a.weight)
-    x = a.x.reshape(-1, tiles.in_features)
-    return a._replace(x=x).apply(W).view(*a.x.shape[:-1], tiles.out_features), threshold
-
-
-class BackwardArguments(NamedTuple):
-    """Arguments of the operator `kernelized_linear_backward`, with the last four as a `KernelSpec`.
-
-    `dy` is the gradient of the output; `x` is None if the factors need no gradient, `need_x` False if `x` needs none.
-    """
-
-    dy: Tensor
-    x: Tensor | None
-    A: Tensor
-    B: Tensor
-    kernel_params: Tensor | None
-    threshold: Tensor
-    weight: Tensor | None
-    need_x: bool
-    spec: KernelSpec
-
-    def without_factors(self, dx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the results of the operator for gradients of the factors that are zero."""
-        return dx, torch.zeros_like(self.A), torch.zeros_like(self.B), self.A.new_zeros(3)
+    x, A, B, kernel_params, num_kept, threshold, _last, weight, bias, spec = with_spec(args)
+    tiles = KernelTiles(A, B, kernel_params, spec)
+    W, threshold = sparse_weight(tiles, num_kept, threshold, weight)
+    y = apply_weight(x.reshape(-1, tiles.in_features), W, bias)
+    return y.view(*x.shape[:-1], tiles.out_features), threshold
 
 
 def _linear_backward_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Definition of the backward pass: two products and the gradient of the factors."""
-    a = BackwardArguments(*with_spec(args))
-    S = reference_weight(a.A, a.B, a.kernel_params, 0, a.spec, a.threshold).t()
-    total = S if a.weight is None else S + a.weight
-    dx = a.dy @ total.to(a.dy.dtype) if a.need_x else a.dy.new_empty(0, a.A.shape[1])
-    if a.x is None:
-        return a.without_factors(dx)
-    dS = a.dy.flatten(0, -2).to(a.A.dtype).t() @ a.x.flatten(0, -2).to(a.A.dtype)
-    return dx, *factor_grad_operator.reference(dS, a.A, a.B, a.kernel_params, a.threshold, *a.spec.fields)
+    dy, x, A, B, kernel_params, threshold, weight, need_x, spec = with_spec(args)
+    S = reference_weight(A, B, kernel_params, 0, spec, threshold).t()
+    total = S if weight is None else S + weight
+    dx = dy @ total.to(dy.dtype) if need_x else dy.new_empty(0, A.shape[1])
+    if x is None:
+        return dx, torch.zeros_like(A), torch.zeros_like(B), A.new_zeros(3)
+    dS = dy.flatten(0, -2).to(A.dtype).t() @ x.flatten(0, -2).to(A.dtype)
+    return dx, *factor_grad_operator.reference(dS, A, B, kernel_params, threshold, *spec.fields)
 
 
 @operator(
@@ -195,24 +151,24 @@ def _linear_backward_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     refuse=lambda dy, x, A, B, *others: refuse_factors(A, B, dy, x, others[2]),
 )
 def _linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a = BackwardArguments(*with_spec(args))
-    tiles = KernelTiles(a.A, a.B, a.kernel_params, a.spec)
-    tokens = a.dy.numel() // tiles.out_features
-    dy = a.dy.reshape(tokens, tiles.out_features).contiguous()
-    dx = dy.new_empty((tokens, tiles.in_features) if a.need_x else (0, tiles.in_features))
+    dy, x, A, B, kernel_params, threshold, weight, need_x, spec = with_spec(args)
+    tiles = KernelTiles(A, B, kernel_params, spec)
+    tokens = dy.numel() // tiles.out_features
+    rows = dy.reshape(tokens, tiles.out_features).contiguous()
+    dx = rows.new_empty((tokens, tiles.in_features) if need_x else (0, tiles.in_features))
     gradients = FactorGradients(tiles)
-    outer = None if a.x is None else _OuterProduct(dy, a.x.reshape(tokens, tiles.in_features), a.A.dtype)
+    outer = None if x is None else _OuterProduct(rows, x.reshape(tokens, tiles.in_features), A.dtype)
     for block in tiles.blocks():
         tile = tiles.tile(block)
         multiplier, work = tiles.buffer("multiplier", block)[0], tiles.buffer("work", block)[0]
-        sparsity_multiplier(tile.W, a.threshold, tiles.spec, multiplier, work)
-        if a.need_x:
-            S = apply_sparsity(tile.W, multiplier, a.threshold, tiles.spec, out=work)
-            S = S if a.weight is None else S.add_(a.weight[:, block])
-            torch.mm(dy, S.to(dy.dtype), out=dx[:, block])
+        sparsity_multiplier(tile.W, threshold, tiles.spec, multiplier, work)
+        if need_x:
+            S = apply_sparsity(tile.W, multiplier, threshold, tiles.spec, out=work)
+            S = S if weight is None else S.add_(weight[:, block])
+            torch.mm(rows, S.to(rows.dtype), out=dx[:, block])
         if outer is not None:
             gradients.add(tile, outer(block, out=work).mul_(multiplier))
-    return (dx.view(*a.dy.shape[:-1], tiles.in_features) if a.need_x else dx, *gradients.result())
+    return (dx.view(*dy.shape[:-1], tiles.in_features) if need_x else dx, *gradients.result())
 
 
 class _OuterProduct:
@@ -233,9 +189,6 @@ class _OuterProduct:
         return torch.mm(self._dy, x, out=out) if self._dtype == out.dtype else out.copy_(self._dy @ x)
 
 
-# Fake tensors and gradients.
-
-
 @_linear.register_fake
 def _(x: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], B.shape[1]), A.new_empty(())
@@ -243,9 +196,9 @@ def _(x: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @_linear_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, features = BackwardArguments(*with_spec(args)), args[2].shape[1]
-    dx = a.dy.new_empty(*a.dy.shape[:-1], features) if a.need_x else a.dy.new_empty(0, features)
-    return dx, torch.empty_like(a.A), torch.empty_like(a.B), a.A.new_empty(3)
+    (dy, _, A, B), need_x = args[:4], args[7]
+    dx = dy.new_empty(*(dy.shape[:-1] if need_x else (0,)), A.shape[1])
+    return dx, torch.empty_like(A), torch.empty_like(B), A.new_empty(3)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -26,16 +26,9 @@ from peft_zoo.kernels.sparse.threshold import magnitude_threshold_reference
 
 
 def kernel_matrix(A: Tensor, B: Tensor, kernel_params: Tensor | None, spec: KernelSpec) -> Tensor:
-    """Dense kernel matrix W, the definition that every faster path is tested against.
+    """Dense kernel matrix W `(in, out)`, the definition that every faster path is tested against.
 
-    Args:
-        A: Input factors of shape `(G, in, r/G)`.
-        B: Output factors of shape `(G, out, r/G)`.
-        kernel_params: `[alpha, gamma, beta]` of shape `(3,)`: required by `mix_k`, optional for `sigmoid` and `rbf`.
-        spec: Kernel, norm and scale.
-
-    Returns:
-        W of shape `(in, out)`, differentiable in all tensors.
+    A is `(G, in, r/G)`, B `(G, out, r/G)`, and `kernel_params` `[alpha, gamma, beta]`, which only `mix_k` requires.
     """
     c = torch.tensor([spec.scale * spec.sign(g) for g in range(len(A))], dtype=A.dtype, device=A.device).view(-1, 1, 1)
     alpha, gamma, beta = spec.params(kernel_params, A)
@@ -64,14 +57,6 @@ def sparsify(W: Tensor, num_kept: Tensor | int, spec: KernelSpec) -> Tensor:
 
     `signed_square` is what the authors' code computes, `product` is eq. 5 of their paper. Both treat the second factor
     as a constant in the derivative, as that code does; no mode has a gradient through t.
-
-    Args:
-        W: Dense matrix of any shape.
-        num_kept: Number of entries to keep.
-        spec: Its field `sparsify` selects the mode.
-
-    Returns:
-        S, of the shape of `W`.
     """
     if spec.sparsify == "none":
         return W

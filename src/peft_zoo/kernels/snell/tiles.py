@@ -62,14 +62,7 @@ class Tile:
 
 
 class KernelTiles:
-    """Computes the kernel matrix of two factors, one tile at a time.
-
-    Args:
-        A: Input factors of shape `(G, in, r/G)`, float32 or float64.
-        B: Output factors of shape `(G, out, r/G)`.
-        kernel_params: `[alpha, gamma, beta]` of shape `(3,)`, or None.
-        spec: Kernel, norm and scale.
-    """
+    """Computes the kernel matrix of the factors A `(G, in, r/G)` and B `(G, out, r/G)`, one tile at a time."""
 
     def __init__(self, A: Tensor, B: Tensor, kernel_params: Tensor | None, spec: KernelSpec) -> None:
         self.spec = spec
@@ -260,18 +253,9 @@ def finish_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Applies the outer factors to the sums over the matrix that give the gradients of factors and kernel parameters.
 
-    Args:
-        spec: Kernel, norm and scale.
-        A: Input factors `(G, in, r/G)` after `KernelSpec.scaled_factors`.
-        B: Output factors `(G, out, r/G)` after `KernelSpec.scaled_factors`.
-        alpha: Kernel parameter of shape `()`.
-        beta: Kernel parameter of shape `()`.
-        raw_A: `sum_j R_ij dpair/dA`, of the shape of `A`.
-        raw_B: `sum_i R_ij dpair/dB`, of the shape of `B`.
-        params: Sums for `[alpha, gamma, beta]` of shape `(3,)`; `sigmoid` and `rbf` replace that of beta.
-
-    Returns:
-        The gradients of unscaled `A` and `B` and of `[alpha, gamma, beta]`.
+    A and B are those of `KernelSpec.scaled_factors`; `raw_A` and `raw_B` are `sum_j R_ij dpair/dA` and
+    `sum_i R_ij dpair/dB`. `params` has the sums for `[alpha, gamma, beta]`; `sigmoid` and `rbf` replace that of beta.
+    Returns the gradients of unscaled A and B and of `[alpha, gamma, beta]`.
     """
     if spec.is_distance:
         return raw_A * spec.scale, raw_B * spec.scale, params

@@ -11,7 +11,7 @@ With ``m`` the multiplier of `matrix.sparsify` (`|W| 1[|W| > t]` for `signed_squ
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,8 +195,6 @@ def remember(last: Tensor | None, threshold: Tensor) -> None:
         last.copy_(threshold)
 
 
-# The operators.
-
 FACTORS = "Tensor A, Tensor B, Tensor? kernel_params"
 KEPT = "Tensor num_kept, Tensor? threshold, Tensor? last"
 SPEC = "str kernel, int norm, float scale, str sparsify"
@@ -212,13 +210,17 @@ def refuse_factors(A: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
     return refuse_dtypes(A, B, allowed=(torch.float32,)) or refuse_dtypes(*others, allowed=FLOATS)
 
 
-def _threshold_reference(
-    A: Tensor, B: Tensor, kernel_params: Tensor | None, num_kept: Tensor, last: Tensor | None, *spec: Any
-) -> Tensor:
+def with_spec(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the arguments of an operator with the last four, its `SPEC`, replaced by their `KernelSpec`."""
+    return *args[:-4], KernelSpec(*args[-4:])
+
+
+def _threshold_reference(*args: Any) -> Tensor:
     """Definition of the operator `kernelized_threshold`."""
-    if KernelSpec(*spec).sparsify == "none":
+    A, B, kernel_params, num_kept, _last, spec = with_spec(args)
+    if spec.sparsify == "none":
         return A.new_full((), KEEP_ALL)
-    return magnitude_threshold_reference(kernel_matrix(A, B, kernel_params, KernelSpec(*spec)), num_kept)
+    return magnitude_threshold_reference(kernel_matrix(A, B, kernel_params, spec), num_kept)
 
 
 @operator(
@@ -228,43 +230,22 @@ def _threshold_reference(
     triton="weight_triton",
     refuse=lambda A, B, *_: refuse_factors(A, B),
 )
-def _threshold(
-    A: Tensor, B: Tensor, kernel_params: Tensor | None, num_kept: Tensor, last: Tensor | None, *spec: Any
-) -> Tensor:
-    tiles = KernelTiles(A, B, kernel_params, KernelSpec(*spec))
-    if tiles.spec.sparsify == "none":
+def _threshold(*args: Any) -> Tensor:
+    A, B, kernel_params, num_kept, _last, spec = with_spec(args)
+    if spec.sparsify == "none":
         return A.new_full((), KEEP_ALL)
+    tiles = KernelTiles(A, B, kernel_params, spec)
     numel = tiles.in_features * tiles.out_features
     return tiled_threshold(lambda: (tiles.tile(block).W for block in tiles.blocks()), numel, num_kept)
 
 
-class MergeArguments(NamedTuple):
-    """Arguments of the operator `kernelized_merge`, with the last four as a `KernelSpec`."""
-
-    A: Tensor
-    B: Tensor
-    kernel_params: Tensor | None
-    num_kept: Tensor
-    threshold: Tensor | None
-    last: Tensor | None
-    weight: Tensor | None
-    dtype: torch.dtype | None
-    spec: KernelSpec
-
-
-def with_spec(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the arguments of an operator with the last four, its `SPEC`, replaced by their `KernelSpec`."""
-    return *args[:-4], KernelSpec(*args[-4:])
-
-
 def _merge_reference(*args: Any) -> tuple[Tensor, Tensor]:
     """Definition of the operator `kernelized_merge`."""
-    a = MergeArguments(*with_spec(args))
-    threshold = a.threshold
+    A, B, kernel_params, num_kept, threshold, last, weight, dtype, spec = with_spec(args)
     if threshold is None:
-        threshold = _threshold_reference(a.A, a.B, a.kernel_params, a.num_kept, a.last, *a.spec.fields)
-    S = reference_weight(a.A, a.B, a.kernel_params, a.num_kept, a.spec, threshold).t()
-    return (S if a.weight is None else a.weight + S).to(a.dtype or a.A.dtype), threshold
+        threshold = _threshold_reference(A, B, kernel_params, num_kept, last, *spec.fields)
+    S = reference_weight(A, B, kernel_params, num_kept, spec, threshold).t()
+    return (S if weight is None else weight + S).to(dtype or A.dtype), threshold
 
 
 @operator(
@@ -276,20 +257,18 @@ def _merge_reference(*args: Any) -> tuple[Tensor, Tensor]:
 )
 def merge_operator(*args: Any) -> tuple[Tensor, Tensor]:
     """Computes `S^T (+ weight)` of shape `(out, in)` in `dtype` (default: that of the factors), and the threshold."""
-    a = MergeArguments(*with_spec(args))
-    tiles = KernelTiles(a.A, a.B, a.kernel_params, a.spec)
-    merged, threshold = sparse_weight(tiles, a.num_kept, a.threshold, a.weight)
-    return merged.to(a.dtype or a.A.dtype), threshold
+    A, B, kernel_params, num_kept, threshold, _last, weight, dtype, spec = with_spec(args)
+    merged, threshold = sparse_weight(KernelTiles(A, B, kernel_params, spec), num_kept, threshold, weight)
+    return merged.to(dtype or A.dtype), threshold
 
 
-def _factor_grad_reference(
-    dS: Tensor, A: Tensor, B: Tensor, kernel_params: Tensor | None, threshold: Tensor, *spec: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _factor_grad_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Definition of the operator `kernelized_factor_grad`: autograd through the definition of S."""
+    dS, A, B, kernel_params, threshold, spec = with_spec(args)
     leaves = [t.detach().requires_grad_() for t in (A, B, kernel_params) if t is not None]
     with torch.enable_grad():
         params = leaves[2] if len(leaves) > 2 else None
-        S = reference_weight(leaves[0], leaves[1], params, 0, KernelSpec(*spec), threshold)
+        S = reference_weight(leaves[0], leaves[1], params, 0, spec, threshold)
         grads = torch.autograd.grad(S, leaves, dS.t().to(S.dtype), allow_unused=True)
     return grads[0], grads[1], grads[2] if len(grads) > 2 else A.new_zeros(3)
 
@@ -301,11 +280,10 @@ def _factor_grad_reference(
     triton="factor_grad_triton",
     refuse=lambda dS, A, B, *_: refuse_factors(A, B, dS),
 )
-def factor_grad_operator(
-    dS: Tensor, A: Tensor, B: Tensor, kernel_params: Tensor | None, threshold: Tensor, *spec: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def factor_grad_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of A, B and `[alpha, gamma, beta]`, given the gradient of S^T, `(out, in)`."""
-    tiles = KernelTiles(A, B, kernel_params, KernelSpec(*spec))
+    dS, A, B, kernel_params, threshold, spec = with_spec(args)
+    tiles = KernelTiles(A, B, kernel_params, spec)
     gradients = FactorGradients(tiles)
     for block in tiles.blocks():
         tile = tiles.tile(block)
@@ -336,9 +314,6 @@ def sparse_weight(
         if weight is not None:
             part += weight[start : start + rows]
     return W, threshold
-
-
-# Fake tensors and gradients.
 
 
 @_threshold.register_fake

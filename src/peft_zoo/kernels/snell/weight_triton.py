@@ -1,8 +1,5 @@
 """Triton kernels of SNELL's sparse kernel matrix: its threshold, and its tiles added to a weight or written alone."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from typing import Any
@@ -11,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peft_zoo.kernels.base.kernel_spec import KernelSpec
 from peft_zoo.kernels.base.tiles_triton import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
@@ -21,39 +17,37 @@ from peft_zoo.kernels.base.tiles_triton import (
     sparse_tile,
 )
 from peft_zoo.kernels.base.triton_helpers import narrow, widen
-from peft_zoo.kernels.snell.weight import MergeArguments, with_spec
+from peft_zoo.kernels.snell.weight import with_spec
 from peft_zoo.kernels.sparse.threshold import KEEP_ALL
 from peft_zoo.kernels.sparse.threshold_triton import MatrixSource, select
 
 
-def kernelized_threshold(
-    A: Tensor, B: Tensor, kernel_params: Tensor | None, num_kept: Tensor, last: Tensor | None, *spec: Any
-) -> Tensor:
+def kernelized_threshold(*args: Any) -> Tensor:
     """Launches the kernels of `weight.threshold`."""
-    factors = Factors(A, B, kernel_params, KernelSpec(*spec))
-    if factors.spec.sparsify == "none":
+    A, B, kernel_params, num_kept, last, spec = with_spec(args)
+    if spec.sparsify == "none":
         return A.new_full((), KEEP_ALL)
-    return select(MatrixSource(factors), num_kept, last)
+    return select(MatrixSource(Factors(A, B, kernel_params, spec)), num_kept, last)
 
 
 def kernelized_merge(*args: Any) -> tuple[Tensor, Tensor]:
     """Launches the kernel of `weight.merge_operator`."""
-    a = MergeArguments(*with_spec(args))
-    factors = Factors(a.A, a.B, a.kernel_params, a.spec)
+    A, B, kernel_params, num_kept, threshold, last, weight, dtype, spec = with_spec(args)
+    factors = Factors(A, B, kernel_params, spec)
     source = MatrixSource(factors)
-    if a.threshold is not None:
-        threshold = a.threshold.clone()  # an operator must not return its input
-    elif a.spec.sparsify == "none":
-        threshold = a.A.new_full((), KEEP_ALL)
+    if threshold is not None:
+        threshold = threshold.clone()  # an operator must not return its input
+    elif spec.sparsify == "none":
+        threshold = A.new_full((), KEEP_ALL)
     else:
-        threshold = select(source, a.num_kept, a.last)
-    merged = a.A.new_empty(factors.shape, dtype=a.dtype)
-    base = merged if a.weight is None else a.weight
+        threshold = select(source, num_kept, last)
+    merged = A.new_empty(factors.shape, dtype=dtype)
+    base = merged if weight is None else weight
     tiles = triton.cdiv(factors.shape[0], BLOCK_ROWS) * triton.cdiv(factors.shape[1], BLOCK_COLUMNS)
     _merge[(tiles,)](
         *source.arguments[:-2],
         *(merged, base, threshold, *base.stride()),
-        **launch({**factors.constants, "MODE": factors.mode, "HAS_BASE": a.weight is not None}),
+        **launch({**factors.constants, "MODE": factors.mode, "HAS_BASE": weight is not None}),
     )
     return merged, threshold
 

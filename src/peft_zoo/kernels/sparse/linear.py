@@ -64,15 +64,7 @@ def masked_linear_reference(x: Tensor, weight: Tensor, mask: Tensor, bias: Tenso
 def masked_linear_backward_reference(
     grad: Tensor, x: Tensor | None, weight: Tensor, mask: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """Definition of the backward pass: returns `dx` and `dW`.
-
-    Args:
-        grad: Gradient of the output, shape `(..., out)`.
-        x: Input as in `masked_linear`, or None to skip `dW`, which is then empty.
-        weight: Weight as in `masked_linear`.
-        mask: Mask as in `masked_linear`.
-        need_x: Whether to compute `dx`; if not, it is empty.
-    """
+    """Definition of the backward pass: `dx`, empty unless `need_x`, and `dW`, empty if `x` is None."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     dx, dW = grad.new_empty(0), weight.new_empty(0)
     if need_x:

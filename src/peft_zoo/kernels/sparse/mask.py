@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from peft_zoo.kernels.base.operator import FLOATS, PreferTorch, operator, refuse_dtypes
-from peft_zoo.kernels.sparse.threshold import magnitude_threshold, magnitude_threshold_reference
+from peft_zoo.kernels.sparse.threshold import magnitude_threshold
 
 GROUPS = (2, 4, 8, 16, 32)
 """Group sizes m that the Triton kernel takes: powers of two, as its tiles must be."""
@@ -63,11 +63,6 @@ def density_mask(scores: Tensor, density: float) -> Tensor:
         return torch.empty_like(scores, dtype=torch.bool)
     num_kept = torch.full((), round(density * scores.numel()), dtype=torch.int64, device=scores.device)
     return magnitude_mask(scores, magnitude_threshold(scores, num_kept))
-
-
-def density_mask_reference(scores: Tensor, density: float) -> Tensor:
-    """Definition of `density_mask`; arguments as there."""
-    return magnitude_mask_reference(scores, magnitude_threshold_reference(scores, round(density * scores.numel())))
 
 
 def magnitude_mask(scores: Tensor, threshold: Tensor) -> Tensor:
@@ -225,9 +220,6 @@ def mask_weight_reference(
     return torch.where(keep, weight, 0).to(dtype)
 
 
-# Checks.
-
-
 def _check_float(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}; it must be floating-point, so cast it first.")
@@ -262,9 +254,6 @@ def _result_dtype(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
     return dtype or weight.dtype
 
 
-# The operators.
-
-
 def _refuse(*tensors: Tensor | None) -> str | None:
     if any(t is not None and t.numel() == 0 for t in tensors):
         return PreferTorch("a tensor has no elements")
@@ -277,9 +266,8 @@ def _refuse_group(scores: Tensor, n: int, m: int, dim: int) -> str | None:
     return "it counts groups in 32 bits" if scores.numel() // m >= 2**31 - 2**16 else _refuse(scores)
 
 
-def _refuse_weight(
-    weight: Tensor, mask: Tensor | None, threshold: Tensor | None, scores: Tensor | None, dtype: torch.dtype
-) -> str | None:
+def _refuse_weight(weight: Tensor, *rest: Any) -> str | None:
+    _, _, scores, dtype = rest
     return _refuse(weight, scores) or refuse_dtypes(weight.new_empty(0, dtype=dtype), allowed=FLOATS)
 
 

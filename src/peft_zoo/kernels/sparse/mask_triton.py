@@ -1,8 +1,5 @@
 """Triton kernels of sparse masks: one masks by mask and threshold, one ranks the entries of n:m groups."""
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 import math

@@ -22,7 +22,7 @@ costs about as much as one that counts digits, and a miss would cost both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 import torch
@@ -84,16 +84,12 @@ def magnitude_threshold_reference(w: Tensor, num_kept: Tensor | int, last: Tenso
     return wide.abs().flatten().sort().values[min(rank, w.numel()) - 1]
 
 
-def _refuse(w: Tensor, num_kept: Tensor, last: Tensor | None) -> str | None:
-    return refuse_dtypes(w, allowed=FLOATS)
-
-
 @operator(
     "magnitude_threshold",
     "(Tensor w, Tensor num_kept, Tensor? last) -> Tensor",
     reference=magnitude_threshold_reference,
     triton="threshold_triton",
-    refuse=_refuse,
+    refuse=lambda w, *_: refuse_dtypes(w, allowed=FLOATS),
 )
 def _of_matrix(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
     wide = torch.promote_types(w.dtype, torch.float32)
@@ -108,24 +104,19 @@ def _(w: Tensor, *_: object) -> Tensor:
 
 
 def tiled_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept: Tensor) -> Tensor:
-    """`magnitude_threshold` of a matrix that is computed in tiles, in torch on any device.
+    """`magnitude_threshold` of a matrix of `numel` values that is computed in tiles, in torch on any device.
 
-    Args:
-        tiles: Returns an iterator over the tiles of the matrix, of any shapes, one dtype (float32 or float64) and one
-            device. It is called once for each pass and must yield the same values every time, and once in all if the
-            first tile is the whole matrix.
-        numel: Number of values in all tiles.
-        num_kept: Number of values to keep, int64 of shape `()` on the device of the tiles. It is never read on the
-            host, so it may change between replays of a captured graph.
-
-    Returns:
-        Threshold of shape `()` in the dtype of the tiles.
-
-    Raises:
-        ValueError: If the tiles are neither float32 nor float64, or there are none.
+    `tiles` returns an iterator over the tiles, of any shapes, one dtype (float32 or float64) and one device. It is
+    called once for each pass and must yield the same values every time, and once in all if the first tile is the whole
+    matrix.
+    `num_kept` is never read on the host, so it may change between replays of a captured graph.
     """
     source = iter(tiles())
-    first = _first_tile(source)
+    first = next(source, None)
+    if first is None:
+        raise ValueError("tiles yielded nothing; tiled_threshold needs at least one tile.")
+    if first.dtype not in _PATTERNS:
+        raise ValueError(f"tiles are {first.dtype}; tiled_threshold needs float32 or float64, so cast them first.")
     passes: Iterable[Tensor] = chain([first], source)
     pattern, unread = _PATTERNS[first.dtype]
     rank = (numel - num_kept).clamp(0, numel)
@@ -143,15 +134,6 @@ def tiled_threshold(tiles: Callable[[], Iterable[Tensor]], numel: int, num_kept:
         prefix = (prefix << width) + digit.to(pattern)
     threshold = prefix.view(first.dtype)
     return torch.where(keep_all, torch.full_like(threshold, KEEP_ALL), threshold)
-
-
-def _first_tile(source: Iterator[Tensor]) -> Tensor:
-    first = next(source, None)
-    if first is None:
-        raise ValueError("tiles yielded nothing; tiled_threshold needs at least one tile.")
-    if first.dtype not in _PATTERNS:
-        raise ValueError(f"tiles are {first.dtype}; tiled_threshold needs float32 or float64, so cast them first.")
-    return first
 
 
 def _bin_of(rank: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

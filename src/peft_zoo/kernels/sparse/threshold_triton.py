@@ -6,9 +6,6 @@ program adds its histogram to one table; counts are integers, so the order of ad
 whether the warm start has already found the threshold, in which case the passes return at once.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# The arguments of a `triton.jit` function have no Python types.
-
 from __future__ import annotations
 
 from typing import Any
@@ -58,13 +55,7 @@ def magnitude_threshold(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Ten
 
 
 def select(source: MatrixSource, num_kept: Tensor, last: Tensor | None) -> Tensor:
-    """Returns the threshold, float32 of shape `()`, without reading anything on the host.
-
-    Args:
-        source: Matrix in memory or factors of a kernel matrix.
-        num_kept: Number of entries above the threshold, int64 of shape `()` on the device.
-        last: Threshold of a similar matrix for the warm start, or None.
-    """
+    """Returns the threshold, float32 of shape `()`, without reading anything on the host; warm from `last`."""
     numel = source.shape[0] * source.shape[1]
     rank = (numel - num_kept).clamp(0, numel)
     if last is not None and numel >= WARM_ELEMENTS:
