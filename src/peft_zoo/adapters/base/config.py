@@ -22,10 +22,10 @@ def option(default: Any, help_text: str) -> Any:
     """Returns a dataclass field with help text.
 
     Args:
-        default: Default value; a type such as `dict` is called to make a new value for each instance.
+        default: Default value; a callable such as `dict` is called to make a new value for each instance.
         help_text: One or two sentences for the docstring, the documentation page and `peft-zoo`.
     """
-    kind = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    kind = {"default_factory": default} if callable(default) else {"default": default}
     return field(**kind, metadata={"help": help_text})
 
 

@@ -134,11 +134,7 @@ class NFLinear(nn.Linear):
                 yield name, getattr(self, name)
 
     def verify_checksum(self) -> None:
-        """Checks Q against `expected_sha256` before its first use, since other libraries load state dicts unchecked.
-
-        Raises:
-            ValueError: If no file has brought Q, or the checksum differs.
-        """
+        """Raises a ValueError unless Q, at its first use, is what `expected_sha256` says: loaders do not check it."""
         if self.expected_sha256 is None or torch.compiler.is_compiling():
             return
         if sha256(self.packed) != self.expected_sha256:

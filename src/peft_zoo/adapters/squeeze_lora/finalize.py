@@ -75,9 +75,8 @@ def write_ranks(model: nn.Module, adapter_name: str, pairs: Sequence[LoraPair]) 
 def config_table(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Dictionary in which the model keeps the configurations of its adapters.
 
-    Raises:
-        ValueError: If the adapter has no `LoraConfig` in it, or its initialization changed the base weights, which
-            loading it with another rank would not undo.
+    Raises a ValueError if the adapter has no `LoraConfig` in it, or its initialization changed the base weights, which
+    loading it with another rank would not undo.
     """
     for module in model.modules():
         table = getattr(module, "peft_config", None)
@@ -94,15 +93,9 @@ def config_table(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 
 def resize_to(model: nn.Module, checkpoint: Path, adapter_name: str) -> None:
-    """Gives the factors in a model the ranks and scales of a saved adapter; loading their values is left to the caller.
+    """Gives the factors in a model the ranks and scales of an adapter saved in a folder, but not its values.
 
-    Args:
-        model: A `PeftModel`, or any model with LoRA layers.
-        checkpoint: Folder of the adapter, or folder that contains a folder `adapter_name`.
-        adapter_name: Name of the adapter in the model.
-
-    Raises:
-        ValueError: If the folder contains no LoRA, or a rank is larger than that in the model.
+    Raises a ValueError if the folder contains no LoRA, or a rank is larger than that in the model.
     """
     folder = checkpoint if (checkpoint / CONFIG_NAME).is_file() else checkpoint / adapter_name
     if not (folder / CONFIG_NAME).is_file():
