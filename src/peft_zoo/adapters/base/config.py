@@ -135,11 +135,7 @@ class ZooConfig(MethodConfig, PeftConfig):
         return getattr(self, f"{self.method_name}_drop_path", 0.0)
 
     def for_module(self, module_name: str) -> ZooConfig:
-        """Returns the configuration for one module: values of patterns that match its name are filled in a copy.
-
-        Raises:
-            ValueError: If a value of a pattern is invalid for the field that it overrides.
-        """
+        """Returns the configuration for one module: validated values of patterns that match its name, in a copy."""
         changes = {}
         for pattern_name, target in self.patterns.items():
             pattern = getattr(self, pattern_name)

@@ -28,14 +28,9 @@ class Composition:
     """Context manager that runs a recipe on a denoiser; made by `compose`, whose arguments it takes.
 
     Attributes:
-        denoiser: The module.
-        config: The recipe; never changed.
         scheduler: Scheduler, or an object whose attribute `scheduler` will be one when a generation begins; or None.
         layers: LoRA layers of the denoiser when it was last validated.
         adapters: Adapter names in the order in which they take turns.
-
-    Raises:
-        ValueError: If recipe and denoiser do not fit; the denoiser is left unchanged.
     """
 
     def __init__(

@@ -141,13 +141,9 @@ class CachedLoraConfig(MethodConfig, PeftConfig):
         self.cache_borders = (float(self.cache_borders[0]), float(self.cache_borders[1]))
 
     def roles(self, available: Sequence[str]) -> Roles:
-        """Resolves the recipe for the adapters of a denoiser.
+        """Resolves the recipe for the names of the LoRAs on a denoiser.
 
-        Args:
-            available: Names of the LoRAs on the denoiser.
-
-        Raises:
-            ValueError: If the recipe names a missing adapter, repeats a name, or omits one from `order` or `profile`.
+        Raises a ValueError if it names a missing adapter, repeats a name, or omits one from `order` or `profile`.
         """
         names = list(self.adapters or available)
         self._check_names("adapters", names, available)

@@ -15,14 +15,11 @@ from torch import nn
 
 
 class AdapterLayers:
-    """All LoRA layers of a denoiser.
+    """All LoRA layers of a denoiser; raises a ValueError if there are none, or if they cannot be composed.
 
     Attributes:
         ranks: Each layer with the rank of each of its adapters; equal lists mean passes of equal cost.
         names: Names of the adapters.
-
-    Raises:
-        ValueError: If there is no LoRA, if one is fused, or if one replaces whole modules (`modules_to_save`).
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -165,8 +162,7 @@ def remove_adapters(model: nn.Module, keep: Collection[str]) -> None:
         for name in set(layer.scaling) - set(keep):
             layer.delete_adapter(name)
         if not layer.scaling:
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+            model.set_submodule(path, layer.get_base_layer())
     configs = vars(model).get("peft_config", {})
     for name in set(configs) - set(keep):
         del configs[name]

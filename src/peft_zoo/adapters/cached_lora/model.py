@@ -25,13 +25,11 @@ from peft_zoo.adapters.cached_lora.layers import load_adapters, lora_names, remo
 class CachedLoraModel(BaseTuner):
     """Loads the LoRAs of a recipe onto a denoiser and composes them in every forward until `unload`.
 
-    The recipe has no weights: everything that peft does with weights raises NotImplementedError.
+    The recipe has no weights: everything that peft does with weights raises NotImplementedError. If an adapter is not a
+    LoRA or the recipe does not fit, raises a ValueError and leaves the denoiser unchanged.
 
     Attributes:
         composition: The running composition; `compose(model, scheduler=...)` runs the same recipe with a scheduler.
-
-    Raises:
-        ValueError: If an adapter is not a LoRA or the recipe does not fit the denoiser, which is left unchanged.
     """
 
     prefix = "zoo_cached_lora_"

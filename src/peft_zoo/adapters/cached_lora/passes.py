@@ -127,7 +127,7 @@ class Passes:
             self.forget()
             self.too_large = f"the features of {self.num_adapters} adapters exceed {MOST_BYTES / 2**30:.3g} GiB"
             return
-        parts = ([None] * len(names) if one is None else one.chunk(len(names)) for one in features)
+        parts: Iterator[Any] = ([None] * len(names) if one is None else one.chunk(len(names)) for one in features)
         for name, *own in zip(names, *parts, strict=True):
             self._features[info.context, name] = tuple(own), info.step
 

@@ -57,7 +57,9 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
         if not (keep and uniform):
             pair.layer.use_rslora[adapter_name] = False
         drop_zero_directions(pair, None if keep else 1.0)
-    configs[adapter_name] = _plain(configs[adapter_name])
+    # peft's own class, without the fields of initializations
+    values = {item.name: getattr(configs[adapter_name], item.name) for item in fields(LoraConfig) if item.init}
+    configs[adapter_name] = LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})
     write_ranks(model, adapter_name, pairs)
     return ranks
 
@@ -129,9 +131,3 @@ def _update_config(model: nn.Module, adapter_name: str, changes: Mapping[str, An
 def _pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
     """Value of a pattern for a module name, matched as peft matches it."""
     return (pattern or {}).get(get_pattern_key(list(pattern or {}), name), default)
-
-
-def _plain(config: LoraConfig) -> LoraConfig:
-    """Copy of the configuration as peft's own class, without the fields of initializations."""
-    values = {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init}
-    return LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})
