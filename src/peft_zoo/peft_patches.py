@@ -28,11 +28,10 @@ _handlers: dict[str, Handler] = {}
 
 
 def set_handlers(handlers: dict[str, Handler]) -> None:
-    """Sets functions that are asked before functions of peft; nothing is rebound yet.
+    """Sets functions, by name in `PATCHED`, that are asked before functions of peft; nothing is rebound yet.
 
-    Args:
-        handlers: By name in `PATCHED`. A handler gets the arguments of the call; peft's function is called if it
-            returns None. A later handler of the same name replaces the earlier one.
+    A handler gets the arguments of the call; peft's function is called if it returns None. A later handler replaces an
+    earlier one.
     """
     _handlers.update(handlers)
 

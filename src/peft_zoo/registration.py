@@ -91,20 +91,11 @@ def register(
 ) -> Callable[[Tuner], Tuner]:
     """Class decorator that registers a tuner class and its configuration class in peft.
 
-    The value of the type is `ZOO_` and the upper-case `method_name` of `config_cls`. The prefix of the parameters is
+    The value of the type is `ZOO_` and the upper-case `method_name` of `config_cls`, such as `"snell"`; the fields of
+    `config_cls` are added to its docstring. All other arguments are as in `Method`. The prefix of the parameters is
     the lower-case value and an underscore, as transformers assumes; a tuner on peft's `LoraModel` keeps `lora_`, since
     its tensors are those of a LoRA. Registering a class again (a reload) replaces it. If another package or a later
     peft owns the value, the method is not registered and one warning names the owner.
-
-    Args:
-        config_cls: Configuration class with a class attribute `method_name`, such as `"snell"`; its fields are added to
-            its docstring.
-        summary: As in `Method`.
-        parameters: As in `Method`.
-        memory: As in `Method`.
-        flops: As in `Method`.
-        paper: As in `Method`.
-        callback: As in `Method`.
 
     Raises:
         ValueError: If `method_name` is not a lower-case name, or the tuner's `prefix` does not match it.
@@ -143,8 +134,7 @@ def register(
 def peft_type_of(config_cls: type[PeftConfig]) -> PeftType:
     """Returns the member of `PeftType` under which `config_cls` is registered.
 
-    Raises:
-        ValueError: If another class is registered under the value, naming that class.
+    Raises a ValueError that names the owner if another class is registered under the value.
     """
     value = f"{NAMESPACE}{config_cls.method_name}".upper()  # type: ignore[attr-defined]
     owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(value)  # type: ignore[call-overload]

@@ -250,7 +250,7 @@ class TestMergeState:
         assert torch.equal(bits(base.weight), original)
 
     def test_rounding_is_noted_once_per_type(self, caplog: pytest.LogCaptureFixture) -> None:
-        base_layer_module._note_rounding.cache_clear()
+        base_layer_module.note_once.cache_clear()
         with caplog.at_level(logging.WARNING, "peft_zoo"):
             for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):
                 toy_layer(nn.Linear(3, 3, dtype=dtype))[1].merge()

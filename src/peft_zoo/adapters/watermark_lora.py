@@ -170,13 +170,9 @@ class WatermarkLoraModel(ZooLoraModel):
 
 
 def last_up_block(model: nn.Module) -> str:
-    """Returns a regular expression that matches the convolutions in the decoder's last block, at full image size.
+    """Returns a regular expression for the convolutions in the decoder's last block, at full image size.
 
-    Args:
-        model: Autoencoder with `decoder.up_blocks`, as `AutoencoderKL`, or `decoder.layers`, as `AutoencoderTiny`.
-
-    Raises:
-        ValueError: If the model has neither.
+    The decoder has `up_blocks`, as in `AutoencoderKL`, or `layers`, as in `AutoencoderTiny`; else raises a ValueError.
     """
     decoder = _decoder(model)
     blocks, layers = getattr(decoder, "up_blocks", None), getattr(decoder, "layers", None)
@@ -199,12 +195,7 @@ def last_up_block(model: nn.Module) -> str:
 
 
 def write_plain_lora(folder: Path, config: LoraConfig) -> None:
-    """Writes `plain_lora/` into the folder of an adapter: a folder for stock peft, with a file for stock diffusers.
-
-    Args:
-        folder: Folder that has `adapter_model.safetensors`.
-        config: Result of `plain_lora`; set to inference mode.
-    """
+    """Writes `plain_lora/` into an adapter's folder: a folder for stock peft, with a file for stock diffusers."""
     plain = folder / PLAIN_FOLDER
     plain.mkdir(exist_ok=True)
     config.inference_mode = True

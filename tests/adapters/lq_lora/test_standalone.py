@@ -27,8 +27,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from peft_zoo import LqLoraConfig
 from peft_zoo.adapters.lq_lora import standalone as lq_lora_standalone
-from peft_zoo.adapters.lq_lora.nf_config import NFkConfig
-from peft_zoo.adapters.lq_lora.standalone import NFkHfQuantizer
+from peft_zoo.adapters.lq_lora.standalone import NFkConfig, NFkHfQuantizer
 from peft_zoo.kernels.normal_float.quantize import dequantize
 from peft_zoo.lq_lora import NFLinear, standalone
 from tests.adapters.lq_lora.samples import TARGETS, TOKENS, adapted, base, layers, logits, train

@@ -324,8 +324,7 @@ def test_peft_s_bases_must_be_large_enough_for_the_model() -> None:
 
 
 def test_a_rank_above_the_layer_and_a_large_scale_in_float16_are_said_once(caplog: Any) -> None:
-    randlora._note_single_base.cache_clear()
-    randlora._note_large_scale.cache_clear()
+    randlora.note_once.cache_clear()
     with caplog.at_level(logging.WARNING, "peft_zoo"):
         adapted(Net(torch.float16), r=35, randlora_alpha=1400)
     assert [record.args for record in caplog.records] == [(35, 20), (40.0,), (35, 32)]

@@ -21,12 +21,7 @@ model = PeftModel.from_pretrained(base_model, "path or Hub id of this adapter")
 
 
 def complete_model_card(path: Path, tag: str) -> None:
-    """Adds a method's tag and a loading snippet to a model card; a card that has both is left unchanged.
-
-    Args:
-        path: Model card, `README.md`; nothing happens if it does not exist.
-        tag: Tag to add to the metadata, such as `zoo_snell`.
-    """
+    """Adds a method's tag and a loading snippet to a model card, if the file exists and lacks one of them."""
     if not path.exists():
         return
     card = ModelCard.load(path)
@@ -41,12 +36,7 @@ def complete_model_card(path: Path, tag: str) -> None:
 
 
 def add_to_card(path: Path, texts: Sequence[str]) -> None:
-    """Adds a section on the watermark and two tags to a model card; does nothing if the section is there.
-
-    Args:
-        path: Model card, `README.md`; created if it does not exist.
-        texts: Paragraphs of the section.
-    """
+    """Adds a section of paragraphs on the watermark, and two tags, to a model card, which is created if missing."""
     card: Any = ModelCard.load(path) if path.is_file() else ModelCard("---\ntags: []\n---\n")
     card.data.tags = sorted({*(card.data.tags or []), "watermark", "peft-zoo"})
     section = "\n\n".join([WATERMARK_HEADING, *texts])

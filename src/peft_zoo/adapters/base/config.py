@@ -22,10 +22,10 @@ def option(default: Any, help_text: str) -> Any:
     """Returns a dataclass field with help text.
 
     Args:
-        default: Default value; a type such as `dict` is called to make a new value for each instance.
+        default: Default value; a callable such as `dict` is called to make a new value for each instance.
         help_text: One or two sentences for the docstring, the documentation page and `peft-zoo`.
     """
-    kind = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    kind = {"default_factory": default} if callable(default) else {"default": default}
     return field(**kind, metadata={"help": help_text})
 
 
@@ -135,11 +135,7 @@ class ZooConfig(MethodConfig, PeftConfig):
         return getattr(self, f"{self.method_name}_drop_path", 0.0)
 
     def for_module(self, module_name: str) -> ZooConfig:
-        """Returns the configuration for one module: values of patterns that match its name are filled in a copy.
-
-        Raises:
-            ValueError: If a value of a pattern is invalid for the field that it overrides.
-        """
+        """Returns the configuration for one module: validated values of patterns that match its name, in a copy."""
         changes = {}
         for pattern_name, target in self.patterns.items():
             pattern = getattr(self, pattern_name)

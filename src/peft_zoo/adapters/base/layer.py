@@ -224,17 +224,10 @@ class ZooLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the updates of adapters to the base weight, in fp32 and rounded once.
+        """Adds the updates of adapters, by default the active ones, to the base weight, in fp32 and rounded once.
 
         All merged adapters are added to the original weight, so merging them one after the other equals merging them
-        at once.
-
-        Args:
-            safe_merge: Whether to leave the weight unchanged and raise if the result is not finite.
-            adapter_names: Adapters to merge; default: the active ones.
-
-        Raises:
-            ValueError: With `safe_merge`, if the merged weight is not finite.
+        at once. With `safe_merge`, a result that is not finite raises a ValueError and leaves the weight unchanged.
         """
         names = self._here(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -249,7 +242,12 @@ class ZooLayer(nn.Module, BaseTunerLayer):
             broken = f"The adapter {', '.join(names)} seems to be broken"
             raise ValueError(f"NaNs detected in the merged weights. {broken}; the module is {self.path or 'unnamed'}.")
         if weight.dtype.itemsize < 4:
-            _note_rounding(type(self).__name__, weight.dtype)
+            note_once(
+                "%s: merging into %s weights rounds the update to their precision; small updates may vanish. "
+                "Keep the adapter unmerged, or merge into float32 weights, if that matters.",
+                type(self).__name__,
+                weight.dtype,
+            )
         snapshot.write(merged.to(weight.dtype))
         self._snapshot = snapshot
         self.merged_adapters.extend(names)
@@ -368,11 +366,6 @@ class ParameterTarget(ZooLayer):
 
 
 @functools.cache
-def _note_rounding(layer: str, dtype: torch.dtype) -> None:
-    """Logs once for each layer class and dtype that a 16-bit weight cannot hold a small update exactly."""
-    logger.warning(
-        "%s: merging into %s weights rounds the update to their precision; small updates may vanish. "
-        "Keep the adapter unmerged, or merge into float32 weights, if that matters.",
-        layer,
-        dtype,
-    )
+def note_once(message: str, *values: object) -> None:
+    """Logs a warning, once for each message and values."""
+    logger.warning(message, *values)

@@ -23,12 +23,7 @@ SUPPORTED = (
 
 
 class Layout(ABC):
-    """Layout of one kind of base layer.
-
-    Attributes:
-        out_features: Rows of ΔW.
-        in_features: Columns of ΔW.
-    """
+    """Layout of one kind of base layer; ΔW has `out_features` rows and `in_features` columns."""
 
     out_features: int
     in_features: int

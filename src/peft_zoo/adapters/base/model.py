@@ -35,11 +35,7 @@ class ZooModel(MethodTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Injects as peft does; if that fails, restores the model.
-
-        Raises:
-            ValueError: If a targeted module cannot be adapted, naming its path and type.
-        """
+        """Injects as peft does; if a module cannot be adapted, names its path in a ValueError and restores all."""
         with _restored_on_error(self, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_unused_patterns(self.peft_config[adapter_name])
@@ -137,11 +133,7 @@ class ZooModel(MethodTuner):
                 )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges as peft does; if one layer fails, restores the others.
-
-        Raises:
-            ValueError: With `safe_merge`, if a merged weight would not be finite.
-        """
+        """Merges as peft does; if one layer fails, as one with `safe_merge` may, restores the others."""
         before = {layer: list(layer.merged_adapters) for layer in self._zoo_layers()}
         try:
             super().merge_adapter(adapter_names, safe_merge)
@@ -173,11 +165,7 @@ class ZooModel(MethodTuner):
         return [module for module in self.modules() if isinstance(module, ZooLayer)]
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported: the update is not linear in its parameters.
-
-        Raises:
-            TypeError: Always, with the alternative.
-        """
+        """Raises a TypeError with the alternative: the update is not linear in its parameters."""
         raise TypeError(
             f"{type(self).__name__} cannot combine adapters into a weighted one, as its update is not linear in its "
             "parameters. Activate several adapters at once: `model.base_model.set_adapter([...])`; their updates add."

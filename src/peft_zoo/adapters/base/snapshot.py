@@ -12,16 +12,10 @@ if TYPE_CHECKING:
 
 
 class Snapshot:
-    """Saves the base weight of a layer, replaces it by a merged weight and restores it.
+    """Saves the base weight of a layer without merged adapters, replaces it by a merged weight and restores it.
 
     A plain weight is copied, and written in place so that references to it stay valid. A packed weight of a quantized
     layer is kept itself, since quantizing again would not give the same bits; backends replace it by a new one.
-
-    Args:
-        layer: Adapter layer without merged adapters.
-
-    Raises:
-        ValueError: If bitsandbytes has repacked a 4-bit weight so that it cannot be dequantized.
     """
 
     def __init__(self, layer: ZooLayer) -> None:
@@ -33,7 +27,12 @@ class Snapshot:
             base = layer.get_base_layer()
             is_computed = isinstance(getattr(type(base), "weight", None), property)  # NormalFloat stores codes instead
             self._packed: Any = None if is_computed else getattr(base, "weight", None)
-            _refuse_repacked(self._packed)
+            # A forward pass on a CPU with avx512bf16 repacks a 4-bit weight, which then no longer dequantizes.
+            if getattr(getattr(self._packed, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    "bitsandbytes has repacked the 4-bit weight for this CPU in an earlier forward pass, so it cannot "
+                    "be merged into. Add the adapter before the model's first forward pass."
+                )
             self._attributes = dict(getattr(self._packed, "__dict__", {}))
             self._state = copy.copy(getattr(base, "state", None))
 
@@ -69,12 +68,3 @@ class Snapshot:
             vars(self._packed).update(self._attributes)  # bitsandbytes marks the old weight as not quantized
         if self._state is not None:
             base.state = self._state
-
-
-def _refuse_repacked(weight: Any) -> None:
-    """Raises if a 4-bit weight was repacked by a forward pass on a CPU with avx512bf16: it no longer dequantizes."""
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        raise ValueError(
-            "bitsandbytes has repacked the 4-bit weight for this CPU in an earlier forward pass, so it cannot be "
-            "merged into. Add the adapter before the model's first forward pass."
-        )

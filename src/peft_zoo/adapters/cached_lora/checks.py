@@ -26,11 +26,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encod
 
 
 def denoiser_of(target: Any) -> nn.Module:
-    """Returns the module that predicts the noise, given a pipeline, a PeftModel or the module itself.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Returns the module that predicts the noise, given a pipeline, a PeftModel or the module itself."""
     if not isinstance(target, nn.Module):
         parts = [getattr(target, name, None) for name in DENOISERS]
         found = [part for part in parts if isinstance(part, nn.Module)]
@@ -73,14 +69,7 @@ def check_pipeline(pipe: Any) -> None:
 
 
 def scope_warnings(pipe: Any, denoiser: nn.Module, config: CachedLoraConfig, roles: Roles) -> Iterator[str]:
-    """Yields warnings about LoRAs of a pipeline that a composition does not control.
-
-    Args:
-        pipe: The pipeline, or None.
-        denoiser: The part of it that is composed.
-        config: The recipe.
-        roles: Its adapters by role.
-    """
+    """Yields warnings about LoRAs of a pipeline, or None, that a composition of its `denoiser` does not control."""
     encoders = [name for name in TEXT_ENCODERS if _has_lora(getattr(pipe, name, None))]
     if encoders and config.method != "w_switch" and set(roles.weights.values()) != {1.0}:
         yield (
@@ -97,12 +86,7 @@ def scope_warnings(pipe: Any, denoiser: nn.Module, config: CachedLoraConfig, rol
 
 
 def why_not_cacheable(denoiser: nn.Module, call: Mapping[str, Any]) -> str | None:
-    """Returns why features of one call of the denoiser cannot be cached, or None if they can.
-
-    Args:
-        denoiser: The module.
-        call: Arguments of the call by name.
-    """
+    """Returns why features of a call with these arguments by name cannot be cached, or None if they can."""
     residuals = [name for name in RESIDUALS if call.get(name) is not None]
     if residuals:
         return f"{residuals[0]} is given (ControlNet or T2I-Adapter), for blocks that a cached pass skips"

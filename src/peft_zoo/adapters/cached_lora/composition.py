@@ -25,23 +25,12 @@ from peft_zoo.common.checks import check_count
 
 
 class Composition:
-    """Context manager that runs a recipe on a denoiser; made by `compose`.
-
-    Args:
-        denoiser: Module whose forward predicts the noise.
-        config: The recipe; never changed.
-        scheduler: Scheduler, or an object whose attribute `scheduler` will be one when a generation begins; or None.
-        num_inference_steps: Number of calls of the denoiser in a generation; None if unknown.
-        pipe: Pipeline of the denoiser, or None.
+    """Context manager that runs a recipe on a denoiser; made by `compose`, whose arguments it takes.
 
     Attributes:
-        denoiser: The module.
-        config: The recipe.
+        scheduler: Scheduler, or an object whose attribute `scheduler` will be one when a generation begins; or None.
         layers: LoRA layers of the denoiser when it was last validated.
         adapters: Adapter names in the order in which they take turns.
-
-    Raises:
-        ValueError: If recipe and denoiser do not fit; the denoiser is left unchanged.
     """
 
     def __init__(
@@ -107,8 +96,7 @@ class Composition:
     def install(self) -> None:
         """Overrides the denoiser's forward; a composition installed before pauses until `uninstall`.
 
-        Raises:
-            ValueError: If this composition is installed already, or the denoiser does not fit any more.
+        Raises a ValueError if this composition is installed already, or the denoiser does not fit any more.
         """
         outer = installed_on(self.denoiser)
         if outer is self:

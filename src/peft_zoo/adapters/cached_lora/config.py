@@ -22,14 +22,7 @@ METHODS = (*MERGES, "switch", "w_switch", "composite", "cmlora")
 
 @dataclass(frozen=True)
 class Roles:
-    """Adapters of a recipe by role, with every name validated.
-
-    Attributes:
-        order: Adapter names in the order in which they take turns.
-        high: Adapters that may dominate before `phase_border`.
-        low: Adapters that may dominate after `phase_border`.
-        weights: Strength by adapter name.
-    """
+    """Validated adapters of a recipe: `order` of turns, dominant early (`high`) or late (`low`), `weights` by name."""
 
     order: tuple[str, ...]
     high: tuple[str, ...]
@@ -148,13 +141,9 @@ class CachedLoraConfig(MethodConfig, PeftConfig):
         self.cache_borders = (float(self.cache_borders[0]), float(self.cache_borders[1]))
 
     def roles(self, available: Sequence[str]) -> Roles:
-        """Resolves the recipe for the adapters of a denoiser.
+        """Resolves the recipe for the names of the LoRAs on a denoiser.
 
-        Args:
-            available: Names of the LoRAs on the denoiser.
-
-        Raises:
-            ValueError: If the recipe names a missing adapter, repeats a name, or omits one from `order` or `profile`.
+        Raises a ValueError if it names a missing adapter, repeats a name, or omits one from `order` or `profile`.
         """
         names = list(self.adapters or available)
         self._check_names("adapters", names, available)
@@ -227,10 +216,6 @@ def _is_number_dict(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(map(is_number, value.values())))
 
 
-def _is_order(value: Any) -> bool:
-    return value in ("given", "profile") or (_is_names(value) and len(value) > 0)
-
-
 def _is_borders(value: Any) -> bool:
     pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
     return pair and 0 <= value[0] <= value[1] <= 1
@@ -246,7 +231,10 @@ _FLAG = (lambda value: type(value) is bool, "use True or False")
 #: Whether a value of a field is valid, and how to fix one that is not.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "method": (lambda value: value in METHODS, f"use one of {', '.join(METHODS)}"),
-    "order": (_is_order, "use 'given', 'profile' or a list of adapter names"),
+    "order": (
+        lambda value: value in ("given", "profile") or (_is_names(value) and len(value) > 0),
+        "use 'given', 'profile' or a list of adapter names",
+    ),
     "high": _NAMES,
     "low": _NAMES,
     "weights": (_is_number_dict, "use a number for each adapter; for scales by block call pipe.set_adapters()"),

@@ -49,14 +49,7 @@ class FeatureCache:
 
 
 class UnetFeatureCache(FeatureCache):
-    """Feature cache of a `UNet2DConditionModel` or `UNet2DModel`.
-
-    Args:
-        unet: The model.
-
-    Raises:
-        NotImplementedError: If the blocks are not connected in the usual way.
-    """
+    """Feature cache of a UNet; raises NotImplementedError if the blocks are not connected in the usual way."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -96,13 +89,9 @@ class UnetFeatureCache(FeatureCache):
 
 
 class TransformerFeatureCache(FeatureCache):
-    """Feature cache of a diffusion transformer in diffusers' block registry.
+    """Feature cache of a diffusion transformer.
 
-    Args:
-        transformer: The model.
-
-    Raises:
-        NotImplementedError: If it has fewer than two blocks, or blocks that diffusers' registry lacks.
+    Raises NotImplementedError if it has fewer than two blocks, or blocks that diffusers' registry lacks.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -149,12 +138,7 @@ class TransformerFeatureCache(FeatureCache):
 
 
 class _BlockOutput:
-    """Where a transformer block takes and returns image tokens and, if it does, text tokens.
-
-    Args:
-        metadata: Entry of diffusers' registry for the block's class.
-        block: The block.
-    """
+    """Where a transformer block takes and returns image and text tokens, from its entry in diffusers' registry."""
 
     def __init__(self, metadata: Any, block: nn.Module) -> None:
         self.image, self.text = metadata.return_hidden_states_index, metadata.return_encoder_hidden_states_index
@@ -191,11 +175,7 @@ def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def feature_cache_for(denoiser: nn.Module) -> FeatureCache:
-    """Returns the feature cache of a denoiser.
-
-    Raises:
-        NotImplementedError: If its architecture cannot be cached, with the reason.
-    """
+    """Returns the feature cache of a denoiser; raises NotImplementedError, with the reason, if there is none."""
     from diffusers import UNet2DConditionModel, UNet2DModel
 
     if isinstance(denoiser, (UNet2DConditionModel, UNet2DModel)):

@@ -15,18 +15,11 @@ from torch import nn
 
 
 class AdapterLayers:
-    """All LoRA layers of a denoiser.
-
-    Args:
-        denoiser: Module with LoRAs from `load_lora_weights`, `load_lora_adapter`, `add_adapter` or peft.
+    """All LoRA layers of a denoiser; raises a ValueError if there are none, or if they cannot be composed.
 
     Attributes:
-        layers: The LoRA layers.
         ranks: Each layer with the rank of each of its adapters; equal lists mean passes of equal cost.
         names: Names of the adapters.
-
-    Raises:
-        ValueError: If there is no LoRA, if one is fused, or if one replaces whole modules (`modules_to_save`).
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -58,11 +51,7 @@ class AdapterLayers:
         return [name for name in names if any(layer.use_dora.get(name) for layer in self.layers)]
 
     def norms(self, names: Sequence[str]) -> dict[str, float]:
-        """Returns the Frobenius norm of each adapter's update over all layers, scale included.
-
-        Raises:
-            ValueError: If an adapter's update is zero.
-        """
+        """Returns the Frobenius norm of each adapter's update over all layers, scale included; none may be zero."""
         found = {}
         for name in names:
             found[name] = sum(_squared_norm(layer, name) for layer in self.layers if name in layer.scaling) ** 0.5
@@ -92,10 +81,7 @@ class AdapterLayers:
     def activated(self, names: Sequence[str], together: bool) -> Iterator[None]:
         """Activates exactly these adapters.
 
-        Args:
-            names: Adapter names.
-            together: True applies all of them to every row of the batch; False applies each to its own equal part, in
-                the order of `names`.
+        `together` applies all of them to every row of the batch, otherwise each to its own equal part, in order.
         """
         for layer in self.layers:
             layer._active_adapter = list(names)  # peft's set_adapter would also make them trainable
@@ -145,14 +131,10 @@ def lora_names(model: nn.Module) -> list[str]:
 
 
 def load_adapters(model: nn.Module, adapters: Mapping[str, str | None]) -> None:
-    """Loads LoRAs for inference, from peft folders and repositories or from files in diffusers' format.
+    """Loads LoRAs for inference from peft folders, repositories or files in diffusers' format, by adapter name.
 
-    Args:
-        model: Denoiser, changed in place and put into evaluation mode.
-        adapters: Path or Hub id by adapter name; None for a LoRA that is loaded already.
-
-    Raises:
-        ValueError: If a name is taken or a source holds no LoRA for this model; names the adapter and its source.
+    None stands for a LoRA that is loaded already. The model is put into evaluation mode. Raises a ValueError if a name
+    is taken or a source holds no LoRA for this model.
     """
     wanted = {name: source for name, source in adapters.items() if source is not None}
     taken = [name for name in lora_names(model) if name in wanted]
@@ -180,8 +162,7 @@ def remove_adapters(model: nn.Module, keep: Collection[str]) -> None:
         for name in set(layer.scaling) - set(keep):
             layer.delete_adapter(name)
         if not layer.scaling:
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+            model.set_submodule(path, layer.get_base_layer())
     configs = vars(model).get("peft_config", {})
     for name in set(configs) - set(keep):
         del configs[name]

@@ -25,18 +25,11 @@ from peft_zoo.adapters.cached_lora.layers import load_adapters, lora_names, remo
 class CachedLoraModel(BaseTuner):
     """Loads the LoRAs of a recipe onto a denoiser and composes them in every forward until `unload`.
 
-    The recipe has no weights: everything that peft does with weights raises NotImplementedError.
-
-    Args:
-        model: Denoiser, changed in place.
-        peft_config: The recipe, alone or in a dict by adapter name.
-        adapter_name: Name of the recipe in this model.
+    The recipe has no weights: everything that peft does with weights raises NotImplementedError. If an adapter is not a
+    LoRA or the recipe does not fit, raises a ValueError and leaves the denoiser unchanged.
 
     Attributes:
         composition: The running composition; `compose(model, scheduler=...)` runs the same recipe with a scheduler.
-
-    Raises:
-        ValueError: If an adapter is not a LoRA or the recipe does not fit the denoiser, which is left unchanged.
     """
 
     prefix = "zoo_cached_lora_"
@@ -65,11 +58,7 @@ class CachedLoraModel(BaseTuner):
         """Does nothing: the only recipe is always active, and it decides which LoRAs are."""
 
     def unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Stands for every method of peft that creates, merges or deletes weights.
-
-        Raises:
-            NotImplementedError: Always, with what to call instead.
-        """
+        """Raises NotImplementedError, for every method of peft that creates, merges or deletes weights."""
         raise NotImplementedError(
             "CachedLoraModel: a recipe has no weights to create, merge or delete. To merge, load the LoRAs themselves "
             "and call add_weighted_adapter() or pipe.fuse_lora(); to run another recipe call compose(); to remove this "

@@ -39,14 +39,7 @@ class PassStats:
 
 
 class Passes:
-    """Runs plans and keeps the features of their passes.
-
-    Args:
-        config: The recipe.
-        layers: LoRA layers of the denoiser.
-        cache: Hooks that store and replay deep features; None disables caching.
-        num_adapters: Number of adapters in the recipe.
-    """
+    """Runs plans and keeps the features of their passes; without a `cache`, nothing is cached."""
 
     def __init__(
         self, config: CachedLoraConfig, layers: AdapterLayers, cache: FeatureCache | None, num_adapters: int
@@ -65,15 +58,8 @@ class Passes:
     ) -> tuple[Any, PassStats]:
         """Runs the passes of one call of the denoiser.
 
-        Args:
-            forward: The denoiser's own forward.
-            arguments: Its arguments by name; the first is the noisy sample.
-            info: Context and step of the call.
-            plan: Weights of the adapters and those that must run in full.
-            caching: Whether features may be stored and reused.
-
-        Returns:
-            The denoiser's output with the weighted sum as its noise prediction, and statistics of the passes.
+        `forward` is the denoiser's own; the first of its arguments is the noisy sample. Returns its output, with the
+        weighted sum as the noise prediction, and statistics. `caching`: whether features may be stored and reused.
         """
         ages = self._ages(info, plan) if caching else {}
         stats = PassStats({name: "cached" if name in ages else "full" for name in plan.weights}, ages)
@@ -122,7 +108,8 @@ class Passes:
             if self.cache is None:
                 return self._counted(key, run)
             if mode == "replay":
-                self.cache.features = _concatenated([self._features[info.context, name][0] for name in names])
+                held = zip(*(self._features[info.context, name][0] for name in names), strict=True)
+                self.cache.features = tuple(None if parts[0] is None else torch.cat(parts) for parts in held)
             self.cache.mode = mode
             try:
                 result = self._counted(key, run)
@@ -140,8 +127,9 @@ class Passes:
             self.forget()
             self.too_large = f"the features of {self.num_adapters} adapters exceed {MOST_BYTES / 2**30:.3g} GiB"
             return
-        for name, part in zip(names, _split(features, len(names)), strict=True):
-            self._features[info.context, name] = part, info.step
+        parts: Iterator[Any] = ([None] * len(names) if one is None else one.chunk(len(names)) for one in features)
+        for name, *own in zip(names, *parts, strict=True):
+            self._features[info.context, name] = tuple(own), info.step
 
     def _counted(self, key: Any, run: Callable[[], Output]) -> tuple[Output, int]:
         """Calls `run`; counts multiply-accumulates only the first time for each key, because counting is slow."""
@@ -151,17 +139,6 @@ class Passes:
             output = run()
         self.macs[key] = counter.get_total_flops() // 2
         return output, self.macs[key]
-
-
-def _concatenated(features: list[Features]) -> Features:
-    """Concatenates the features of several adapters along the batch."""
-    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*features, strict=True))
-
-
-def _split(features: Features, times: int) -> list[Features]:
-    """Splits the features of a batch into those of its adapters; the inverse of `_concatenated`."""
-    parts = [[None] * times if feature is None else feature.chunk(times) for feature in features]
-    return list(zip(*parts, strict=True))
 
 
 # ---- arguments and outputs of the denoiser ----
@@ -183,9 +160,6 @@ def noise_level(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[floa
     """Returns the timestep of a call, and whether the call has several.
 
     Video models can have one timestep per token or frame; conditioning tokens have 0, and the largest one counts.
-
-    Raises:
-        ValueError: If the call has no timestep.
     """
     timestep = next((arguments[name] for name in TIMESTEP_NAMES if arguments.get(name) is not None), None)
     if timestep is None:
@@ -211,11 +185,7 @@ def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
 
 
 def sample_spec(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Returns shape, dtype and device of the noisy sample, the first argument; features fit samples of equal spec.
-
-    Raises:
-        ValueError: If the sample is not a tensor (Z-Image takes lists).
-    """
+    """Returns shape, dtype and device of the noisy sample, the first argument; features fit samples of equal spec."""
     sample = next(iter(arguments.values()))
     if not isinstance(sample, Tensor):
         raise ValueError(f"the denoiser takes samples in a {type(sample).__name__}: only tensors can be composed.")
@@ -223,11 +193,7 @@ def sample_spec(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def prediction_of(output: Any) -> Tensor:
-    """Returns the noise prediction in a denoiser's output.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Returns the noise prediction in a denoiser's output; raises a ValueError if there is none."""
     found = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
     if not isinstance(found, Tensor):
         raise ValueError(f"the denoiser returns a {type(output).__name__} without a tensor: it cannot be composed.")

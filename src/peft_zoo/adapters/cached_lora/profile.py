@@ -195,10 +195,7 @@ def _measure(
 
 
 def power(change: Tensor) -> Tensor:
-    """Returns the power spectrum `(H, W)` of a change `(..., H, W)`, averaged over batch and channels.
-
-    It is in float32 on the CPU, with frequency 0 at `(H // 2, W // 2)`.
-    """
+    """Returns the power spectrum `(H, W)` of a change `(..., H, W)`, averaged and with frequency 0 in the centre."""
     spectrum = torch.fft.fftshift(torch.fft.fft2(change.float()), dim=(-2, -1))
     return spectrum.abs().square().flatten(0, -3).mean(0).cpu()
 
@@ -220,11 +217,7 @@ def radial(power: Tensor) -> Tensor:
 
 
 def _as_image(change: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Returns a change of tokens `(B, L, C)` as `(B, C, H, W)`; a change of images or videos stays as it is.
-
-    Raises:
-        ValueError: If the tokens do not fill a rectangle that `img_ids` gives, or a square.
-    """
+    """Returns a change of tokens `(B, L, C)` of an image as `(B, C, H, W)`; other changes stay as they are."""
     if change.ndim > 3:
         return change
     positions = arguments.get("img_ids")

@@ -24,13 +24,9 @@ from peft_zoo.adapters.cached_lora.config import MERGES, CachedLoraConfig, Roles
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of one step.
+    """Plan of one step: the weights of the adapters that run, and the `dominant` one if the method has one.
 
-    Attributes:
-        weights: Factor of each adapter's noise prediction; adapters without one do not run.
-        dominant: Name of the adapter with the largest weight, if the method has one.
-        refresh: Names of the adapters that must run in full.
-        together: Whether all adapters are active in one forward pass; the weights are then 1.
+    Adapters in `refresh` must run in full. `together` activates all in one forward pass; the weights are then 1.
     """
 
     weights: dict[str, float]
@@ -40,12 +36,7 @@ class Plan:
 
 
 class Planner:
-    """Plans the steps of one generation, in order.
-
-    Args:
-        config: The recipe.
-        roles: Its adapters by role.
-    """
+    """Plans the steps of one generation, in order."""
 
     def __init__(self, config: CachedLoraConfig, roles: Roles) -> None:
         self.config, self.roles = config, roles
@@ -56,12 +47,7 @@ class Planner:
         self._zone, self._zone_start = -1, 0
 
     def plan(self, step: int, progress: float) -> Plan:
-        """Returns the plan of the next step.
-
-        Args:
-            step: Index of the step, from 0.
-            progress: Completed share of the generation, in [0, 1).
-        """
+        """Returns the plan of step `step`, from 0, at `progress` in [0, 1) of the generation."""
         order = self.roles.order
         if self.config.method in MERGES:
             return Plan(dict.fromkeys(order, 1.0), together=True)

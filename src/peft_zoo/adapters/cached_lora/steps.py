@@ -54,12 +54,7 @@ class Clock:
 
     A generation begins when the scheduler has new timesteps, or when a context gets a sample of another shape, dtype or
     device. Otherwise it begins where the timesteps change direction: they fall for most models, and rise for some
-    (Lumina, Mochi) and in every inversion; the first two that differ decide.
-
-    Attributes:
-        first: First timestep of the generation.
-        last: Timestep of the last call.
-        rising: Whether timesteps rise; None until that is known.
+    (Lumina, Mochi) and in every inversion; the first two that differ decide. `rising` is None until that is known.
     """
 
     def __init__(self) -> None:
@@ -83,12 +78,8 @@ class Clock:
     ) -> StepInfo:
         """Counts a call and returns its place in the generation.
 
-        Args:
-            timestep: Timestep that the denoiser is called with.
-            name: Name of the context, None if the pipeline gives none.
-            spec: Shape, dtype and device of the sample.
-            schedule: The scheduler's timesteps, an object that is replaced for each generation; None without scheduler.
-            steps: Number of calls of one context in a generation, None if unknown.
+        `name` is None if the pipeline gives none; `spec` is shape, dtype and device of the sample; `schedule` an object
+        that is replaced for each generation, or None; `steps` the number of calls of one context, if known.
         """
         if schedule is not self._schedule:
             self.reset()
@@ -136,12 +127,7 @@ class Clock:
         return str(self._branch)
 
     def progress(self, step: int, total: int | None) -> float:
-        """Returns the completed share of the generation.
-
-        Args:
-            step: Index of the step.
-            total: Number of steps; None reads the share off the timesteps, assuming even spacing.
-        """
+        """Returns the completed share; without a `total` it is read off the timesteps, assuming even spacing."""
         if total:
             share = step / total
         else:
@@ -154,12 +140,7 @@ def remaining_steps(timesteps: list[float], first: float, rising: bool | None = 
     """Returns how many of a scheduler's timesteps belong to a generation that begins with the timestep `first`.
 
     Image-to-image begins later than the first timestep. Some pipelines divide timesteps by 1000, and some subtract them
-    from the largest.
-
-    Args:
-        timesteps: Timesteps of the scheduler; an empty list gives None.
-        first: First timestep that the denoiser was called with.
-        rising: Whether the denoiser's timesteps rise; None if unknown.
+    from the largest. `rising` says whether those of the denoiser rise, if known. No timesteps give None.
     """
     if not timesteps:
         return None

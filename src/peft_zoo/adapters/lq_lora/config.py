@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 from peft_zoo.adapters.base import Conformance, ZooLoraConfig, option
@@ -36,11 +36,7 @@ DECOMPOSE_CHOICES = {
 
 
 def nf_config(value: Any) -> NFConfig:
-    """Returns the `NFConfig` of a preset name or of five values, as files hold it.
-
-    Raises:
-        ValueError: If the value is neither.
-    """
+    """Returns the `NFConfig` of a preset name or of five values, as files hold it; other values raise a ValueError."""
     if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 5:
@@ -51,10 +47,6 @@ def nf_config(value: Any) -> NFConfig:
     config = NFConfig(*value)
     config.check()
     return config
-
-
-def _default_qconfig() -> list[int | str]:
-    return [4, 4, "bf16", 32, 256]
 
 
 @dataclass
@@ -98,12 +90,10 @@ class LqLoraConfig(ZooLoraConfig):
     budget_scope: str = option(
         "base", "Weights that the budget counts: 'base', or 'base+lora' with A and B in 16 bits."
     )
-    qconfig: str | list[int | str] = field(
-        default_factory=_default_qconfig,
-        metadata={
-            "help": "Quantization config without a budget: 'nf3', 'nf4', or [bits, scale bits, dtype of group scales, "
-            "block size, blocks per group]."
-        },
+    qconfig: str | list[int | str] = option(
+        lambda: [4, 4, "bf16", 32, 256],
+        "Quantization config without a budget: 'nf3', 'nf4', or [bits, scale bits, dtype of group scales, "
+        "block size, blocks per group].",
     )
     qconfig_grid: str | list[str | list[int | str]] = option(
         "default60", "Quantization configs that a budget chooses from: 'default60', 'paper243', 'full432' or a list."
@@ -166,22 +156,13 @@ class LqLoraConfig(ZooLoraConfig):
         self._normalize_qconfigs()
 
     def check_save_base(self) -> None:
-        """Validates `save_base`, also after the field was changed.
-
-        Raises:
-            ValueError: If `save_base="none"` and the decomposition used importance weights.
-        """
+        """Raises a ValueError if `save_base` does not fit, also after the field was changed."""
         valid = self.save_base != "none" or self.weighting == "none"
         self.require(valid, "save_base", "loading could not repeat a decomposition with weighting: use 'quantized'")
 
     def _check_numbers(self) -> None:
-        for name, least in (
-            ("r", 1),
-            ("num_iterations", 1),
-            ("table_iterations", 1),
-            ("oversampling", 0),
-            ("niter", 0),
-        ):
+        least_values = {"r": 1, "num_iterations": 1, "table_iterations": 1, "oversampling": 0, "niter": 0}
+        for name, least in least_values.items():
             value = getattr(self, name)
             self.require(type(value) is int and value >= least, name, f"use an integer of at least {least}")
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
@@ -232,11 +213,7 @@ class LqLoraConfig(ZooLoraConfig):
         return GRIDS[grid] if isinstance(grid, str) else tuple(map(nf_config, grid))
 
     def decompose_options(self, iterations: int | None = None) -> DecomposeOptions:
-        """Returns the options of the decomposition.
-
-        Args:
-            iterations: Largest number of iterations; `num_iterations` by default.
-        """
+        """Returns the options of the decomposition, with at most `iterations` (default `num_iterations`)."""
         return DecomposeOptions(
             iterations=iterations or self.num_iterations,
             tolerance=self.tol,

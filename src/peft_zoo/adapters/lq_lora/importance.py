@@ -89,13 +89,7 @@ def svd_weights_and_metric(
 ) -> tuple[list[Diagonals], Diagonals | None]:
     """Returns the diagonals to try for the SVD of a layer, and those that its error is measured with.
 
-    Args:
-        config: Selects the weighting and the heuristic.
-        name: Name of the module, for the error.
-        importance: Importance weights of the module; None if it has none.
-
-    Raises:
-        ValueError: If the configuration needs importance weights and there are none.
+    Raises a ValueError if the configuration needs importance weights and there are none.
     """
     if config.weighting == "none":
         return [(None, None)], None

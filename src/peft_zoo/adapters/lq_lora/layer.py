@@ -142,12 +142,7 @@ class LqLinear(LoraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replaces the base layer by a floating-point one with the adapters merged, in the dtype before quantization.
 
-        Args:
-            safe_merge: Whether to raise an error if a merged weight is not finite.
-            adapter_names: Adapters to merge; the active ones by default.
-
-        Raises:
-            ValueError: If `safe_merge` is set and a weight is not finite; the layer is unchanged.
+        With `safe_merge`, a weight that is not finite raises a ValueError and leaves the layer unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -35,12 +35,6 @@ from peft_zoo.adapters.lq_lora.importance import prepared_importance
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear, detach_initial_factors, empty_nf_linear
 from peft_zoo.adapters.lq_lora.plan import QuantizationPlan, plan
-from peft_zoo.adapters.lq_lora.residual_warnings import (
-    warn_several_active,
-    warn_untargeted,
-    warn_weight_sum,
-    warn_without_adapter,
-)
 from peft_zoo.adapters.lq_lora.state import DIGEST, PREFIX, base_hash, check_names, check_saved, digest_of, rebuild
 from peft_zoo.adapters.lq_lora.targets import outside_adapters, refuse_quantized
 from peft_zoo.kernels.normal_float.quantize import NFConfig
@@ -79,7 +73,7 @@ class LqLoraModel(ZooLoraModel):
                     "it onto its own base model."
                 )
         if others:
-            warn_untargeted(dict(_layers(self.model)), present.keys() - digests.keys())
+            _warn_untargeted(dict(_layers(self.model)), present.keys() - digests.keys())
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Plans the quantization, or repeats a saved one, before any layer is changed."""
@@ -98,7 +92,7 @@ class LqLoraModel(ZooLoraModel):
             # Other adapters need the quantized weights as they are: a further adapter quantizes nothing.
             expanded = expand_all_linear(copy.copy(peft_config), model)
             own = {name: layer for name, layer in layers.items() if self._check_target_module_exists(expanded, name)}
-            warn_untargeted(layers, layers.keys() - own.keys())
+            _warn_untargeted(layers, layers.keys() - own.keys())
             peft_config.qconfig_map = {name: list(layer.quantized.config) for name, layer in own.items()}
             peft_config.keep_init = _keep_init(own.values())
 
@@ -209,12 +203,12 @@ class LqLoraModel(ZooLoraModel):
 
     def disable_adapter_layers(self) -> None:
         """Disables as peft does; warns if the result is not the base model."""
-        warn_without_adapter(dict(_layers(self.model)))
+        _warn_without_adapter(self.model)
         super().disable_adapter_layers()
 
     def unload(self) -> nn.Module:
         """Unloads as peft does; warns if the result is not the base model."""
-        warn_without_adapter(dict(_layers(self.model)))
+        _warn_without_adapter(self.model)
         return super().unload()
 
     # ---- several adapters ----
@@ -222,14 +216,19 @@ class LqLoraModel(ZooLoraModel):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates as peft does; warns if several adapters would add the low-rank part of the base several times."""
         super().set_adapter(adapter_name, inference_mode)
-        warn_several_active(dict(_layers(self.model)))
+        _warn_several_active(self.model)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], *args: Any, **kwargs: Any) -> None:
         """Combines as peft does; warns if the sum contains the low-rank part of the base more or less than once."""
         with warnings.catch_warnings():  # the values it starts from are overwritten at once
             warnings.filterwarnings("ignore", message="Without keep_init=True the initial factors")
             super().add_weighted_adapter(adapters, weights, *args, **kwargs)
-        warn_weight_sum(dict(_layers(self.model)), weights)
+        if any(_layers(self.model)) and abs(sum(weights) - 1) > 1e-6:
+            warnings.warn(
+                f"weights={weights!r}: each adapter contains the low-rank part of the base weights, so the new one has "
+                f"it {sum(weights):g} times; give weights that add up to 1.",
+                stacklevel=2,
+            )
 
     # ---- files ----
 
@@ -258,11 +257,7 @@ class LqLoraModel(ZooLoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Maps the keys as a LoRA does, after checking the quantized weights against the configuration.
-
-        Raises:
-            ValueError: If one is missing or has another checksum.
-        """
+        """Maps the keys as a LoRA does, after checking the quantized weights against the configuration."""
         state_dict = dict(state_dict)
         layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.lora_A}
         check_names(config, layers)
@@ -287,3 +282,40 @@ def _without_adapter(model: nn.Module) -> Iterator[tuple[str, NFLinear]]:
 def _keep_init(layers: Iterable[LqLinear]) -> bool | str:
     """Returns the `keep_init` that the first adapter has set for the layers."""
     return next((form for layer in layers if (form := layer.quantized.keep_init)), False)
+
+
+# ---- warnings: without `keep_init`, the low-rank part of the base weight is in the adapters only ----
+
+
+def _warn_without_adapter(model: nn.Module) -> None:
+    """Warns that a model without its adapter is not the base model."""
+    if not all(layer.quantized.keep_init for _, layer in _layers(model)):
+        warnings.warn(
+            "An LQ-LoRA adapter contains the low-rank part of the base weights, which is missing without the adapter; "
+            "create it with keep_init=True to keep that part in the base layers, or merge the adapter.",
+            stacklevel=3,
+        )
+
+
+def _warn_untargeted(layers: Mapping[str, LqLinear], untargeted: Iterable[str]) -> None:
+    """Warns that a further adapter does not target some quantized layers."""
+    names = sorted(name for name in untargeted if not layers[name].quantized.keep_init)
+    if names:
+        warnings.warn(
+            f"{names[0]} (and {len(names) - 1} more) is quantized but not targeted by the new adapter; its low-rank "
+            "part is missing while only that adapter is active. Target it too, or create the first adapter with "
+            "keep_init=True.",
+            stacklevel=3,
+        )
+
+
+def _warn_several_active(model: nn.Module) -> None:
+    """Warns that several adapters are active, each of which contains the low-rank part."""
+    for name, layer in _layers(model):
+        if not layer.quantized.keep_init and sum(active in layer.lora_A for active in layer.active_adapters) > 1:
+            warnings.warn(
+                f"{name}: each active adapter contains the low-rank part of the base weight, so their sum contains it "
+                "several times. Create the first adapter with keep_init=True.",
+                stacklevel=3,
+            )
+            return

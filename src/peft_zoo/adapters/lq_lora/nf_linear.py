@@ -134,11 +134,7 @@ class NFLinear(nn.Linear):
                 yield name, getattr(self, name)
 
     def verify_checksum(self) -> None:
-        """Checks Q against `expected_sha256` before its first use, since other libraries load state dicts unchecked.
-
-        Raises:
-            ValueError: If no file has brought Q, or the checksum differs.
-        """
+        """Raises a ValueError unless Q, at its first use, is what `expected_sha256` says: loaders do not check it."""
         if self.expected_sha256 is None or torch.compiler.is_compiling():
             return
         if sha256(self.packed) != self.expected_sha256:
@@ -160,16 +156,9 @@ class NFLinear(nn.Linear):
         return nf_merge(self.packed, self.config, A, B, dtype=self.dtype)
 
     def forward(self, x: Tensor, A: Tensor | None = None, B: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-        """Returns `x Q^T + b`, plus `scaling x A^T B^T` if factors are given, in one operator (`nf_linear`).
+        """Returns `x Q^T + b` `(..., out)` in the dtype of `x` `(..., in)`, plus `scaling x A^T B^T`, in one operator.
 
-        Args:
-            x: Input `(..., in)`.
-            A: Factor `(r, in)`; without A and B, a layer with `use_initial` adds its initial factors.
-            B: Factor `(out, r)`.
-            scaling: Scale of the low-rank product.
-
-        Returns:
-            Output `(..., out)` in the dtype of `x`.
+        Without A `(r, in)` and B `(out, r)`, a layer with `use_initial` adds its initial factors instead.
         """
         self.verify_checksum()
         if A is None and B is None and self.use_initial:

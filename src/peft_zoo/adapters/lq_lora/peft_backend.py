@@ -9,6 +9,7 @@ was trained, and unmerging restores it.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,21 +44,15 @@ class NFBackend(QuantizationBackend):
     backend_name = "nfk"
 
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
-        """Returns the weight `(out, in)` that a layer multiplies with, rounded once.
-
-        Args:
-            base_layer: An `NFLinear`, or the floating-point layer that replaces it while an adapter is merged.
-        """
+        """Returns the weight `(out, in)` of an `NFLinear`, rounded once, or of the layer that merging puts there."""
         if isinstance(base_layer, NFLinear):
             return floating_weight(base_layer)
         return weight_matrix(base_layer).data
 
     def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
-        """Replaces the quantized layer by a floating-point one, or restores it once no adapter is merged.
+        """Replaces the quantized layer by a floating-point one with a weight `(out, in)`.
 
-        Args:
-            peft_layer: The adapter layer.
-            weight_data: Weight `(out, in)`.
+        Once no adapter is merged, the quantized layer is restored instead.
         """
         owner = innermost(peft_layer)
         base = owner.base_layer
@@ -140,12 +135,7 @@ class NFLoraLinear(LoraLinear):
 
 
 def floating_weight(layer: NFLinear, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the weight `(out, in)` that a layer multiplies with, rounded once.
-
-    Args:
-        layer: The quantized layer.
-        dtype: Dtype of the result; that of the weight before quantization by default.
-    """
+    """Returns the weight `(out, in)` that a layer multiplies with, rounded once, by default in its first dtype."""
     dtype = dtype or layer.dtype
     factors = layer.initial if layer.use_initial else None
     if factors is None:
@@ -155,16 +145,11 @@ def floating_weight(layer: NFLinear, dtype: torch.dtype | None = None) -> Tensor
 
 
 def dequantize_model(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Replaces the quantized layers of a model by floating-point ones.
+    """Replaces the quantized layers of a model by floating-point ones, by default in their first dtype.
 
-    Args:
-        model: The model; changed in place.
-        dtype: Dtype of the weights; that before quantization by default.
-
-    Raises:
-        ValueError: If one of the layers has an adapter; the model is unchanged.
+    Raises a ValueError if one of the layers has an adapter; the model is unchanged then.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, NFLinear)}
+    layers = quantized_layers(model)
     adapted = next((name for name in layers if name.endswith(".base_layer")), None)
     if adapted is not None:
         raise ValueError(f"{adapted}: has an adapter; unload or merge the adapter before `.dequantize()`.")
@@ -173,12 +158,12 @@ def dequantize_model(model: Model, dtype: torch.dtype | None = None) -> Model:
     return model
 
 
+def quantized_layers(model: nn.Module) -> dict[str, NFLinear]:
+    """Returns every quantized layer by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NFLinear)}
+
+
 # ---- handlers for functions of peft ----
-
-
-def _quantization_backend(layer: Any, **kwargs: Any) -> QuantizationBackend | None:
-    """Handles methods of peft that read and write the weight through a backend."""
-    return NFBackend() if isinstance(layer, NFLinear) else None
 
 
 def _lora_layer(target: Any, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
@@ -187,11 +172,6 @@ def _lora_layer(target: Any, adapter_name: str, config: LoraConfig, **kwargs: An
     if not isinstance(base, NFLinear) or kwargs.get("parameter_name") is not None:
         return None
     return NFLoraLinear(target, adapter_name, config, **kwargs)
-
-
-def _dequantized_weight(layer: Any) -> Tensor | None:
-    """Handles variants of LoRA such as DoRA, which read the weight."""
-    return floating_weight(layer) if isinstance(layer, NFLinear) else None
 
 
 def _check_merge(tuner: BaseTuner) -> None:
@@ -215,7 +195,7 @@ def _check_new_adapter(tuner: BaseTuner, config: Any) -> None:
         what = f"init_lora_weights={init!r}"
     else:
         return
-    names = (_name_in_base(name) for name, module in tuner.model.named_modules() if isinstance(module, NFLinear))
+    names = (re.sub(r"(\.base_layer)+$", "", name) for name in quantized_layers(tuner.model))
     anywhere = config.target_modules in (None, "all-linear")
     name = next((name for name in names if anywhere or check_target_module_exists(config, name)), None)
     if name is not None:
@@ -228,7 +208,7 @@ def _check_new_adapter(tuner: BaseTuner, config: Any) -> None:
 def _check_modules_to_save(model: nn.Module, config: Any) -> None:
     """Refuses to train a copy of a quantized layer: packed codes have no gradient."""
     saved = tuple(getattr(config, "modules_to_save", None) or ())
-    name = next((n for n, module in model.named_modules() if n.endswith(saved) and isinstance(module, NFLinear)), None)
+    name = next((name for name in quantized_layers(model) if name.endswith(saved)), None)
     if name is not None:
         raise ValueError(
             f"modules_to_save={[*saved]}: {name} is quantized and cannot be trained; leave it out, or call the model's "
@@ -236,18 +216,12 @@ def _check_modules_to_save(model: nn.Module, config: Any) -> None:
         )
 
 
-def _name_in_base(name: str) -> str:
-    """Returns the name that a layer has in the model without adapters."""
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return name
-
-
 peft_patches.set_handlers(
     {
-        "resolve_quantization_backend": _quantization_backend,
+        "resolve_quantization_backend": lambda layer, **_: NFBackend() if isinstance(layer, NFLinear) else None,
         "dispatch_default": _lora_layer,
-        "dequantize_module_weight": _dequantized_weight,
+        # Variants of LoRA such as DoRA read the weight.
+        "dequantize_module_weight": lambda layer: floating_weight(layer) if isinstance(layer, NFLinear) else None,
         "BaseTuner._check_new_adapter_config": _check_new_adapter,
         "BaseTuner._check_merge_allowed": _check_merge,
     }

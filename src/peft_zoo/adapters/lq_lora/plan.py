@@ -28,12 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """Quantization config and rank of the target layers of one model.
-
-    Attributes:
-        configs: Quantization config by module name; None for a layer that stays unquantized.
-        ranks: Rank by module name, of the layers whose ranks were chosen together with their bits.
-    """
+    """Quantization config by module name, None for unquantized layers, and the ranks that were chosen with the bits."""
 
     configs: Mapping[str, NFConfig | None] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -50,16 +45,9 @@ class QuantizationPlan:
 def plan(
     config: LqLoraConfig, model: nn.Module, targeted: Targeted, importance: Importance | None = None
 ) -> QuantizationPlan:
-    """Plans the quantization of a model.
+    """Plans the quantization of a base model, which stays unchanged; `targeted` is peft's rule for target modules.
 
-    Args:
-        config: Budget, grid, ranks and target modules; unchanged.
-        model: The base model; unchanged.
-        targeted: peft's rule for target modules.
-        importance: Importance weights by module name, if `config.weighting` needs them.
-
-    Raises:
-        ValueError: If the budget cannot be met, `qconfig_map` lacks a module, or a weight cannot be quantized.
+    Raises a ValueError if the budget cannot be met, `qconfig_map` lacks a module, or a weight cannot be quantized.
     """
     layers = dict(target_layers(config, model, targeted))
     if config.qconfig_map is not None or config.budget_bits is None:

@@ -13,6 +13,7 @@ Source: LQ-LoRA (arXiv 2311.12023), whose released code saves such a model as a 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,21 +30,48 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peft_zoo.adapters.lq_lora.config import nf_config
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.adapters.lq_lora.model import LqLoraModel
-from peft_zoo.adapters.lq_lora.nf_config import METHOD, NFkConfig
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, empty_nf_linear
-from peft_zoo.adapters.lq_lora.peft_backend import dequantize_model
+from peft_zoo.adapters.lq_lora.peft_backend import dequantize_model, quantized_layers
+from peft_zoo.common.checks import require
+
+METHOD = "nfk"
+
+
+@dataclass(kw_only=True)
+class NFkConfig(QuantizationConfigMixin):
+    """Quantization config of each module of a standalone model; `standalone` writes it.
+
+    Attributes:
+        modules: The five values of an `NFConfig` by module name.
+        ranks: Rank of the low-rank part by module name; modules that are missing have none.
+        quant_method: Always "nfk".
+    """
+
+    modules: dict[str, list[Any]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    quant_method: str = METHOD  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        require(self.quant_method == METHOD, self, "quant_method", f"it is always {METHOD!r}")
+        valid = isinstance(self.modules, dict) and len(self.modules) > 0
+        require(valid, self, "modules", "use a dict from module name to five values")
+        self.modules = {name: self._listed(name, value) for name, value in self.modules.items()}
+        require(isinstance(self.ranks, dict), self, "ranks", "use a dict from module name to rank")
+        for name, rank in self.ranks.items():
+            if name not in self.modules:
+                raise ValueError(f"NFkConfig: ranks names {name!r}, which modules lacks; leave it out.")
+            if type(rank) is not int or rank < 0:
+                raise ValueError(f"NFkConfig: ranks[{name!r}]={rank!r} cannot be used; use an integer from 0.")
+
+    def _listed(self, name: str, value: Any) -> list[Any]:
+        try:
+            return list(nf_config(value))
+        except ValueError as error:
+            raise ValueError(f"NFkConfig: modules[{name!r}]: {error}") from error
 
 
 class NFkHfQuantizer(HfQuantizer):
-    """Loads and saves standalone models for transformers.
-
-    Args:
-        quantization_config: An `NFkConfig`.
-        kwargs: Arguments of `HfQuantizer`.
-
-    Raises:
-        ValueError: If a floating-point model is to be quantized.
-    """
+    """Loads and saves standalone models for transformers; refuses to quantize a floating-point model."""
 
     quantization_config: NFkConfig
 
@@ -110,7 +138,7 @@ class NFkHfQuantizer(HfQuantizer):
         Merging an adapter may have replaced quantized layers by floating-point ones.
         """
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            layers = _quantized_layers(model)
+            layers = quantized_layers(model)
             if layers:
                 model.config.quantization_config = self.quantization_config = _config(layers)
             else:
@@ -135,10 +163,6 @@ def _keys(model: PreTrainedModel, name: str) -> list[str]:
     """Returns the names that a module can have: a model with a head has a prefix that one without lacks."""
     prefix = f"{model.base_model_prefix}."
     return [name, prefix + name, name.removeprefix(prefix)]
-
-
-def _quantized_layers(model: nn.Module) -> dict[str, NFLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, NFLinear)}
 
 
 def _config(layers: dict[str, NFLinear]) -> NFkConfig:
@@ -190,7 +214,7 @@ def standalone(model: PeftModel, adapter_name: str | None = None) -> PreTrainedM
             base.set_submodule(key, module.modules_to_save[name] if has_own else module.original_module)
     if hasattr(base, "peft_config"):
         del base.peft_config  # as peft does when it unloads
-    quantizer: Any = NFkHfQuantizer(_config(_quantized_layers(base)))
+    quantizer: Any = NFkHfQuantizer(_config(quantized_layers(base)))
     base.is_quantized, base.quantization_method, base.hf_quantizer = True, METHOD, quantizer  # as after loading
     quantizer.postprocess_model(base)
     return base

@@ -22,15 +22,8 @@ DIGEST = "sha256"
 def check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: dict[str, Tensor], shared: bool) -> None:
     """Validates the tensors that a file has for a layer, and resizes the layer's initial factors to theirs.
 
-    Args:
-        name: Name of the layer in the base model.
-        layer: The layer that is to be filled.
-        config: Configuration of the adapter.
-        state_dict: Tensors of the file; initial factors of a shared layer, and checksums, are removed.
-        shared: Whether other adapters use the initial factors of the layer.
-
-    Raises:
-        ValueError: If tensors are missing or belong to another quantized weight.
+    Removes from `state_dict` the checksums, and initial factors of a layer that is `shared` with other adapters. Raises
+    a ValueError if tensors are missing or belong to another quantized weight.
     """
     keys = {key: part for part in layer.ALL for key in _keys(name, part)}
     found = {part: state_dict[key] for key, part in keys.items() if key in state_dict}
@@ -83,19 +76,10 @@ def check_names(config: LqLoraConfig, quantized: Collection[str]) -> None:
 def rebuild(
     config: LqLoraConfig, model: nn.Module, targeted: Targeted, quantized: Collection[str]
 ) -> dict[str, NFLinear]:
-    """Decomposes the layers of an adapter with `save_base="none"` again.
+    """Decomposes the layers of an adapter with `save_base="none"` again; returns them by module name.
 
-    Args:
-        config: Configuration that was saved with the adapter.
-        model: The base model in floating-point; left unchanged.
-        targeted: peft's rule for target modules.
-        quantized: Names of layers that are quantized already.
-
-    Returns:
-        The quantized layers by module name.
-
-    Raises:
-        ValueError: If a layer's checksum differs from the saved one, or the model lacks a layer.
+    `targeted` is peft's rule for target modules, `quantized` has the names of layers that are quantized already. Raises
+    a ValueError if a layer's checksum differs from the saved one, or the model lacks a layer.
     """
     configs, expected = config.qconfig_map or {}, config.base_sha256 or {}
     made: dict[str, NFLinear] = {}

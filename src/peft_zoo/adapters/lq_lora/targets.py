@@ -23,16 +23,10 @@ Targeted = Callable[[LqLoraConfig, str], Any]
 def target_layers(
     config: LqLoraConfig, model: nn.Module, targeted: Targeted, loaded: bool = True
 ) -> Iterator[tuple[str, Any]]:
-    """Yields name and layer of every linear layer to be quantized.
+    """Yields name and layer of every linear layer of the base model to be quantized, none with adapters.
 
-    Args:
-        config: Selects the target modules.
-        model: The base model; layers that have adapters already are skipped.
-        targeted: peft's rule for target modules.
-        loaded: Whether to check that the weights are loaded and finite.
-
-    Raises:
-        ValueError: If a weight is not finite, not loaded, or quantized by another library, naming the module.
+    `targeted` is peft's rule for target modules. Raises a ValueError for a weight that is quantized by another library,
+    or, if `loaded`, not finite or not loaded.
     """
     expanded: Any = expand_all_linear(copy.copy(config), model)
     module: Any

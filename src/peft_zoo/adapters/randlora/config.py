@@ -78,11 +78,7 @@ class RandLoraConfig(ZooConfig):
     )
 
     def check(self) -> None:
-        """Validates the method's fields.
-
-        Raises:
-            ValueError: If a field is invalid; names the first such field.
-        """
+        """Validates the method's fields."""
         for name, allowed in (
             ("basis", BASES),
             ("peft_basis_dtype", (None, "bfloat16", "float16")),
@@ -125,12 +121,9 @@ class RandLoraConfig(ZooConfig):
         return self.basis.startswith("peft")
 
     def kind(self, d: int) -> int:
-        """Returns the distribution k of the random matrices, see `kernels.random_matrix.basis`.
+        """Returns the distribution k of the random matrices of a layer with smaller size d, see `random_matrix.basis`.
 
         The ternary matrices of the paper have a share of 86/256 (about a third) or 1/√d non-zero entries.
-
-        Args:
-            d: Smaller size of the layer.
         """
         share = {"ternary": 86 / 256, "ternary_sqrt": 1 / math.sqrt(d)}.get(self.basis)
         return UNIFORM if share is None else max(1, round(128 * share))

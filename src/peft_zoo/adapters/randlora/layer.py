@@ -21,8 +21,6 @@ few hundred examples, and if the time of a step is critical.
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -33,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_zoo.adapters.base import BufferDict, FactorDict, LinearLayout, ZooLayer, ZooModel
+from peft_zoo.adapters.base.layer import note_once
 from peft_zoo.adapters.base.layout import layout_of
 from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import PeftProjection, draw, usual_dtype
@@ -41,8 +40,6 @@ from peft_zoo.kernels.random_matrix.factors import RandLoraFactors, RandLoraSpec
 from peft_zoo.kernels.random_matrix.randlora_linear import randlora_linear, randlora_weight, weight_is_cheaper
 from peft_zoo.kernels.random_matrix.shared import BasisKey, SharedBasis, shared_basis
 from peft_zoo.registration import register
-
-logger = logging.getLogger("peft_zoo")
 
 MATRICES = ("zoo_randlora_A", "zoo_randlora_B")  # attributes of the model that hold peft's bases
 
@@ -74,7 +71,12 @@ class RandLoraLayer(ZooLayer):
             f"num_bases * r = {bases * config.r} is more than min(in, out) = {self.small}; use at most {full}",
         )
         if config.r > self.small:
-            _note_single_base(config.r, self.small)
+            note_once(
+                "RandLoraConfig: r=%d is larger than min(in, out) = %d of a layer, which has one base; use a smaller r "
+                "to train more parameters.",
+                config.r,
+                self.small,
+            )
         lambda_, gamma = torch.zeros(config.r, bases), torch.full((bases, self.small), 1 / max(bases, self.small))
         if config.init_weights is False:
             nn.init.normal_(lambda_)
@@ -89,7 +91,11 @@ class RandLoraLayer(ZooLayer):
         super().add_adapter(name, config, inference_mode)
         self._prepare(name)
         if config.scaling > 20 and self._get_base_layer_device_and_dtype(self.get_base_layer())[1] == torch.float16:
-            _note_large_scale(config.scaling)
+            note_once(
+                "RandLoraConfig: randlora_alpha / r = %g exceeds 20 and the base model is float16: outputs and "
+                "gradients may overflow. Use a smaller randlora_alpha, or a bfloat16 or float32 model.",
+                config.scaling,
+            )
 
     def initial_scaling(self, config: RandLoraConfig) -> float:  # type: ignore[override]
         """Returns the scale α/r."""
@@ -220,11 +226,7 @@ class RandLoraModel(ZooModel):
             layer.projections[adapter_name] = PeftProjection(self.zoo_randlora_A, self.zoo_randlora_B, adapter_name)
 
     def _draw(self, config: RandLoraConfig, adapter_name: str) -> None:
-        """Draws peft's matrices for an adapter; fills dtype and sizes in the model's copy of the configuration.
-
-        Raises:
-            ValueError: If `basis_shape` is too small for the modules.
-        """
+        """Draws peft's matrices for an adapter; fills dtype and sizes in the model's copy of the configuration."""
         if all(adapter_name in getattr(self, name, {}) for name in MATRICES):  # drawn for an earlier module
             return
         needed = _largest(self._sizes(config))
@@ -263,24 +265,3 @@ class RandLoraModel(ZooModel):
 def _largest(sizes: Iterable[tuple[int, int]]) -> list[int]:
     """Returns the larger and the smaller of the largest `out` and the largest `in`."""
     return sorted(map(max, zip((1, 1), *sizes, strict=True)), reverse=True)
-
-
-@functools.cache
-def _note_single_base(r: int, d: int) -> None:
-    """Warns once that a rank is larger than a layer."""
-    logger.warning(
-        "RandLoraConfig: r=%d is larger than min(in, out) = %d of a layer, which has one base; use a smaller r to "
-        "train more parameters.",
-        r,
-        d,
-    )
-
-
-@functools.cache
-def _note_large_scale(scaling: float) -> None:
-    """Warns once that updates may exceed the range of float16."""
-    logger.warning(
-        "RandLoraConfig: randlora_alpha / r = %g exceeds 20 and the base model is float16: outputs and gradients may "
-        "overflow. Use a smaller randlora_alpha, or a bfloat16 or float32 model.",
-        scaling,
-    )

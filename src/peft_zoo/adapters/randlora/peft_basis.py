@@ -24,13 +24,8 @@ def usual_dtype() -> str:
 def draw(kind: str, r: int, largest: int, smallest: int, seed: int, dtype: str) -> tuple[Tensor, Tensor]:
     """Draws A `(r, 1, smallest)` and B `(largest, ceil(smallest / r), r)` of unit variance, as peft 0.21 does.
 
-    Args:
-        kind: Distribution: `"peft"` (uniform), `"peft_sparse"` or `"peft_very_sparse"` (ternary, drawn in float32).
-        r: Rank of a base.
-        largest: Largest size of all adapted layers.
-        smallest: The smaller of the largest input and the largest output size of these layers.
-        seed: Seed of torch's CPU generator.
-        dtype: Name of the dtype in which the uniform matrices are drawn.
+    `kind` is "peft", uniform in the dtype of that name, or ternary: "peft_sparse" or "peft_very_sparse", in float32.
+    `largest` and `smallest` are the larger and the smaller of the largest `out` and the largest `in` of all layers.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     bases = math.ceil(smallest / r)
@@ -54,13 +49,7 @@ def draw(kind: str, r: int, largest: int, smallest: int, seed: int, dtype: str) 
 
 
 class PeftProjection:
-    """Random matrices of one adapter in the buffers of the model, shared by its layers.
-
-    Args:
-        A: Buffers of the model with the matrices A, by adapter name.
-        B: Buffers with the matrices B.
-        name: Name of the adapter.
-    """
+    """Random matrices of one adapter in the buffers of the model, shared by its layers."""
 
     def __init__(self, A: BufferDict, B: BufferDict, name: str) -> None:
         self._A, self._B, self._name = A, B, name

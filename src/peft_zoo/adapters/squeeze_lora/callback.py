@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,7 @@ class SqueezeCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Arguments to store in a checkpoint."""
-        names = [item.name for item in fields(SqueezeConfig)]
-        config = None if self.config is None else {name: asdict(self.config)[name] for name in names}
+        config = self.config and {item.name: getattr(self.config, item.name) for item in fields(SqueezeConfig)}
         return {"args": {"config": config, "adapter_name": self.adapter_name, "start": self.start}, "attributes": {}}
 
     @staticmethod

@@ -33,16 +33,9 @@ PLAIN_VARIANTS = (
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Factors of one adapted module.
+    """Factors of one adapter in one module of the base model: parameters B `(out, R, ...)` and A `(R, in, ...)`.
 
     The update `scale * B A` is `(out, in)`; kernels are flattened, and that of an embedding is transposed.
-
-    Attributes:
-        name: Module name in the base model.
-        layer: peft's LoRA layer.
-        adapter: Name of the adapter.
-        B: Parameter `(out, R, ...)`.
-        A: Parameter `(R, in, ...)`.
     """
 
     name: str
@@ -84,9 +77,8 @@ class LoraPair:
 def lora_pairs(model: nn.Module, adapter_name: str) -> list[LoraPair]:
     """Factors of every module of an adapter, in the order of the model.
 
-    Raises:
-        ValueError: If the adapter is missing, merged or sharded.
-        NotImplementedError: If a module's update is not `s * B A`; names the module.
+    Raises a ValueError if the adapter is missing, merged or sharded, and a NotImplementedError, which names the module,
+    if an update is not `s * B A`.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     available = sorted({adapter for layer in layers.values() for adapter in layer.scaling})
@@ -110,15 +102,11 @@ def lora_pairs(model: nn.Module, adapter_name: str) -> list[LoraPair]:
 def squeeze_pair(
     pair: LoraPair, rank: int, *, shrink: bool, new_scale: float | None = None, optimizer: Projection | None = None
 ) -> None:
-    """Replaces the factors by balanced factors of the best approximation of a lower rank.
+    """Replaces the factors by balanced factors of the best approximation of a rank, at most `pair.size`.
 
-    Args:
-        pair: Factors of one module.
-        rank: Rank to keep, at most `pair.size`; `pair.rank` keeps the update unchanged.
-        shrink: Whether the tensors become smaller. Otherwise the other directions are set to zero in both factors, and
-            stay zero under SGD, Adam, AdamW and Adafactor since each factor's gradient is proportional to the other.
-        new_scale: Scale of the new update; None keeps the old scale.
-        optimizer: Adapts the optimizer's state of the two parameters; None leaves it.
+    With `shrink` the tensors become smaller. Otherwise the other directions are set to zero in both factors, and stay
+    zero under SGD, Adam, AdamW and Adafactor since each factor's gradient is proportional to the other. The scale stays
+    without a `new_scale`.
     """
     old_scale, scale = pair.scale, kept_scale(pair.scale) if new_scale is None else new_scale
     B, A = pair.matrices()
@@ -189,15 +177,10 @@ def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
 
 
 class Projection:
-    """Adapts an optimizer's state to new factors.
+    """Adapts an optimizer's state to new factors; `was_reset` says if state was deleted against the mode.
 
-    Args:
-        optimizer: The optimizer, possibly wrapped by accelerate.
-        mode: `"project"` maps the moments of torch's Adam and AdamW and resets the state of other optimizers;
-            `"reset"` deletes the state of the two parameters, so the optimizer initializes it at its next step.
-
-    Attributes:
-        was_reset: Whether state was deleted although mode is `"project"`.
+    In mode "project" the moments of torch's Adam and AdamW are mapped, and the state of other optimizers is reset;
+    "reset" deletes the state of the two parameters, so the optimizer initializes it at its next step.
     """
 
     MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"})
@@ -212,11 +195,7 @@ class Projection:
     def follow(self, pair: LoraPair, left: Tensor, right: Tensor, ratio: float) -> None:
         """Maps or deletes the state of a pair's parameters; call it before the new factors are written.
 
-        Args:
-            pair: Old factors of one module.
-            left: `(R, r)` with `B' = B left`.
-            right: `(r, R)` with `A' = right A`.
-            ratio: New scale divided by the old scale.
+        `B' = B left` with left `(R, r)`, `A' = right A` with right `(r, R)`; `ratio` is the new scale by the old one.
         """
         for parameter, over_columns, small in ((pair.B, True, ratio * right.mT), (pair.A, False, ratio * left.mT)):
             state = self.optimizer.state.get(parameter)

@@ -57,7 +57,9 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
         if not (keep and uniform):
             pair.layer.use_rslora[adapter_name] = False
         drop_zero_directions(pair, None if keep else 1.0)
-    configs[adapter_name] = _plain(configs[adapter_name])
+    # peft's own class, without the fields of initializations
+    values = {item.name: getattr(configs[adapter_name], item.name) for item in fields(LoraConfig) if item.init}
+    configs[adapter_name] = LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})
     write_ranks(model, adapter_name, pairs)
     return ranks
 
@@ -75,9 +77,8 @@ def write_ranks(model: nn.Module, adapter_name: str, pairs: Sequence[LoraPair]) 
 def config_table(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Dictionary in which the model keeps the configurations of its adapters.
 
-    Raises:
-        ValueError: If the adapter has no `LoraConfig` in it, or its initialization changed the base weights, which
-            loading it with another rank would not undo.
+    Raises a ValueError if the adapter has no `LoraConfig` in it, or its initialization changed the base weights, which
+    loading it with another rank would not undo.
     """
     for module in model.modules():
         table = getattr(module, "peft_config", None)
@@ -94,15 +95,9 @@ def config_table(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 
 def resize_to(model: nn.Module, checkpoint: Path, adapter_name: str) -> None:
-    """Gives the factors in a model the ranks and scales of a saved adapter; loading their values is left to the caller.
+    """Gives the factors in a model the ranks and scales of an adapter saved in a folder, but not its values.
 
-    Args:
-        model: A `PeftModel`, or any model with LoRA layers.
-        checkpoint: Folder of the adapter, or folder that contains a folder `adapter_name`.
-        adapter_name: Name of the adapter in the model.
-
-    Raises:
-        ValueError: If the folder contains no LoRA, or a rank is larger than that in the model.
+    Raises a ValueError if the folder contains no LoRA, or a rank is larger than that in the model.
     """
     folder = checkpoint if (checkpoint / CONFIG_NAME).is_file() else checkpoint / adapter_name
     if not (folder / CONFIG_NAME).is_file():
@@ -136,9 +131,3 @@ def _update_config(model: nn.Module, adapter_name: str, changes: Mapping[str, An
 def _pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
     """Value of a pattern for a module name, matched as peft matches it."""
     return (pattern or {}).get(get_pattern_key(list(pattern or {}), name), default)
-
-
-def _plain(config: LoraConfig) -> LoraConfig:
-    """Copy of the configuration as peft's own class, without the fields of initializations."""
-    values = {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init}
-    return LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})

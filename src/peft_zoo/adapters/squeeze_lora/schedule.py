@@ -123,11 +123,7 @@ class SqueezeConfig:
         return (self.target_rank, self.energy, self.budget) != (None, None, None)
 
     def target(self, **changes: Any) -> RankTarget:
-        """Rank target at the end of training, or of an earlier stage.
-
-        Args:
-            **changes: Values of the earlier stage, such as `rank=16`.
-        """
+        """Rank target at the end of training, or with `changes`, such as `rank=16`, of an earlier stage."""
         fields = {"rank": self.target_rank, "energy": self.energy, "budget": self.budget}
         unit = self.rank_multiple_of if self.target_rank is None else 1  # `stages` has rounded the ranks
         return RankTarget(**{**fields, **changes}, rank_multiple_of=unit, min_rank=self.min_rank)

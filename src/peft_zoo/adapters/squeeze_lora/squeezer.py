@@ -148,8 +148,10 @@ class LoraSqueezer:
         config = self.config
         if config.target_rank is not None:
             target = config.target(rank=value)
+        elif config.budget is not None:
+            target = config.target(budget=f"{value}B" if parse_budget(config.budget)[1] == "bytes" else value)
         else:
-            target = config.target() if config.budget is None else config.target(budget=self._budget(value))
+            target = config.target()
         spectra = {}
         for pair in self.pairs:
             B, A = pair.matrices()
@@ -159,11 +161,6 @@ class LoraSqueezer:
         if _processes() > 1:
             dist.broadcast_object_list(ranks, src=0)
         return ranks[0]
-
-    def _budget(self, value: int) -> int | str:
-        """Budget of `value` in the unit of the configured budget."""
-        unit = parse_budget(self.config.budget or 1)[1]
-        return value if unit == "parameters" else f"{value}B"
 
     def _reached(self) -> bool:
         """Whether the target is reached; for an energy, whether the adapter was squeezed at all."""

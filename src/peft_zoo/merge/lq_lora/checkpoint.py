@@ -32,9 +32,9 @@ import peft_zoo
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora.decompose import decompose, rank_of
 from peft_zoo.adapters.lq_lora.importance import Importance
-from peft_zoo.adapters.lq_lora.nf_config import NFkConfig
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, weight_matrix
 from peft_zoo.adapters.lq_lora.plan import assign_by_budget, assign_uniform, error_table, refuse_budget
+from peft_zoo.adapters.lq_lora.standalone import NFkConfig
 from peft_zoo.adapters.lq_lora.targets import check_values, target_layers, with_default_targets
 from peft_zoo.calibration.fisher import ImportanceWeights
 from peft_zoo.common.atomic import check_new_folder, new_file, new_folder
