@@ -1,4 +1,4 @@
-"""The adapter layer that every method shares: everything but the mathematics of the update."""
+"""Base class of adapter layers: forward, merging and scaling; a method adds the formula of its update."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         layout = layout_of(base, self.quantization_backend)
         if layout is None:
-            raise ValueError(f"a layer of type {type(base).__name__} is not supported; supported are {SUPPORTED}")
+            raise ValueError(f"a layer of type {type(base).__name__} is not supported; use one of: {SUPPORTED}")
         return layout
 
     def _here(self, names: Any) -> list[str]:
@@ -310,7 +310,7 @@ class ParameterTarget(ZooLayer):
         """Runs the module with the updated parameter; batches of mixed adapters are refused."""
         if adapter_names is not None:
             raise ValueError(
-                "`adapter_names` cannot be used with `target_parameters`: a parameter has one value for all samples."
+                "`adapter_names` cannot be used with `target_parameters`: use `target_modules`, or one adapter per call."
             )
         names = self._here(self.active_adapters)
         if self.disable_adapters or self.merged or not names:
@@ -369,7 +369,7 @@ class ParameterTarget(ZooLayer):
 
 @functools.cache
 def _note_rounding(layer: str, dtype: torch.dtype) -> None:
-    """Logs once for each layer class and dtype that a 16-bit weight cannot hold a small update exactly."""
+    """Logs, once per layer class and dtype, that merging small updates into a 16-bit weight loses precision."""
     logger.warning(
         "%s: merging into %s weights rounds the update to their precision; small updates may vanish. "
         "Keep the adapter unmerged, or merge into float32 weights, if that matters.",

@@ -55,7 +55,7 @@ class UnetFeatureCache(FeatureCache):
         unet: The model.
 
     Raises:
-        NotImplementedError: If the blocks are not connected in the usual way.
+        NotImplementedError: Without two down blocks of ResNets (no `skip_conv`), the first with a downsampler.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -110,7 +110,7 @@ class TransformerFeatureCache(FeatureCache):
         try:  # since diffusers 0.35; no public module defines the registry, so take it from one that uses it
             from diffusers.hooks.first_block_cache import TransformerBlockRegistry  # type: ignore[attr-defined]
         except ImportError as error:
-            raise NotImplementedError("this version of diffusers does not say what its blocks return") from error
+            raise NotImplementedError("install diffusers 0.35 or later to cache features") from error
         lists = (part for name, part in transformer.named_children() if name in BLOCK_LISTS)
         blocks = [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
         if len(blocks) < 2:
@@ -118,7 +118,7 @@ class TransformerFeatureCache(FeatureCache):
         try:
             self.blocks = [(block, _BlockOutput(TransformerBlockRegistry.get(type(block)), block)) for block in blocks]
         except ValueError as error:
-            raise NotImplementedError("diffusers does not know what its blocks return") from error
+            raise NotImplementedError("diffusers' TransformerBlockRegistry lacks one of its blocks") from error
         self._head: Features = ()
 
     def overrides(self) -> Iterator[Override]:

@@ -1,4 +1,4 @@
-"""Tuner with which peft loads, runs and saves a recipe."""
+"""Tuner of `CachedLoraConfig`: loads, runs and saves a recipe as a peft adapter."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class CachedLoraModel(BaseTuner):
         """Does nothing: the only recipe is always active, and it decides which LoRAs are."""
 
     def unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Stands for every method of peft that creates, merges or deletes weights.
+        """Replaces every method of peft that creates, merges or deletes weights.
 
         Raises:
             NotImplementedError: Always, with what to call instead.
