@@ -28,10 +28,10 @@ _handlers: dict[str, Handler] = {}
 
 
 def set_handlers(handlers: dict[str, Handler]) -> None:
-    """Sets functions that are asked before functions of peft; nothing is rebound yet.
+    """Sets functions to call before functions of peft; `apply` puts them into peft.
 
     Args:
-        handlers: By name in `PATCHED`. A handler gets the arguments of the call; peft's function is called if it
+        handlers: Functions by name in `PATCHED`. A handler gets the arguments of the call; peft's function is called if it
             returns None. A later handler of the same name replaces the earlier one.
     """
     _handlers.update(handlers)
@@ -44,7 +44,7 @@ def apply() -> None:
 
 
 def _override_peft_function(name: str) -> None:
-    """Replaces one function of `PATCHED` where peft defines it, and in all modules that have imported it."""
+    """Makes peft and all modules that imported function `name` call its handler first, then the original."""
     owner: Any = import_module(PATCHED[name])
     *classes, attribute = name.split(".")
     for each in classes:

@@ -99,12 +99,12 @@ def register(
     Args:
         config_cls: Configuration class with a class attribute `method_name`, such as `"snell"`; its fields are added to
             its docstring.
-        summary: As in `Method`.
-        parameters: As in `Method`.
-        memory: As in `Method`.
-        flops: As in `Method`.
-        paper: As in `Method`.
-        callback: As in `Method`.
+        summary: One line that says what the method is; like the other arguments, a field of `Method`.
+        parameters: Formula for the trainable parameters of one adapted matrix.
+        memory: Formula for the bytes saved for the backward pass.
+        flops: Formula for the FLOPs of a training step.
+        paper: Reference, such as an arXiv number.
+        callback: Function from the model to its `transformers.TrainerCallback`, or None.
 
     Raises:
         ValueError: If `method_name` is not a lower-case name, or the tuner's `prefix` does not match it.

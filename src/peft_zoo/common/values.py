@@ -24,7 +24,7 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> SettingError:
     """Returns the error for a name that does not exist; it lists the valid names and suggests the nearest.
 
     Args:
-        kind: What the name should be, such as `"method"`.
+        kind: Noun for the name in the error, such as `"method"`.
         name: The name that the user wrote.
         valid: The names that exist.
     """
@@ -39,7 +39,7 @@ def needs_extra(user: str, extra: str) -> Iterator[None]:
     """Turns a failed import into a `SettingError` with the command that installs the missing package.
 
     Args:
-        user: What needs the package, such as `"--task vision"`.
+        user: Flag or feature that needs the package, such as `"--task vision"`.
         extra: Extra of peft-zoo that installs it, such as `"vision"`.
     """
     try:

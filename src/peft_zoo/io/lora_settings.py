@@ -130,8 +130,8 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSet
         Function from the full name of a module to its settings; None for modules that the metadata does not configure.
 
     Raises:
-        ValueError: As `read_settings`, or if the entry is not a JSON object.
-        NotImplementedError: As `read_settings`.
+        ValueError: If a field is invalid, or the entry is not a JSON object.
+        NotImplementedError: If an update is not `s * B A`.
     """
     if DIFFUSERS_METADATA not in metadata:
         return lambda module: None
@@ -158,12 +158,12 @@ def _check_kind(config: Mapping[str, Any]) -> None:
     """Checks that every update is `s * B A`, added to base weights that do not depend on the rank."""
     kind = config.get("peft_type")
     if kind not in PEFT_TYPES:
-        raise NotImplementedError(f"peft_type={reprlib.repr(kind)}: only {' and '.join(PEFT_TYPES)} are read.")
+        raise NotImplementedError(f"peft_type={reprlib.repr(kind)}: use a file of type {' or '.join(PEFT_TYPES)}.")
     for name, value in config.items():
         is_switch = name.startswith("use_") or name.endswith("_config")
         if value and (name in _REFUSED or (is_switch and name not in _ALLOWED)):
             raise NotImplementedError(
-                f"{reprlib.repr(name)}={reprlib.repr(value)}: only LoRAs whose update is a plain product are read."
+                f"{reprlib.repr(name)}={reprlib.repr(value)}: not supported; use a LoRA with updates s * B A."
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):

@@ -310,7 +310,7 @@ class ParameterTarget(ZooLayer):
         """Runs the module with the updated parameter; batches of mixed adapters are refused."""
         if adapter_names is not None:
             raise ValueError(
-                "`adapter_names` cannot be used with `target_parameters`: use `target_modules`, or one adapter per call."
+                "`adapter_names` cannot be used with `target_parameters`; use `target_modules` or one adapter per call."
             )
         names = self._here(self.active_adapters)
         if self.disable_adapters or self.merged or not names:

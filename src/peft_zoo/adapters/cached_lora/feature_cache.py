@@ -149,7 +149,7 @@ class TransformerFeatureCache(FeatureCache):
 
 
 class _BlockOutput:
-    """Where a transformer block takes and returns image tokens and, if it does, text tokens.
+    """Positions of image and text tokens in a transformer block's arguments and output.
 
     Args:
         metadata: Entry of diffusers' registry for the block's class.

@@ -59,7 +59,7 @@ def _default_qconfig() -> list[int | str]:
 
 @dataclass
 class LqLoraConfig(ZooLoraConfig):
-    """Configuration of LQ-LoRA: a LoRA whose base layers are quantized, and whose factors start at what that loses.
+    """Configuration of LQ-LoRA: quantizes the base layers and initializes LoRA from the quantization error.
 
     `get_peft_model` quantizes the targeted linear layers, so the model has to be in floating-point. A saved adapter
     contains the quantized weights, and loading it decomposes nothing, unless `save_base="none"`. The fields of peft's

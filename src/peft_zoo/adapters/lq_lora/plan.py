@@ -32,7 +32,7 @@ class QuantizationPlan:
 
     Attributes:
         configs: Quantization config by module name; None for a layer that stays unquantized.
-        ranks: Rank by module name, of the layers whose ranks were chosen together with their bits.
+        ranks: Rank by module name; only for layers with a rank that was chosen together with their bits.
     """
 
     configs: Mapping[str, NFConfig | None] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Checks that an adapter's file and the quantized weights belong together, and quantizes again what no file has."""
+"""Checks that an adapter's file and the quantized weights match, and quantizes weights that no file contains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: di
 
     Args:
         name: Name of the layer in the base model.
-        layer: The layer that is to be filled.
+        layer: Layer that the tensors will be loaded into.
         config: Configuration of the adapter.
         state_dict: Tensors of the file; initial factors of a shared layer, and checksums, are removed.
         shared: Whether other adapters use the initial factors of the layer.

@@ -139,6 +139,6 @@ def _pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> A
 
 
 def _plain(config: LoraConfig) -> LoraConfig:
-    """Copy of the configuration as peft's own class, without the fields of initializations."""
+    """Converts a configuration to peft's `LoraConfig`, with `init_lora_weights=True`."""
     values = {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init}
     return LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})

@@ -56,10 +56,10 @@ class RandLoraProducts:
     """Products with B and M, and the gradients of λ and γ, within a bounded workspace.
 
     Args:
-        lambda_: As in `RandLoraFactors`, like the next three.
-        gamma: γ.
-        A: Stored random matrix.
-        B: Stored random matrix.
+        lambda_: λ, `(r, n)`, as in `RandLoraFactors`.
+        gamma: γ, `(n, d)`.
+        A: Random matrix in stored form.
+        B: Random matrix in stored form.
         spec: Fields of `RandLoraSpec`, in order.
         activation: Input of the layer or gradient of its output; on a CPU its size bounds the workspace.
     """
@@ -105,7 +105,7 @@ class RandLoraProducts:
 
         Args:
             rows: Rows of B.
-            U: These rows, decoded, `(rows, r n)`.
+            U: Decoded rows of B, `(rows, r n)`.
             weight: Frozen weight, `(out, in)`, or None.
         """
         V = self.times_m(U)

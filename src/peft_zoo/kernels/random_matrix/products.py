@@ -67,8 +67,8 @@ def scaled_basis_product(
     """Computes `x M^T` if `transposed`, else `x M`, with M rounded to the dtype of `x`. Not differentiable.
 
     Args:
-        x: `(T, d)` if `transposed`, else `(T, r n)`.
-        A: As in `scaled_basis`.
+        x: Input, `(T, d)` if `transposed`, else `(T, r n)`.
+        A: Random matrix in stored form, see `scaled_basis`.
         lambda_: λ, `(r, n)`, float32 (float64 for a float64 `x`).
         gamma: γ, `(n, d)`, in the dtype of λ.
         scale: Factor of M.
@@ -97,9 +97,9 @@ def scaled_basis_grad(
     """Computes the gradients of λ and γ where the gradient of M is `u^T v`.
 
     Args:
-        u: `(T, r n)`.
-        v: `(T, d)`.
-        A: As in `scaled_basis`.
+        u: Left factor of the gradient of M, `(T, r n)`.
+        v: Right factor of the gradient of M, `(T, d)`.
+        A: Random matrix in stored form, see `scaled_basis`.
         lambda_: λ, `(r, n)`.
         gamma: γ, `(n, d)`.
         scale: Factor of M.

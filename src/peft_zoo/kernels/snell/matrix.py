@@ -68,7 +68,7 @@ def sparsify(W: Tensor, num_kept: Tensor | int, spec: KernelSpec) -> Tensor:
     Args:
         W: Dense matrix of any shape.
         num_kept: Number of entries to keep.
-        spec: Its field `sparsify` selects the mode.
+        spec: Kernel specification; its field `sparsify` selects the mode.
 
     Returns:
         S, of the shape of `W`.

@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 
 class TensorNames:
-    """Names in a folder's files, by the names of the tensors in the model.
+    """Maps the name of a tensor in a model to its name in the files of a folder.
 
     Args:
         folder: The folder, for errors.
