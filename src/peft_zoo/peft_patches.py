@@ -31,8 +31,8 @@ def set_handlers(handlers: dict[str, Handler]) -> None:
     """Sets functions to call before functions of peft; `apply` puts them into peft.
 
     Args:
-        handlers: Functions by name in `PATCHED`. A handler gets the arguments of the call; peft's function is called if it
-            returns None. A later handler of the same name replaces the earlier one.
+        handlers: Functions by name in `PATCHED`. A handler gets the arguments of the call; if it returns None, peft's
+            function is called. A later handler of the same name replaces the earlier one.
     """
     _handlers.update(handlers)
 

@@ -1,4 +1,4 @@
-"""Reads the words of the command line, runs the command they name and prints its result.
+"""Parses the command line, runs the command and prints its result.
 
 A mistake of the user ends in one sentence on stderr and exit status 2. Status 1 says that the work was done but a check
 of its result failed: a reload or merge check after training, images without the watermark.

@@ -66,7 +66,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 class ImageFiles(Sequence[Tensor]):
-    """Images that are read from their files on each access, so that any number of them fits into memory.
+    """Images that are read from their files on each access, so that memory use does not depend on their number.
 
     An item is float32 `(3, height, width)` with RGB values in [0, 1].
 
@@ -238,7 +238,7 @@ def _mnist_file(folder: Path, name: str) -> Path | None:
 
 
 def _array_source(arrays: dict[str, NDArray[Any]], where: str) -> Source:
-    """Makes a data set of uint8 images `(n, height, width)` or `(n, height, width, 3)` and labels `(n,)`."""
+    """Makes a data set of uint8 images `(n, height, width[, 3])` and labels `(n,)`; `where` is the path, for errors."""
     items = {}
     for split in ("train", "test"):
         images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"].reshape(-1)

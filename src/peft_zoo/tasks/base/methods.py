@@ -80,7 +80,7 @@ def check_options(name: str, options: Mapping[str, str], steps: int) -> None:
     """Validates the choice of method and its fields without a model.
 
     Raises:
-        SettingError: As `build_config`, and if the method has nothing to train.
+        SettingError: If the method, a field or a value is unknown or invalid, or the method has nothing to train.
     """
     if name in methods() and not methods()[name].trainable:
         raise SettingError(f"method {name!r} has nothing to train: it combines trained adapters; see peft-zoo compose.")

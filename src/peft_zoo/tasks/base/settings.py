@@ -17,7 +17,7 @@ PRESETS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "pres
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of one fine-tuning run. None stands for the default of the task or the method.
+    """Settings of one fine-tuning run; None selects the default of the task or the method.
 
     Raises:
         SettingError: If a number is out of range.

@@ -1,4 +1,4 @@
-"""Training of a watermark: a LoRA in the decoder, until its images carry the message and still look the same.
+"""Trains a LoRA in the decoder of an autoencoder so that decoded images carry a message and look unchanged.
 
 All randomness depends only on the seed and the index of the step, so a run that resumes from a checkpoint gives, on the
 same machine, the results of an uninterrupted run.
@@ -125,7 +125,7 @@ class Training:
     Attributes:
         parameters: Trained parameters by name; set it before `train`.
         controller: Controller of the loss weights.
-        trace: As in `EmbedReport`.
+        trace: Measurements by step, see `EmbedReport`.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Training:
 
         Args:
             latents: Latents of the training images, `(N, ...)`.
-            clean: Images that the clean decoder makes of them, `(N, 3, H, W)` in [0, 1].
+            clean: Images decoded from them without LoRA, `(N, 3, H, W)` in [0, 1].
             store: Checkpoint to resume from and to write, or None.
             every: Steps between checkpoints.
             progress: Whether to show a progress bar on a terminal.
@@ -187,8 +187,8 @@ class Training:
 
         Args:
             index: Index of the step, from 0.
-            latents: As in `train`.
-            clean: As in `train`.
+            latents: Latents of the training images, `(N, ...)`.
+            clean: Images decoded from them without LoRA, `(N, 3, H, W)` in [0, 1].
             optimizer: AdamW over `parameters`.
         """
         seed = (self.config.seed << 32) + index
