@@ -118,7 +118,7 @@ class WatermarkKey:
 
     @property
     def commitment(self) -> str:
-        """SHA-256 of secret and message, 64 hexadecimal digits; public: neither can be derived from it, and no other key has it."""
+        """SHA-256 of secret and message, 64 hexadecimal digits; safe to publish, and unique to the key."""
         text = f"{FORMAT} {self.version}\0".encode() + self.secret + bytes(self.message.tolist())
         return hashlib.sha256(text).hexdigest()
 
