@@ -124,7 +124,7 @@ class LqLoraConfig(ZooLoraConfig):
         "nf", "Quantization levels: 'nf' for NormalFloat's, 'lloyd' for levels fitted to each matrix."
     )
     seed: int = option(0, "Seed of the random start vectors; it determines the quantized bits on one machine.")
-    table_iterations: int = option(1, "Iterations of the decompositions whose errors a budget compares.")
+    table_iterations: int = option(1, "Iterations per decomposition when a budget compares configs.")
     solver: str = option("greedy", "Solver of the budget: 'greedy', 'dynamic' for few modules, or 'auto'.")
     weighting: str = option(
         "none", "Importance of errors: 'none' for equal, 'fisher' or 'activation' from `preprocess_lq_lora`."

@@ -124,7 +124,7 @@ def check_budget(budget: float, least: int, num_weights: int) -> None:
     """
     if not math.isfinite(budget) or least > budget * num_weights:
         needed = math.ceil(1000 * least / num_weights) / 1000
-        raise ValueError(f"budget_bits={budget!r} cannot be met; use at least {needed} for these matrices.")
+        raise ValueError(f"budget_bits={budget!r} is below {needed}, the least for these matrices: raise it.")
 
 
 def plan_bits(
