@@ -36,7 +36,7 @@ def install() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules as the other finders do, and has their specs watched.
+    """Meta path finder that returns the specs that the other finders find for `WATCHED`, as `_WatchedSpec`.
 
     It stays for the life of the process: asking whether peft exists (`importlib.util.find_spec`) does not import it.
     """
@@ -53,7 +53,7 @@ class _Finder(MetaPathFinder):
 
 
 class _WatchedSpec(ModuleSpec):
-    """The spec of a module after which `peft_zoo` can be imported."""
+    """Module spec that imports `peft_zoo` once its module has been imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)

@@ -1,4 +1,4 @@
-"""Run peft's own test-suite on every registered method: `python tests/run_conformance.py [--full] [pytest options]`.
+"""Runs peft's own test-suite on every registered method: `python tests/run_conformance.py [--full] [pytest options]`.
 
 The harness lies beside the checkout in `shared/conformance`, or where `PEFT_CONFORMANCE_DIR` points.
 """

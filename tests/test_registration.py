@@ -37,7 +37,7 @@ def method(request: pytest.FixtureRequest) -> Method:
 
 @pytest.fixture
 def member(method: Method) -> PeftType:
-    """Its member of the enum."""
+    """Member of `PeftType` of the method."""
     return PeftType(method.peft_type)
 
 
@@ -299,7 +299,7 @@ except ValueError as error:
 class TestRegister:
     @pytest.fixture(autouse=True)
     def nothing_remains(self) -> Iterator[None]:
-        """Whatever a test registers wrongly leaves no trace."""
+        """Checks after each test that an invalid registration changed no registry."""
         before = (
             list(PeftType),
             dict(PEFT_TYPE_TO_CONFIG_MAPPING),

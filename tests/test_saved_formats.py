@@ -78,7 +78,7 @@ pytestmark = [
 
 
 def expected(name: str) -> dict[str, Tensor]:
-    """What came of a file when it was written."""
+    """Results that were stored when the file was written."""
     return load_file(SAVED / "expected" / f"{name}.safetensors")
 
 
@@ -118,7 +118,7 @@ def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def base_of(name: str) -> str:
-    """Which model an adapter is for."""
+    """Base model of a saved adapter."""
     kinds = {"lq": "llama", "watermark": "vae"}
     return kinds.get(name.partition("_")[0], "net")
 
@@ -190,7 +190,7 @@ def test_an_adapter_without_its_base_is_decomposed_again() -> None:
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_two_adapters_of_one_quantized_base() -> None:
-    """A second adapter loads beside the first, onto the quantized matrices that both belong to."""
+    """A second adapter loads in addition to the first, onto the quantized matrices that both were trained on."""
     model = PeftModel.from_pretrained(llama(), str(SAVED / "lq_two"))
     model.load_adapter(str(SAVED / "lq_two" / "other"), "other")
     for name, folder in (("default", SAVED / "lq_two"), ("other", SAVED / "lq_two" / "other")):
@@ -209,7 +209,7 @@ def test_random_matrices_follow_from_their_seed(kind: str, k: int) -> None:
 
 
 def test_a_randlora_of_peft_is_read(tmp_path: Path) -> None:
-    """What `from_peft` makes of a file of peft is the file that it made then."""
+    """`from_peft` converts peft's file to the same file as version 0.1.0 did."""
     from_peft(SAVED / "peft_randlora", tmp_path / "new")
     old = SAVED / "adapters" / "randlora_from_peft"
     assert_same_bits(load_file(tmp_path / "new" / WEIGHTS), load_file(old / WEIGHTS))
@@ -410,7 +410,7 @@ PAYLOAD_MESSAGE = "010101011101001101111101011111101101111000101101"
 
 
 def test_a_watermark_decoder_loads_and_reads(copied: Callable[[str], Path]) -> None:
-    """The calibration beside a key arrives with its bits, its filters follow from the key, and it reads as it did."""
+    """The decoder file next to a key loads bit-identically, its filters follow from the key, and it reads as before."""
     path, decoder_file = copied("watermark/key.json"), copied("watermark/key.json.decoder.safetensors")
     wanted, images = expected("watermark_verified"), pictures(9, seed=5)
     key = WatermarkKey.load(path)
@@ -439,7 +439,7 @@ def trained(name: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
 
 @pytest.mark.parametrize("name", ["finished", "custom", "interrupted"])
 def test_a_training_of_a_watermark_is_resumed(name: str, copied: Callable[[str], Path]) -> None:
-    """A checkpoint is known for that of this training and taken up: a finished one to the bit, another to its end."""
+    """Training resumes from its checkpoint: a finished one is returned to the bit, another is trained to its end."""
     path = copied("watermark/key.json")
     copied("watermark/key.json.decoder.safetensors")
     key = WatermarkKey.load(path)
@@ -467,7 +467,7 @@ def test_a_training_of_a_watermark_is_resumed(name: str, copied: Callable[[str],
 
 
 def test_the_plain_form_of_a_watermark_loads_in_peft() -> None:
-    """The folder plain_lora beside a watermark adapter is a LoRA of peft with the same output."""
+    """The folder `plain_lora` of a watermark adapter is a LoRA of peft with the same output."""
     folder = SAVED / "adapters" / "watermark" / "plain_lora"
     model = PeftModel.from_pretrained(vae(), str(folder)).eval()
     assert type(model.peft_config["default"]) is LoraConfig

@@ -43,7 +43,7 @@ def apply() -> None:
 
 
 def _override_peft_function(name: str) -> None:
-    """Replaces one function of `PATCHED` where peft defines it, and in all modules that have imported it."""
+    """Makes peft and all modules that imported function `name` call its handler first, then the original."""
     owner: Any = import_module(PATCHED[name])
     *classes, attribute = name.split(".")
     for each in classes:

@@ -311,7 +311,7 @@ def is_adapter(name: str, config: PeftConfig) -> bool:
 
 
 def check_against_definition(layer: Any, x: Tensor, delta: Tensor, *, output: float, gradients: float) -> None:
-    """Compare a linear layer's output and all gradients with those of its base layer and an update ΔW (out, in).
+    """Compares a linear layer's output and all gradients with those of its base layer and an update ΔW (out, in).
 
     Args:
         layer: Adapted linear layer with one active adapter.

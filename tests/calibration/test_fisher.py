@@ -37,7 +37,7 @@ def fisher(model: Any, batches: list[Any] = BATCHES) -> dict[str, Tensor]:
 
 
 def scaled(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Such that their mean over all matrices is 1."""
+    """Scales importance to a mean of 1 over all matrices."""
     total = sum(F.mean().item() for F in found.values()) / len(found)
     return {name: F / total for name, F in found.items()}
 
@@ -59,7 +59,7 @@ def test_a_batch_is_its_sequences() -> None:
 
 
 def test_padding_is_not_learned() -> None:
-    """Labels made of ids leave out what the mask does."""
+    """Labels made from `input_ids` ignore tokens that the attention mask excludes."""
     padded = torch.nn.functional.pad(TOKENS[:1], (0, 4), value=3)
     mask = torch.ones_like(padded)
     mask[:, -4:] = 0
@@ -173,7 +173,7 @@ def test_a_budget_goes_where_it_counts() -> None:
 
 
 def test_ones_are_no_weights() -> None:
-    """With F = 1 everywhere nothing changes, to the bit."""
+    """Importance of 1 everywhere gives the same bits as no importance."""
     plain, _ = quantized(None, None)
     ones = {name: ImportanceWeights(torch.ones_like(w.row), torch.ones_like(w.column)) for name, w in steep().items()}
     weighted, _ = quantized("two-sided", ones)
@@ -220,7 +220,7 @@ def test_a_layer_that_met_no_data_counts_little() -> None:
 
 
 def test_processes_share_what_they_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if each of two had one sequence."""
+    """Sums over two processes with one sequence each equal those of one process with both."""
     sent: list[Tensor] = []
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "all_reduce", lambda tensor: sent.append(tensor.clone()))
@@ -257,7 +257,7 @@ def test_refuses_values_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="module 'used'"):
         fields = {"weighting": "activation", "target_modules": ["used"]}
         preprocess_lq_lora(Branches(), config(**fields), bad, lambda model, batch: model(batch).mul(0).nan_to_num(0))
-    with pytest.raises(ValueError, match="other than zero"):
+    with pytest.raises(ValueError, match="are zero"):
         preprocess_lq_lora(Branches(), config(target_modules=["idle"]), [torch.ones(1, 16)], loss_of)
 
 

@@ -60,7 +60,7 @@ def second_moment(rows: Tensor) -> Tensor:
 
 
 def rows(layer: Any, x: Tensor) -> Tensor:
-    """What `weight.flatten(1)` multiplies: one-hot vectors, patches cut by a kernel of ones and zeros, or features."""
+    """Rows that `weight.flatten(1)` multiplies: one-hot vectors, patches (cut by a 0/1 kernel) or features."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Embedding):
         return F.one_hot(x, base.num_embeddings).flatten(0, -2)
@@ -73,7 +73,7 @@ def rows(layer: Any, x: Tensor) -> Tensor:
 
 
 def change(layer: Any, x: Tensor) -> Tensor:
-    """What the adapter adds to the layer's output, as rows."""
+    """Change of the layer's output by the adapter, as rows."""
     delta = layer(x) - layer.base_layer(x)
     return (delta.movedim(1, -1) if isinstance(layer.get_base_layer(), CONVOLUTIONS) else delta).flatten(0, -2)
 

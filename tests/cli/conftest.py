@@ -1,4 +1,4 @@
-"""What the tests of all commands share."""
+"""Fixtures for the tests of all commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def untouched_process() -> Iterator[None]:
 
 @pytest.fixture
 def mistake(capsys: pytest.CaptureFixture[str]) -> Mistake:
-    """Runs words that are a mistake: status 2, nothing on stdout, one line on stderr, which is returned."""
+    """Runs an invalid command line; checks status 2 and empty stdout, and returns the one line of stderr."""
 
     def run(words: Sequence[str]) -> str:
         capsys.readouterr()

@@ -117,7 +117,7 @@ def test_a_missing_package_is_answered_with_the_command(
     here: Path, mistake: Mistake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Missing:
-        """Finds nothing of diffusers, as where it is not installed."""
+        """Import finder that hides diffusers, as if it were not installed."""
 
         def find_spec(self, name: str, *place: object) -> None:
             if name == "peft_zoo.tasks.diffusion.composition":

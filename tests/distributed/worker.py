@@ -89,7 +89,7 @@ def train_in_a_loop(case: str, mode: str, out: Path) -> dict[str, Any]:
 
 
 def full_state_dict_of_fsdp1(model: FullyShardedDataParallel) -> dict[str, Tensor]:
-    """As `accelerator.get_state_dict`, without its offloading, which frees tensors on a CPU (pytorch#188989)."""
+    """Equals `accelerator.get_state_dict` without its offloading, which frees tensors on a CPU (pytorch#188989)."""
     whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, whole):
         return model.state_dict()

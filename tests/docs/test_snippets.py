@@ -26,7 +26,7 @@ FENCE = re.compile(r"^```python[ \t]*(?P<note>[^\n]*)\n(?P<code>.*?)^```", re.MU
 
 
 class Block(NamedTuple):
-    """One block: the line it starts on, what is said beside its language, and the code."""
+    """Code block: first line, the words after its language, and the code."""
 
     line: int
     note: str

@@ -22,7 +22,7 @@ def raw_file(path: Path, header: object, data: bytes = b"", length: int | None =
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
-    """What a header says of a tensor."""
+    """Header entry of a tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 

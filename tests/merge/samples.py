@@ -115,7 +115,7 @@ def saved(folder: Path, model: PeftModel | None = None, /, **fields: Any) -> Pat
 
 
 def loaded(folder: Path) -> PeftModel:
-    """What stock peft makes of a folder."""
+    """Model that stock peft loads from a folder."""
     return PeftModel.from_pretrained(base(), str(folder)).eval()
 
 
@@ -137,7 +137,7 @@ def best(update: Tensor, rank: int) -> Tensor:
 
 
 def best_error(update: Tensor, rank: int) -> float:
-    """Its relative error."""
+    """Relative error of the best approximation."""
     S = torch.linalg.svdvals(update.detach().double().flatten(1))
     return float(S[rank:].norm() / S.norm())
 

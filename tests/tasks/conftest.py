@@ -1,4 +1,4 @@
-"""What holds for every test of the tasks."""
+"""Settings of every test of the tasks."""
 
 from __future__ import annotations
 

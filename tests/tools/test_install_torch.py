@@ -1,4 +1,4 @@
-"""Which torch is installed, and from where; pip itself is replaced."""
+"""Choice of the torch build and its index; pip itself is replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A notebook passes only if every cell does, in time, and the file stays as it was."""
+"""A notebook passes only if every cell runs without error and in time, and the file is not changed."""
 
 from __future__ import annotations
 

@@ -51,13 +51,13 @@ def forward_hooks(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Disables autocast, gradients and inference mode: sums made in inference mode could not be added to outside it."""
+    """Disables autocast, gradients and inference mode, whose tensors cannot be changed outside it."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
         yield
 
 
 def adapted_layers(model: nn.Module, adapter: str, modules: Collection[str] | None) -> dict[str, Any]:
-    """Returns the layers that have the adapter by name in the base model, or those of them that `modules` names."""
+    """Returns the layers with the adapter, by name in the base model; only those in `modules` unless it is None."""
     root = model.base_model if isinstance(model, (PeftModel, PeftMixedModel)) else model
     root = root.model if isinstance(root, BaseTuner) else root
     if any(isinstance(module, (PeftModel, PeftMixedModel, BaseTuner)) for module in root.modules()):

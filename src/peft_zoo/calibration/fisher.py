@@ -85,7 +85,7 @@ def estimate_importance(
         for batch in batches:
             loss = loss_fn(model, batch)
             if not torch.isfinite(loss).all():
-                raise ValueError(f"data: the loss of batch {count} is {loss.item()}; it has to be finite.")
+                raise ValueError(f"data: the loss of batch {count} is {loss.item()}; use data with a finite loss.")
             if loss.requires_grad:
                 loss.backward()
             count += 1
@@ -109,9 +109,9 @@ def _gradient_hook(sums: Sums) -> Hook:
 
 @torch.no_grad()
 def _add_gradients(sums: Sums, x: Tensor, dy: Tensor) -> None:
-    """Adds the gradients of the sequences in x `(n, ..., in)` and dy `(n, ..., out)`, whose loss is a mean over n.
+    """Adds the squared gradients of n sequences, x `(n, ..., in)` and dy `(n, ..., out)`, to `sums`.
 
-    Without dimensions between, each row is a sequence of its own.
+    The loss must be a mean over n. For 2-d x and dy each row is one sequence.
     """
     for inputs, gradient in zip(x.float(), dy.float() * len(dy), strict=True):
         squares = (gradient.reshape(-1, dy.shape[-1]).mT @ inputs.reshape(-1, x.shape[-1])).square()
@@ -144,7 +144,7 @@ def _normalized(found: Mapping[str, ImportanceWeights]) -> dict[str, ImportanceW
     """Scales importance to 1 on average, with `LEAST` of it everywhere, in float32."""
     total = sum(one.row.mean().item() for one in found.values()) / len(found)
     if total == 0:
-        raise ValueError("data: no layer had a gradient or an input other than zero.")
+        raise ValueError("data: all inputs or gradients are zero; use other data or loss_fn.")
     return {
         name: ImportanceWeights(*(((part + LEAST * total) / total).float() for part in one))
         for name, one in found.items()

@@ -165,7 +165,7 @@ class MomentCollector:
     """Collector of moments that `collect_moments` yields.
 
     Attributes:
-        mask: Which tokens of the following batches count: `(batch, length)`, zero for padding; None for all of them.
+        mask: Mask of the following batches, `(batch, length)`, zero for tokens to ignore; None uses all tokens.
             It applies to rows laid out as (batch, length, …) or (batch · length, …), so not to pooled outputs or a
             decoder (unless it happens to be as long as the encoder), and never to convolutions.
     """
@@ -194,7 +194,7 @@ class MomentCollector:
 
 
 class _LayerMoments(Sums):
-    """Sums over the rows of one adapted layer: "inputs" of x xᵀ, and "core" of z zᵀ with z = A x."""
+    """Sums over the input rows x of an adapted layer: "inputs", x xᵀ or its diagonal, and "core", z zᵀ for z = A x."""
 
     def __init__(
         self,
@@ -212,13 +212,13 @@ class _LayerMoments(Sums):
         base = layer.get_base_layer()
         refusal = f"module {name!r} ({type(base).__name__}) cannot be calibrated; leave it out with modules="
         if hasattr(layer, "parameter_name") or isinstance(base, nn.MultiheadAttention):
-            raise NotImplementedError(f"{refusal}: how it multiplies with the adapted parameters is not known here")
+            raise NotImplementedError(f"{refusal}: its inputs are not rows that one weight matrix multiplies")
         is_lora = isinstance(layer, LoraLayer) and not hasattr(layer, "lora_E")  # AdaLoRA has one more factor
         if outputs and (not is_lora or adapter in layer.lora_variant):
             raise NotImplementedError(f"{refusal}: outputs=True needs a plain LoRA, with ΔW = s·B·A (so no DoRA)")
         if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             if base.groups > 1:
-                raise NotImplementedError(f"{refusal}: with groups={base.groups}, outputs differ in their inputs")
+                raise NotImplementedError(f"{refusal}: groups={base.groups} is not supported, only groups=1")
             # The patches that the LoRA reads: peft 0.21 gives its convolution neither dilation nor padding mode.
             self.convolution = layer.lora_A[adapter] if is_lora else base
 
@@ -278,7 +278,7 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 
 
 def merge_moments(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
-    """Merges the moments of several processes or runs: means weighted by their numbers of rows.
+    """Merges the moments of several processes or runs: means weighted by row count.
 
     Args:
         parts: Moments of each process, such as from `torch.distributed.all_gather_object`. A module may be missing
@@ -320,8 +320,8 @@ def save_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments]) -
 
     Args:
         path: The file; an existing one is replaced.
-        moments: By module name. Tensors are named `<module>.inputs` and `<module>.outputs`; the entry `counts` of the
-            metadata is JSON with the number of rows by module.
+        moments: Moments by module name. Tensors are named `<module>.inputs` and `<module>.outputs`; the entry `counts`
+            of the metadata is JSON with the number of rows by module.
 
     Examples:
         >>> import tempfile
@@ -365,6 +365,6 @@ def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
         square = tensor.dim() in (1, 2) and len(set(tensor.shape)) == 1
         if name not in counts or which not in FIELDS or tensor.dtype != torch.float32 or not square:
             shape = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{os.fspath(path)}: {key!r} is {shape}, not float32 (n,) or (n, n) of a counted module")
+            raise ValueError(f"{os.fspath(path)}: {key!r} is {shape}; save float32 (n,) or (n, n) and the row count")
     get = tensors.get
     return {name: Moments(get(f"{name}.inputs"), get(f"{name}.outputs"), count) for name, count in counts.items()}

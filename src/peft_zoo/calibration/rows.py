@@ -21,9 +21,9 @@ def matrix_shape(layer: Any) -> tuple[int, int]:
 
 
 def select_rows(x: Tensor, mask: Tensor | None, leading: Sequence[int]) -> Tensor:
-    """Returns the rows of x, laid out as `leading`, where a mask `(batch, length)` is not zero.
+    """Returns the entries of x `(*leading, ...)` at which a mask `(batch, length)` is not zero.
 
-    All rows are returned without a mask, or if it has another layout, such as that of an encoder.
+    `leading` is (batch, length, ...) or (batch · length,); if it is neither, or without a mask, returns all of x.
     """
     if mask is None:
         return x

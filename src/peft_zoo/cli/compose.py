@@ -46,10 +46,12 @@ class Flags:
         required=True,
         unique=True,
     )
-    policy: str = setting("how the adapters are combined", "cmlora")
+    policy: str = setting("method that combines the adapters", "cmlora")
     steps: int = setting("denoising steps", 20)
     images: int = setting("number of images", 16)
-    labels: list[int] | None = setting("their classes, in turn (default 0,1,2,3,4,5,6,7; 8 for a bag)", metavar="N,N")
+    labels: list[int] | None = setting(
+        "classes of the images, used in turn (default 0,1,2,3,4,5,6,7; 8 for a bag)", metavar="N,N"
+    )
     seed: int = setting("seed of the initial noise", 0)
     profile: bool = setting("measure the frequencies of each adapter first, and order them by these", False)
     options: dict[str, str] = setting("a field of the recipe; repeatable", dict, flag="set", example="switch_every=1")

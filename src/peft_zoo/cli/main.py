@@ -1,4 +1,4 @@
-"""Reads the words of the command line, runs the command they name and prints its result.
+"""Parses the command line, runs the command and prints its result.
 
 A mistake of the user ends in one sentence on stderr and exit status 2. Status 1 says that the work was done but a check
 of its result failed: a reload or merge check after training, images without the watermark.
@@ -157,7 +157,7 @@ def _run(words: list[str]) -> int:
 
 
 def _refuse(rest: Sequence[str], parser: _Parser) -> None:
-    """Raises a SettingError if words are left over."""
+    """Raises a SettingError if there are arguments that no command parsed."""
     if not rest:
         return
     if rest[0].startswith("-"):
@@ -229,7 +229,7 @@ def _completion(parser: _Parser, shell: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Replaces numbers that JSON cannot express, infinity and NaN, by None."""
+    """Replaces infinity and NaN, which JSON lacks, by None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -246,7 +246,7 @@ def _log_to_stderr() -> None:
 
 
 def _is_first_process() -> bool:
-    """Whether this process prints; of several that train together only the first does."""
+    """Whether this process prints: rank 0 in distributed training."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -35,7 +35,7 @@ class Flags:
     target: str = setting("a new folder", positional=True, required=True, metavar="OUT")
     budget_bits: float | None = setting("average bits per weight of the quantized matrices")
     importance: str | None = setting("file of save_importance, for --set weighting=fisher", metavar="FILE")
-    device: str = setting("where matrices are decomposed", "cpu")
+    device: str = setting("device of the decomposition", "cpu")
     options: dict[str, str] = method_options()
 
 

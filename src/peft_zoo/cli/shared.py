@@ -1,4 +1,4 @@
-"""What every command is made of: its description, its result, tables, progress bars and warnings."""
+"""Base of all commands: description and result of a command, tables, progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Group:
 
 
 def table(facts: Facts) -> str:
-    """Formats facts as lines of two columns; the items of a list stand below each other."""
+    """Formats facts as a table of two columns, with one line per item of a list."""
     lines = {key: value if isinstance(value, list) else [value] for key, value in facts.items()}
     return "\n".join(
         f"{'' if index else key:<12}{value}" for key, values in lines.items() for index, value in enumerate(values)
@@ -84,7 +84,7 @@ def progress_bar(names: Iterable[str], doing: str) -> Iterable[str]:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Prints each warning as one line on stderr, without its place in the code."""
+    """Prints each warning as one line on stderr, without file name and line number."""
 
     def show(message: Warning | str, *place: Any, **more: Any) -> None:
         sys.stderr.write(f"peft-zoo: warning: {' '.join(str(message).split())}\n")

@@ -143,7 +143,7 @@ def _squeeze(flags: Flags, target: str) -> Result:
 
 
 def _moments(flags: Flags) -> dict[str, Any]:
-    """Returns the argument `moments`, if there is a file of them."""
+    """Returns the keyword argument `moments` loaded from `--moments`, or an empty dict."""
     if flags.moments is None:
         return {}
     from peft_zoo.calibration.moments import load_moments

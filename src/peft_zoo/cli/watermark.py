@@ -54,9 +54,9 @@ class EmbedFlags:
     key: str = setting("a key that new-key made", required=True, metavar="FILE")
     output: str = setting("a new folder for the marked autoencoder", required=True, metavar="DIR")
     size: int = setting("pixels per side of the training images", 256)
-    device: str = setting("where to train", "cpu")
+    device: str = setting("device of the training", "cpu")
     checkpoint: str | None = setting(
-        "keeps the state of the training; the same command continues an interrupted one", metavar="DIR"
+        "checkpoint file of the training; the same command continues an interrupted one", metavar="DIR"
     )
     options: dict[str, str] = method_options()
 

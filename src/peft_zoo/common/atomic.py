@@ -76,7 +76,7 @@ def replaced_file(target: str | os.PathLike[str], *, private: bool = False) -> I
 
 
 def _unfinished_path(target: Path) -> Path:
-    """Unused hidden path in the folder of `target`, which is created. `tempfile` would make the result private."""
+    """Unused hidden path in `target`'s folder, which is created. `tempfile` would create a private file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".unfinished-{secrets.token_hex(8)}")
 

@@ -15,7 +15,7 @@ def require(condition: bool, owner: object, field: str, fix: str) -> None:
         condition: Whether the value is valid.
         owner: Object that has the field, such as a configuration; its class is named in the error.
         field: Name of the attribute.
-        fix: What to do, without a full stop, such as `"use an int of at least 1"`.
+        fix: Imperative without a full stop, such as `"use an int of at least 1"`.
     """
     check(condition, f"{type(owner).__name__}: {field}", getattr(owner, field), fix)
 

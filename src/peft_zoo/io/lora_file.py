@@ -237,7 +237,7 @@ def _configured(
 
 
 def _group(fmt: str, keys: Iterable[str]) -> tuple[dict[str, dict[Role, str]], list[str]]:
-    """Groups tensor names by module and role, and lists those outside the LoRA."""
+    """Groups keys in format `fmt` by module and role; also returns the keys of tensors that are not part of a LoRA."""
     groups: dict[str, dict[Role, str]] = {}
     others = []
     for key in keys:
@@ -276,17 +276,17 @@ def _factor_roles(name: str, keys: Mapping[Role, str]) -> tuple[Role, Role]:
 def _check_shapes(name: str, kind: LayerKind, A: tuple[int, ...], B: tuple[int, ...]) -> None:
     """Checks that the stored shapes of A and B are those of two factors of one matrix."""
     if not 2 <= len(A) == len(B) <= 5 or (kind == "embedding" and len(A) != 2) or 0 in A + B:
-        raise ValueError(f"module {name}: lora_A {A} and lora_B {B} are not the factors of a layer.")
+        raise ValueError(f"module {name}: lora_A {A} and lora_B {B} fit no layer; export the LoRA again.")
     if kind == "conv" and A[0] != B[1] and A[0] % B[1] == 0:
         raise NotImplementedError(
-            f"module {name}: lora_A {A} and lora_B {B} belong to a convolution with groups: no plain product."
+            f"module {name}: lora_A {A} and lora_B {B} belong to a convolution with groups, use one without."
         )
     if A[0] != B[1]:
         raise ValueError(f"module {name}: lora_A (r={A[0]}) and lora_B (r={B[1]}) disagree; get the file again.")
     if A[0] > MAX_RANK:
-        raise ValueError(f"module {name}: r={A[0]} is above {MAX_RANK}; this is no low rank.")
+        raise ValueError(f"module {name}: r={A[0]} is above {MAX_RANK}; use a LoRA of lower rank.")
     if any(size != 1 for size in B[2:]):
-        raise ValueError(f"module {name}: lora_B {B} has a kernel; only lora_A may have one.")
+        raise ValueError(f"module {name}: lora_B {B} has a kernel; give lora_B a kernel of size 1.")
 
 
 def _check_companions(
@@ -300,14 +300,14 @@ def _check_companions(
     """Checks the dtypes, and that magnitude and bias fit the factors and the configuration."""
     for role, key in keys.items():
         if role is not Role.ALPHA and infos[key].dtype not in FLOATS:
-            raise ValueError(f"{key}: dtype {infos[key].dtype}; a LoRA is float64, float32, float16 or bfloat16.")
+            raise ValueError(f"{key}: dtype {infos[key].dtype}; save float64, float32, float16 or bfloat16.")
     sizes = {Role.BIAS: (B[0],), Role.MAGNITUDE: (B[0], A[1])}
     for role, flag in ((Role.BIAS, "lora_bias"), (Role.MAGNITUDE, "use_dora")):
         if config is not None and (config.get(flag) or False) is not (role in keys):
             state = "has" if role in keys else "lacks"
             raise ValueError(f"module {name}: {flag}={config.get(flag)!r} but it {state} {role.value}; save it again.")
         if role in keys and infos[keys[role]].numel not in sizes[role]:
-            raise ValueError(f"{keys[role]}: shape {infos[keys[role]].shape} does not fit lora_B {B}.")
+            raise ValueError(f"{keys[role]}: shape {infos[keys[role]].shape} does not fit lora_B {B}; save it again.")
 
 
 def _finite(key: str, tensor: Tensor) -> Tensor:

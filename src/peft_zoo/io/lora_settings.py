@@ -131,12 +131,12 @@ def _check_kind(config: Mapping[str, Any]) -> None:
     """Checks that every update is `s * B A`, added to base weights that do not depend on the rank."""
     kind = config.get("peft_type")
     if kind not in PEFT_TYPES:
-        raise NotImplementedError(f"peft_type={reprlib.repr(kind)}: only {' and '.join(PEFT_TYPES)} are read.")
+        raise NotImplementedError(f"peft_type={reprlib.repr(kind)}: use a file of type {' or '.join(PEFT_TYPES)}.")
     for name, value in config.items():
         is_switch = name.startswith("use_") or name.endswith("_config")
         if value and (name in _REFUSED or (is_switch and name not in _ALLOWED)):
             raise NotImplementedError(
-                f"{reprlib.repr(name)}={reprlib.repr(value)}: only LoRAs whose update is a plain product are read."
+                f"{reprlib.repr(name)}={reprlib.repr(value)}: not supported; use a LoRA with updates s * B A."
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):

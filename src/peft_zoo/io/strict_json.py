@@ -36,7 +36,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         text = file.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
-        raise ValueError(f"{path}: larger than {MAX_JSON} bytes; this is no configuration.")
+        raise ValueError(f"{path}: larger than {MAX_JSON} bytes; give a configuration file.")
     try:
         return parse_json(text)
     except ValueError as error:

@@ -51,7 +51,7 @@ class TensorWriter:
             file.write(self._header)
             yield self
             if self._missing:
-                raise ValueError(f"{self.path}: {next(iter(self._missing))!r} was announced and not written.")
+                raise ValueError(f"{self.path}: {next(iter(self._missing))!r} was announced; write it too.")
 
     def write(self, name: str, tensor: Tensor | Iterable[Tensor]) -> None:
         """Writes one announced tensor, from any device, or its bytes as `TensorFile.pieces` yields them."""

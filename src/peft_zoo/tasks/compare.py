@@ -37,7 +37,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What a comparison runs.
+    """Methods, settings, learning rates and seeds of a comparison.
 
     Attributes:
         settings: Settings that all runs share: the task, the data, the number of steps.

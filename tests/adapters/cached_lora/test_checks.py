@@ -1,4 +1,4 @@
-"""What is refused, what runs without a cache, and which scales act: the less usual cases of each."""
+"""Rejected denoisers and calls, calls that disable the cache, and the scales that apply: rarer cases."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_dropout_of_adapters_that_came_later_is_refused() -> None:
 
 
 def test_a_compiled_forward_is_refused() -> None:
-    """Of the denoiser, or of one of its blocks; also where something stands around it. Uncompiled ones pass."""
+    """A compiled forward of the denoiser or of a block is rejected, also behind a hook of accelerate."""
     model = denoiser("class")
     for module in (model, model.mid_block):
         module.forward = torch.compile(module.forward, backend="eager")
@@ -114,7 +114,7 @@ def test_a_cache_that_is_turned_on_inside_is_refused_by_the_next_generation() ->
 
 
 def test_an_end_that_fails_lets_the_outer_composition_go_on() -> None:
-    """Here a warning is an error: that somebody took a place which was the composition's."""
+    """With warnings as errors the inner composition fails at its end, and the outer one still works."""
     model = denoiser(adapters=["one", "two"])
     only(model, ["one"])
     expected = call(model, *_with("sd"))
@@ -184,7 +184,7 @@ def test_features_that_are_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatc
 
 
 def test_features_of_every_context_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two calls a step the first fits, and both together do not."""
+    """With two calls per step, the features of the first fit the memory limit and those of both do not."""
     model, feature = denoiser(), 2 * 16 * 8 * 8 * 4
     monkeypatch.setattr(cached_lora_passes, "MOST_BYTES", 5 * feature)
     with pytest.warns(UserWarning, match="features of"):
@@ -215,7 +215,7 @@ def scales(model: Any, name: str) -> list[float]:
 
 
 def test_scales_of_blocks_act_in_every_pass() -> None:
-    """As `pipe.set_adapters` sets them, by block; weights multiply them."""
+    """Scales by block from `pipe.set_adapters` apply in every pass; weights of the recipe multiply them."""
     model = denoiser(adapters=["one", "two"])
     model._hf_peft_config_loaded = True
     blocks = [{"down": 0.5, "mid": 0.0, "up": {"block_1": [0.25, 2.0]}}, {"down": 2.0}]
@@ -258,7 +258,7 @@ def test_weights_that_do_not_reach_a_text_encoder_are_told() -> None:
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
 def test_norms_are_those_of_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linear and convolutional ones are not built for it."""
+    """Norms of linear and convolutional updates are computed without forming the updates."""
 
     class Mixed(nn.Module):
         def __init__(self) -> None:

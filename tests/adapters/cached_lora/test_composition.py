@@ -1,4 +1,4 @@
-"""The runtime: every policy against the lines that define it, on every kind of denoiser, and nothing left behind."""
+"""Compositions: every policy against its definition on every kind of denoiser; the denoiser is restored after."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sd() -> Any:
 
 
 def alone(model: Any, kind: str, timestep: float = 500.0) -> list[Tensor]:
-    """What each adapter predicts alone, for the usual inputs."""
+    """Noise prediction of each adapter alone for the default inputs."""
     sample, condition = inputs(kind)
     found = []
     for name in NAMES:
@@ -66,7 +66,7 @@ def composed(model: Any, kind: str, **settings: Any) -> Tensor:
 
 
 def state(model: nn.Module) -> list[Any]:
-    """Everything about a model that a composition might leave behind."""
+    """All state of a model that a composition changes and must restore."""
     found = []
     for name, module in model.named_modules():
         kept = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
@@ -235,7 +235,7 @@ def test_a_cached_transformer_pass_runs_only_the_first_block() -> None:
 
 
 def test_a_feature_of_the_same_input_gives_the_same_output(model: Any, kind: str) -> None:
-    """Where two steps have one input, as Heun's can, what is reused is what would be computed."""
+    """If two steps have the same input, as Heun's can, reused features equal recomputed ones."""
     sample, condition = inputs(kind)
     expected = composed(model, kind, adapters=["one", "two"], method="composite")
     recipe = CachedLoraConfig(adapters=["one", "two"], cache_early=1, cache_middle=1, dominance_init=1.0)
@@ -309,7 +309,7 @@ def test_another_form_begins_anew(sd: Any) -> None:
 
 
 def test_calls_of_one_step_have_caches_of_their_own(sd: Any) -> None:
-    """A pipeline that predicts without and with condition in two calls gets what it gets from one batch."""
+    """Separate calls for the unconditional and conditional prediction give the result of one batch of both."""
     sample, condition = inputs(rows=2)
     halves = [{name: value[n : n + 1] for name, value in condition.items()} for n in range(2)]
     with compose(sd, CachedLoraConfig(), num_inference_steps=6) as c:
@@ -426,7 +426,7 @@ def test_what_is_no_denoiser_with_adapters_is_refused(sd: Any) -> None:
     with pytest.raises(ValueError, match="num_inference_steps=0"):
         compose(sd, num_inference_steps=0)
     plain = nn.Sequential(nn.Linear(4, 4)).eval()
-    with pytest.raises(ValueError, match="no denoiser: its forward has no timestep"):
+    with pytest.raises(ValueError, match="no denoiser: no timestep in"):
         compose(get_peft_model(plain, LoraConfig(target_modules=["0"])).eval())
 
 
@@ -549,7 +549,7 @@ def _with(given: tuple[Tensor, dict[str, Any]], t: float) -> tuple[Tensor, float
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_stable_diffusion_draws(sd: Any, scheduler: str) -> None:
-    """Without and with guidance; both make batches of two rows."""
+    """Runs a Stable Diffusion pipeline without and with guidance; both make batches of two rows."""
     pipe = StableDiffusionPipeline(
         None, None, None, sd, SCHEDULERS[scheduler](), None, None, requires_safety_checker=False
     )

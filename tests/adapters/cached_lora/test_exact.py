@@ -22,7 +22,7 @@ ALWAYS_FULL: dict[str, Any] = {"adapters": TWO, "method": "cmlora", "max_age": 0
 
 
 def test_to_refresh_everything_is_composite(model: Any, kind: str) -> None:
-    """Bit for bit, and both are the plain mean of the predictions of each adapter alone."""
+    """Refreshing everything equals `composite` bit for bit; both are the mean of the single predictions."""
     results = []
     scheduler, guidance = CASES[kind]
     for settings in (COMPOSITE, ALWAYS_FULL):
@@ -53,7 +53,7 @@ class Mean:
 
 
 def test_a_batch_is_the_loop(model: Any, kind: str) -> None:
-    """In a full step, in a cached one, and in one of each; to rounding of float64, and so of any dtype."""
+    """`batched=True` equals the loop up to float64 rounding in full, cached and mixed steps."""
     sample, condition = inputs(kind)
     found, macs, model = {}, {}, model.double()
     try:

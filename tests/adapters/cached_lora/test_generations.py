@@ -1,4 +1,4 @@
-"""Where a generation begins: whichever way timesteps go, interrupted or not, on real models and pipelines."""
+"""Detection of new generations: rising and falling timesteps, interruptions, real models and pipelines."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_rising_timesteps_are_steps_of_one_generation(sd: Any, steps: int | None
 
 
 def test_lumina_draws_as_by_hand() -> None:
-    """In its own pipeline, with two calls a step, which it does not name."""
+    """Lumina's pipeline makes two calls per step without `cache_context`; the result equals a plain loop."""
     model = with_loras(lumina())
     pipe = Lumina2Pipeline(model, FlowMatchEulerDiscreteScheduler(), None, None, None)
     pipe.set_progress_bar_config(disable=True)
@@ -97,11 +97,11 @@ def test_lumina_draws_as_by_hand() -> None:
 
 
 def test_lumina_without_reuse_is_the_mean() -> None:
-    """Diffusers does not know its blocks: it is told so, and every pass is a full one."""
+    """diffusers' registry lacks Lumina's blocks: a warning says so, and every pass runs in full."""
     model = with_loras(lumina())
     condition = {**text(2), "encoder_attention_mask": torch.ones(2, 3, dtype=torch.bool)}
     sample = torch.randn(2, 4, 8, 8)
-    with pytest.warns(UserWarning, match="Lumina2Transformer2DModel cannot be cached: diffusers does not know"):
+    with pytest.warns(UserWarning, match="Lumina2Transformer2DModel cannot be cached: diffusers' .* lacks"):
         c = compose(model, CachedLoraConfig(dominance_init=1.0))
     times = [rising(t) for t in (1000, 600, 300)]
     with c:

@@ -1,4 +1,4 @@
-"""What else takes the place of a forward: hooks of accelerate, which come and go; and what is changed in between."""
+"""Compositions together with other overrides of a forward: accelerate's hooks added or removed meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMES = (900.0, 800.0, 700.0)
 
 
 class Counting(ModelHook):
-    """As `CpuOffload`, which moves a module to its device before a forward."""
+    """Counts calls like `CpuOffload`, which moves a module to its device before a forward."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -34,7 +34,7 @@ class Counting(ModelHook):
 
 @pytest.fixture(scope="module")
 def expected() -> list[torch.Tensor]:
-    """Without hooks: two full or partly cached steps and one that is all cached."""
+    """Result without hooks: two full or partly cached steps and one fully cached step."""
     return steps(denoiser())[0]
 
 
@@ -141,7 +141,7 @@ def test_a_profile_is_measured_under_offloading() -> None:
 
 
 def test_who_takes_its_place_inside_is_told() -> None:
-    """A composition that was wrapped by another can only let calls pass from then on."""
+    """If another function wraps the composed forward, a warning says so, and the composition has no effect later."""
     model = denoiser()
     sample, condition = inputs()
     plain = call(model, sample, 500.0, condition)
@@ -158,7 +158,7 @@ def test_who_takes_its_place_inside_is_told() -> None:
 
 
 def pipeline(model: Any) -> Any:
-    """As `load_lora_weights` leaves one."""
+    """Pipeline after `load_lora_weights`."""
     model._hf_peft_config_loaded = True
     pipe = StableDiffusionPipeline(
         None, None, None, model, SCHEDULERS["ddim"](), None, None, requires_safety_checker=False
@@ -198,7 +198,7 @@ def test_fused_after_compose_on_a_bare_denoiser_is_refused() -> None:
 
 
 def test_adapters_that_came_since_take_part() -> None:
-    """On other layers too; those that are not in the recipe never act."""
+    """Adapters added after `compose` are used if the recipe names no adapters, and ignored if it does."""
     model = denoiser(adapters=["one", "two"])
     every = compose(model, CachedLoraConfig(method="composite"))
     pair = compose(model, CachedLoraConfig(adapters=["one", "two"], method="composite"))
@@ -217,7 +217,7 @@ def test_adapters_that_came_since_take_part() -> None:
 
 
 def test_adapters_that_come_or_are_fused_inside_are_refused() -> None:
-    """When the next generation begins, before anything is computed."""
+    """Adapters added or fused during a composition raise an error at the next generation, before any computation."""
     model = denoiser(adapters=["one", "two"])
     sample, timestep, condition = _with(500.0)
     with compose(model, RECIPE) as c:

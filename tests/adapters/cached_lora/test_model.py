@@ -1,4 +1,4 @@
-"""The recipe: what it says and refuses, and its life as an adapter of peft, from a file and back."""
+"""Recipes: validation, and saving, loading and running them as a peft adapter."""
 
 from __future__ import annotations
 

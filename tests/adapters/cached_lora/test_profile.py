@@ -1,4 +1,4 @@
-"""The functional probe: it finds fine and coarse structure that was put there, and leaves the model as it was."""
+"""Frequency profiles: known high and low frequencies are found, and the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 
 class Painter(nn.Module):
-    """A denoiser whose LoRAs each add a pattern: of `layer(e_k)` one number for each of three waves."""
+    """Denoiser in which each LoRA adds three waves, weighted by the entries of `layer(e_k)`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Weights, turns and refreshes by hand, and the clock that reads them off calls."""
+"""Plans of steps against values by hand, and the clock that counts steps from calls."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_timesteps_of_a_model_that_rises_from_the_middle_are_understood_at_the_t
 
 
 def test_another_schedule_begins_a_generation() -> None:
-    """Whatever the timestep: the one before was interrupted, began later, or went the other way."""
+    """New scheduler timesteps begin a generation at any timestep: after an interruption, or in the other direction."""
     clock, schedules = Clock(), ([9, 5, 1], [9, 5, 1], [5, 3], [1, 5], [9])
     assert begins(9, 5, clock=clock, schedule=schedules[0]) == [True, False]
     assert begins(5, 1, clock=clock, schedule=schedules[1]) == [True, False], "equal, but another"

@@ -14,7 +14,7 @@ from peft_zoo.lq_lora import LqLoraConfig, NFLinear, standalone
 
 
 def load(folder: Path) -> Any:
-    """A model with quantized matrices and a low-rank part for each, from a folder beside the original."""
+    """A model with quantized matrices and a low-rank part for each, from a folder next to the original."""
     target = folder.with_name(f"{folder.name}-nfk")
     if not target.exists():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -21,7 +21,7 @@ NOT_HERE = "base_sha256=.* missing or corrupted"
 
 
 def change(folder: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor | None) -> None:
-    """Other fields in the configuration, and tensors by the ends of their names: others, or None."""
+    """Changes configuration fields of a saved adapter; replaces tensors by name suffix, or removes them (None)."""
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
     weights = load_file(folder / WEIGHTS)

@@ -23,7 +23,7 @@ WITHOUT = "ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning"
 
 
 def gpt2() -> GPT2LMHeadModel:
-    """Its layers are transformers' Conv1D."""
+    """GPT-2; its layers are transformers' `Conv1D`."""
     torch.manual_seed(0)
     sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, "n_positions": 16, "initializer_range": 0.2}
     return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
@@ -188,7 +188,7 @@ def test_a_second_adapter_starts_where_the_first_did(keep_init: bool | str, tmp_
 @pytest.mark.filterwarnings(WITHOUT)
 @pytest.mark.parametrize(("has", "comes"), [(False, True), (True, "nf8"), ("nf8", False), (True, True)])
 def test_what_is_kept_stays_as_the_first_adapter_has_it(has: bool | str, comes: bool | str, tmp_path: Path) -> None:
-    """The matrices are the same, and the configuration of an adapter that is loaded says what is kept there."""
+    """A loaded adapter keeps the layer's initial factors, and its configuration gets their `keep_init`."""
     other = adapted(keep_init=comes)
     train(other)
     other.save_pretrained(tmp_path / "other")
@@ -207,7 +207,7 @@ def test_what_is_kept_stays_as_the_first_adapter_has_it(has: bool | str, comes: 
 
 
 def test_loading_an_adapter_does_not_replace_kept_initial_factors(tmp_path: Path) -> None:
-    """An adapter that began on a trained model of the standalone form keeps what stood there."""
+    """An adapter created on a trained standalone model keeps that model's initial factors."""
     trained = adapted()
     train(trained)
     later = get_peft_model(standalone(trained), LqLoraConfig(r=8, target_modules=TARGETS, keep_init=True)).eval()
@@ -225,7 +225,7 @@ def test_loading_an_adapter_does_not_replace_kept_initial_factors(tmp_path: Path
 
 
 def test_an_adapter_on_a_layer_without_factors(tmp_path: Path) -> None:
-    """What is kept has the rank 0."""
+    """On quantized layers without initial factors, an adapter keeps factors of rank 0."""
     with pytest.warns(UserWarning, match="missing without the adapter"):
         bare = adapted().unload()
     before = logits(bare)

@@ -48,7 +48,7 @@ def restored(layer: LqLinear, name: str = "default") -> Tensor:
     "fields", [{}, {"use_rslora": True}, {"lora_alpha": 64}, {"alpha_pattern": {"q_proj": 3}}], ids=str
 )
 def test_the_model_starts_as_the_decomposition(fields: dict[str, Any]) -> None:
-    """Whatever the scale: peft's LoftQ forgets it, and is no better than plain rounding at alpha = 2 r."""
+    """The initial error is that of the decomposition for any scale, unlike peft's LoftQ, which ignores the scale."""
     model, before = adapted(**fields), weights(base())
     found = layers(model)
     assert len(found) == 2 * len(TARGETS)
@@ -202,7 +202,7 @@ def test_what_stays_as_it_is_is_counted() -> None:
 
 
 class Nested(nn.Module):
-    """A layer whose name ends as another's does."""
+    """Model with a layer name that ends like another layer's name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -600,7 +600,7 @@ class Packed(nn.Linear):
 
 
 def test_a_base_that_others_have_quantized_is_refused(tmp_path: Path) -> None:
-    """For a new adapter and for a saved one, before anything changes."""
+    """A base quantized by another library is rejected for new and saved adapters, before any change."""
     adapted().save_pretrained(tmp_path)
     model = base()
     model.model.layers[1].self_attn.v_proj = Packed(64, 64)
@@ -624,7 +624,7 @@ def test_a_base_that_others_have_quantized_is_refused(tmp_path: Path) -> None:
     ids=str,
 )
 def test_using_a_configuration_does_not_change_it(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Nor does it make a second model another one than a fresh configuration would."""
+    """A configuration that was used before gives a second model the same result as a fresh one."""
     config = LqLoraConfig(**{"r": 8, "target_modules": TARGETS, "keep_init": True, **fields})
     before, models = copy.deepcopy(config), []
     for seed, used in ((0, config), (1, config), (1, copy.deepcopy(config))):

@@ -128,7 +128,7 @@ def test_layers_that_were_conv1d(fields: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_what_a_backend_reads_of_a_layer_that_was_conv1d() -> None:
-    """VeRA knows no `Conv1D`, and sees `(out, in)` here."""
+    """VeRA, which does not support `Conv1D`, reads a weight `(out, in)` from the quantized layer."""
     model = get_peft_model(gpt2(), peft.VeraConfig(r=4, target_modules=["attn.c_proj"]))
     train(model)
     trained = logits(model)
@@ -260,7 +260,7 @@ def test_what_is_not_quantized_is_not_concerned(alone: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning")
 def test_a_layer_without_its_initial_factors() -> None:
-    """What an adapter of LQ-LoRA leaves behind is Q alone, and so it computes."""
+    """On layers without initial factors peft's LoRA trains and merges into Q."""
     model = get_peft_model(adapted().unload(), peft.LoraConfig(**ON))
     train(model)
     trained = logits(model)
@@ -296,7 +296,7 @@ def test_dequantizing(make: Any, folder: Path, tmp_path: Path) -> None:
 
 
 def test_dequantizing_to_another_dtype(folder: Path) -> None:
-    """From bfloat16 to float32 nothing is rounded between."""
+    """Dequantizing a bfloat16 model to float32 does not round to bfloat16 first."""
     exact = AutoModelForCausalLM.from_pretrained(folder).dequantize()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).dequantize(torch.float32)
     for name in (Q_PROJ, "model.layers.1.mlp.down_proj"):

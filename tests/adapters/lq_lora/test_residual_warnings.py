@@ -21,7 +21,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def two(**fields: Any) -> PeftModel:
-    """Two adapters that have learned different things."""
+    """Model with two trained adapters of different values."""
     model = adapted(keep_init=True, **fields)
     train(model)
     model.add_adapter("other", LqLoraConfig(r=6, lora_alpha=9, target_modules=TARGETS))
@@ -88,7 +88,7 @@ def test_a_scale_is_that_of_what_was_learned(scale: float, use_rslora: bool) -> 
 
 
 def test_rows_of_a_mixed_batch() -> None:
-    """Also of an adapter that does not target every layer, or is scaled."""
+    """Mixed batches, also with an adapter that is scaled or does not target every layer."""
     model = two()
     model.add_adapter("few", LqLoraConfig(r=8, target_modules=["q_proj"]))
     for scale in (1.0, 0.5):
@@ -170,7 +170,7 @@ def test_a_second_adapter_is_merged_after_a_cast() -> None:
 
 
 def test_few_tokens_with_weights_that_are_elsewhere() -> None:
-    """accelerate brings them where a module is called, and only there."""
+    """accelerate's hooks load offloaded weights only while their module is called."""
     model = adapted()
     expected = logits(model)
     assert torch.equal(logits(cpu_offload(model, "cpu")), expected)

@@ -200,7 +200,7 @@ def test_a_model_without_one_of_the_matrices(tmp_path: Path) -> None:
 
 
 def test_weights_that_come_later_know_their_base(tmp_path: Path) -> None:
-    """As where a training is resumed: no configuration is read."""
+    """Weights loaded later, as in a resumed training that reads no configuration, are checked against the base."""
     model = bare()
     train(model)
     model.save_pretrained(tmp_path)
@@ -264,7 +264,7 @@ def test_a_second_adapter_belongs_to_the_matrices_that_are_there(tmp_path: Path,
 
 
 def test_an_adapter_created_on_quantized_layers_loads_only_onto_them(tmp_path: Path) -> None:
-    """Its own fields are not those of the decomposition."""
+    """An adapter added to quantized layers loads with the first adapter, and not onto the unquantized base."""
     model = adapted(keep_init=True)
     model.save_pretrained(tmp_path / "first")
     model.add_adapter("second", LqLoraConfig(r=3, target_modules=TARGETS, save_base="none"))
@@ -315,7 +315,7 @@ def test_a_model_of_the_standalone_form_is_not_decomposed(tmp_path: Path, splits
 
 
 def test_a_file_that_has_matrices_has_to_have_the_right_ones(tmp_path: Path) -> None:
-    """Loaded into an adapter that is there already, whose own files have none."""
+    """Loads files with quantized weights into an existing adapter that was saved without them."""
     bare().save_pretrained(tmp_path / "none")
     adapted(seed=1).save_pretrained(tmp_path / "other")
     model = PeftModel.from_pretrained(base(), tmp_path / "none")

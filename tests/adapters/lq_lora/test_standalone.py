@@ -109,7 +109,7 @@ def test_the_bits_stay_whatever_dtype_is_loaded(dtype: torch.dtype, scales: str,
 
 
 def test_modules_that_a_model_keeps_in_float32(tmp_path: Path) -> None:
-    """T5 has `wo` in float32 where the rest is float16; that would be other scales."""
+    """T5 keeps `wo` in float32 in a float16 model; casting must not change the quantized scales."""
     sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 1, "vocab_size": 64}
     plain = T5ForConditionalGeneration(T5Config(**sizes))
     alone = standalone(get_peft_model(plain, LqLoraConfig(r=4, target_modules=["wo"])))

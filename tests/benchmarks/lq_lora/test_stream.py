@@ -29,7 +29,7 @@ def test_the_checkpoint_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_run_is_killed_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With generators instead of processes: the measurements are put together right."""
+    """Joins the measurements of an interrupted and a resumed run; generators replace the processes."""
     started: list[Any] = []
 
     class Child:

@@ -111,7 +111,7 @@ def test_products_for_more_tokens_are_measured_as_those_for_one(monkeypatch: pyt
 
 
 def refused(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is printed by a run that finds a mistake, and says so with these words."""
+    """Output of a run that detects a wrong result and reports it with `words`."""
     path = tmp_path / "lq_lora.json"
     assert lq_lora.main([*WORDS, "--highs-seconds", "0", "--output", str(path)]) == 1
     printed = capsys.readouterr().out

@@ -135,7 +135,7 @@ def test_the_binomial_threshold() -> None:
 
 
 def test_false_alarms_of_both_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of bits that are all biased alike, the exact test keeps its rate and the binomial does not."""
+    """For bits with a common bias, the exact test keeps its false-positive rate and the binomial test does not."""
     monkeypatch.setattr(suite, "GROUPS", (1, 32, 100))
     bias = 0.2 + 0.6 * torch.rand(24, generator=torch.Generator().manual_seed(1))
     bits = torch.rand(64, 24, generator=torch.Generator().manual_seed(0)) < bias

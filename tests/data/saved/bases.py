@@ -1,4 +1,4 @@
-"""Tiny models and inputs whose every number follows from integers, so that no file has to keep them.
+"""Tiny models and inputs with all values computed from integers, so that no file has to store them.
 
 Shared by `make.py`, which wrote the files of this folder, and by the test that reads them. Nothing here is of peft-zoo.
 """
@@ -105,7 +105,7 @@ def pictures(count: int, seed: int = 0, side: int = 32) -> Tensor:
 
 
 def inputs(base: str) -> tuple[Tensor, ...]:
-    """What a model of `BASES` reads."""
+    """Input for a model of `BASES`."""
     if base == "unet":
         return numbers(2, 4, 8, 8, seed=3), torch.tensor([500, 500]), numbers(2, 3, 8, seed=4)
     return (pictures(2),) if base == "vae" else (TOKENS,)
@@ -113,7 +113,7 @@ def inputs(base: str) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def output(model: Any, base: str) -> Tensor:
-    """What it gives for it."""
+    """Output of the model for that input."""
     found = model(*inputs(base))
     return found if isinstance(found, Tensor) else next(found[k] for k in ("logits", "sample") if k in found)
 
@@ -127,7 +127,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def observed(model: nn.Module, base: str, adapter: str = "default") -> dict[str, Tensor]:
-    """What a model with an adapter computes: its output, updates of a `Net`, quantized matrices."""
+    """Results of a model with an adapter: output, updates of a `Net`, quantized matrices."""
     found = {"output": output(model, base), **dense_bits(model)}
     if base == "net":
         found |= {f"delta.{name}": layer.get_delta_weight(adapter) for name, layer in adapted_layers(model)}

@@ -78,7 +78,7 @@ assert peft_zoo.__version__ == "0.1.0"
 
 
 def remember(name: str, tensors: dict[str, Tensor]) -> None:
-    """Write what has to be found."""
+    """Writes the expected results."""
     EXPECTED.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, EXPECTED / f"{name}.safetensors")
 
@@ -92,7 +92,7 @@ def as_trained(model: nn.Module, scale: float = 0.125) -> Any:
 
 
 def keep(name: str, model: Any, base: str) -> None:
-    """Save an adapter, load it, and write what it then computes."""
+    """Saves an adapter, loads it, and writes the results of the loaded one."""
     model.save_pretrained(str(ADAPTERS / name))
     for card in (ADAPTERS / name).rglob("README.md"):
         card.unlink()
@@ -262,7 +262,7 @@ class Stop(TrainerCallback):
 
 
 def interrupted_training(name: str, model: Any, callback: TrainerCallback) -> None:
-    """Train for three steps of eight, and keep what is read again."""
+    """Trains three of eight steps and keeps the files that resuming reads."""
     kept = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "snell_allocator.safetensors")
     with tempfile.TemporaryDirectory() as work:
         trainer(model, work, [callback, Stop()]).train()

@@ -38,7 +38,7 @@ def dense(B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def distance(given: Tensor, other: Tensor) -> float:
-    """Relative, in the Frobenius norm."""
+    """Relative distance in the Frobenius norm."""
     return ((given - other).norm() / given.norm()).item()
 
 

@@ -37,12 +37,12 @@ def engine(B: Tensor, A: Tensor, low: LowRank, new_scale: float = 1.0) -> Tensor
 
 
 def rounding(dtype: torch.dtype, rank: int) -> float:
-    """What rounding does to the product of balanced factors, each by half an eps: `|B| |A|_2 <= sqrt(r) |M|`."""
+    """Error bound for rounding balanced factors by half an eps each: `|B| |A|_2 <= sqrt(r) |M|`."""
     return 1.1 * torch.finfo(dtype).eps * math.sqrt(rank)
 
 
 def floor(B: Tensor, A: Tensor, scale: float, method: str) -> float:
-    """What is too small to be seen, for all singular values together, relative to the product."""
+    """Resolution of all singular values together, relative to the product: smaller values count as zero."""
     M = dense(B, A, scale)
     share = abs(scale) * B.double().norm() * A.double().norm() / M.norm()
     return (SEEN[method] * math.sqrt(B.shape[1]) * share).item()

@@ -196,7 +196,7 @@ def test_an_unknown_codebook_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["2", "3", "4", "8", "random", "twins", "wide"])
 def test_the_table_equals_bucketize(kind: str) -> None:
-    """Including levels too close for the table, and levels outside of [-1, 1]."""
+    """The table gives `bucketize`'s codes, also for levels too close for it and outside of [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     if kind.isdigit():
         levels = codebook(int(kind))

@@ -271,7 +271,7 @@ def scattered(items: int, options: int) -> Problem:
 
 @pytest.mark.parametrize("make", [concave, jump, scattered])
 def test_the_bound_is_the_linear_relaxation(make: Callable[[int, int], Problem]) -> None:
-    """Of the whole problem, since every option fits by itself and the costs have no common divisor."""
+    """The bound is that of the whole problem: every option fits by itself and the costs have no common divisor."""
     values, costs, budget = make(20, 50)
     solution = scipy.optimize.linprog(
         -np.ravel(values),

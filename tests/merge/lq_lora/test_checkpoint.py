@@ -120,7 +120,7 @@ def test_a_killed_run_goes_on(stage: str, folder: Path, tmp_path: Path, monkeypa
 def test_another_budget_after_one_that_was_not_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What has been measured is not measured again, until a matrix is quantized."""
+    """With another budget, measured errors are reused as long as no matrix is quantized."""
     calls, real = [], lq_lora_stream.error_table
     monkeypatch.setattr(lq_lora_stream, "error_table", lambda *args: calls.append(1) or real(*args))
     with pytest.raises(ValueError, match=r"budget_bits=1\.0 is below"):
@@ -188,7 +188,7 @@ def llava() -> tuple[nn.Module, dict[str, Any]]:
 
 @pytest.mark.parametrize(("make", "renamed"), [(vit, "attention.query"), (llava, "language_model.model.")])
 def test_names_that_transformers_changes_as_it_loads(make: Any, renamed: str, tmp_path: Path) -> None:
-    """The files have the names of another day; what is written has them too, and loads as the model in memory does."""
+    """Files with older tensor names: the result keeps these names and loads like the model quantized in memory."""
     model, inputs = make()
     model.eval().save_pretrained(tmp_path / "model")
     fields = {"budget_bits": None, "r": 4, "qconfig": [4, 4, "bf16", 32, 64]}

@@ -64,7 +64,7 @@ def test_it_is_the_quantized_model_but_for_what_quantizing_lost(tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_other_layers_keep_their_lora(tmp_path: Path) -> None:
-    """One that is not quantized, and an embedding."""
+    """An unquantized layer and an embedding keep their LoRA."""
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     fields = {"target_modules": ["q_proj", "embed_tokens"], "lora_alpha": 4, "qconfig_map": {names[0]: None}}
     fields["qconfig_map"][names[1]] = [4, 8, "fp32", 64, 256]

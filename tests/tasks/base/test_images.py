@@ -15,7 +15,7 @@ from peft_zoo.tasks.base.images import ImageFiles, Images, Source, draw_splits, 
 
 
 def arrays(count: int = 30) -> dict[str, np.ndarray]:
-    """Grey images whose every pixel tells the image's number, in three classes."""
+    """Gray images in three classes; every pixel of an image has its index."""
     numbers = np.arange(count, dtype=np.uint8)
     images = np.broadcast_to(numbers[:, None, None], (count, 28, 28)).copy()
     return {"x_train": images, "y_train": numbers % 3, "x_test": images[:9] + 100, "y_test": numbers[:9] % 3}

@@ -159,7 +159,7 @@ def test_a_base_is_trained_alike_each_time(garment_file: Path, tmp_path: Path) -
 
 
 def test_the_shape_of_the_base_leaves_most_work_below_the_top() -> None:
-    """What makes a composed run of three adapters cost about as much as one: see the study."""
+    """Most work is below the top blocks, so three composed adapters cost about as much as one: see the study."""
     with torch.device("meta"):
         unet = UNet2DModel(**BASE_SHAPE)
         x, t = torch.zeros(1, 1, 32, 32), torch.zeros(1)

@@ -12,7 +12,7 @@ from peft_zoo.tasks.watermark.controllers import DlwsController, TwoSidedControl
 
 
 def test_the_two_sided_controller_by_hand() -> None:
-    """With a decay of 1/2; PSNR has priority if both targets are missed."""
+    """Weights by hand for a decay of 1/2; PSNR has priority if both targets are missed."""
     controller = TwoSidedController(30, 0.9, rate=0.5, limit=1.2, decay=0.5)
     assert controller.weights() == (0.5, 0.5)
     steps = [

@@ -56,7 +56,7 @@ def test_an_exported_autoencoder_carries_the_mark_without_peft(embedded: Embedde
 
 
 def test_no_file_has_a_secret(tmp_path: Path) -> None:
-    """Of a key whose message is too long to occur by chance."""
+    """Exported files contain no secret of a key with a message too long to occur by chance."""
     key = WatermarkKey(bytes(range(90, 122)), 24, b"me", 1)
     vae, config = tiny_vae(), watermark(num_bits=24, num_filters=24, steps=2, commitment=key.commitment)
     embed_watermark(vae, pictures(48), config, key, checkpoint=tmp_path / "run", checkpoint_every=1)

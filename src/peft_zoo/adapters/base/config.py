@@ -1,4 +1,4 @@
-"""The configuration that every method shares, and what a configuration class says about its method."""
+"""Base classes of configurations: the fields, checks and method description that all methods share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Conformance:
 
 
 class MethodConfig:
-    """Mixin for a configuration class: what the rest of the package asks of a method.
+    """Mixin for a configuration class: the attributes and checks of a method that the package uses.
 
     The tuner's costs and its `transformers.Trainer` callback are arguments of `registration.register`.
     """

@@ -1,4 +1,4 @@
-"""The container of a method's trainable parameters."""
+"""Container of a method's trainable parameters."""
 
 from __future__ import annotations
 

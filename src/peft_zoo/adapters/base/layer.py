@@ -1,4 +1,4 @@
-"""The adapter layer that every method shares: everything but the mathematics of the update."""
+"""Base class of adapter layers: forward, merging and scaling; a method adds the formula of its update."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         layout = layout_of(base, self.quantization_backend)
         if layout is None:
-            raise ValueError(f"a layer of type {type(base).__name__} is not supported; supported are {SUPPORTED}")
+            raise ValueError(f"a layer of type {type(base).__name__} is not supported; use one of: {SUPPORTED}")
         return layout
 
     def _here(self, names: Any) -> list[str]:
@@ -308,7 +308,7 @@ class ParameterTarget(ZooLayer):
         """Runs the module with the updated parameter; batches of mixed adapters are refused."""
         if adapter_names is not None:
             raise ValueError(
-                "`adapter_names` cannot be used with `target_parameters`: a parameter has one value for all samples."
+                "`adapter_names` cannot be used with `target_parameters`; use `target_modules` or one adapter per call."
             )
         names = self._here(self.active_adapters)
         if self.disable_adapters or self.merged or not names:

@@ -43,7 +43,7 @@ class LinearLayout(Layout):
     def __init__(self, base: nn.Module) -> None:
         in_features, out_features = _get_in_out_features(base)
         if in_features is None or out_features is None:
-            raise ValueError(f"the shape of {type(base).__name__} cannot be determined")
+            raise ValueError(f"{type(base).__name__} has no known sizes; leave it out of `target_modules`")
         self.in_features, self.out_features = in_features, out_features
         self.transposed = isinstance(base, Conv1D)
 
@@ -52,7 +52,7 @@ class LinearLayout(Layout):
         return delta.t() if self.transposed else delta
 
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """Maps `x` `(..., in)` to `(..., out)`."""
+        """Returns `x ΔW^T`: `x` `(..., in)` to `(..., out)`."""
         return F.linear(x, delta.to(x.dtype))
 
 
@@ -68,7 +68,7 @@ class ConvLayout(Layout):
         return delta.reshape(self.base_shape)
 
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """Maps `x` `(batch, in, *size)` to `(batch, out, *size')`."""
+        """Convolves `x` `(batch, in, *size)` with ΔW, without bias, to `(batch, out, *size')`."""
         # torch's own helper handles stride, padding and its mode, dilation and groups
         return base._conv_forward(x, self.to_base(delta).to(x.dtype), None)
 
@@ -89,7 +89,7 @@ class EmbeddingLayout(Layout):
         return delta.t()
 
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """Maps indices `(...)` to rows `(..., embedding_dim)`, with the scale of scaled embeddings (Gemma)."""
+        """Returns ΔW's columns `(..., out)` for indices `(...)`, times the base's `embed_scale` (Gemma)."""
         rows = F.embedding(x, delta.t(), padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         return rows * torch.as_tensor(getattr(base, "embed_scale", 1.0), dtype=rows.dtype, device=rows.device)
 
@@ -106,7 +106,7 @@ class ParameterLayout(Layout):
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # the full shape under DeepSpeed ZeRO-3
         if len(shape) not in (2, 3):
             raise ValueError(
-                f"parameter {parameter_name!r} has shape {shape}; only 2-d and 3-d parameters can be adapted"
+                f"parameter {parameter_name!r} has shape {shape}; target a parameter with 2 or 3 dimensions"
             )
         self.transposed = len(shape) == 3 and bool(getattr(base, "is_transposed", False))
         *experts, rows, columns = shape

@@ -1,4 +1,4 @@
-"""The tuner that every method shares: replaces the targeted modules by a method's adapter layers."""
+"""Base class of tuners: replaces the targeted modules by a method's adapter layers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ZooModel(MethodTuner):
             raise ValueError(f"Target module {path}: {error}. Take it out of `target_modules`.") from error
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Replaces a module; unlike peft's, needs no move, as the layer is on the device of its base layer."""
+        """Replaces a module as peft does, without moving it: the layer is already on its base layer's device."""
         setattr(parent, child_name, new_module)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:

@@ -27,7 +27,7 @@ class MethodTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Selects as peft does, by the names of modules, without the part that FSDP1 inserts in them.
+        """Returns an adapter's tensors as peft does, but removes `_fsdp_wrapped_module` from module names first.
 
         The keys of the state dict lack that part; peft 0.21 does not account for it.
         """
@@ -38,7 +38,7 @@ class MethodTuner(BaseTuner):
 
 
 def _own_copy(config: PeftConfig) -> PeftConfig:
-    """Returns a copy of a configuration for one adapter; a configuration for inference belongs to its saved adapter."""
+    """Returns a deep copy of a configuration for one adapter, or the object itself if it is in inference mode."""
     if config.inference_mode:
         return config  # peft's tests require the object that `from_pretrained` was given
     own: Any = copy.deepcopy(config)

@@ -1,4 +1,4 @@
-"""Checks of pipelines, denoisers and calls: what cannot be composed, and what can only be composed without a cache."""
+"""Checks whether pipelines, denoisers and calls can be composed, and whether features can be cached."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_mode(denoiser: nn.Module) -> None:
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Raises a ValueError if LoRAs are fused into a pipeline, even if they are no longer on the denoiser."""
+    """Raises a ValueError if LoRAs are fused into a pipeline's weights, even if their layers were removed."""
     if getattr(pipe, "num_fused_loras", 0):
         raise ValueError(
             f"{type(pipe).__name__} has LoRAs fused into its weights, which would act in every pass: call "

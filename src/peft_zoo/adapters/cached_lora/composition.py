@@ -64,7 +64,7 @@ class Composition:
             raise ValueError(f"batched=True cannot be used with DoRA ({dora}), which peft cannot mix: use False.")
         names = passes.argument_names(self.denoiser)
         if not set(passes.TIMESTEP_NAMES) & set(names):
-            raise ValueError(f"{type(self.denoiser).__name__} is no denoiser: its forward has no timestep: {names}.")
+            raise ValueError(f"{type(self.denoiser).__name__} is no denoiser: no timestep in {names}; pass one.")
         self.layers, self.roles, self.adapters = layers, roles, roles.order
         before: passes.Passes | None = getattr(self, "passes", None)
         self.passes = passes.Passes(self.config, layers, self._feature_cache(), len(roles.order))

@@ -1,4 +1,4 @@
-"""Recipe of a composition: which LoRAs, how their predictions are combined, in which order, with which cache."""
+"""Configuration of CMLoRA: the LoRAs to compose, their order, how predictions are combined, and the cache."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class TransformerFeatureCache(FeatureCache):
         try:  # since diffusers 0.35; no public module defines the registry, so take it from one that uses it
             from diffusers.hooks.first_block_cache import TransformerBlockRegistry  # type: ignore[attr-defined]
         except ImportError as error:
-            raise NotImplementedError("this version of diffusers does not say what its blocks return") from error
+            raise NotImplementedError("install diffusers 0.35 or later to cache features") from error
         lists = (part for name, part in transformer.named_children() if name in BLOCK_LISTS)
         blocks = [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
         if len(blocks) < 2:
@@ -107,7 +107,7 @@ class TransformerFeatureCache(FeatureCache):
         try:
             self.blocks = [(block, _BlockOutput(TransformerBlockRegistry.get(type(block)), block)) for block in blocks]
         except ValueError as error:
-            raise NotImplementedError("diffusers does not know what its blocks return") from error
+            raise NotImplementedError("diffusers' TransformerBlockRegistry lacks one of its blocks") from error
         self._head: Features = ()
 
     def overrides(self) -> Iterator[Override]:

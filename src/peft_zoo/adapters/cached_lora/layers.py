@@ -186,14 +186,14 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _load_lora(model: nn.Module, first: PeftModel | None, name: str, source: str) -> PeftModel | None:
-    """Loads one LoRA; `first` and the result are the PeftModel that the first peft LoRA made, if there is one."""
+    """Loads one LoRA; takes and returns the PeftModel made by the first LoRA in peft's format, None before it."""
     try:
         config = PeftConfig.from_pretrained(source)
     except ValueError:  # no config: a file in diffusers' format, or nothing at all, which its loader reports
         _load_diffusers_lora(model, name, source)
         return first
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"it is a {type(config).__name__}, and a recipe takes LoRAs.")
+        raise ValueError(f"it is a {type(config).__name__}; give a LoRA (`LoraConfig`).")
     if first is None:
         return PeftModel.from_pretrained(model, source, adapter_name=name)
     # A second from_pretrained could warn about missing keys, because it takes those of other adapters for its own.

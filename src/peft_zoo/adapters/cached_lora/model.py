@@ -1,4 +1,4 @@
-"""Tuner with which peft loads, runs and saves a recipe."""
+"""Tuner of `CachedLoraConfig`: loads, runs and saves a recipe as a peft adapter."""
 
 from __future__ import annotations
 

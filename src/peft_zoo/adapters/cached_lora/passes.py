@@ -120,7 +120,7 @@ class Passes:
                 self.cache.mode, self.cache.features = "off", None
 
     def _keep(self, info: StepInfo, names: list[str], features: Features) -> None:
-        """Keeps the features of a pass, unless those of all adapters and contexts would exceed `MOST_BYTES`."""
+        """Stores the features of a pass, unless those of all adapters and contexts would exceed `MOST_BYTES`."""
         size = sum(part.nbytes for part in features if part is not None) // len(names)
         contexts = {info.context, *(context for context, _ in self._features)}
         if size * self.num_adapters * len(contexts) > MOST_BYTES or self.too_large:
@@ -163,7 +163,7 @@ def noise_level(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[floa
     """
     timestep = next((arguments[name] for name in TIMESTEP_NAMES if arguments.get(name) is not None), None)
     if timestep is None:
-        raise ValueError(f"{type(denoiser).__name__} was called without a timestep, from which steps are counted.")
+        raise ValueError(f"{type(denoiser).__name__} was called without a timestep; pass one to count the steps.")
     levels = torch.as_tensor(timestep).unique().tolist()
     return float(levels[-1]), len({*levels} - {0}) > 1
 

@@ -1,4 +1,4 @@
-"""Overrides methods of module instances and restores them, also when hooks of accelerate come and go in between."""
+"""Overrides methods of module instances and restores them, also if accelerate adds or removes hooks in between."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Patches:
 
 
 def owner_of(target: Any) -> Any:
-    """Returns the object whose method overrides the forward of a module, or None."""
+    """Returns the object with the bound method that overrides a module's forward, or None."""
     overrides = (vars(target).get(place) for place in (BEHIND_HOOKS, "forward"))
     owners = (getattr(getattr(override, "func", None), "__self__", None) for override in overrides)
     return next((owner for owner in owners if owner is not None), None)

@@ -59,7 +59,7 @@ class Planner:
         return Plan({turn: 1.0}, turn)
 
     def _turn(self, step: int) -> str:
-        """Returns the adapter whose turn a step of `switch` or `w_switch` is."""
+        """Returns the name of the adapter that `switch` or `w_switch` activates at a step."""
         order, length = self.roles.order, len(self.roles.order) * self.config.switch_every
         shares = [self.roles.weights[name] if self.config.method == "w_switch" else 1.0 for name in order]
         ends = list(accumulate(shares))

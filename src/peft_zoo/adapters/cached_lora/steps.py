@@ -39,7 +39,7 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Place of one call of the denoiser: its context, the index of its step, and whether it begins a generation."""
+    """One call of the denoiser: its context, the index of its step, and whether it begins a generation."""
 
     context: str
     step: int

@@ -51,7 +51,7 @@ def nf_config(value: Any) -> NFConfig:
 
 @dataclass
 class LqLoraConfig(ZooLoraConfig):
-    """Configuration of LQ-LoRA: a LoRA whose base layers are quantized, and whose factors start at what that loses.
+    """Configuration of LQ-LoRA: quantizes the base layers and initializes LoRA from the quantization error.
 
     `get_peft_model` quantizes the targeted linear layers, so the model has to be in floating-point. A saved adapter
     contains the quantized weights, and loading it decomposes nothing, unless `save_base="none"`. The fields of peft's
@@ -114,7 +114,7 @@ class LqLoraConfig(ZooLoraConfig):
         "nf", "Quantization levels: 'nf' for NormalFloat's, 'lloyd' for levels fitted to each matrix."
     )
     seed: int = option(0, "Seed of the random start vectors; it determines the quantized bits on one machine.")
-    table_iterations: int = option(1, "Iterations of the decompositions whose errors a budget compares.")
+    table_iterations: int = option(1, "Iterations per decomposition when a budget compares configs.")
     solver: str = option("greedy", "Solver of the budget: 'greedy', 'dynamic' for few modules, or 'auto'.")
     weighting: str = option(
         "none", "Importance of errors: 'none' for equal, 'fisher' or 'activation' from `preprocess_lq_lora`."

@@ -1,4 +1,4 @@
-"""Decomposes one layer of a model into a quantized layer and the factors that its adapter starts from."""
+"""Decomposes one layer of a model into a quantized layer and the initial factors of its adapter."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def decompose(
     name: str,
     importance: ImportanceWeights | None = None,
 ) -> QuantizedLowRank:
-    """Decomposes a weight `(out, in)` with the importance weights of the SVD that give the smallest error."""
+    """Decomposes a weight `(out, in)` into Q + B A; tries several importance weights and keeps the best result."""
     choices, metric = svd_weights_and_metric(config, name, importance)
 
     def attempt(weights: Diagonals, iterations: int | None = None) -> QuantizedLowRank:

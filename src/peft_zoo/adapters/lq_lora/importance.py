@@ -65,7 +65,7 @@ def preprocess_lq_lora(
         raise ValueError("LqLoraConfig: weighting='none' uses no data; set it to 'fisher' or 'activation'.")
     layers = dict(target_layers(with_default_targets(config, model), model, check_target_module_exists))
     if not layers:
-        raise ValueError(f"target_modules={config.target_modules!r} targets no layer that can be quantized.")
+        raise ValueError(f"target_modules={config.target_modules!r} targets no linear layer; name some.")
     if isinstance(data, Mapping):
         importance = dict(data)
     else:

@@ -65,7 +65,7 @@ class LqLinear(LoraLinear):
         return B.detach().float() * self.scaling[adapter_name], A.detach().float()
 
     def residual_coefficient(self, names: Iterable[str]) -> float:
-        """Returns how often B₀A₀, the initial factors' product, has to be added to a sum of adapters.
+        """Returns the factor with which B₀A₀, the initial factors' product, is added to a sum of adapters.
 
         The base weight is Q + B₀A₀, and each adapter contains B₀A₀ once, or a multiple after `set_scale`. Their sum has
         to contain it once. 0 if the initial factors are not kept.
@@ -103,7 +103,7 @@ class LqLinear(LoraLinear):
         return self.quantized(x, A, B)
 
     def _add_residual_per_sample(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        """Adds the initial factors in a mixed batch; a sample whose adapter is not in this layer has none active."""
+        """Adds B₀A₀ by sample in a mixed batch; samples with an adapter not in this layer get Q x + B₀A₀ x."""
         for name in dict.fromkeys(names):
             here = [index for index, other in enumerate(names) if other == name]
             if name in self.lora_A:
@@ -113,7 +113,7 @@ class LqLinear(LoraLinear):
         return result
 
     def _add_residual(self, result: Tensor, x: Tensor, names: Iterable[str]) -> Tensor:
-        """Adds the initial factors such that the sum of the named adapters contains them once."""
+        """Adds B₀A₀ `residual_coefficient(names)` times to the output `result` of the layer for `x`."""
         coefficient = self.residual_coefficient(name for name in names if name in self.lora_A)
         initial = self.quantized.initial if coefficient else None
         if initial is None:
@@ -155,7 +155,7 @@ class LqLinear(LoraLinear):
         bias = self._merged_bias(together)
         finite = torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())
         if safe_merge and not finite:
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+            raise ValueError(f"NaNs detected in the merged weights: retrain the broken adapter {names[-1]!r}.")
         quantized = self.quantized
         layer = quantized.to_floating(weight)
         if bias is not None:

@@ -50,7 +50,7 @@ class NFLinear(nn.Linear):
 
     Attributes:
         weight: Packed codes, from which peft reads device and dtype. An integer dtype keeps adapters in float32.
-        expected_sha256: Checksum of the Q that a file has to bring; None once it is verified.
+        expected_sha256: Checksum of the Q that must be loaded from a file; None once it is verified.
 
     Examples:
         >>> from peft_zoo.kernels.normal_float.quantize import NFConfig, quantize
@@ -166,7 +166,7 @@ class NFLinear(nn.Linear):
         return nf_linear(x, self.packed, self.config, self.shape, self.bias, A, B, scaling)
 
     def with_initial(self, initial: Factors | NFTensor | None, use_initial: bool = False) -> NFLinear:
-        """Returns a layer with the same Q and bias, whose tensors are shared, and other initial factors."""
+        """Returns a layer that shares the tensors of Q and the bias but has other initial factors."""
         parts = self.packed, self.config, self.shape, self.bias, self.dtype, self.transposed
         layer = NFLinear(*parts, initial, use_initial).train(self.training)
         layer.expected_sha256 = self.expected_sha256
@@ -192,7 +192,7 @@ class NFLinear(nn.Linear):
         return f"{super().extra_repr()}, config={tuple(self.config)}{rank}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> NFLinear:
-        """Moves buffers but keeps their dtypes, since other scales are another matrix; `dtype` follows the model."""
+        """Moves buffers but keeps their dtypes, since casting scales would change Q; `dtype` follows the model."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -249,7 +249,7 @@ def unpack_initial_factors(packed: NFTensor, shape: tuple[int, int]) -> Factors:
 
 
 def nf8_rank(num_words: int, shape: tuple[int, int]) -> int:
-    """Returns the rank of 8-bit factors whose codes take `num_words` 32-bit words, with up to three padding codes."""
+    """Returns the rank of 8-bit factors from the number of 32-bit words of their codes (up to three are padding)."""
     return 4 * num_words // sum(shape)
 
 

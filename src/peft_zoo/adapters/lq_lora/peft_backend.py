@@ -85,7 +85,7 @@ def innermost(layer: Any) -> Any:
 
 
 class NFLoraLinear(LoraLinear):
-    """peft's LoRA layer around an `NFLinear`, whose initial factors stay in it."""
+    """peft's LoRA layer around an `NFLinear`; the initial factors stay in the `NFLinear`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         config = copy.copy(config)

@@ -87,7 +87,7 @@ class NFkHfQuantizer(HfQuantizer):
     # ---- loading ----
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Replaces the layers of the config by empty quantized ones; none if one of them is missing."""
+        """Replaces the layers of the config by empty quantized ones; replaces none if the model lacks one."""
         modules = dict(model.named_modules())
         layers: dict[str, NFLinear] = {}
         for name, listed in self.quantization_config.modules.items():
@@ -239,7 +239,7 @@ def check_standalone(model: PeftModel, adapter_name: str | None) -> tuple[Any, s
         raise ValueError(f"adapter_name={adapter_name!r}: give one of {', '.join(map(repr, model.peft_config))}.")
     base, name = tuner.model, names[0]
     if not isinstance(base, PreTrainedModel):
-        raise ValueError(f"the base is a {type(base).__name__}; only models of transformers can be standalone.")
+        raise ValueError(f"the base is a {type(base).__name__}; use a `PreTrainedModel` of transformers.")
     other = getattr(base, "quantization_method", None)
     if other not in (None, METHOD):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Checks that an adapter's file and the quantized weights belong together, and quantizes again what no file has."""
+"""Checks that an adapter's file and the quantized weights match, and quantizes weights that no file contains."""
 
 from __future__ import annotations
 

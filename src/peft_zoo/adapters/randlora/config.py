@@ -101,19 +101,19 @@ class RandLoraConfig(ZooConfig):
         fits = shape is None or (len(shape) == 2 and all(type(n) is int for n in shape) and shape[0] >= shape[1] > 0)
         self.require(fits, "basis_shape", "use a pair of sizes, such as [4096, 1024]")
         packed = self.basis.startswith("ternary")
-        self.require(self.basis_storage != "packed2" or packed, "basis_storage", "it stores ternary bases only")
+        self.require(self.basis_storage != "packed2" or packed, "basis_storage", "use it with a ternary basis")
         if self.is_peft_basis:
             self._check_peft_basis()
         else:
-            fix = f"basis={self.basis!r} depends on the seed only, in every dtype"
-            self.require(self.peft_basis_dtype is None, "peft_basis_dtype", fix)
-            self.require(not self.save_projection, "save_projection", fix + ", and need not be saved")
+            fix = f"basis={self.basis!r} is computed from the seed, in every dtype"
+            self.require(self.peft_basis_dtype is None, "peft_basis_dtype", f"use None: {fix}")
+            self.require(not self.save_projection, "save_projection", f"use False: {fix}")
 
     def _check_peft_basis(self) -> None:
         for name in ("num_bases", "rank_pattern"):
-            self.require(not getattr(self, name), name, f"basis={self.basis!r} is drawn for one r and full rank")
-        self.require(not self.target_parameters, "target_parameters", f"basis={self.basis!r} is drawn for modules")
-        self.require(self.basis_storage in ("auto", "dense"), "basis_storage", "peft's bases are dense")
+            self.require(not getattr(self, name), name, f"use the default with basis={self.basis!r}")
+        self.require(not self.target_parameters, "target_parameters", f"use target_modules with basis={self.basis!r}")
+        self.require(self.basis_storage in ("auto", "dense"), "basis_storage", "use 'dense' for peft's bases")
 
     @property
     def is_peft_basis(self) -> bool:

@@ -9,7 +9,7 @@ every dtype. Layers of all shapes, ranks and adapters share them, one copy per d
 or two bits (`ternary`). An adapter file contains only the scales.
 
 Paper: RandLoRA, arXiv:2502.00987, eq. 4. Column k·n + j of B belongs to the pair (k, j), as in peft's RandLoRA layers,
-so adapters can be converted both ways (`basis="peft"`, `peft_zoo.randlora.from_peft`, `to_peft`).
+so adapters can be converted in both directions (`basis="peft"`, `peft_zoo.randlora.from_peft`, `to_peft`).
 
 Cost of an adapted matrix: n·(r + d) ≈ d²/r trained parameters (a *smaller* r trains more); only the input is saved for
 the backward pass; a training step takes the least of T·(3d² + 2dD) multiply-adds by tokens, T·dD + 3d²D with the merged

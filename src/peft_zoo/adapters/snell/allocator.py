@@ -1,4 +1,4 @@
-"""SNELLA's allocation during training: how many weights of each matrix are kept, from step to step.
+"""SNELLA's allocation during training: sets the number of non-zero weights of each matrix step by step.
 
 `kernels.planning.sparsity` has the mathematics. Source: SNELLA (arXiv:2510.24037) and its released code.
 """
@@ -48,7 +48,7 @@ class SnellAllocator:
         layers: Any = ((n, m) for n, m in model.named_modules() if hasattr(m, "zoo_snell_num_kept"))
         self.layers = {name: layer for name, layer in layers if adapter_name in layer.scaling}
         if not self.layers:
-            raise ValueError(f"adapter_name={adapter_name!r}: the model has no SNELL layer with this adapter")
+            raise ValueError(f"adapter_name={adapter_name!r}: no SNELL layer has it; use another name")
         self.config = next(iter(self.layers.values())).configs[adapter_name]
         self.caps = torch.tensor([layer.in_features * layer.out_features for layer in self.layers.values()])
         self.initial = sum(int(layer.zoo_snell_num_kept[adapter_name]) for layer in self.layers.values())

@@ -67,7 +67,7 @@ def _convert(module: str, parts: Mapping[str, Tensor], sparsity: float | Mapping
     """Returns the tensors of one module by the suffixes of their new keys."""
     missing = {"In_Qs", "Out_Qs"} - parts.keys() or (parts.keys() & set(_MIXED) and set(_MIXED) - parts.keys())
     if missing:
-        raise ValueError(f"checkpoint: the adapter of {module} lacks {sorted(missing)}; the file is incomplete.")
+        raise ValueError(f"checkpoint: the adapter of {module} lacks {sorted(missing)}; download the file again.")
     if isinstance(sparsity, Mapping) and module not in sparsity:
         raise ValueError(f"sparsity has no entry for {module}; add one, or give one value for all modules.")
     share = sparsity[module] if isinstance(sparsity, Mapping) else sparsity

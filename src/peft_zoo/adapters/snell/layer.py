@@ -61,13 +61,13 @@ class SnellLayer(ZooLayer):
         return kernelized_weight(*self._arguments(name), last=self._last(name)).t()
 
     def delta_output(self, name: str, x: Tensor) -> Tensor:
-        """Maps `x` (..., in) to the update (..., out); saves only `x` for backward if the base layer is linear."""
+        """Returns x ΔWᵀ for `x` (..., in); saves only `x` for the backward pass if the base layer is linear."""
         if isinstance(self.layout, LinearLayout):
             return kernelized_linear(x, *self._arguments(name), last=self._last(name))
         return super().delta_output(name, x)
 
     def fused_output(self, name: str, x: Tensor) -> Tensor | None:
-        """Maps `x` (..., in) to (..., out) by one product with W₀ + ΔW; None if `forward_mode` or the scale forbids."""
+        """Returns x (W₀ + ΔW)ᵀ + bias for `x` (..., in); None if `forward_mode` is additive or the scale is not 1."""
         base: Any = self.base_layer
         additive = {"fused": False, "auto": base.weight.dtype.itemsize < 4}.get(self.configs[name].forward_mode, True)
         if additive or self.scaling[name] != 1.0:

@@ -1,4 +1,4 @@
-"""LoRA-Squeeze during training: a LoRA whose rank is lowered by a schedule."""
+"""LoRA-Squeeze during training: lowers the rank of a LoRA by a schedule."""
 
 from peft_zoo.adapters.squeeze_lora.model import SqueezeLoraConfig
 

@@ -64,7 +64,7 @@ class LoraPair:
         return self.B.data.view(len(self.B), -1), self.A.data.view(self.size, -1)
 
     def live(self) -> Tensor:
-        """Mask `(R,)` of the directions in use; squeezed directions are zero in both factors."""
+        """Bool `(R,)`: which rank directions are in use; squeezed directions are zero in both factors."""
         B, A = self.matrices()
         return B.any(0) | A.any(1)
 

@@ -130,7 +130,7 @@ class LoraSqueezer:
         """Squeezes to the target if it is not reached yet, then makes the adapter a plain LoRA (`finalize_squeeze`).
 
         Args:
-            optimizer: Optimizer whose state of the factors is deleted, since their shapes change.
+            optimizer: Optimizer; its state of the factors is deleted, since their shapes change.
 
         Returns:
             Rank of each module by name.

@@ -144,7 +144,7 @@ def operator(
         name: Name in `torch.ops.peft_zoo` and key in `OPERATORS`.
         schema: Arguments and results in PyTorch's schema language.
         reference: Definition in differentiable torch, with the arguments of the operator.
-        triton: Name of a module beside that of the decorated function, with a function `name` that launches the Triton
+        triton: Name of a module in the package of the decorated function, with a function `name` that launches the
             kernels; None (default) for an operator composed of other operators.
         refuse: Takes the arguments and returns why the Triton kernels cannot take them (a dtype, a size), or None.
             Required with `triton`.

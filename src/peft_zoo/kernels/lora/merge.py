@@ -60,7 +60,7 @@ def merge_lora(
         of rounding is 1).
 
     Raises:
-        ValueError: If the numbers or shapes of factors do not fit, a scale is not finite, or a tensor requires a
+        ValueError: If the lists of factors differ in length or shapes, a scale is not finite, or a tensor requires a
             gradient with `inplace`; `weight` is unchanged then.
 
     Examples:

@@ -117,7 +117,7 @@ def _merge(
 
 @triton.jit
 def _round_stochastically(x, m, first_n, seed, dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Computes `merge.stochastic_round` bit for bit, as a float32 that `dtype` represents exactly."""
+    """Rounds a tile x as `merge.stochastic_round` does, to float32; m: row indices, first_n: first column index."""
     quads = first_n // 4 + tl.arange(0, BLOCK_N // 4)
     zero = (m[:, None] + quads[None, :]) * 0
     w0, w1, w2, w3 = tl.philox(seed, zero + quads[None, :], zero + m[:, None], zero + 2, zero)

@@ -168,7 +168,7 @@ def factored_svd(
         B: Factor `(m, R)`, floating-point.
         A: Factor `(R, n)`, floating-point, on the device of B.
         scale: Scale of the product; default 1.
-        method: As in `truncate_factors`; with `input_moment`, A is always reduced by its Gram matrix.
+        method: `"gram"` (default) or `"qr"`, see `truncate_factors`; A always uses `"gram"` with `input_moment`.
         input_moment: Second moment C of the inputs, `(n, n)`, positive semi-definite, or its diagonal `(n,)`; default
             None. Directions without input are lost.
 

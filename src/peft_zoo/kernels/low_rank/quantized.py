@@ -223,5 +223,5 @@ def _checked(W: Tensor, rank: int) -> Tensor:
         raise ValueError("W has values that are not finite; repair or retrain the weight first.")
     check_count("rank", rank, least=0)
     if rank > min(W.shape):
-        raise ValueError(f"rank={rank} is more than min(m, n) = {min(W.shape)}.")
+        raise ValueError(f"rank={rank} is too large; use at most min(m, n) = {min(W.shape)}.")
     return W.detach().float()

@@ -107,7 +107,7 @@ def check_budget(budget: float, least: int, num_weights: int) -> None:
     """Raises a ValueError with the smallest valid budget if that of `budget` bits per weight is below `least` bits."""
     if not math.isfinite(budget) or least > budget * num_weights:
         needed = math.ceil(1000 * least / num_weights) / 1000
-        raise ValueError(f"budget_bits={budget!r} is below {needed}, the least that these matrices can have.")
+        raise ValueError(f"budget_bits={budget!r} is below {needed}, the least for these matrices: raise it.")
 
 
 def plan_bits(

@@ -180,7 +180,7 @@ def _largest_rank(spectrum: Spectrum, target: RankTarget) -> int:
 
 
 def _ranks_by_budget(spectra: Mapping[str, Spectrum], target: RankTarget, reserved: int) -> dict[str, int]:
-    """Chooses ranks under a shared budget."""
+    """Chooses the rank of each module under a shared budget; a budget in bytes is first reduced by `reserved`."""
     budget, unit = parse_budget(target.budget or 0)
     options = [_allowed_ranks(spectrum, target) for spectrum in spectra.values()]
     values, costs = [], []

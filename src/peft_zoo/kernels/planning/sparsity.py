@@ -220,7 +220,7 @@ class ImportanceTracker:
         """Copies averages of `state_dict` into this tracker; if names or shapes differ, raises a ValueError instead."""
         own = self.state_dict()
         if own.keys() != state.keys():
-            raise ValueError(f"state is for other layers; names that differ: {sorted(own.keys() ^ state.keys())[:4]}.")
+            raise ValueError(f"state is for other layers; add or remove {sorted(own.keys() ^ state.keys())[:4]}.")
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f"state: {name} has shape {tuple(state[name].shape)}; use {tuple(tensor.shape)}.")

@@ -74,7 +74,7 @@ def randlora_weight(factors: RandLoraFactors, spec: RandLoraSpec) -> Tensor:
 def weight_is_cheaper(
     tokens: int, pairs: int, in_features: int, out_features: int, *, frozen: bool, training: bool
 ) -> bool:
-    """Tells whether the computation by weight takes fewer multiply-adds than the one by tokens.
+    """Returns whether the computation by weight takes fewer multiply-adds than the one by tokens.
 
     `pairs` is rank times number of bases, r n, about d. With `frozen`, W_0 + W is formed, which saves the product
     of the frozen layer. With `training`, the backward pass counts too.

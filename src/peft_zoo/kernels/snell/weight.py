@@ -169,7 +169,7 @@ def check_factors(
             f"A has shape {tuple(A.shape)} and B {tuple(B.shape)}; they must be (G, in, r/G) and (G, out, r/G)."
         )
     if 0 in A.shape or 0 in B.shape:
-        raise ValueError(f"A has shape {tuple(A.shape)} and B {tuple(B.shape)}; no dimension may be 0.")
+        raise ValueError(f"A has shape {tuple(A.shape)} and B {tuple(B.shape)}; all sizes must be at least 1.")
     if spec.kernel == "mix_k" and kernel_params is None:
         raise ValueError("kernel_params is None; kernel='mix_k' needs [alpha, gamma, beta] of shape (3,).")
     if kernel_params is not None and spec.kernel in ("piecewise_linear", "linear"):

@@ -120,7 +120,7 @@ def n_m_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     """
     _check_float("scores", scores)
     if not -scores.dim() <= dim < scores.dim():
-        raise ValueError(f"dim={dim} is out of range for scores of shape {tuple(scores.shape)}.")
+        raise ValueError(f"dim={dim} must be a dimension of scores of shape {tuple(scores.shape)}.")
     if not 1 <= n <= m:
         raise ValueError(f"n={n} must be between 1 and m={m}.")
     if scores.shape[dim] % m:
@@ -191,7 +191,7 @@ def apply_threshold(
         Sparse weight in the memory layout of `weight`; the gradient is 0 where an entry is dropped.
 
     Raises:
-        ValueError: As `apply_mask`; also if `threshold` or `scores` have another shape, dtype or device.
+        ValueError: If a tensor has the wrong shape, dtype or device, see `apply_mask`.
 
     Examples:
         >>> import torch

@@ -66,7 +66,7 @@ def quantize_checkpoint(
         folder: Model saved by transformers, in floating-point: `config.json` and safetensors, sharded or not.
         out_dir: A folder that does not exist or is empty; written atomically. `from_pretrained` loads it once
             `peft_zoo` is imported; tokenizer and other files are copied.
-        config: As for `get_peft_model`; unchanged. Fields of an adapter that is trained later have no effect here.
+        config: Configuration of the quantization, not modified. Fields that only concern training have no effect.
         importance: Importance weights by module name, from `preprocess_lq_lora`, if `config.weighting` needs them.
         device: Device of the decomposition.
         max_shard_bytes: Largest size of a file of the result.
@@ -200,7 +200,7 @@ class _Job:
         self.config = with_default_targets(config, skeleton)
         self.layers = dict(target_layers(self.config, skeleton, check_target_module_exists, loaded=False))
         if not self.layers:
-            raise ValueError(f"target_modules={config.target_modules!r} targets no layer that can be quantized.")
+            raise ValueError(f"target_modules={config.target_modules!r} targets no linear layer; name some.")
         self.names = TensorNames(source.folder, skeleton, source.tensors)
         self.keys = {name: self._key(name, layer) for name, layer in self.layers.items()}
         if self.config.budget_bits is not None and self.config.qconfig_map is None:
@@ -365,7 +365,7 @@ def _skeleton(source: Checkpoint) -> Any:
     (architecture, *_) = source.config.get("architectures") or [None]
     kind = getattr(transformers, str(architecture), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"{source.folder}: architectures={architecture!r} is no model class of transformers.")
+        raise ValueError(f"{source.folder}: architectures={architecture!r} is no model of transformers; correct it.")
     configuration: Any = kind.config_class
     with torch.device("meta"):
         return kind(configuration.from_pretrained(source.folder))

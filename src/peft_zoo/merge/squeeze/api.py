@@ -150,14 +150,14 @@ def squeeze_model(
         energy: Share of squared singular values that every module keeps, in (0, 1].
         budget: Number of parameters (int) or size (`"24MB"`) of all factors, shared by all modules.
         progress: Wraps the loop over module names, such as a progress bar; None shows nothing.
-        **options: As for `squeeze_adapter`; `score="relative"` also divides the singular values of each module by the
-            norm of its base weight.
+        **options: Options of `squeeze_adapter`; here `score` can also be `"relative"`, which divides the singular
+            values of each module by the norm of its base weight.
 
     Returns:
         Ranks and errors of every module; with DoRA also the output error on random inputs.
 
     Raises:
-        ValueError: As `squeeze_adapter`; or if the adapter is missing or merged, or `into` exists.
+        ValueError: If an argument is invalid for `squeeze_adapter`, the adapter is missing or merged, or `into` exists.
         NotImplementedError: If a module's update is not `s * B A`; names the module.
 
     Examples:

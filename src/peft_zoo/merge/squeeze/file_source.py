@@ -20,7 +20,7 @@ from peft_zoo.merge.squeeze.source import SqueezeFactors
 
 CARD = "README.md"
 LARGEST_CARD = 1 << 20  # bytes
-SLACK = 4096  # bytes for header fields that may become longer besides the metadata, and for alphas
+SLACK = 4096  # bytes for alphas and for header fields other than the metadata, which may become longer
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the old tensors
 
 

@@ -112,7 +112,7 @@ def _rank_chart(modules: tuple[ModuleReport, ...]) -> Markup:
 
 
 def _spectrum_plot(modules: Iterable[ModuleReport]) -> Plot:
-    """Plot whose axis, in powers of ten, covers the singular values of all modules."""
+    """Empty plot with a vertical axis in powers of ten that covers the singular values of all modules."""
     exponents = [math.log10(value) for module in modules for value in module.singular_values if value > 0] or [0.0]
     high = math.ceil(max(exponents))
     low = math.floor(max(min(exponents), max(exponents) - DECADES))
@@ -153,5 +153,5 @@ def _span(values: Iterable[int]) -> str:
 
 
 def _count(count: int, noun: str) -> str:
-    """Count with a noun in singular or plural."""
+    """Text of a count with its noun in singular or plural."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

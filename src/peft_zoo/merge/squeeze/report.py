@@ -57,8 +57,8 @@ class SqueezeReport:
 
     Attributes:
         modules: Ranks and errors of every module, in the order of the adapter.
-        scaling: What was done to the scales, `"keep"` or `"fold"`.
-        score: What the errors measure: `"absolute"`, `"relative"` or `"activation"`, see `squeeze_adapter`.
+        scaling: Treatment of the scales, `"keep"` or `"fold"`, see `squeeze_adapter`.
+        score: Norm of the errors, `"absolute"`, `"relative"` or `"activation"`, see `squeeze_adapter`.
 
     Examples:
         >>> from peft_zoo.merge import ModuleReport, SqueezeReport

@@ -204,7 +204,7 @@ def _mnist_file(folder: Path, name: str) -> Path | None:
 
 
 def _array_source(arrays: dict[str, NDArray[Any]], where: str) -> Source:
-    """Makes a data set of uint8 images `(n, height, width)` or `(n, height, width, 3)` and labels `(n,)`."""
+    """Makes a data set of uint8 images `(n, height, width[, 3])` and labels `(n,)`; `where` is the path, for errors."""
     items = {}
     for split in ("train", "test"):
         images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"].reshape(-1)

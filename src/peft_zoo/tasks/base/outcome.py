@@ -59,7 +59,7 @@ class Outcome:
 
     @property
     def reload_matches(self) -> bool:
-        """Whether the saved adapter, loaded onto a fresh base, has the loss of the trained model."""
+        """Whether the saved adapter on a fresh base has the trained model's loss up to `RELOAD_TOLERANCE`."""
         return self._same_loss("reloaded", RELOAD_TOLERANCE)
 
     @property

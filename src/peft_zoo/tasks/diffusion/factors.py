@@ -1,4 +1,4 @@
-"""Classifier that scores sampled images: the kind of garment, and which concepts are painted on it.
+"""Classifier that scores sampled images: predicts the kind of garment and the concepts painted on it.
 
 It is trained on photographs with random sets of concepts at half to full strength, never on sampled images.
 """

@@ -1,4 +1,4 @@
-"""Checkpoint of an interrupted training: one file, replaced atomically, without anything of the key."""
+"""Checkpoint of an interrupted training: one file, replaced atomically, that contains no secret of the key."""
 
 from __future__ import annotations
 

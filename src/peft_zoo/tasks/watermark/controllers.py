@@ -34,15 +34,13 @@ class Controller:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state that changes, as values that JSON can hold."""
+        """Returns the attributes that training changes, as JSON values."""
         return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state that `state_dict` returned; other fields are refused."""
         if odd := {*self.STATE} ^ state.keys():
-            raise ValueError(
-                f"state of a {type(self).__name__} has missing or unknown fields: {', '.join(sorted(odd))}."
-            )
+            raise ValueError(f"state of a {type(self).__name__}: add or remove the fields {', '.join(sorted(odd))}.")
         vars(self).update(state)
 
 

@@ -1,4 +1,4 @@
-"""Training of a watermark: a LoRA in the decoder, until its images carry the message and still look the same.
+"""Trains a LoRA in the decoder of an autoencoder so that decoded images carry a message and look unchanged.
 
 All randomness depends only on the seed and the index of the step, so a run that resumes from a checkpoint gives, on the
 same machine, the results of an uninterrupted run.

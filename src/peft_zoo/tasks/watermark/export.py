@@ -1,4 +1,4 @@
-"""Export of a marked autoencoder: merged weights and a public record, without anything of the key."""
+"""Export of a marked autoencoder: merged weights and a public record, without secrets of the key."""
 
 from __future__ import annotations
 

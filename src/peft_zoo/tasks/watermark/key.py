@@ -116,7 +116,7 @@ class WatermarkKey:
 
     @property
     def commitment(self) -> str:
-        """SHA-256 of secret and message, 64 hexadecimal digits; public: it reveals neither and fits no other key."""
+        """SHA-256 of secret and message, 64 hexadecimal digits; safe to publish, and unique to the key."""
         text = f"{FORMAT} {self.version}\0".encode() + self.secret + bytes(self.message.tolist())
         return hashlib.sha256(text).hexdigest()
 

@@ -28,7 +28,7 @@ class EmbedReport:
         measured_fpr: Share of 20,000 random messages that the exact test accepted on the clean images.
         images_per_test: Images per test for `measured_fpr`: 9 or the largest available odd number.
         detection_fpr: False-positive rate for `found` and `found_alone`: 1e-6, or 2^-n for fewer than 20 bits.
-        found: Whether the exact test detects the message in the images together, an odd number of 63 at most.
+        found: Whether the exact test detects the message in the images together; uses an odd number, 63 at most.
         found_alone: Share of single images in which the exact test detects the message.
         seconds: Training time, including the interrupted parts.
         trace: `step`, `psnr` and `bit_accuracy` of the batch, `lambda_i`, `lambda_w` and elapsed `seconds` by step.

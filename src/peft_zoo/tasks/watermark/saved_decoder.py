@@ -91,7 +91,7 @@ def save_decoder(
         owner.key.decoder.safetensors
     """
     if not isinstance(decoder, KeyedDecoder):
-        raise ValueError(f"decoder is a {type(decoder).__name__}: only a KeyedDecoder can be saved here.")
+        raise ValueError(f"decoder is a {type(decoder).__name__}: give a KeyedDecoder.")
     if not decoder.is_calibrated:
         raise ValueError("decoder is not calibrated: use calibrate_decoder().")
     check_decoder_key(decoder, key)

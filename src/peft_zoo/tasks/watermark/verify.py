@@ -132,10 +132,10 @@ def identify_watermark(
     fpr_total: float = 1e-6,
     batch_size: int = 16,
 ) -> Identification:
-    """Finds the keys whose messages images carry; each of N keys is tested at `fpr_total / N` (Bonferroni).
+    """Finds which keys' messages the images carry; each of N keys is tested at `fpr_total / N` (Bonferroni).
 
     Args:
-        images: As in `verify_watermark`.
+        images: Images to test, in a form that `verify_watermark` accepts.
         keys: Keys, or paths of key files, by name.
         decoders: Decoders by the same names; None (default) loads them, if all keys are paths.
         fpr_total: False-positive rate of all keys together, default 1e-6.
