@@ -91,9 +91,7 @@ class WatermarkLoraConfig(ZooLoraConfig):
     learning_rate: float = option(2e-3, "Initial learning rate of AdamW, with cosine decay to 0; 5e-4 in the paper.")
     batch_size: int = option(4, "Images per step.")
     steps: int = option(1000, "Training steps.")
-    augmentations: list[str] = option(
-        list, "Image changes that training makes the mark robust to: any of crop, resize, jpeg, noise."
-    )
+    augmentations: list[str] = option(list, "Augmentations of marked images: any of crop, resize, jpeg, noise.")
     seed: int = option(0, "Seed of initial factors, order of images and augmentations, 0 to 2^32 - 1; not secret.")
     commitment: str | None = option(None, "Public hash of the key, WatermarkKey.commitment; it reveals nothing.")
 

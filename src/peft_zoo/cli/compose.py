@@ -50,7 +50,7 @@ class Flags:
     steps: int = setting("denoising steps", 20)
     images: int = setting("number of images", 16)
     labels: list[int] | None = setting(
-        "classes of the images, used in turn (default 0,1,2,3,4,5,6,7; 8 for a bag)", metavar="N,N"
+        "classes of images, in turn (default 0,1,2,3,4,5,6,7; 8 for a bag)", metavar="N,N"
     )
     seed: int = setting("seed of the initial noise", 0)
     profile: bool = setting("measure the frequencies of each adapter first, and order them by these", False)

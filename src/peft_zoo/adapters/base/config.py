@@ -105,7 +105,7 @@ class ZooConfig(MethodConfig, PeftConfig):
         None, "Rows of the embedding to train and to save with the adapter."
     )
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; 0 is a valid index.")
-    layers_pattern: list[str] | str | None = option(None, "Name of the list of layers, if it is not a usual one.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the list of layers; None: the outermost list.")
     rank_pattern: dict[str, int] = option(dict, "Ranks for modules whose name matches the key.")
     bias: str = option("none", "Biases to train: none, all, or zoo_<method>_only for those of adapted layers.")
     fan_in_fan_out: bool = option(
