@@ -35,7 +35,7 @@ class ZooModel(MethodTuner):
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Injects as peft does; if a module cannot be adapted, names its path in a ValueError and restores all."""
+        """Injects as peft does; restores the model if a module cannot be adapted, and names it in a ValueError."""
         with _restored_on_error(self, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_unused_patterns(self.peft_config[adapter_name])

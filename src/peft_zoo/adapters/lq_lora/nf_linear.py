@@ -134,7 +134,10 @@ class NFLinear(nn.Linear):
                 yield name, getattr(self, name)
 
     def verify_checksum(self) -> None:
-        """Raises a ValueError unless Q, at its first use, is what `expected_sha256` says: loaders do not check it."""
+        """Raises a ValueError unless Q matches `expected_sha256`; called before each use, checks only the first one.
+
+        Other libraries load state dicts without checking them.
+        """
         if self.expected_sha256 is None or torch.compiler.is_compiling():
             return
         if sha256(self.packed) != self.expected_sha256:

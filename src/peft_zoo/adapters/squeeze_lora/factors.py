@@ -177,7 +177,7 @@ def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
 
 
 class Projection:
-    """Adapts an optimizer's state to new factors; `was_reset` says if state was deleted against the mode.
+    """Adapts an optimizer's state to new factors; `was_reset` says whether mode "project" had to delete some.
 
     In mode "project" the moments of torch's Adam and AdamW are mapped, and the state of other optimizers is reset;
     "reset" deletes the state of the two parameters, so the optimizer initializes it at its next step.
