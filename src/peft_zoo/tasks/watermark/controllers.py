@@ -68,10 +68,12 @@ class TwoSidedController(Controller):
         self.bit_accuracy: float | None = None
 
     def weights(self) -> tuple[float, float]:
+        """Returns the two weights; they sum to 1."""
         share = 1 / (1 + math.exp(-self.log_ratio))  # the sum is 1, since only the ratio matters to Adam
         return 1 - share, share
 
     def update(self, psnr: float, bit_accuracy: float) -> None:
+        """Moves u by one step towards the target that is missed, PSNR first."""
         self.psnr = self._average(self.psnr, psnr)
         self.bit_accuracy = self._average(self.bit_accuracy, bit_accuracy)
         # PSNR has priority: if both targets are missed, u would otherwise stay constant.
@@ -102,9 +104,11 @@ class DlwsController(Controller):
         self.bits_met, self.picture_met = 0, 0
 
     def weights(self) -> tuple[float, float]:
+        """Returns `lambda_i` and `lambda_w`."""
         return self.image_weight, self.bit_weight
 
     def update(self, psnr: float, bit_accuracy: float) -> None:
+        """Raises the weight of a missed target, and a target that is met several times in a row."""
         if bit_accuracy < self.bit_target:
             self.bit_weight += 2 * self.gamma
             self.bits_met = 0
