@@ -135,7 +135,7 @@ class NFLoraLinear(LoraLinear):
 
 
 def floating_weight(layer: NFLinear, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the weight `(out, in)` that a layer multiplies with, rounded once; in `dtype` or that before quantization."""
+    """Returns the weight `(out, in)` that a layer multiplies with, rounded once; `dtype`: as before quantization."""
     dtype = dtype or layer.dtype
     factors = layer.initial if layer.use_initial else None
     if factors is None:
