@@ -44,7 +44,7 @@ class NFBackend(QuantizationBackend):
     backend_name = "nfk"
 
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
-        """Returns the weight `(out, in)` of an `NFLinear`, rounded once, or of the floating-point layer instead."""
+        """Returns the weight `(out, in)` of an `NFLinear`, rounded once, or of the layer in its place."""
         if isinstance(base_layer, NFLinear):
             return floating_weight(base_layer)
         return weight_matrix(base_layer).data
@@ -135,7 +135,7 @@ class NFLoraLinear(LoraLinear):
 
 
 def floating_weight(layer: NFLinear, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the weight `(out, in)` that a layer multiplies with, rounded once; default dtype: as before quantization."""
+    """Returns the weight `(out, in)` that a layer multiplies with, rounded once; `dtype`: as before quantization."""
     dtype = dtype or layer.dtype
     factors = layer.initial if layer.use_initial else None
     if factors is None:
