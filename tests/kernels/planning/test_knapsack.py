@@ -122,7 +122,7 @@ def test_optima_of_pruning_problems(
     values = [[-float(v) for v in (a * pruned**q).astype(np.float32)] for a, q in curves]
     costs = [[n - round(float(p) * n) for p in pruned] for n in sizes]
     budget = int((1 - sparsity) * sum(sizes))
-    found = allocate(values, costs, budget)
+    found = allocate(values, costs, budget, solver="auto")
     assert found.value == pytest.approx(-optimum, abs=1e-6) and found.bound == found.value
     for bins, factor in ((64, 1.12), (256, 1.07)):
         monkeypatch.setattr(knapsack, "BINS", bins)
@@ -186,7 +186,7 @@ def test_ranks_of_modules_of_different_shapes_may_miss_the_optimum() -> None:
     values, costs = [[0.0, 3.0], [0.0, 4.0]], [[0, 2], [0, 3]]
     assert greedy(values, costs, 3).value == 3.0
     assert greedy(values, costs, 3).bound == 3.0 + 4.0 / 3
-    assert allocate(values, costs, 3).choices == (0, 1)
+    assert allocate(values, costs, 3, solver="auto").choices == (0, 1)
 
 
 # --- the parts of greedy ---

@@ -93,7 +93,7 @@ def allocate(
     costs: Sequence[Sequence[int]],
     budget: int,
     *,
-    solver: Solver = "auto",
+    solver: Solver = "greedy",
 ) -> Allocation:
     """Chooses one option of each item so that the total value is as large as the budget allows.
 
@@ -106,7 +106,7 @@ def allocate(
             in their number of options, which can be in any order.
         costs: Cost of each option in the layout of `values`: non-negative ints such as parameters or bytes.
         budget: Largest total cost of the choices, in the unit of `costs`.
-        solver: `"greedy"`, `"dynamic"` or `"auto"` (default), as described in the module's docstring.
+        solver: `"greedy"` (default), `"dynamic"` or `"auto"`, as described in the module's docstring.
 
     Returns:
         The allocation. Its `bound` does not decrease with the budget unless dynamic proves the optimum; the greedy
