@@ -141,6 +141,9 @@ def test_a_new_adapter_changes_nothing_and_its_first_step_moves_lambda_alone() -
     gamma = after.zoo_randlora_gamma["default"]
     assert torch.equal(gamma, before.zoo_randlora_gamma["default"])
     assert torch.equal(gamma, torch.full((4, 20), 1 / 20))
+    other = layers(adapted(copy.deepcopy(base), init_weights=False, randlora_alpha=3 * 6, r=6))["tall"]
+    assert other.zoo_randlora_lambda["default"].all()
+    assert torch.equal(other.zoo_randlora_gamma["default"], torch.full((4, 20), 1 / (4 * 3 * 20)))
 
 
 @pytest.mark.parametrize("compute", ["token", "weight", "merged"])

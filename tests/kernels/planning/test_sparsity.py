@@ -169,6 +169,22 @@ def test_minimum(case: tuple[Tensor, Tensor, int], data: st.DataObject) -> None:
     assert int(alloc.sum()) == min(budget, int(caps.sum()))
 
 
+def test_shares_are_the_ideal_ones_rounded_by_largest_fraction() -> None:
+    """The ideal share is `min(lambda * score, cap)` with the lambda that spends the budget, found by bisection."""
+    for _ in range(300):
+        count = int(torch.randint(2, 8, ()))
+        caps, scores = torch.randint(1, 30, (count,)), torch.rand(count, dtype=torch.float64) ** 3
+        budget = int(torch.randint(1, int(caps.sum()), ()))
+        low, high = 0.0, float((caps / scores).max())
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if torch.minimum(middle * scores, caps).sum() < budget else (low, middle)
+        ideal = torch.minimum(high * scores, caps)
+        wanted = (ideal + 1e-9).floor()
+        wanted[(ideal - wanted).argsort(descending=True)[: budget - int(wanted.sum())]] += 1
+        assert torch.equal(water_fill(scores, caps, budget), wanted.long())
+
+
 def test_water_fill_by_hand() -> None:
     caps = torch.tensor([10, 10, 10, 10])
     scores = torch.tensor([1.0, 2.0, 3.0, 0.0])
