@@ -18,10 +18,10 @@ PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 # In a process of their own: Triton decides when it is imported whether kernels are interpreted.
 KERNELS := TRITON_INTERPRET=1 PEFT_ZOO_KERNELS=triton
 
-# Other versions lie in a folder before .venv's own; torch and numpy stay. diffusers 0.41 is the last that works with the
-# huggingface_hub that transformers 5.0 requires. peft's test-suite is that of the pinned version.
-OLDEST := peft==0.21.0 transformers==5.0.0 diffusers==0.41.0
-NEWEST := "peft<0.22" "transformers<6"
+# Other versions lie in a folder before .venv's own; torch and numpy stay.
+# peft's test-suite is that of the pinned version.
+OLDEST := peft==0.21.0 transformers==5.23.0
+NEWEST := "peft<0.22" "transformers<5.24"
 define overlay
 	printf "torch ; python_version < '3'\nnumpy ; python_version < '3'\n" > $(VENV)/overrides.txt
 	rm -rf $(VENV)/$(1)
