@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -26,19 +25,15 @@ from peft_zoo.adapters.base.tuner import MethodTuner
 class ZooModel(MethodTuner):
     """Base of a method's tuner; a method sets its layer class `tuner_layer_cls` and its `prefix`.
 
-    Beyond peft's `BaseTuner`: if adding an adapter fails, the model stays unchanged; batches may mix adapters
-    (`adapter_names=`, also with beam search and encoder-decoder models); parameters can be targeted
-    (`target_parameters`).
+    Beyond peft's `BaseTuner`: batches may mix adapters (`adapter_names=`, also with beam search and encoder-decoder
+    models); parameters can be targeted (`target_parameters`).
     """
 
     tuner_layer_cls: type[ZooLayer]
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Injects as peft does; restores the model if a module cannot be adapted, and names it in a ValueError."""
-        with _restored_on_error(self, adapter_name):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._warn_about_unused_patterns(self.peft_config[adapter_name])
+    def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
+        self._warn_about_unused_patterns(self.peft_config[adapter_name])
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -218,45 +213,3 @@ def _encoder_of(model: Any) -> nn.Module | None:
     """Returns the encoder of an encoder-decoder model, or None; transformers returns a decoder-only model itself."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     return None if encoder is model else encoder
-
-
-@contextmanager
-def _restored_on_error(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
-    """Restores the attributes and children of all modules and every `requires_grad` if the block raises.
-
-    A model that was merged stays unmerged: peft unmerges it, with a warning, before it adds an adapter.
-    """
-    is_new = not any(isinstance(m, ZooLayer) and adapter_name in m.scaling for m in tuner.modules())
-    attributes = [(vars(module), _copy_of(vars(module))) for module in tuner.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
-
-    try:
-        yield
-    except BaseException:
-        for now, before in attributes:
-            for key in now.keys() - before.keys() - _MERGE_STATE:
-                del now[key]
-            for key, (value, content) in before.items():
-                if isinstance(value, (dict, set)):
-                    value.clear()
-                    value.update(content)
-                elif isinstance(value, list):
-                    value[:] = content
-                now[key] = value
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-        if is_new:
-            tuner.peft_config.pop(adapter_name, None)
-        raise
-
-
-_MERGE_STATE = {"merged_adapters", "_snapshot"}
-
-
-def _copy_of(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns each attribute, and a copy of its content if it is a container: other objects may share containers."""
-    return {
-        key: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
-        for key, value in attributes.items()
-        if key not in _MERGE_STATE
-    }
