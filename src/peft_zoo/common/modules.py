@@ -1,4 +1,4 @@
-"""Context managers that change the state of torch modules and restore it."""
+"""Modes of torch modules that are restored afterwards, and names of modules without the wrappers of torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""Attributes that hold the wrapped module in FSDP1, in activation checkpointing and offloading, in `torch.compile`."""
+
+REPLICATING = (DistributedDataParallel, DataParallel, AveragedModel)
+"""Wrappers that hold the wrapped module in an attribute `module`, a name that other modules use too."""
 
 
 @contextmanager
@@ -38,3 +46,30 @@ def frozen(*models: nn.Module) -> Iterator[None]:
         finally:
             for parameter, wanted in trained.items():
                 parameter.requires_grad_(wanted)
+
+
+def plain_name(name: str) -> str:
+    """Returns the name of a module or tensor without the parts of `WRAPPERS`."""
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def plain_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns `model.named_modules()` with the names that the modules have in the model without wrappers.
+
+    Beyond `plain_name`, removes the part `module` of the wrappers in `REPLICATING`. A wrapper comes before the
+    module that it wraps, under the same name.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    plain: dict[str, str] = {}
+    replicas: set[str] = set()
+    for name, module in model.named_modules():
+        parent, _, part = name.rpartition(".")
+        above = plain.get(parent, plain_name(parent))
+        is_wrapped = part in WRAPPERS or (part == "module" and parent in replicas)
+        plain[name] = above if is_wrapped else f"{above}.{part}" if above else part
+        if isinstance(module, REPLICATING):
+            replicas.add(name)
+        found.append((plain[name], module))
+    return found

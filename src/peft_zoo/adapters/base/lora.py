@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from torch import nn
 
 from peft_zoo.adapters.base.config import MethodConfig
 from peft_zoo.adapters.base.tuner import MethodTuner
+from peft_zoo.common.modules import plain_name
 
 
 class ZooLoraConfig(MethodConfig, LoraConfig):
@@ -23,3 +27,17 @@ class ZooLoraConfig(MethodConfig, LoraConfig):
 
 class ZooLoraModel(MethodTuner, LoraModel):
     """Base of a tuner that is found under the type of a `ZooLoraConfig` and uses peft's LoRA layers."""
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        """Creates a layer as peft does; patterns match the module's name without wrappers."""
+        name = plain_name(current_key)
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, name, **kwargs)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_zoo.adapters.base.config import ZooConfig
 from peft_zoo.adapters.base.layer import BASE, ZooLayer
 from peft_zoo.adapters.base.tuner import MethodTuner
+from peft_zoo.common.modules import plain_name
 
 
 class ZooModel(MethodTuner):
@@ -45,6 +46,7 @@ class ZooModel(MethodTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        current_key = plain_name(current_key)
         resolved = config.for_module(current_key)
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
@@ -118,7 +120,7 @@ class ZooModel(MethodTuner):
             unused = [
                 key
                 for key in getattr(config, pattern_name)
-                if not any(re.match(rf"(.*\.)?({key})$", name) for name in self.targeted_module_names)
+                if not any(re.match(rf"(.*\.)?({key})$", plain_name(name)) for name in self.targeted_module_names)
             ]
             if unused:
                 warnings.warn(

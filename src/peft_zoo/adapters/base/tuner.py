@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 from peft import PeftConfig, TaskType
@@ -11,10 +10,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_zoo.adapters.base.restore import restored_on_error
+from peft_zoo.adapters.base.wrapped import PlainView
+from peft_zoo.common.modules import WRAPPERS, plain_name
 
 
 class MethodTuner(BaseTuner):
-    """Mixin for a tuner: each adapter gets its own copy of its configuration, and saving works inside FSDP1.
+    """Mixin for a tuner: each adapter gets its own copy of its configuration, and files never name wrappers.
 
     If adding an adapter fails or is interrupted, the model stays as it was.
     """
@@ -41,16 +42,42 @@ class MethodTuner(BaseTuner):
     def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
         """Completes an injection that has succeeded; a subclass may raise, and the model is restored then."""
 
-    @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns an adapter's tensors as peft does, but removes `_fsdp_wrapped_module` from module names first.
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """Matches as peft does, by the module's name in its model or by that without wrappers."""
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        is_inside = not key.endswith(WRAPPERS)  # else the wrapper itself has matched
+        return found or (BaseTuner._check_target_module_exists(peft_config, plain_name(key)) if is_inside else found)
 
-        The keys of the state dict lack that part; peft 0.21 does not account for it.
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Returns an adapter's tensors as peft does, under their names without wrappers; raises if a layer has none.
+
+        An empty state dict is what processes get that do not write.
         """
-        names = ((name.split("."), module) for name, module in model.named_modules())
-        modules = [(".".join(n for n in name if n != "_fsdp_wrapped_module"), module) for name, module in names]
-        renamed: Any = SimpleNamespace(named_modules=lambda: modules)
-        return super()._get_adapter_state_dict(renamed, *args, **kwargs)
+        view = PlainView(model)
+        given = view.rename(state_dict)
+        found = super()._get_adapter_state_dict(view.model, config, adapter_name, given, *args, **kwargs)
+        if state_dict:
+            view.check_complete(adapter_name, found)
+        view.add_wrapped_keys(state_dict)
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Returns the key as peft does, without the names of wrappers."""
+        return super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Maps the keys of a file to those of the model as peft does, also where modules are wrapped."""
+        view = PlainView(model)
+        given = {plain_name(key): tensor for key, tensor in state_dict.items()}
+        return view.restore(super()._remap_adapter_state_dict_for_load(view.model, config, adapter_name, given))
 
 
 def _has_adapter(model: nn.Module, adapter_name: str) -> bool:

@@ -37,6 +37,7 @@ from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear, detach_initia
 from peft_zoo.adapters.lq_lora.plan import QuantizationPlan, plan
 from peft_zoo.adapters.lq_lora.state import DIGEST, PREFIX, base_hash, check_names, check_saved, digest_of, rebuild
 from peft_zoo.adapters.lq_lora.targets import outside_adapters, refuse_quantized
+from peft_zoo.common.modules import plain_modules, plain_name
 from peft_zoo.kernels.normal_float.quantize import NFConfig
 
 
@@ -82,6 +83,9 @@ class LqLoraModel(ZooLoraModel):
         for name in (name for name, nf in given.items() if nf and name in modules):
             refuse_quantized(name, modules[name])
         layers = dict(_layers(model))
+        wrapped = next((name for name in modules if plain_name(name) != name), None)
+        if wrapped is not None and not layers:
+            raise ValueError(f"{wrapped} is wrapped, for example by torch.compile; add the adapter before wrapping.")
         if peft_config.lq_state == "decomposed":
             self._prepare_loaded(peft_config, model, layers)
         elif peft_config.init_lora_weights and len(self.peft_config) == 1:
@@ -268,10 +272,9 @@ class LqLoraModel(ZooLoraModel):
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LqLinear]]:
     """Yields every quantized layer with adapters, by name in the base model."""
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if isinstance(module, LqLinear):
-            bare = ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
-            yield bare.removeprefix(PREFIX), module
+            yield name.removeprefix(PREFIX), module
 
 
 def _without_adapter(model: nn.Module) -> Iterator[tuple[str, NFLinear]]:

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from peft_zoo.common.modules import plain_modules
 from peft_zoo.io.lora_ranks import alpha_of, kept_scale
 from peft_zoo.kernels.low_rank.factored import truncate_factors
 
@@ -80,7 +81,7 @@ def lora_pairs(model: nn.Module, adapter_name: str) -> list[LoraPair]:
     Raises a ValueError if the adapter is missing, merged or sharded, and a NotImplementedError, which names the module,
     if an update is not `s * B A`.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, LoraLayer)}
     available = sorted({adapter for layer in layers.values() for adapter in layer.scaling})
     if adapter_name not in available:
         raise ValueError(f"adapter {adapter_name!r} not found; available: {available}.")
@@ -89,7 +90,7 @@ def lora_pairs(model: nn.Module, adapter_name: str) -> list[LoraPair]:
     for name, layer in layers.items():
         if adapter_name not in layer.scaling:
             continue
-        pair = _pair(_plain_name(name), layer, adapter_name)
+        pair = _pair(name.removeprefix("module.").removeprefix("base_model.model."), layer, adapter_name)
         if {id(pair.A), id(pair.B)} & seen:
             raise NotImplementedError(
                 f"{pair.name} shares its factors with another module; tied adapters keep their rank."
@@ -266,10 +267,3 @@ def _pair(name: str, layer: LoraLayer, adapter: str) -> LoraPair:
                 "needs whole ones. Train with DDP or on one device, or compress the saved adapter: squeeze_adapter()."
             )
     return LoraPair(name, layer, adapter, B, A)
-
-
-def _plain_name(name: str) -> str:
-    """Module name in the base model, without the prefixes of peft, DDP and torch.compile."""
-    for wrapper in ("module.", "_orig_mod.", "base_model.model."):
-        name = name.removeprefix(wrapper)
-    return name
