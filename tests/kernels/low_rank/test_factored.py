@@ -100,7 +100,8 @@ def test_is_the_best_approximation_and_knows_its_error(
 def test_shapes_at_the_edges(m: int, n: int, R: int, method: Any) -> None:
     B, A = torch.randn(m, R).double(), torch.randn(R, n).double()
     svd = factored_svd(B, A, method=method)
-    assert (svd.left.shape, svd.right.shape, svd.singular_values.shape) == ((R, R), (R, R), (R,))
+    k = min(m, n, R)
+    assert (svd.left.shape, svd.right.shape, svd.singular_values.shape) == ((R, k), (k, R), (R,))
     assert svd.rank == min(m, n, R) and not svd.singular_values[svd.rank :].any()
     for rank in range(1, R + 1):
         low = truncate_factors(B, A, rank, method=method)
@@ -275,6 +276,54 @@ def test_truncation_beyond_the_numerical_rank(method: Any) -> None:
     B[:, 2:] = 0
     low = truncate_factors(B, A, 4, method=method)
     assert low.B[:, :2].any(0).all() and not low.B[:, 2:].any() and low.A.any(1).all() and low.error == 0
+
+
+# --- factors of which single directions are much larger than others ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("power", [4, 8, 12, 18])
+@pytest.mark.parametrize("moment", [None, "diagonal", "full"])
+def test_sizes_that_cancel_in_the_product_change_nothing(method: Any, power: int, moment: str | None) -> None:
+    B, A = torch.randn(40, 5), torch.randn(5, 30)
+    C = {None: None, "diagonal": torch.rand(30), "full": moments(30)[1]}[moment]
+    B[:, 1] *= 10.0**power
+    A[1] /= 10.0**power
+    B[:, 4], A[4] = 3e38, 0  # a direction that the product does not have
+    low = truncate_factors(B, A, 3, method=method, input_moment=C)
+    M = dense(B, A)
+    S = torch.linalg.svdvals(M)
+    if C is None:
+        assert distance(M, dense(low.B, low.A)) == pytest.approx((S[3:].norm() / S.norm()).item(), abs=1e-6)
+        assert factored_svd(B, A, method=method).rank == 4
+        full = truncate_factors(B, A, 4, method=method)
+        assert distance(M, dense(full.B, full.A)) < 1e-6 and full.error < 1e-6
+    else:
+        assert distance(dense_solution(M, C.double(), 3), dense(low.B, low.A)) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nearly_parallel_directions_are_resolved(method: Any) -> None:
+    # B's columns differ by 1e-6 of their size, and A's rows nearly cancel: the product is 1e-6 of its terms.
+    b, a = torch.randn(40, 1).double(), torch.randn(1, 30).double()
+    B = torch.cat([b, b + 1e-6 * torch.randn(40, 1)], 1)
+    A = torch.cat([a, -a])
+    low = truncate_factors(B, A, 1, method=method)
+    assert low.error < 1e-6 and distance(B @ A, low.B @ low.A) < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("m", "n"), [(2, 3), (3, 2)])
+def test_a_rank_beyond_the_matrix_is_reduced_first(method: Any, m: int, n: int) -> None:
+    R = 20_000
+    B, A = torch.randn(m, R), torch.randn(R, n)
+    B[:, 7] *= 1e12
+    A[7] /= 1e12
+    with SizeGuard(3 * R + 1):
+        svd = factored_svd(B, A, method=method)
+        low = svd.truncate(B, A, 2)
+    assert (svd.left.shape, svd.right.shape, svd.singular_values.shape, svd.rank) == ((R, 2), (2, R), (R,), 2)
+    assert low.error == 0 and distance(dense(B, A), dense(low.B, low.A)) < 1e-6
 
 
 # --- memory and speed ---

@@ -6,15 +6,17 @@ For ``M = scale * B A`` with B ``(m, R)`` and A ``(R, n)``, let Tb and Ta be mat
     U_c S V_c^T = svd(scale * Tb Ta^T)                                all singular values S of M
     U = B (scale * Ta^T V_c / S)     V^T = (scale * U_c^T Tb / S) A    its singular vectors, as small maps of B and A
 
-All decompositions are of R x R matrices. The factors are read twice: for Tb and Ta, and to be multiplied by the first r
-columns of the maps. Tb and Ta are Cholesky factors of the Gram matrices (``method="gram"``) or come from thin QR
-decompositions (``"qr"``). Everything is computed in float64 and rounded once: the factors of an adapter can be much
-larger than their product, and the maps are then ill-conditioned. By Eckart and Young the first r terms are the best
-approximation of rank r in the Frobenius norm, and the discarded singular values give its error::
+All decompositions are of k x k matrices, k = min(R, m, n): factors with R > min(m, n) are first reduced to k columns
+and rows exactly. The factors are read twice: for Tb and Ta, and to be multiplied by the first r columns of the maps. Tb
+and Ta are Cholesky factors of the Gram matrices of unit columns where those are well-conditioned (``method="gram"``) or
+come from thin QR decompositions (``"qr"``, see `peft_zoo.kernels.low_rank.triangle`): the sizes of a column of B and of
+its row of A, which only their product limits, do not affect the precision. Everything is computed in float64 and
+rounded once. By Eckart and Young the first r terms are the best approximation of rank r in the Frobenius norm, and the
+discarded singular values give its error::
 
     |M - M_r|_F / |M|_F = sqrt(sum_{k>r} S_k^2 / sum_k S_k^2)
 
-Cost: O((m + n) R^2 + R^3) FLOPs and O((m + n) R) memory; no tensor has m x n elements.
+Cost: O((m + n) R k + k^3) FLOPs and O((m + n) R) memory; no tensor has m x n elements.
 
 Sources: Eckart and Young 1936; the QR form is Alg. 2 of LoRA-Squeeze (Vulić et al., arXiv 2602.10993).
 """
@@ -29,8 +31,8 @@ import torch
 from torch import Tensor
 
 from peft_zoo.common.checks import check, check_choice, check_count, check_share
+from peft_zoo.kernels.low_rank.triangle import Method, Triangle, mixing, moment_triangle, triangle
 
-Method = Literal["gram", "qr"]
 Balance = Literal["sqrt", "up"]
 
 
@@ -61,8 +63,8 @@ class FactoredSvd:
 
     Attributes:
         singular_values: Singular values, `(R,)`, float64, descending; zero from index `rank` on.
-        left: Map `(R, R)`, float64.
-        right: Map `(R, R)`, float64.
+        left: Map `(R, k)`, k = min(R, m, n), float64.
+        right: Map `(k, R)`, float64.
         rank: Numerical rank. Beyond it, `left` is zero, and `right` gives unused directions of A's row space with the
             mean norm of A's rows: such pairs do not change the product and can still be trained. If A has lost more
             rank than B (an untrained embedding), the roles of `left` and `right` are exchanged.
@@ -85,12 +87,17 @@ class FactoredSvd:
     def maps(self, rank: int, new_scale: float = 1.0, balance: Balance = "sqrt") -> tuple[Tensor, Tensor]:
         """Returns the maps `(R, rank)` and `(rank, R)` from B and A to new factors of `scale / new_scale * B A`.
 
-        Beyond the numerical rank, B gets columns of zeros. `balance` is as in `truncate_factors`.
+        Beyond the numerical rank, B gets columns of zeros; beyond `min(R, m, n)`, A keeps its own rows. `balance` is as
+        in `truncate_factors`.
         """
-        up, down = balanced(self.singular_values[:rank], new_scale, balance)
+        up, down = balanced(self.singular_values[: min(rank, self.left.shape[1])], new_scale, balance)
         in_use = torch.arange(len(up), device=up.device) < self.rank
         left = self.left[:, :rank] * torch.where(in_use, up, 1.0)
-        return left, torch.where(in_use, down, 1.0)[:, None] * self.right[:rank]
+        right = torch.where(in_use, down, 1.0)[:, None] * self.right[:rank]
+        if rank > len(up):
+            own = torch.eye(len(left), dtype=left.dtype, device=left.device)[len(up) : rank]
+            left, right = torch.cat([left, torch.zeros_like(own).mT], 1), torch.cat([right, own])
+        return left, right
 
     def truncate(
         self, B: Tensor, A: Tensor, rank: int, *, new_scale: float = 1.0, balance: Balance = "sqrt"
@@ -128,8 +135,9 @@ def truncate_factors(
         rank: New rank, `1 <= rank <= R`.
         scale: Scale of the given product; default 1.
         new_scale: Positive scale of the new product; default 1.
-        method: `"gram"` (default) uses Gram matrices and resolves singular values down to 5e-8 of the product of the
-            factors' norms, about the precision of float32 factors; `"qr"` resolves 1e-13 and is slower.
+        method: `"gram"` (default) uses Gram matrices where they are precise enough and resolves singular values down to
+            5e-8 of the norm of the product, about the precision of float32 factors; `"qr"` resolves 1e-13 of the sum
+            of the norms of the terms `scale * B[:, k] A[k]`, and is slower.
         balance: `"sqrt"` (default): `B'^T B' = A' A'^T`, as further training needs. `"up"`: A' has orthonormal rows.
         input_moment: Second moment of the inputs, `(n, n)` or its diagonal `(n,)`. If given, approximation and error
             are those of the outputs, `E |(M - M') x|^2`, see `factored_svd`. Default None.
@@ -187,22 +195,41 @@ def factored_svd(
     _check_factors(B, A)
     check_choice("method", method, get_args(Method))
     check(math.isfinite(scale), "scale", scale, "use a finite number")
-    Tb = _finite("B", _triangle(B, method))
-    Ta = _finite("A", _triangle(A.mT, method) if input_moment is None else _moment_triangle(A, input_moment))
-    U, S, Vh = torch.linalg.svd(scale * Tb @ Ta.mT, full_matrices=False)
-    # Smaller singular values are rounding errors of a factor ("qr") or roots of those of its Gram matrix.
-    level = (1e-13 if method == "qr" and input_moment is None else 5e-8) * abs(scale) * Tb.norm() * Ta.norm()
+    if input_moment is not None:
+        _check_moment(input_moment, A.shape[1], "input_moment", diagonal=True)
+    wide_B, wide_A = B.detach().double(), A.detach().double()
+    mix = None
+    if B.shape[1] > min(len(B), A.shape[1]):
+        mix = mixing(_finite("B", wide_B), _finite("A", wide_A))
+        wide_B, wide_A = wide_B @ mix.left, mix.right @ wide_A
+    Tb = triangle(wide_B, method)
+    _finite("B", Tb.norms)
+    Ta = triangle(wide_A.mT, method) if input_moment is None else moment_triangle(wide_A, input_moment)
+    _finite("A", Ta.norms)
+    terms = scale * Tb.norms * Ta.norms  # norms of the k terms of the product
+    check(bool(terms.isfinite().all()), "scale", scale, "scale * B A is too large: make the scale or a factor smaller")
+    U, S, Vh = torch.linalg.svd((Tb.unit * terms) @ Ta.unit.mT, full_matrices=False)
+    # Smaller singular values are rounding errors of float64, or of factors in float32.
+    level = 1e-13 * terms.abs().sum()
+    if method == "gram" or input_moment is not None:
+        level = torch.maximum(level, 5e-8 * S.norm())
     rank = int((level < S).sum())
     S = torch.where(torch.arange(len(S), device=S.device) < rank, S, 0.0)
     inverse = torch.where(S > 0, 1 / S, 0.0)
-    left = scale * Ta.mT @ Vh.mT * inverse
-    right = scale * inverse[:, None] * (U.mT @ Tb)
-    if rank < len(S):
-        if torch.linalg.matrix_rank(Ta, rtol=1e-7) >= torch.linalg.matrix_rank(Tb, rtol=1e-7):
+    left = scale * Ta.norms[:, None] * (Ta.unit.mT @ Vh.mT) * inverse
+    right = scale * inverse[:, None] * (U.mT @ Tb.unit) * Tb.norms
+    spare_A = torch.linalg.matrix_rank(Ta.unit, rtol=1e-7) >= torch.linalg.matrix_rank(Tb.unit, rtol=1e-7)
+    if 0 < rank < len(S):
+        if spare_A:
             right[rank:] = _unused_directions(Ta, Vh[rank:].mT).mT
         else:
             left[:, rank:] = _unused_directions(Tb, U[:, rank:])
-    return FactoredSvd(S, left, right, rank)
+    if mix is not None:
+        left, right = mix.left @ left, right @ mix.right
+    if rank == 0:  # the factors' own vectors
+        own = torch.eye(B.shape[1], len(S), dtype=S.dtype, device=S.device)
+        left, right = (torch.zeros_like(own), own.mT) if spare_A else (own, torch.zeros_like(own.mT))
+    return FactoredSvd(torch.nn.functional.pad(S, (0, B.shape[1] - len(S))), left, right, rank)
 
 
 def canonical_signs(columns: Tensor) -> Tensor:
@@ -264,17 +291,19 @@ def project_outputs(
     _check_factors(B, A)
     check_rank(rank, B.shape[1])
     _check_moment(output_moment, len(B), "output_moment", diagonal=False)
-    Tb = _finite("B", _triangle(B, "gram"))
-    coordinates = torch.linalg.pinv(Tb, rtol=1e-7)  # B @ coordinates is orthonormal
     wide_B, wide_A = B.detach().double(), A.detach().double()
+    Tb = triangle(wide_B, "gram")
+    _finite("B", Tb.norms)
+    coordinates = _inverse(Tb)  # B @ coordinates is orthonormal
     basis = wide_B @ coordinates
     small = basis.mT @ (output_moment.to(basis) @ basis)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     U = coordinates @ vectors[:, :rank]  # (R, r), of B
-    inner = U.mT @ (Tb.mT @ Tb)  # U^T B as a map of A
+    new_B = wide_B @ U
+    inner = new_B.mT @ wide_B  # U^T B as a map of A
     # Full rank: this only balances the factors.
-    low = truncate_factors(wide_B @ U, inner @ wide_A, rank, scale=scale, new_scale=new_scale)
+    low = truncate_factors(new_B, inner @ wide_A, rank, scale=scale, new_scale=new_scale)
     total = values.sum().item()
     error = math.sqrt(values[rank:].sum().item() / total) if total else 0.0
     left, right = U @ low.left, low.right @ inner
@@ -294,47 +323,20 @@ def rank_for_energy(singular_values: Tensor, energy: float) -> int:
     return max(1, int((~enough).sum()))
 
 
-def _triangle(tall: Tensor, method: Method) -> Tensor:
-    """Returns T `(R, R)` in float64 with `T^T T = X^T X`, for X of `(m, R)`."""
-    wide = tall.double()
-    if method == "gram":
-        return _root(wide.mT @ wide)
-    triangle = torch.linalg.qr(wide, mode="r").R
-    return torch.nn.functional.pad(triangle, (0, 0, 0, tall.shape[1] - len(triangle)))
-
-
-def _finite(name: str, triangle: Tensor) -> Tensor:
-    if not triangle.isfinite().all():
+def _finite(name: str, factor: Tensor) -> Tensor:
+    if not factor.isfinite().all():
         raise ValueError(f"non-finite values in {name}: repair or retrain the factor, then compress it.")
-    return triangle
+    return factor
 
 
-def _moment_triangle(A: Tensor, moment: Tensor) -> Tensor:
-    """Returns T with `T^T T = A C A^T`."""
-    _check_moment(moment, A.shape[1], "input_moment", diagonal=True)
-    wide, C = A.double(), moment.to(A.device, torch.float64)
-    gram = (wide * C) @ wide.mT if C.ndim == 1 else wide @ C @ wide.mT
-    return _root((gram + gram.mT) / 2)
+def _inverse(of: Triangle) -> Tensor:
+    """Returns a matrix `(R, R)` that makes the columns of the triangle's matrix orthonormal, from the right."""
+    return torch.where(of.norms > 0, 1 / of.norms, 0.0)[:, None] * torch.linalg.pinv(of.unit, rtol=1e-7)
 
 
-def _root(gram: Tensor) -> Tensor:
-    """Returns T with `T^T T = gram`: the Cholesky factor if it exists, else from the eigendecomposition."""
-    upper, failed = torch.linalg.cholesky_ex(gram, upper=True)
-    if not failed or not gram.isfinite().all():
-        return upper if not failed else gram
-    values, vectors = torch.linalg.eigh(gram)
-    return values.clamp(min=0).sqrt()[:, None] * vectors.mT
-
-
-def _unused_directions(triangle: Tensor, unused: Tensor) -> Tensor:
-    """Returns combinations `(R, j)` of a factor's vectors, orthogonal to those in use and of their mean norm.
-
-    If the other factor is zero, these are the factor's own vectors.
-    """
-    size = triangle.shape[1]
-    if unused.shape[1] == size:
-        return torch.eye(size, dtype=triangle.dtype, device=triangle.device)
-    return triangle.norm() / math.sqrt(size) * (torch.linalg.pinv(triangle, rtol=1e-7) @ unused)
+def _unused_directions(of: Triangle, unused: Tensor) -> Tensor:
+    """Returns combinations `(R, j)` of a factor's vectors, orthogonal to those in use and of their mean norm."""
+    return of.norms.norm() / math.sqrt(len(of.norms)) * (_inverse(of) @ unused)
 
 
 def _check_factors(B: Tensor, A: Tensor) -> None:

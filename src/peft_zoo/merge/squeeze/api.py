@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from peft_zoo.calibration.moments import Moments
@@ -25,7 +26,9 @@ from peft_zoo.common.checks import check_choice, check_count
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io import open_adapter
 from peft_zoo.io.lora_ranks import RankAndScale, kept_scale
-from peft_zoo.kernels.low_rank.factored import Balance, FactoredSvd, Method, factored_svd
+from peft_zoo.kernels.low_rank.factored import Balance, FactoredSvd, LowRank, factored_svd
+from peft_zoo.kernels.low_rank.sketch import sketched_error
+from peft_zoo.kernels.low_rank.triangle import Method
 from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, plan_ranks
 from peft_zoo.merge.squeeze.file_source import FileSource
 from peft_zoo.merge.squeeze.model_source import ModelSource
@@ -224,6 +227,7 @@ class _Analysis:
 
     svd: FactoredSvd
     spectrum: Spectrum
+    rank: int
     scale: float
 
 
@@ -247,9 +251,11 @@ def _squeeze(source: SqueezeSource, target: RankTarget, how: SqueezeOptions, pro
     _check_nested(modules)
 
     def truncated(name: str) -> tuple[str, Tensor, Tensor]:
-        B, A = source.factors(name)[:2]
+        B, A, old_scale, _ = source.factors(name)
         rank, scale = modules[name]
         low = found[name].svd.truncate(B, A, rank, new_scale=scale, balance=how.balance)
+        measured = sketched_error((B, A), (low.B, low.A), (old_scale, scale), how.input_moment(name))
+        _check_error(name, low, measured, how.method)
         return name, low.B, low.A
 
     errors = source.write(modules, map(truncated, [name for name, new in modules.items() if new.rank]))
@@ -262,7 +268,7 @@ def _squeeze(source: SqueezeSource, target: RankTarget, how: SqueezeOptions, pro
 def _measure(source: SqueezeSource, ranks: tuple[int, ...], how: SqueezeOptions, progress: Progress) -> RankReport:
     """Decomposes all modules and reports their singular values."""
     found = {name: _decompose(source, name, how) for name in progress(source.names, "decompose")}
-    return RankReport(ranks, tuple(_row(name, one, one.spectrum.rank, None) for name, one in found.items()))
+    return RankReport(ranks, tuple(_row(name, one, one.rank, None) for name, one in found.items()))
 
 
 def _decompose(source: SqueezeSource, name: str, how: SqueezeOptions) -> _Analysis:
@@ -271,8 +277,22 @@ def _decompose(source: SqueezeSource, name: str, how: SqueezeOptions) -> _Analys
     svd = factored_svd(B, A, scale=scale, method=how.method, input_moment=how.input_moment(name))
     norm = source.weight_norm(name) if how.score == "relative" else 1.0
     itemsize = max(B.element_size(), A.element_size())
-    spectrum = Spectrum(svd.singular_values / norm, len(A), len(B) + A.shape[1], itemsize, min_rank)
-    return _Analysis(svd, spectrum, scale)
+    largest = min(len(A), len(B), A.shape[1])  # a higher rank than the matrix allows adds nothing
+    spectrum = Spectrum(svd.singular_values / norm, largest, len(B) + A.shape[1], itemsize, min_rank)
+    return _Analysis(svd, spectrum, len(A), scale)
+
+
+def _check_error(name: str, low: LowRank, measured: float, method: str) -> None:
+    """Raises a ValueError if new factors have a larger error than their decomposition promised.
+
+    The bound allows for the noise of the sketch and for the rounding to the dtypes of the factors.
+    """
+    rounding = max(torch.finfo(factor.dtype).eps for factor in (low.B, low.A)) * len(low.A) ** 0.5
+    if not measured <= 3 * low.error + 4 * rounding + 2e-6:
+        raise ValueError(
+            f"module {name}: the new factors have the error {measured:.1e} instead of {low.error:.1e}, because the old "
+            f"ones cancel beyond the precision of their dtype; use {'method=qr' if method == 'gram' else 'float32'}."
+        )
 
 
 def _plan(
@@ -301,7 +321,7 @@ def _plan(
 
 def _check_gain(found: Mapping[str, _Analysis], target: RankTarget) -> None:
     """Raises a ValueError if no module has a rank above the target rank."""
-    largest = max(one.spectrum.rank for one in found.values())
+    largest = max(one.rank for one in found.values())
     if target.rank is not None and target.rank >= largest:
         raise ValueError(
             f"target rank {target.rank} is not smaller than the current rank {largest} for every module; nothing to "
@@ -326,12 +346,12 @@ def _row(name: str, one: _Analysis, rank: int, output_error: float | None) -> Mo
     spectrum, svd = one.spectrum, one.svd
     return ModuleReport(
         name=name,
-        old_rank=spectrum.rank,
+        old_rank=one.rank,
         new_rank=rank,
         energy=svd.energy(rank),
         rel_error=svd.error(rank),
         numerical_rank=svd.rank,
-        params_before=spectrum.rank * spectrum.parameters,
+        params_before=one.rank * spectrum.parameters,
         params_after=rank * spectrum.parameters,
         singular_values=tuple(svd.singular_values.tolist()),
         output_error=output_error,
