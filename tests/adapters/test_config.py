@@ -155,7 +155,7 @@ class TestUse:
         model.unmerge_adapter()
 
     @every_trainable
-    @pytest.mark.filterwarnings("ignore:Without keep_init=True:UserWarning")  # a second adapter on a quantized base
+    @pytest.mark.filterwarnings("ignore:With keep_init=False:UserWarning")  # a second adapter on a quantized base
     @pytest.mark.parametrize("targets", [None, "all-linear"])
     def test_using_a_configuration_leaves_it_unchanged(self, method: Method, targets: Any, tmp_path: Path) -> None:
         chosen = config(method, target_modules=targets)

@@ -261,7 +261,7 @@ def test_what_is_not_quantized_is_not_concerned(alone: Any) -> None:
 @pytest.mark.filterwarnings("ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning")
 def test_a_layer_without_its_initial_factors() -> None:
     """On layers without initial factors peft's LoRA trains and merges into Q."""
-    model = get_peft_model(adapted().unload(), peft.LoraConfig(**ON))
+    model = get_peft_model(adapted().unload(quantized_only=True), peft.LoraConfig(**ON))
     train(model)
     trained = logits(model)
     model.merge_adapter()

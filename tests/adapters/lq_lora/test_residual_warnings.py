@@ -1,4 +1,4 @@
-"""The initial factors count once, however many adapters contain them; without `keep_init` a warning says so."""
+"""The initial factors count once, however many adapters contain them; without `keep_init` a warning or error says so."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
 
 from peft_zoo import LqLoraConfig
-from peft_zoo.lq_lora import standalone
+from peft_zoo.lq_lora import NFLinear, standalone
 from tests.adapters.lq_lora.samples import TARGETS, TOKENS, adapted, base, layers, logits, train
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -124,7 +124,7 @@ def test_a_weighted_adapter() -> None:
 
 
 def test_a_sum_without_kept_factors_is_warned_of() -> None:
-    model = adapted()
+    model = adapted(keep_init=False)
     with pytest.warns(UserWarning, match="adapter 'default'"):
         model.add_adapter("other", LqLoraConfig(r=8, target_modules=TARGETS))
     model.set_adapter("other")
@@ -135,17 +135,71 @@ def test_a_sum_without_kept_factors_is_warned_of() -> None:
         model.base_model.set_adapter(["default", "other"])
 
 
-def test_unloading_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="missing without the adapter"):
-        adapted().unload()
-    kept = adapted(keep_init=True)
-    with kept.disable_adapter():
-        start = logits(kept)
-    torch.testing.assert_close(logits(kept.unload()), start, **CLOSE)
-    whole = standalone(adapted())
-    over = get_peft_model(whole, LqLoraConfig(r=8, target_modules=TARGETS)).eval()
-    with pytest.warns(UserWarning, match="missing without the adapter"):
-        over.unload()
+def state(model: PeftModel) -> list[tuple[str, bool]]:
+    """Names of all modules, and whether their adapters are disabled."""
+    return [(name, getattr(module, "disable_adapters", False)) for name, module in model.named_modules()]
+
+
+def test_without_kept_factors_nothing_is_computed_without_the_adapter() -> None:
+    """What stands for the base model raises an error that names the fix, on every route, and changes nothing."""
+    model = adapted(keep_init=False)
+    expected, before = logits(model), state(model)
+    for call in (
+        lambda: model.disable_adapter().__enter__(),
+        lambda: model.unload(),
+        lambda: model(input_ids=TOKENS, adapter_names=["__base__", "default"]),
+    ):
+        with pytest.raises(RuntimeError, match="keep_init='nf8'.*quantized_only=True"):
+            call()
+        assert state(model) == before and torch.equal(logits(model), expected)
+    native = base()
+    native.add_adapter(LqLoraConfig(r=8, target_modules=TARGETS, keep_init=False))
+    native.disable_adapters()
+    with pytest.raises(RuntimeError, match="keep_init='nf8'"):
+        logits(native)
+    native.enable_adapters()
+    assert torch.equal(logits(native), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, **CLOSE)
+
+
+def test_the_quantized_weight_alone_has_to_be_asked_for() -> None:
+    model = adapted(keep_init=False)
+    expected = logits(model)
+    model.base_model.disable_adapter_layers(quantized_only=True)
+    alone = logits(model)
+    assert (alone - logits(base())).norm() > 0.5 * alone.norm(), "not the base model"
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(RuntimeError), model.disable_adapter():
+        pass
+    bare = model.unload(quantized_only=True)
+    assert torch.equal(logits(bare), alone) and sum(isinstance(m, NFLinear) for m in bare.modules()) == 6
+    assert torch.equal(logits(adapted().unload(quantized_only=True)), alone), "also where the factors are kept"
+
+
+def test_layers_that_the_active_adapter_does_not_target() -> None:
+    """They are Q plus the initial factors, merged or not; without these, every use of them raises an error."""
+    few = LqLoraConfig(r=8, target_modules=["q_proj"])
+    for keep_init in ("nf8", False):
+        model = adapted(keep_init=keep_init)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if not keep_init else "error")
+            model.add_adapter("few", few)
+        model.set_adapter("few")
+        if keep_init:
+            expected = logits(model)
+            torch.testing.assert_close(logits(model.merge_and_unload()), expected, **CLOSE)
+            continue
+        with pytest.raises(RuntimeError, match="keep_init='nf8'"):
+            logits(model)
+        with pytest.raises(RuntimeError, match=r"v_proj.*keep_init='nf8'"):
+            model.merge_and_unload()
+        with pytest.raises(ValueError, match=r"v_proj.*keep_init=False"):
+            standalone(model)
+        assert len(layers(model)) == 6
+        bare = model.merge_and_unload(quantized_only=True)
+        assert sum(isinstance(module, NFLinear) for module in bare.modules()) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

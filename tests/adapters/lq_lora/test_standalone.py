@@ -193,10 +193,9 @@ def test_a_smaller_adapter_takes_the_best_part(folder: Path) -> None:
         assert (B @ A - B3 @ A3).norm().item() == pytest.approx(rest, rel=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning")
 def test_an_adapter_on_a_layer_without_factors(tmp_path: Path) -> None:
     """Then it begins as an ordinary LoRA does, with B = 0."""
-    bare = adapted().unload()
+    bare = adapted().unload(quantized_only=True)
     before = logits(bare)
     model = get_peft_model(bare, LqLoraConfig(r=8, target_modules=TARGETS, keep_init=True)).eval()
     assert torch.equal(logits(model), before)
@@ -242,7 +241,8 @@ def test_what_is_left_as_it_is(config: Any, folder: Path) -> None:
 
 
 def test_a_further_adapter_leaves_untargeted_layers_alone(folder: Path) -> None:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LqLoraConfig(r=8, target_modules=["q_proj"]))
+    fields = {"target_modules": ["q_proj"], "keep_init": False}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LqLoraConfig(r=8, **fields))
     first = logits(model.eval())
     with pytest.warns(UserWarning, match="adapter 'default'"):
         model.add_adapter("second", LqLoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
@@ -418,6 +418,7 @@ def test_the_layers_of_gpt2_become_its_own_again(tmp_path: Path) -> None:
     standalone(gpt2()).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     before = logits(model)
-    merged = get_peft_model(model, LqLoraConfig(r=8, target_modules=["c_attn", "c_proj"])).merge_and_unload()
+    config = LqLoraConfig(r=8, target_modules=["c_attn", "c_proj"], keep_init=True)
+    merged = get_peft_model(model, config).merge_and_unload()
     assert type(merged.transformer.h[0].attn.c_attn) is Conv1D
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)

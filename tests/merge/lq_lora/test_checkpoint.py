@@ -41,6 +41,7 @@ INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 
 def config(**fields: Any) -> LqLoraConfig:
     own = {"r": 8, "target_modules": "all-linear", "budget_bits": 3.0, "num_iterations": 2, "qconfig_grid": GRID}
+    own["keep_init"] = True  # for an adapter; files have the factors in float32 in any case
     return LqLoraConfig(**{**own, **fields})
 
 

@@ -81,7 +81,7 @@ def test_other_layers_keep_their_lora(tmp_path: Path) -> None:
 
 def test_refuses_and_writes_nothing(tmp_path: Path) -> None:
     trained(tmp_path / "without", keep_init=False)
-    with pytest.raises(ValueError, match=r"down_proj.*keep_init=True"):
+    with pytest.raises(ValueError, match=r"down_proj.*keep_init='nf8'"):
         to_lora(tmp_path / "without", tmp_path / "out")
     get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="give an LQ-LoRA"):
@@ -129,7 +129,7 @@ def test_damaged_factors_in_8_bits(tmp_path: Path) -> None:
         to_lora(tmp_path / "lq", tmp_path / "out")
     del tensors[key]
     save_file(tensors, tmp_path / "lq" / WEIGHTS)
-    with pytest.raises(ValueError, match="keep_init=True"):
+    with pytest.raises(ValueError, match="keep_init='nf8'"):
         to_lora(tmp_path / "lq", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -124,9 +124,9 @@ class LqLoraConfig(ZooLoraConfig):
     )
     weighting_eps: float = option(1e-6, "Smallest importance weight of a row or column as a share of the largest.")
     keep_init: bool | str = option(
-        False,
-        "Keep the initial factors, so that disabling the adapter approximates the base model: True, or 'nf8' for 8 "
-        "bits.",
+        "nf8",
+        "Keep the initial factors, so that disabling the adapter approximates the base model: 'nf8' for 8 bits, True "
+        "for float32, or False: disabling raises an error.",
     )
     save_base: str = option(
         "quantized", "Base weights saved with the adapter: 'quantized', or 'none': loading decomposes again."

@@ -22,9 +22,23 @@ from peft_zoo.kernels.low_rank.factored import truncate_factors
 FUSED_TOKENS = 32
 """Largest number of tokens for which base layer and LoRA are computed by one operator."""
 
+WITHOUT_ADAPTER = (
+    "without an adapter only the quantized weight Q is left: this LQ-LoRA was created with keep_init=False, so the "
+    "low-rank part of the base weight is in the adapter alone, and the result would not be that of the base model. "
+    "Create the adapter with keep_init='nf8', use a second copy of the base model as the reference, or pass "
+    "quantized_only=True to `disable_adapter_layers`, `unload` or `merge_and_unload` of `model.base_model` to get Q."
+)
+"""Why a layer without initial factors does not compute without an adapter, and what to do."""
+
 
 class LqLinear(LoraLinear):
-    """peft's LoRA layer around an `NFLinear`."""
+    """peft's LoRA layer around an `NFLinear`.
+
+    Attributes:
+        quantized_only: Whether Q alone may stand for the layer without an adapter if the initial factors are not kept.
+    """
+
+    quantized_only = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         self._unmerged: list[NFLinear] = []  # the quantized layer while a merged one replaces it; no child module
@@ -98,9 +112,18 @@ class LqLinear(LoraLinear):
         return result if self.merged else self._add_residual(result, x, self.active_adapters)
 
     def _disabled(self, x: Tensor) -> Tensor:
-        """Applies the layer without adapters: Q, plus the initial factors if they are kept."""
-        B, A = self.quantized.initial or (None, None)
+        """Applies the layer without adapters: Q plus the initial factors, or Q if `quantized_only` is set."""
+        if self.quantized_only:
+            return self.quantized(x)
+        B, A = self._kept_factors()
         return self.quantized(x, A, B)
+
+    def _kept_factors(self) -> Factors:
+        """Returns the initial factors; raises a RuntimeError if they are not kept."""
+        initial = self.quantized.initial
+        if initial is None:
+            raise RuntimeError(f"A quantized layer has no active adapter, and {WITHOUT_ADAPTER}")
+        return initial
 
     def _add_residual_per_sample(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """Adds B₀A₀ by sample in a mixed batch; samples with an adapter not in this layer get Q x + B₀A₀ x."""
@@ -194,15 +217,20 @@ class LqLinear(LoraLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Returns the layer that replaces this one in the base model: merged, or Q, or Q + B₀A₀ if these are kept."""
+        """Returns the layer that replaces this one in the base model: merged, or Q + B₀A₀ if there is nothing to merge.
+
+        With `quantized_only` it is Q where there is nothing to merge.
+        """
         if self.merged and not merge:
             self.unmerge()
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not isinstance(self.base_layer, NFLinear):
             return self.base_layer
         quantized = self.quantized
-        initial = quantized.initial
-        return quantized if initial is None else quantized.to_floating(quantized.merged_weight(*initial))
+        return (
+            quantized if self.quantized_only else quantized.to_floating(quantized.merged_weight(*self._kept_factors()))
+        )
 
     def __repr__(self) -> str:
         return f"lq_{super().__repr__()}"

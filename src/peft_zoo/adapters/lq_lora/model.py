@@ -7,8 +7,8 @@ r"""LQ-LoRA: quantizes the base weights to a bit budget and initializes the LoRA
 Cost: weights take `budget_bits` bits instead of 16; training saves what a LoRA saves, and dequantizes each weight twice
 per step, which a LoRA on 16-bit weights does not need. Use it where memory is short.
 
-Q alone is not the base model: its largest singular directions are in B and A. With `keep_init=True` or "nf8" the base
-layers keep the initial factors and add them when the adapter is disabled.
+Q alone is not the base model: its largest singular directions are in B and A. So the base layers keep the initial
+factors and add them when the adapter is disabled, by default in 8 bits (`keep_init="nf8"`).
 
 A standalone model (`standalone`) is quantized already: adapters start from its low-rank part.
 
@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 
 from peft_zoo import registration
 from peft_zoo.adapters.base import ZooLoraModel, expand_all_linear
+from peft_zoo.adapters.base.layer import BASE
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora.decompose import quantize_layer, rank_of
 from peft_zoo.adapters.lq_lora.importance import prepared_importance
-from peft_zoo.adapters.lq_lora.layer import LqLinear
+from peft_zoo.adapters.lq_lora.layer import WITHOUT_ADAPTER, LqLinear
 from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear, detach_initial_factors, empty_nf_linear
 from peft_zoo.adapters.lq_lora.plan import QuantizationPlan, plan
 from peft_zoo.adapters.lq_lora.state import DIGEST, PREFIX, base_hash, check_names, check_saved, digest_of, rebuild
@@ -169,7 +171,7 @@ class LqLoraModel(ZooLoraModel):
             return initial
         first = next(iter(layer.lora_A))
         warnings.warn(
-            f"Without keep_init=True the initial factors are not kept; the new adapter starts from the current values "
+            f"With keep_init=False the initial factors are not kept; the new adapter starts from the current values "
             f"of adapter {first!r}.",
             stacklevel=2,
         )
@@ -205,15 +207,59 @@ class LqLoraModel(ZooLoraModel):
 
     # ---- without the adapter ----
 
-    def disable_adapter_layers(self) -> None:
-        """Disables as peft does; warns if the result is not the base model."""
-        _warn_without_adapter(self.model)
+    def disable_adapter_layers(self, quantized_only: bool = False) -> None:
+        """Disables as peft does: the layers are then Q plus the initial factors, an approximation of the base model.
+
+        With `keep_init=False` that is not possible and raises a RuntimeError. `quantized_only`: compute with Q alone.
+        """
+        self._allow_quantized_only(quantized_only)
         super().disable_adapter_layers()
 
-    def unload(self) -> nn.Module:
-        """Unloads as peft does; warns if the result is not the base model."""
-        _warn_without_adapter(self.model)
+    def enable_adapter_layers(self) -> None:
+        """Enables as peft does."""
+        for _, layer in _layers(self.model):
+            layer.quantized_only = False
+        super().enable_adapter_layers()
+
+    def unload(self, quantized_only: bool = False) -> nn.Module:
+        """Unloads as peft does: the layers become floating-point ones with the weight Q plus the initial factors.
+
+        With `keep_init=False` that is not possible and raises a RuntimeError. `quantized_only`: they become Q alone.
+        """
+        self._allow_quantized_only(quantized_only)
         return super().unload()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        quantized_only: bool = False,
+    ) -> nn.Module:
+        """Merges and unloads as peft does; layers that none of the adapters targets become as with `unload`."""
+        names = set(adapter_names or self.active_adapters)
+        self._allow_quantized_only(quantized_only, lambda layer: not layer.merged and names.isdisjoint(layer.lora_A))
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Passes `adapter_names` as peft does, unless a sample would get a layer without the initial factors."""
+        names = {BASE, *self.peft_config} & set(kwargs.get("adapter_names") or ())
+        self._require_factors(lambda layer: not (layer.quantized_only or names <= {*layer.lora_A}))
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def _allow_quantized_only(self, allowed: bool, concerns: Callable[[LqLinear], bool] = lambda _: True) -> None:
+        """Sets `quantized_only` of all layers to `allowed`; if that is False, each that it `concerns` needs factors."""
+        self._require_factors(lambda layer: not allowed and concerns(layer))
+        for _, layer in _layers(self.model):
+            layer.quantized_only = allowed
+
+    def _require_factors(self, concerns: Callable[[LqLinear], bool]) -> None:
+        """Raises a RuntimeError if a layer that `concerns` is true for does not keep the initial factors."""
+        for name, layer in _layers(self.model):
+            if not layer.quantized.keep_init and concerns(layer):
+                raise RuntimeError(f"{name}: {WITHOUT_ADAPTER}")
 
     # ---- several adapters ----
 
@@ -225,7 +271,7 @@ class LqLoraModel(ZooLoraModel):
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], *args: Any, **kwargs: Any) -> None:
         """Combines as peft does; warns if the sum contains the low-rank part of the base more or less than once."""
         with warnings.catch_warnings():  # the values it starts from are overwritten at once
-            warnings.filterwarnings("ignore", message="Without keep_init=True the initial factors")
+            warnings.filterwarnings("ignore", message="With keep_init=False the initial factors")
             super().add_weighted_adapter(adapters, weights, *args, **kwargs)
         if any(_layers(self.model)) and abs(sum(weights) - 1) > 1e-6:
             warnings.warn(
@@ -290,24 +336,14 @@ def _keep_init(layers: Iterable[LqLinear]) -> bool | str:
 # ---- warnings: without `keep_init`, the low-rank part of the base weight is in the adapters only ----
 
 
-def _warn_without_adapter(model: nn.Module) -> None:
-    """Warns that a model without its adapter is not the base model."""
-    if not all(layer.quantized.keep_init for _, layer in _layers(model)):
-        warnings.warn(
-            "An LQ-LoRA adapter contains the low-rank part of the base weights, which is missing without the adapter; "
-            "create it with keep_init=True to keep that part in the base layers, or merge the adapter.",
-            stacklevel=3,
-        )
-
-
 def _warn_untargeted(layers: Mapping[str, LqLinear], untargeted: Iterable[str]) -> None:
     """Warns that a further adapter does not target some quantized layers."""
     names = sorted(name for name in untargeted if not layers[name].quantized.keep_init)
     if names:
         warnings.warn(
             f"{names[0]} (and {len(names) - 1} more) is quantized but not targeted by the new adapter; its low-rank "
-            "part is missing while only that adapter is active. Target it too, or create the first adapter with "
-            "keep_init=True.",
+            "part is missing while only that adapter is active, so the layer raises an error then. Target it too, or "
+            "create the first adapter with keep_init='nf8'.",
             stacklevel=3,
         )
 
@@ -318,7 +354,7 @@ def _warn_several_active(model: nn.Module) -> None:
         if not layer.quantized.keep_init and sum(active in layer.lora_A for active in layer.active_adapters) > 1:
             warnings.warn(
                 f"{name}: each active adapter contains the low-rank part of the base weight, so their sum contains it "
-                "several times. Create the first adapter with keep_init=True.",
+                "several times. Create the first adapter with keep_init='nf8'.",
                 stacklevel=3,
             )
             return

@@ -270,6 +270,8 @@ def _fault(key: str, module: Any, name: str, tied: set[str]) -> str | None:
         return None
     merged = list(module.merged_adapters)
     if isinstance(module, LqLinear):
+        if not has_adapter and not module.quantized.keep_init:
+            return f"the adapter {name!r} does not target it, and with keep_init=False its low-rank part is missing."
         if merged:
             return "it is merged; call `model.unmerge_adapter()` first."
         special = has_adapter and (module.lora_bias[name] or name in module.lora_variant)

@@ -56,7 +56,7 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
     """Writes the trained change of an LQ-LoRA as a LoRA of twice its rank for the unquantized base model.
 
     Args:
-        folder: Adapter folder of `save_pretrained`, made with `keep_init=True` or "nf8". The base model is not needed.
+        folder: Adapter folder of `save_pretrained`, made with `keep_init` "nf8" or True. The base model is not needed.
         out_dir: A folder that does not exist or is empty; written atomically.
 
     Returns:
@@ -71,7 +71,7 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
         >>> from peft import PeftModel, get_peft_model
         >>> from peft_zoo import LqLoraConfig
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     config = LqLoraConfig(r=4, target_modules=["0"], keep_init=True)
+        ...     config = LqLoraConfig(r=4, target_modules=["0"])
         ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config).save_pretrained(f"{folder}/lq")
         ...     lora = to_lora(f"{folder}/lq", f"{folder}/lora")
         ...     model = PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(64, 32)), lora)
@@ -169,7 +169,7 @@ def _first_rank(adapter: LoraAdapter, name: str) -> int:
         wanted = {part: tuple(tensor.shape) for part, tensor in zip(NFLinear.INITIAL_NF8, empty, strict=True)}
     else:
         raise ValueError(
-            f"{adapter.file.path}: has no initial factors of {name}; quantize with keep_init=True to export a LoRA for "
+            f"{adapter.file.path}: has no initial factors of {name}; quantize with keep_init='nf8' to export a LoRA for "
             "the base model, or merge."
         )
     for part, shape in wanted.items():
