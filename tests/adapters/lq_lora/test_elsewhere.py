@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peft_zoo import LqLoraConfig
 from peft_zoo.lq_lora import standalone
-from tests.adapters.lq_lora.samples import TARGETS, adapted, base, logits, train
+from tests.adapters.lq_lora.samples import TARGETS, adapted, base, layers, logits, train
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NOT_HERE = "base_sha256=.* missing or corrupted"
@@ -96,3 +98,86 @@ def test_a_file_that_does_not_say_how_is_refused(tmp_path: Path) -> None:
     change(tmp_path, {"qconfig_map": None})
     with pytest.raises(ValueError, match=r"base_sha256 names 'model\.layers\.0"):
         PeftModel.from_pretrained(base(), tmp_path)
+
+
+# ---- the checksum is that of what is loaded ----
+
+OTHER = {
+    "without the prefix": lambda key: key.removeprefix("base_model.model."),
+    "with a wrapper": lambda key: key.replace(".base_layer.", "._orig_mod.base_layer."),
+    "with the prefix twice": lambda key: f"base_model.model.{key}",
+}
+
+
+def rename(folder: Path, renamed: Any, keep: bool) -> None:
+    """Gives an adapter's quantized weights other keys, or adds zeros under these keys and keeps the right ones."""
+    weights = load_file(folder / WEIGHTS)
+    for key in [key for key in weights if key.endswith(".codes")]:
+        weights[renamed(key)] = torch.zeros_like(weights[key]) if keep else weights.pop(key)
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A saved adapter, and the logits of its model."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = adapted(num_iterations=1)
+    model.save_pretrained(folder)
+    return folder, logits(model)
+
+
+def by_peft(folder: Path) -> Any:
+    return PeftModel.from_pretrained(base(), folder).eval()
+
+
+def by_transformers(folder: Path) -> Any:
+    model = base()
+    model.load_adapter(folder, "loaded")
+    return model.eval()
+
+
+def by_injection(folder: Path) -> Any:
+    model = inject_adapter_in_model(PeftConfig.from_pretrained(folder), base())
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    return model.eval()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("case", OTHER)
+def test_a_matrix_under_another_key(case: str, keep: bool, saved: tuple[Path, Any], tmp_path: Path) -> None:
+    """No key is hashed that is not loaded: it is refused on every route, or the model has the right values."""
+    folder, expected = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    rename(tmp_path, OTHER[case], keep)
+    for load in (by_peft, by_transformers, by_injection):
+        try:
+            found = logits(load(tmp_path))
+        except ValueError as error:
+            assert re.search("is missing|missing or corrupted|twice|does not match base_sha256", str(error)), error
+        else:
+            assert torch.equal(found, expected), load
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_a_damaged_matrix_where_another_loader_replaces_a_good_one(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    """Layers that were decomposed again, or that belong to another adapter, are checked when they are used too."""
+    adapted(save_base="none", num_iterations=1).save_pretrained(tmp_path / "none")
+    weights = load_file(tmp_path / "none" / WEIGHTS)
+    codes = {key: torch.zeros_like(t) for key, t in load_file(saved[0] / WEIGHTS).items() if key.endswith(".codes")}
+    save_file(weights | codes, tmp_path / "none" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=NOT_HERE):
+        logits(by_transformers(tmp_path / "none"))
+    shutil.copytree(saved[0], tmp_path / "other")
+    change(tmp_path / "other", codes=torch.tensor(0, dtype=torch.int32))
+    first = by_transformers(saved[0])
+    assert torch.equal(logits(first), saved[1])
+    first.load_adapter(tmp_path / "other", "other")
+    with pytest.raises(ValueError, match=NOT_HERE):
+        logits(first)
+
+
+def test_a_compiled_layer_checks_too() -> None:
+    layer = next(iter(layers(adapted(num_iterations=1)).values())).quantized
+    layer.expected_sha256, x = "0" * 64, torch.ones(1, layer.in_features)
+    with pytest.raises(ValueError, match=NOT_HERE):
+        torch.compile(layer, backend="eager")(x)

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import LqLoraConfig
+from peft_zoo.adapters.lq_lora import model as lq_lora_model
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.io.lora_ranks import exactly
 from peft_zoo.kernels.low_rank.quantized import Codebook, DecomposeOptions, quantized_low_rank
@@ -454,6 +455,30 @@ def test_a_further_adapter_quantizes_nothing(keep_init: bool, tmp_path: Path) ->
     assert {name.split(".")[5] for name in saved if name.endswith(".codes")} == {"self_attn"}
     loaded = PeftModel.from_pretrained(base(), tmp_path / "second")
     assert len(layers(loaded)) == 2
+
+
+def test_an_interrupt_leaves_the_base_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are replaced one after the other; an interrupt in between restores those that were."""
+    model, calls = base().train(), []
+    before, modules = {name: p.clone() for name, p in model.named_parameters()}, dict(model.named_modules())
+    real = lq_lora_model.quantize_layer
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(lq_lora_model, "quantize_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get_peft_model(model, LqLoraConfig(r=8, target_modules=TARGETS, num_iterations=1))
+    assert all(module is modules[name] for name, module in model.named_modules()) and not hasattr(model, "peft_config")
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+    monkeypatch.setattr(lq_lora_model, "base_hash", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(lq_lora_model, "quantize_layer", real)
+    with pytest.raises(KeyboardInterrupt):  # when all layers have been replaced
+        get_peft_model(model, LqLoraConfig(r=8, target_modules=TARGETS, num_iterations=1))
+    assert all(module is modules[name] for name, module in model.named_modules())
 
 
 # ---- files ----

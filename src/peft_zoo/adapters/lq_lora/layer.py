@@ -228,9 +228,9 @@ class LqLinear(LoraLinear):
         if not isinstance(self.base_layer, NFLinear):
             return self.base_layer
         quantized = self.quantized
-        return (
-            quantized if self.quantized_only else quantized.to_floating(quantized.merged_weight(*self._kept_factors()))
-        )
+        if self.quantized_only:
+            return quantized
+        return quantized.to_floating(quantized.merged_weight(*self._kept_factors()))
 
     def __repr__(self) -> str:
         return f"lq_{super().__repr__()}"

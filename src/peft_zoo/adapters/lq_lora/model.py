@@ -37,7 +37,16 @@ from peft_zoo.adapters.lq_lora.importance import prepared_importance
 from peft_zoo.adapters.lq_lora.layer import WITHOUT_ADAPTER, LqLinear
 from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear, detach_initial_factors, empty_nf_linear
 from peft_zoo.adapters.lq_lora.plan import QuantizationPlan, plan
-from peft_zoo.adapters.lq_lora.state import DIGEST, PREFIX, base_hash, check_names, check_saved, digest_of, rebuild
+from peft_zoo.adapters.lq_lora.state import (
+    DIGEST,
+    PREFIX,
+    base_hash,
+    check_names,
+    check_saved,
+    digest_of,
+    loaded_keys,
+    rebuild,
+)
 from peft_zoo.adapters.lq_lora.targets import outside_adapters, refuse_quantized
 from peft_zoo.common.modules import plain_modules, plain_name
 from peft_zoo.kernels.normal_float.quantize import NFConfig
@@ -159,9 +168,7 @@ class LqLoraModel(ZooLoraModel):
             importance = prepared_importance(self.model).get(name)
             return quantize_layer(config, nf, layer, rank_of(config, name, layer), name, importance)
         if is_loaded and config.save_base != "none":
-            base = empty_nf_linear(layer, nf, config.keep_init, rank_of(config, name, layer))
-            base.expected_sha256 = (config.base_sha256 or {}).get(name, "")
-            return base, None
+            return empty_nf_linear(layer, nf, config.keep_init, rank_of(config, name, layer)), None
         return self._rebuilt.pop(name, layer), None
 
     def _initial_factors(self, layer: LqLinear) -> Factors | None:
@@ -190,10 +197,16 @@ class LqLoraModel(ZooLoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._rebuilt = {}
+
+    def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
+        super()._finish_injection(model, adapter_name)
         config: Any = self.peft_config[adapter_name]
+        own = {name: layer.quantized for name, layer in _layers(model) if adapter_name in layer.lora_A}
         if config.lq_state == "new" and config.init_lora_weights:
-            own = ((name, layer) for name, layer in _layers(model) if adapter_name in layer.lora_A)
-            config.base_sha256 = {name: base_hash(layer.quantized) for name, layer in own}
+            config.base_sha256 = {name: base_hash(layer) for name, layer in own.items()}
+        elif config.lq_state == "decomposed":  # a loader that does not check the file may replace Q of every layer
+            for name, layer in own.items():
+                layer.expected_sha256 = (config.base_sha256 or {}).get(name, "")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Casts as peft does; without autocast, adapters get the dtype that the weight had before quantization."""
@@ -308,11 +321,11 @@ class LqLoraModel(ZooLoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Maps the keys as a LoRA does, after checking the quantized weights against the configuration."""
-        state_dict = dict(state_dict)
+        state_dict = loaded_keys(model, state_dict)
         layers = {name: layer for name, layer in _layers(model) if adapter_name in layer.lora_A}
         check_names(config, layers)
         for name, layer in layers.items():
-            check_saved(name, layer.quantized, config, state_dict, shared=len(layer.lora_A) > 1)
+            check_saved(model, name, layer.quantized, config, state_dict, shared=len(layer.lora_A) > 1)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

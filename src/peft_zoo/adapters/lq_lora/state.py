@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora.decompose import quantize_layer, rank_of
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, sha256
 from peft_zoo.adapters.lq_lora.targets import Targeted, check_values, target_layers
+from peft_zoo.common.modules import plain_name
 
 PREFIX = "base_model.model."
 
@@ -19,25 +20,43 @@ DIGEST = "sha256"
 """Name of the tensor that replaces a quantized weight in the file of an adapter with `save_base="none"`."""
 
 
-def check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: dict[str, Tensor], shared: bool) -> None:
+def loaded_keys(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a file under the keys that are loaded: what is checked there is what is loaded.
+
+    peft adds nothing to a key for a `PeftModel`, and removes its prefix for any other model; names of wrappers never
+    count. Raises a ValueError if two keys of the file become the same.
+    """
+    prefix = _prefix(model)
+    found: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        loaded = plain_name(key) if prefix else plain_name(key).removeprefix(PREFIX)
+        if loaded in found:
+            raise ValueError(f"{key}: the file has this tensor twice, under different names; save the adapter again.")
+        found[loaded] = tensor
+    return found
+
+
+def check_saved(
+    model: nn.Module, name: str, layer: NFLinear, config: LqLoraConfig, state_dict: dict[str, Tensor], shared: bool
+) -> None:
     """Validates the tensors that a file has for a layer, and resizes the layer's initial factors to theirs.
 
-    Removes from `state_dict` the checksums, and initial factors of a layer that is `shared` with other adapters. Raises
-    a ValueError if tensors are missing or belong to another quantized weight.
+    `state_dict` has the keys of `loaded_keys`. Removes from it the checksums, and initial factors of a layer that is
+    `shared` with other adapters. Raises a ValueError if tensors are missing or belong to another quantized weight.
     """
-    keys = {key: part for part in layer.ALL for key in _keys(name, part)}
+    start = f"{_prefix(model)}{name}.base_layer."
+    keys = {f"{start}{part}": part for part in layer.ALL}
     found = {part: state_dict[key] for key, part in keys.items() if key in state_dict}
     expected = (config.base_sha256 or {}).get(name)
-    digests = [state_dict.pop(key) for key in _keys(name, DIGEST) if key in state_dict]
+    digest = state_dict.pop(f"{start}{DIGEST}", None)
     if not found and config.save_base == "none":
-        if digests and bytes(digests[0].tolist()).hex() != base_hash(layer):
+        if digest is not None and bytes(digest.tolist()).hex() != base_hash(layer):
             raise ValueError(f"{name}: the adapter was trained with another quantized weight than the model has.")
+        layer.expected_sha256 = None
         return
     for part in layer.PARTS if shared else dict(layer.saved_tensors()):
         if part not in found:
-            raise ValueError(
-                f"{PREFIX}{name}.base_layer.{part} is missing: the adapter file is incomplete; save it again."
-            )
+            raise ValueError(f"{start}{part} is missing: the adapter file is incomplete; save it again.")
     if sha256(found[part] for part in layer.PARTS) != expected:
         raise ValueError(
             f"{name}: quantized weight does not match base_sha256={expected!r}; file and configuration do not belong "
@@ -53,9 +72,9 @@ def check_saved(name: str, layer: NFLinear, config: LqLoraConfig, state_dict: di
             setattr(layer, part, torch.empty_like(found[part], device=layer.weight.device))
 
 
-def _keys(name: str, part: str) -> tuple[str, str]:
-    """Returns the two keys that a tensor of a layer can have in a file."""
-    return f"{PREFIX}{name}.base_layer.{part}", f"{name}.base_layer.{part}"
+def _prefix(model: nn.Module) -> str:
+    """Returns the prefix of the keys that are loaded into a model, decided as peft does."""
+    return PREFIX if any(plain_name(name).startswith(PREFIX) for name, _ in model.named_parameters()) else ""
 
 
 def digest_of(layer: NFLinear) -> Tensor:

@@ -169,8 +169,8 @@ def _first_rank(adapter: LoraAdapter, name: str) -> int:
         wanted = {part: tuple(tensor.shape) for part, tensor in zip(NFLinear.INITIAL_NF8, empty, strict=True)}
     else:
         raise ValueError(
-            f"{adapter.file.path}: has no initial factors of {name}; quantize with keep_init='nf8' to export a LoRA for "
-            "the base model, or merge."
+            f"{adapter.file.path}: has no initial factors of {name}; quantize with keep_init='nf8' to export a LoRA "
+            "for the base model, or merge."
         )
     for part, shape in wanted.items():
         if infos[part].shape != shape:
