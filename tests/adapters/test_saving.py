@@ -240,3 +240,17 @@ def test_resized_embeddings_are_saved_with_the_adapter(method: Method, tmp_path:
     other = fresh("llama")
     other.resize_token_embeddings(44, mean_resizing=False)
     assert torch.equal(output(PeftModel.from_pretrained(other, tmp_path), "llama"), expected)
+
+
+def test_factors_stay_float32_on_16_bit_models_whoever_loads_them(method: Method, tmp_path: Path) -> None:
+    model = adapted(method, "llama", fresh("llama").bfloat16())
+    model.save_pretrained(tmp_path)
+    expected = {key.removeprefix("base_model.model."): value for key, value in state_of(model).items()}
+    assert {value.dtype for value in expected.values() if value.is_floating_point()} == {torch.float32}
+    frugal = PeftModel.from_pretrained(fresh("llama").bfloat16(), tmp_path, low_cpu_mem_usage=True)
+    native = fresh("llama").bfloat16()
+    native.load_adapter(str(tmp_path))
+    for loaded in (frugal.base_model.model, native):
+        state = loaded.state_dict()
+        for key, value in expected.items():
+            assert torch.equal(bits(state[key]), bits(value)), key

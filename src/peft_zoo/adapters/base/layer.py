@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
@@ -17,8 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig
-from peft_zoo.adapters.base.factors import FactorDict
-from peft_zoo.adapters.base.layout import SUPPORTED, Layout, ParameterLayout, layout_of
+from peft_zoo.adapters.base.factors import BufferDict, FactorDict
+from peft_zoo.adapters.base.layout import SUPPORTED, Layout, layout_of
+from peft_zoo.adapters.base.offload import offload_hook, refuse_training
+from peft_zoo.adapters.base.parameter import ParameterTarget
 from peft_zoo.adapters.base.snapshot import Snapshot
 
 logger = logging.getLogger("peft_zoo")
@@ -44,11 +45,13 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         configs: Configuration of each adapter, with the patterns that match this module filled in.
         scaling: Factor on the update of each adapter.
         path: Name of the module in its model, for error messages; empty for a layer built directly.
+        is_offloaded: Whether the base weight has no values now because accelerate keeps it on a disk.
     """
 
     ParamWrapper: ClassVar[type[ZooLayer]]
     _targets_parameter: ClassVar[bool] = False
     path: str = ""
+    is_offloaded: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,9 +120,14 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def factor(self, container: str, name: str) -> Tensor:
-        """Returns the parameter of adapter `name` in a container, gathered under FSDP1; use it in `delta_weight`."""
+        """Returns the parameter of adapter `name`, gathered under FSDP1, loaded if offloaded; for `delta_weight`."""
         factors = getattr(self, container)
-        return factors[name] if type(factors) is FactorDict else factors(name)
+        value = factors[name] if type(factors) is FactorDict else None
+        if value is None or (value.is_meta and offload_hook(factors)):
+            value = factors(name)
+            if self.training and value.requires_grad and offload_hook(factors):
+                refuse_training(name)
+        return value
 
     def parameter(self, container: str, name: str) -> nn.Parameter:
         """Returns the parameter that the optimizer updates: the flat parameter if FSDP1 has flattened the container."""
@@ -271,6 +279,37 @@ class ZooLayer(nn.Module, BaseTunerLayer):
 
     # ---- helpers ----
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves an adapter to a device, by default the base layer's or, if accelerate offloads it, where it runs.
+
+        Unlike peft's, it keeps float32 where the base layer has 16 bits: an adapter loaded by transformers, or with
+        `low_cpu_mem_usage`, would lose the digits that its file has.
+        """
+        base = self.get_base_layer()
+        home, dtype = self._get_base_layer_device_and_dtype(base)
+        if home is not None and home.type == "meta":
+            hook = offload_hook(base)
+            home = hook.execution_device if hook else torch.device("cpu") if self.is_offloaded else home
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for container in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
+            if not isinstance(container, (FactorDict, BufferDict)) or adapter_name not in container:
+                continue
+            value = container[adapter_name]
+            if value.is_meta:
+                continue
+            moved = value.detach().to(device or home, wide if value.is_floating_point() else value.dtype)
+            if isinstance(value, nn.Parameter):
+                moved = nn.Parameter(moved, requires_grad=value.requires_grad)
+            container[adapter_name] = moved
+
+    def cast_to_base(self, adapter_name: str) -> None:
+        """Casts the parameters of an adapter to the dtype of the base layer, unless that is an integer."""
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        for container in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in container and dtype is not None and dtype.is_floating_point:
+                value = container[adapter_name]
+                container[adapter_name] = nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
+
     def _find_layout(self) -> Layout:
         base = self.get_base_layer()
         layout = layout_of(base, self.quantization_backend)
@@ -289,80 +328,6 @@ class ZooLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"peft_zoo.{super().__repr__()}"
-
-
-class ParameterTarget(ZooLayer):
-    """Mixin for a layer that adapts one `nn.Parameter` of a module (`target_parameters`).
-
-    The parameter is replaced by its updated value during the module's forward pass, which works for any module. Several
-    parameters of a module are adapted by nested layers, as in peft.
-    """
-
-    _targets_parameter = True
-
-    def __init__(self, base_layer: nn.Module, *, parameter_name: str, **quantization: Any) -> None:
-        self.parameter_name = parameter_name
-        super().__init__(base_layer, **quantization)
-
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Runs the module with the updated parameter; batches of mixed adapters are refused."""
-        if adapter_names is not None:
-            raise ValueError(
-                "`adapter_names` cannot be used with `target_parameters`; use `target_modules` or one adapter per call."
-            )
-        names = self._here(self.active_adapters)
-        if self.disable_adapters or self.merged or not names:
-            if self.disable_adapters and self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        module, name = self.get_base_layer(), self.parameter_name
-        parameter = getattr(module, name)
-        value = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-        value = sum((self.get_delta_weight(adapter) for adapter in names), start=value).to(parameter.dtype)
-        path = self._path_to(module)
-        return torch.func.functional_call(self.base_layer, {f"{path}{name}": value}, (x, *args), kwargs)
-
-    def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
-        """Creates adapter `name` as in any layer; a configuration with a dropout is refused."""
-        for kind in ("dropout", "drop_path"):
-            if getattr(config, kind):
-                fix = "use 0 with `target_parameters`: a parameter's value cannot drop parts of an input"
-                config.require(False, f"{config.method_name}_{kind}", fix)
-        super().add_adapter(name, config, inference_mode)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Returns the module without its nested layers, which are merged first if `merge` is True."""
-        layer: nn.Module = self
-        while isinstance(layer, ZooLayer):
-            if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            layer = layer.base_layer
-        return layer
-
-    def _find_layout(self) -> Layout:
-        return ParameterLayout(self.get_base_layer(), self.parameter_name)
-
-    def _path_to(self, module: nn.Module) -> str:
-        """Returns the prefix of the module's parameters as seen from `base_layer`, through nested layers."""
-        path = ""
-        layer: Any = self.base_layer
-        while layer is not module:
-            path, layer = f"{path}base_layer.", layer.base_layer
-        return path
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        parameter = getattr(base_layer, self.parameter_name)
-        return parameter.device, parameter.dtype
-
-    def get_base_weight(self) -> Tensor:
-        """Returns the data of the targeted parameter."""
-        return getattr(self.get_base_layer(), self.parameter_name).data
-
-    def extra_repr(self) -> str:
-        """Describes the layer, with the name of the parameter first."""
-        return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
 
 
 @functools.cache

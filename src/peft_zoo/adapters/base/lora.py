@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from peft_zoo.adapters.base.config import MethodConfig
+from peft_zoo.adapters.base.offload import loaded
 from peft_zoo.adapters.base.tuner import MethodTuner
 from peft_zoo.common.modules import plain_name
 
@@ -38,6 +39,10 @@ class ZooLoraModel(MethodTuner, LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        """Creates a layer as peft does; patterns match the module's name without wrappers."""
-        name = plain_name(current_key)
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, name, **kwargs)
+        """Creates a layer as peft does; patterns match the module's name without wrappers.
+
+        A base layer that accelerate offloads is loaded meanwhile: peft puts an adapter on the device of its weight.
+        """
+        name, base = plain_name(current_key), getattr(target, "get_base_layer", lambda: target)()
+        with loaded(base):
+            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, name, **kwargs)

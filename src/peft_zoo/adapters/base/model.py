@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig
 from peft_zoo.adapters.base.layer import BASE, ZooLayer
+from peft_zoo.adapters.base.offload import find_misnamed, has_disk_layers
 from peft_zoo.adapters.base.tuner import MethodTuner
 from peft_zoo.common.modules import plain_name
 
@@ -57,6 +58,7 @@ class ZooModel(MethodTuner):
         if layer is None:
             layer = self._new_layer(target, current_key, parameter_name)
             layer._active_adapter, layer.path = self.active_adapter, current_key
+            layer.is_offloaded = has_disk_layers(self.model)
             self._replace_module(parent, target_name, layer, target)
         layer.add_adapter(adapter_name, resolved, inference_mode=config.inference_mode)
 
@@ -128,6 +130,17 @@ class ZooModel(MethodTuner):
                     RuntimeWarning,
                     stacklevel=4,
                 )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Casts to float32, or without autocast to the base layers' dtype.
+
+        peft calls it last when it loads an adapter, after accelerate has offloaded the adapter with its base layers.
+        """
+        for layer in self._zoo_layers():
+            find_misnamed(layer, adapter_name)
+            if not autocast_adapter_dtype and adapter_name in layer.scaling:
+                layer.cast_to_base(adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges as peft does; if one layer fails, as one with `safe_merge` may, restores the others."""

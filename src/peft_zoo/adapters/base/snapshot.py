@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from peft_zoo.adapters.base.offload import loaded
+
 if TYPE_CHECKING:
     from peft_zoo.adapters.base.layer import ZooLayer
 
@@ -21,7 +23,8 @@ class Snapshot:
     def __init__(self, layer: ZooLayer) -> None:
         self._layer = (layer,)  # in a tuple: nn.Module must not register it, pickle and deepcopy must follow it
         if layer.quantization_backend is None:
-            self._original = layer.get_base_weight().clone()
+            with loaded(layer.get_base_layer()):
+                self._original = layer.get_base_weight().clone()
         else:
             self._module = layer.base_layer
             base = layer.get_base_layer()
@@ -49,7 +52,8 @@ class Snapshot:
         """Replaces the original by a merged weight."""
         (layer,) = self._layer
         if layer.quantization_backend is None:
-            layer.get_base_weight().copy_(merged)
+            with loaded(layer.get_base_layer(), changed=True):
+                layer.get_base_weight().copy_(merged)
         else:
             layer.set_base_weight(merged)
 
@@ -57,7 +61,8 @@ class Snapshot:
         """Restores the original weight."""
         (layer,) = self._layer
         if layer.quantization_backend is None:
-            layer.get_base_weight().copy_(self._original)
+            with loaded(layer.get_base_layer(), changed=True):
+                layer.get_base_weight().copy_(self._original)
             return
         layer.base_layer = self._module  # HQQ and NormalFloat replace the layer
         base = layer.get_base_layer()

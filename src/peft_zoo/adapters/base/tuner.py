@@ -7,8 +7,10 @@ from typing import Any
 
 from peft import PeftConfig, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_zoo.adapters.base.offload import fill_offloaded
 from peft_zoo.adapters.base.restore import restored_on_error
 from peft_zoo.adapters.base.wrapped import PlainView
 from peft_zoo.common.modules import WRAPPERS, plain_name
@@ -55,11 +57,14 @@ class MethodTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         """Returns an adapter's tensors as peft does, under their names without wrappers; raises if a layer has none.
 
-        An empty state dict is what processes get that do not write.
+        An empty state dict is what processes get that do not write. Tensors that accelerate offloads get their values,
+        also those of `modules_to_save`, which peft reads from `state_dict` afterwards.
         """
+        fill_offloaded(model, state_dict, within=(AuxiliaryTrainingWrapper,))
         view = PlainView(model)
         given = view.rename(state_dict)
         found = super()._get_adapter_state_dict(view.model, config, adapter_name, given, *args, **kwargs)
+        fill_offloaded(view.model, found)
         if state_dict:
             view.check_complete(adapter_name, found)
         view.add_wrapped_keys(state_dict)

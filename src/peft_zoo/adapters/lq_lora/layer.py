@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from peft_zoo.adapters.base.offload import loaded, offload_as, offload_hook
 from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear
 from peft_zoo.kernels.low_rank.factored import truncate_factors
 
@@ -170,19 +171,20 @@ class LqLinear(LoraLinear):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        if self._unmerged:  # moving or casting the model since then did not reach it
+        quantized = self.quantized
+        if self._unmerged and offload_hook(quantized) is None:  # moving or casting since then did not reach it
             live: Any = self.base_layer
-            self._unmerged[0].to(live.weight.device, live.weight.dtype)
+            quantized.to(live.weight.device, live.weight.dtype)
         together = [*self.merged_adapters, *names]
-        weight = self._merged_weight(together)
-        bias = self._merged_bias(together)
+        with loaded(quantized):
+            weight, bias = self._merged_weight(together), self._merged_bias(together)
+            layer = quantized.to_floating(weight)
         finite = torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())
         if safe_merge and not finite:
             raise ValueError(f"NaNs detected in the merged weights: retrain the broken adapter {names[-1]!r}.")
-        quantized = self.quantized
-        layer = quantized.to_floating(weight)
         if bias is not None:
             layer._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+        offload_as(layer, quantized)
         self._unmerged = [quantized]
         self.base_layer = layer
         self.merged_adapters.extend(names)
@@ -193,7 +195,11 @@ class LqLinear(LoraLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         merged: Any = self.base_layer
-        self.base_layer = self._unmerged.pop().to(merged.weight.device, merged.weight.dtype)
+        quantized = self._unmerged.pop()
+        if offload_hook(quantized) is None:
+            quantized.to(merged.weight.device, merged.weight.dtype)
+        offload_as(quantized, merged)
+        self.base_layer = quantized
         self.merged_adapters.clear()
 
     def _merged_weight(self, names: list[str]) -> Tensor:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from peft_zoo import registration
 from peft_zoo.adapters.base import ZooLoraModel, expand_all_linear
 from peft_zoo.adapters.base.layer import BASE
+from peft_zoo.adapters.base.offload import has_disk_layers, loaded
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora.decompose import quantize_layer, rank_of
 from peft_zoo.adapters.lq_lora.importance import prepared_importance
@@ -168,7 +170,9 @@ class LqLoraModel(ZooLoraModel):
             importance = prepared_importance(self.model).get(name)
             return quantize_layer(config, nf, layer, rank_of(config, name, layer), name, importance)
         if is_loaded and config.save_base != "none":
-            return empty_nf_linear(layer, nf, config.keep_init, rank_of(config, name, layer)), None
+            # Where accelerate keeps the layer's weight on a disk, Q comes from the adapter's file all the same.
+            device = torch.device("cpu") if has_disk_layers(self.model) else None
+            return empty_nf_linear(layer, nf, config.keep_init, rank_of(config, name, layer), device=device), None
         return self._rebuilt.pop(name, layer), None
 
     def _initial_factors(self, layer: LqLinear) -> Factors | None:
@@ -311,9 +315,10 @@ class LqLoraModel(ZooLoraModel):
         for name, layer in _layers(model):
             if adapter_name in layer.lora_A:
                 base = layer.quantized
-                base.verify_checksum()
-                parts = base.saved_tensors() if config.save_base == "quantized" else [(DIGEST, digest_of(base))]
-                found.update((f"{prefix}{name}.base_layer.{part}", tensor) for part, tensor in parts)
+                with loaded(base):
+                    base.verify_checksum()
+                    parts = base.saved_tensors() if config.save_base == "quantized" else [(DIGEST, digest_of(base))]
+                    found.update((f"{prefix}{name}.base_layer.{part}", tensor) for part, tensor in parts)
         return found
 
     @classmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import peft_patches
+from peft_zoo.adapters.base.offload import loaded
 from peft_zoo.kernels.normal_float.linear import nf_linear, nf_merge
 from peft_zoo.kernels.normal_float.quantize import NFConfig, NFTensor, dequantize, empty_nf, quantize
 
@@ -123,9 +125,11 @@ class NFLinear(nn.Linear):
     @property
     def initial(self) -> Factors | None:
         """Initial factors (B, A) in float32, or None if not kept; 8-bit factors are dequantized on every access."""
-        if self.keep_init == NF8:
-            return unpack_initial_factors(NFTensor(*(getattr(self, name) for name in self.INITIAL_NF8)), self.shape)
-        return None if self.initial_B is None or self.initial_A is None else (self.initial_B, self.initial_A)
+        with loaded(self) if self.codes.is_meta else nullcontext():
+            if self.keep_init == NF8:
+                packed = NFTensor(*(getattr(self, name) for name in self.INITIAL_NF8))
+                return unpack_initial_factors(packed, self.shape)
+            return None if self.initial_B is None or self.initial_A is None else (self.initial_B, self.initial_A)
 
     def saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields names and tensors of everything that an adapter's file contains of this layer."""
@@ -210,14 +214,19 @@ class NFLinear(nn.Linear):
 
 
 def empty_nf_linear(
-    layer: Any, config: NFConfig, keep_init: bool | str, rank: int = 0, use_initial: bool = False
+    layer: Any,
+    config: NFConfig,
+    keep_init: bool | str,
+    rank: int = 0,
+    use_initial: bool = False,
+    device: torch.device | None = None,
 ) -> NFLinear:
     """Returns an `NFLinear` to be filled from a state dict, with the shape, bias and dtype of a linear layer.
 
-    `keep_init` and `rank` describe the initial factors.
+    `keep_init` and `rank` describe the initial factors; `device` is that of the linear layer by default.
     """
     matrix = weight_matrix(layer)
-    (rows, columns), device = matrix.shape, matrix.device
+    (rows, columns), device = matrix.shape, device or matrix.device
     initial = pack_initial_factors(_zero_factors(rows, columns, rank, device), keep_init)
     packed = empty_nf(config, rows * columns, device)
     transposed = isinstance(layer, Conv1D)

@@ -57,7 +57,7 @@ class PeftProjection:
 
     def matrices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns A `(r, smallest)` and B `(largest, n r)` on `device`, copied if the buffers are on another device."""
-        A, B = self._A[self._name], self._B[self._name]
+        A, B = self._A.read(self._name), self._B.read(self._name)
         if A.device != device:
             held = self._copies.get(device)
             if held is None or held[0] != A._version + B._version:

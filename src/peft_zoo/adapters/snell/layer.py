@@ -82,7 +82,7 @@ class SnellLayer(ZooLayer):
     def _arguments(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, KernelSpec]:
         A, B = self.factor("zoo_snell_A", name), self.factor("zoo_snell_B", name)
         params = self.factor("zoo_snell_kernel_params", name) if self.configs[name].kernel == "mix_k" else None
-        return A, B, params, self.zoo_snell_num_kept[name], self.configs[name].spec
+        return A, B, params, self.zoo_snell_num_kept.read(name), self.configs[name].spec
 
     def _last(self, name: str) -> Tensor | None:
         """Returns the last threshold of an adapter, or None while a graph is traced, which must not change a layer.
@@ -91,7 +91,7 @@ class SnellLayer(ZooLayer):
         """
         if torch.compiler.is_compiling():
             return None
-        key = (name, self.zoo_snell_num_kept[name].device)
+        key = (name, self.zoo_snell_num_kept.read(name).device)
         last = self.last_threshold.get(key)
         if last is None:
             with torch.inference_mode(False):  # an inference tensor could not be changed later
