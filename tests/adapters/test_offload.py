@@ -111,9 +111,12 @@ def test_offloaded_experts_use_their_adapter() -> None:
 
 
 @pytest.mark.parametrize("name", ["snell", "randlora", "lq_lora"])
-def test_layers_on_a_disk_get_the_adapter_that_was_saved(name: str, tmp_path: Path) -> None:
+def test_layers_on_a_disk_get_the_adapter_that_was_saved(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.chdir(tmp_path)  # peft writes its copy under a relative path
     model = get_peft_model(fresh("llama"), config(name, target_modules=["q_proj"])).eval()
     tokens = torch.arange(3, 9)[None]
     with torch.no_grad():
