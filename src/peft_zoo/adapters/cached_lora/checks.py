@@ -21,6 +21,8 @@ RESIDUALS = (  # arguments of ControlNet and T2I-Adapter
     "block_controlnet_hidden_states",
 )
 
+CACHED_KEYS = ("kv_cache", "past_key_values")  # arguments with keys and values of an earlier call
+
 DENOISERS = ("unet", "transformer", "transformer_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
@@ -83,6 +85,17 @@ def scope_warnings(pipe: Any, denoiser: nn.Module, config: CachedLoraConfig, rol
                 f"the LoRAs on {name} are not composed and act as pipe.set_adapters() has set them: enter "
                 f"compose(pipe.{name}, ..., scheduler=pipe) before this composition."
             )
+
+
+def refuse_cached_keys(call: Mapping[str, Any]) -> None:
+    """Raises a ValueError if a call reads or writes cached keys and values, of which every adapter has its own."""
+    nested = [value for value in call.values() if isinstance(value, Mapping)]
+    found = [name for part in (call, *nested) for name in CACHED_KEYS if part.get(name) is not None]
+    if found:
+        raise ValueError(
+            f"{found[0]} is given, keys and values of an earlier call that one adapter made: call the denoiser "
+            "without, or use method='merge' or one adapter."
+        )
 
 
 def why_not_cacheable(denoiser: nn.Module, call: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peft_zoo.adapters.cached_lora import checks, passes
-from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
+from peft_zoo.adapters.cached_lora.config import MERGES, CachedLoraConfig
 from peft_zoo.adapters.cached_lora.feature_cache import FeatureCache, feature_cache_for
 from peft_zoo.adapters.cached_lora.layers import AdapterLayers
 from peft_zoo.adapters.cached_lora.patches import Patches, owner_of
@@ -47,6 +47,7 @@ class Composition:
         self._patches = Patches()
         self._warned: set[str] = set()
         self._context: str | None = None
+        self._scales: Any = None
         self._clock = Clock()
         self._validate_and_bind()
         self.reset()
@@ -107,7 +108,7 @@ class Composition:
         self._outer = outer
         self.layers.remember()
         try:
-            self.layers.scale(self._scale_factors())
+            self._bind_scales()
             self._patches.put(self.denoiser, "forward", self._forward)
             if hasattr(self.denoiser, "cache_context"):
                 self._patches.put(self.denoiser, "cache_context", self._cache_context)
@@ -122,12 +123,26 @@ class Composition:
         self.layers.restore()
         self.passes.forget()
         self._clock.reset()
+        self._scales = None
         outer, self._outer = self._outer, None
         try:
             self._patches.undo()
         finally:
             if outer:
                 outer.install()
+
+    def _bind_scales(self, call: Any = ()) -> None:
+        """Applies the recipe's weights to the scales as they are now, and drops features made with other scales.
+
+        `call` are the scales that one call of the denoiser asks for.
+        """
+        scales = self.layers.scales()
+        if [scale.keys() for scale in scales] != [ranks.keys() for _, ranks in self.layers.ranks]:
+            raise ValueError("LoRAs were added or removed inside the composition: do that before entering it.")
+        if (scales, call) != self._scales:
+            self._scales = scales, call
+            self.layers.factors = self._scale_factors()
+            self.passes.forget_features()
 
     def _scale_factors(self) -> dict[str, float]:
         """Returns the factor on the scale of each adapter."""
@@ -178,10 +193,13 @@ class Composition:
         if torch.is_grad_enabled():
             raise ValueError("gradients are enabled, and a composition has none: use torch.no_grad().")
         arguments = passes.call_arguments(self.denoiser, args, kwargs)
+        if len(self.adapters) > 1 and self.config.method not in MERGES:
+            checks.refuse_cached_keys(arguments)
         timestep, several = passes.noise_level(self.denoiser, arguments)
         if several:
             self._warn("the timesteps of one call differ: the largest counts as that of the step.")
         try:
+            self._bind_scales(passes.call_scales(arguments))
             output, step = self._run(forward, arguments, timestep)
         except BaseException:
             self.reset()
@@ -224,7 +242,7 @@ class Composition:
         """Returns whether features of a call may be cached; warns if not."""
         if self.passes.cache is None:
             return False
-        reason = checks.why_not_cacheable(self.denoiser, arguments) or self.passes.too_large
+        reason = checks.why_not_cacheable(self.denoiser, arguments) or self.passes.not_cacheable
         if reason:
             self._warn(f"{reason}: every pass is a full one.", 6)
         return not reason

@@ -20,6 +20,7 @@ class AdapterLayers:
     Attributes:
         ranks: Each layer with the rank of each of its adapters; equal lists mean passes of equal cost.
         names: Names of the adapters.
+        factors: Factors on the scales of adapters during the passes of `activated`, by name; 1 for all others.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -39,6 +40,7 @@ class AdapterLayers:
             raise ValueError(f"modules_to_save={whole} cannot be composed: use adapters that only have LoRA layers.")
         self.ranks = [(layer, dict(layer.r)) for layer in self.layers]
         self.names = lora_names(denoiser)
+        self.factors: Mapping[str, float] = {}
         self._before: list[tuple[LoraLayer, Any, dict[str, float]]] = []
 
     @property
@@ -70,12 +72,9 @@ class AdapterLayers:
             layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
         self._before = []
 
-    def scale(self, factors: Mapping[str, float]) -> None:
-        """Multiplies the scale of each adapter in `factors` by its factor."""
-        for layer in self.layers:
-            for name, factor in factors.items():
-                if name in layer.scaling:
-                    layer.scaling[name] *= factor
+    def scales(self) -> list[dict[str, float]]:
+        """Returns a copy of the scales of all adapters, layer by layer."""
+        return [dict(layer.scaling) for layer in self.layers]
 
     @contextmanager
     def activated(self, names: Sequence[str], together: bool) -> Iterator[None]:
@@ -85,16 +84,35 @@ class AdapterLayers:
         """
         for layer in self.layers:
             layer._active_adapter = list(names)  # peft's set_adapter would also make them trainable
-        if together or len(names) == 1:
-            yield
-            return
-        hook = partial(_pass_adapter_names, tuple(names))
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.layers]
+        with self._scaled():
+            if together or len(names) == 1:
+                yield
+                return
+            hook = partial(_pass_adapter_names, tuple(names))
+            handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.layers]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """Multiplies the scales by `factors` during one pass, and restores them.
+
+        A scale that is set between two passes (`pipe.set_adapters`) is therefore multiplied too. A call of the denoiser
+        with a scale of its own is undone here: diffusers resets the scales after a scale of 0.
+        """
+        before = self.scales()
+        for layer in self.layers:
+            for name, factor in self.factors.items():
+                if name in layer.scaling:
+                    layer.scaling[name] *= factor
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer, scales in zip(self.layers, before, strict=True):
+                layer.scaling.update(scales)
 
 
 def _squared_norm(layer: Any, name: str) -> float:

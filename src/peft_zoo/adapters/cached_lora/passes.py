@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peft_zoo.adapters.cached_lora.config import CachedLoraConfig
 from peft_zoo.adapters.cached_lora.feature_cache import FeatureCache, Features, Mode
 from peft_zoo.adapters.cached_lora.layers import AdapterLayers
+from peft_zoo.adapters.cached_lora.outputs import OutputSum
 from peft_zoo.adapters.cached_lora.schedule import Plan
 from peft_zoo.adapters.cached_lora.steps import StepInfo
 
@@ -49,9 +50,18 @@ class Passes:
         self.forget()
 
     def forget(self) -> None:
+        """Drops all features, and why none may be kept."""
+        self.forget_features()
+        self.not_cacheable: str | None = None
+
+    def forget_features(self) -> None:
         """Drops all features."""
         self._features: dict[tuple[str, str], tuple[Features, int]] = {}
-        self.too_large: str | None = None
+
+    def refuse(self, reason: str) -> None:
+        """Drops all features, and keeps none until `forget`."""
+        self.forget_features()
+        self.not_cacheable = reason
 
     def run(
         self, forward: Callable[..., Any], arguments: dict[str, Any], info: StepInfo, plan: Plan, caching: bool
@@ -59,21 +69,19 @@ class Passes:
         """Runs the passes of one call of the denoiser.
 
         `forward` is the denoiser's own; the first of its arguments is the noisy sample. Returns its output, with the
-        weighted sum as the noise prediction, and statistics. `caching`: whether features may be stored and reused.
+        weighted sums in place of its tensors, and statistics. `caching`: whether features may be stored and reused.
         """
         ages = self._ages(info, plan) if caching else {}
         stats = PassStats({name: "cached" if name in ages else "full" for name in plan.weights}, ages)
-        total: Any = None
-        output: Any = None
+        sums = OutputSum(len(next(iter(arguments.values()))), self.num_adapters > 1 and not plan.together)
         for names, mode in self._groups(plan, ages, "store" if caching else "off"):
             output, macs = self._pass(forward, arguments, info, names, mode, plan.together)
-            prediction = prediction_of(output)
-            parts = [prediction] if plan.together else prediction.chunk(len(names))
-            for name, part in zip(names, parts, strict=False):  # a merge has one part for all names
-                term = plan.weights[name] * part.to(torch.promote_types(part.dtype, torch.float32))
-                total = term if total is None else total + term
-            stats.macs, stats.forwards = stats.macs + macs, stats.forwards + len(parts)
-        return _replace_prediction(output, total), stats
+            weights = [1.0] if plan.together else [plan.weights[name] for name in names]
+            sums.add(output, weights)
+            stats.macs, stats.forwards = stats.macs + macs, stats.forwards + len(weights)
+        if caching and len(sums.totals) > 1:  # a feature holds what leads to the first output only
+            self.refuse("the denoiser returns several outputs")
+        return sums.result(), stats
 
     def _ages(self, info: StepInfo, plan: Plan) -> dict[str, int]:
         """Returns the age in steps of each feature that may be reused, by adapter."""
@@ -123,9 +131,8 @@ class Passes:
         """Stores the features of a pass, unless those of all adapters and contexts would exceed `MOST_BYTES`."""
         size = sum(part.nbytes for part in features if part is not None) // len(names)
         contexts = {info.context, *(context for context, _ in self._features)}
-        if size * self.num_adapters * len(contexts) > MOST_BYTES or self.too_large:
-            self.forget()
-            self.too_large = f"the features of {self.num_adapters} adapters exceed {MOST_BYTES / 2**30:.3g} GiB"
+        if size * self.num_adapters * len(contexts) > MOST_BYTES or self.not_cacheable:
+            self.refuse(f"the features of {self.num_adapters} adapters exceed {MOST_BYTES / 2**30:.3g} GiB")
             return
         parts: Iterator[Any] = ([None] * len(names) if one is None else one.chunk(len(names)) for one in features)
         for name, *own in zip(names, *parts, strict=True):
@@ -168,6 +175,11 @@ def noise_level(denoiser: nn.Module, arguments: Mapping[str, Any]) -> tuple[floa
     return float(levels[-1]), len({*levels} - {0}) > 1
 
 
+def call_scales(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns the scales of LoRAs that a call asks for, as in `cross_attention_kwargs={"scale": 0.5}`."""
+    return tuple(value["scale"] for value in arguments.values() if isinstance(value, Mapping) and "scale" in value)
+
+
 def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
     """Returns the arguments for `times` copies of each sample; lists are copied because UNets empty T2I-Adapter's."""
     rows = len(next(iter(arguments.values())))
@@ -190,20 +202,3 @@ def sample_spec(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     if not isinstance(sample, Tensor):
         raise ValueError(f"the denoiser takes samples in a {type(sample).__name__}: only tensors can be composed.")
     return sample.shape, sample.dtype, sample.device
-
-
-def prediction_of(output: Any) -> Tensor:
-    """Returns the noise prediction in a denoiser's output; raises a ValueError if there is none."""
-    found = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
-    if not isinstance(found, Tensor):
-        raise ValueError(f"the denoiser returns a {type(output).__name__} without a tensor: it cannot be composed.")
-    return found
-
-
-def _replace_prediction(output: Any, total: Tensor) -> Any:
-    """Returns a denoiser's output with another noise prediction, in the dtype of the old one."""
-    total = total.to(prediction_of(output).dtype)
-    if isinstance(output, tuple):
-        return (total, *output[1:])
-    output.sample = total
-    return output

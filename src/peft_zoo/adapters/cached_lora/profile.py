@@ -23,7 +23,8 @@ from peft_zoo.adapters.cached_lora.checks import check_denoiser, check_pipeline,
 from peft_zoo.adapters.cached_lora.composition import installed_on
 from peft_zoo.adapters.cached_lora.config import CachedLoraConfig, split_at_largest_gap
 from peft_zoo.adapters.cached_lora.layers import AdapterLayers
-from peft_zoo.adapters.cached_lora.passes import call_arguments, prediction_of, repeated
+from peft_zoo.adapters.cached_lora.outputs import prediction_of
+from peft_zoo.adapters.cached_lora.passes import call_arguments, repeated
 from peft_zoo.adapters.cached_lora.patches import Patches
 from peft_zoo.common.checks import check_count
 
