@@ -61,6 +61,9 @@ from tests.data.saved.bases import (
     unet,
     vae,
 )
+from tests.verified_here import verified_here
+
+__all__ = ["verified_here"]
 
 SAVED = Path(__file__).parent / "data" / "saved"
 ADAPTERS = sorted(path.name for path in (SAVED / "adapters").iterdir())

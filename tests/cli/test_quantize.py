@@ -15,6 +15,9 @@ from peft_zoo.lq_lora import preprocess_lq_lora, save_importance
 from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint
 from tests.adapters.lq_lora.samples import TOKENS, base
 from tests.cli.conftest import Mistake
+from tests.verified_here import verified_here
+
+__all__ = ["verified_here"]
 
 
 @pytest.fixture

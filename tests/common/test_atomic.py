@@ -58,6 +58,25 @@ def test_what_was_written_is_there_and_nothing_else(tmp_path: Path) -> None:
             assert torch.equal(file.read("a"), TENSOR)
 
 
+def test_of_two_writers_one_wins_whole(tmp_path: Path) -> None:
+    """Both have seen that there is no target; the one that ends last says so."""
+    for save, new, field in ((save_folder, new_folder, "out_dir="), (write_text, new_file, "out_dir=")):
+        target = tmp_path / save.__name__
+        with pytest.raises(ValueError, match=field), new(target) as draft:
+            save(target)
+            first = content(target)
+            (draft / "mine" if draft.is_dir() else draft).write_text("mine")
+        assert content(target) == first
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_failure_leaves_no_new_folders(tmp_path: Path) -> None:
+    for new in (new_folder, new_file):
+        with pytest.raises(KeyError), new(tmp_path / "a" / "b" / "out"):
+            raise KeyError
+        assert not list(tmp_path.iterdir())
+
+
 def test_permissions_are_ordinary(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -132,7 +151,7 @@ class FailingFile(io.FileIO):
 @pytest.mark.parametrize("save", [save_folder, save_tensors])
 @pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "disk full")], ids=["killed", "full"])
 @pytest.mark.parametrize(
-    ("step", "counts"), [("fsync", (8, 2)), ("open", (8, 2)), ("replace", (2, 1)), ("write", (2, 2))]
+    ("step", "counts"), [("fsync", (8, 2)), ("open", (8, 2)), ("replace", (1, 0)), ("link", (1, 1)), ("write", (2, 2))]
 )
 def test_failing_at_any_step_leaves_nothing_or_all(
     tmp_path: Path,

@@ -36,6 +36,7 @@ class Flags:
     budget_bits: float | None = setting("average bits per weight of the quantized matrices")
     importance: str | None = setting("file of save_importance, for --set weighting=fisher", metavar="FILE")
     device: str = setting("device of the decomposition", "cpu")
+    no_verify: bool = setting("do not load OUT once in a child process before it is written", False)
     options: dict[str, str] = method_options()
 
 
@@ -66,6 +67,7 @@ def _run(flags: Flags) -> Result:
     config = _config(flags)
     importance = None if flags.importance is None else load_importance(flags.importance)
     more: dict[str, Any] = {"importance": importance, "device": flags.device, "progress": progress_bar}
+    more["verify"] = not flags.no_verify
     rows = quantize_checkpoint(flags.source, flags.target, config, **more)
     return _result(rows, unquantized_summary(flags.target), flags)
 

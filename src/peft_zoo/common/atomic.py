@@ -6,12 +6,15 @@ is flushed too. A killed process leaves at most an `.unfinished-…` entry.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
@@ -23,17 +26,23 @@ def new_folder(target: str | os.PathLike[str], field: str = "out_dir") -> Iterat
     """
     target = Path(os.path.abspath(target))
     check_new_folder(target, field)
+    made = _missing_parents(target)
     work = _unfinished_path(target)
-    work.mkdir()
     try:
+        work.mkdir()
         yield work
         for folder, _, files in os.walk(work, topdown=False):
             for name in files:
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        os.replace(work, target)
+        try:
+            os.replace(work, target)  # replaces only an empty folder
+        except OSError:
+            check_new_folder(target, field)  # another process may have been faster
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)  # still exists only after a failure
+        _remove_empty(made)
     _sync(target.parent)
 
 
@@ -52,27 +61,59 @@ def new_file(target: str | os.PathLike[str], field: str = "out_dir", *, private:
     """
     if os.path.lexists(target):
         raise ValueError(f"{field}={str(target)!r} exists; give a new name.")
-    with replaced_file(target, private=private) as work:
+    with replaced_file(target, private=private, field=field) as work:
         yield work
 
 
 @contextmanager
-def replaced_file(target: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
+def replaced_file(target: str | os.PathLike[str], *, private: bool = False, field: str | None = None) -> Iterator[Path]:
     """Yields a temporary path; the file written there replaces `target`, or creates it, when the block ends.
 
-    `private=True` gives it mode 0600 before anything is written.
+    `private=True` gives it mode 0600 before anything is written. With the name of a caller's argument as `field`, a
+    file that another process has written in the meantime is not replaced: a ValueError names the argument.
     """
     target = Path(os.path.abspath(target))
+    made = _missing_parents(target)
     work = _unfinished_path(target)
     try:
         if private:
             work.touch(mode=0o600, exist_ok=False)
         yield work
         _sync(work)
-        os.replace(work, target)
+        if field is None or not _linked(work, target, field):
+            os.replace(work, target)
     finally:
         work.unlink(missing_ok=True)
+        _remove_empty(made)
     _sync(target.parent)
+
+
+def _linked(work: Path, target: Path, field: str) -> bool:
+    """Gives a file the name `target` unless that exists; returns False where the file system has no hard links."""
+    try:
+        os.link(work, target)
+    except FileExistsError as error:
+        raise ValueError(f"{field}={str(target)!r} exists; give a new name.") from error
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    os.unlink(work)
+    return True
+
+
+def _missing_parents(target: Path) -> list[Path]:
+    """Returns the folders above `target` that do not exist, the innermost first."""
+    return [folder for folder in target.parents if not os.path.lexists(folder)]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes folders that were created for a target that did not come to be."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # it has the target, or the work of another process
+            return
 
 
 def _unfinished_path(target: Path) -> Path:

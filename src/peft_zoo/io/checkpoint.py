@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peft_zoo.io.folder import check_regular, regular_files
 from peft_zoo.io.safetensors import ClosedOnExit, TensorFile, TensorInfo
 from peft_zoo.io.strict_json import read_json
 from peft_zoo.io.tensor_writer import TensorWriter
@@ -24,12 +26,16 @@ class Checkpoint(ClosedOnExit):
     def __init__(self, folder: str | Path) -> None:
         """Opens `model.safetensors`, or its shards by their index, and validates the headers; reads no tensor."""
         self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder}: not a folder; give one that transformers saved.")
+        check_regular(self.folder / CONFIG, self.folder)
         self.config = read_json(self.folder / CONFIG)
         self._files: dict[str, TensorFile] = {}
         self._owner: dict[str, TensorFile] = {}
         try:
             index = self._index()
             for name in sorted(set(index.values())) if index is not None else [WEIGHTS]:
+                check_regular(self.folder / name, self.folder)
                 self._files[name] = TensorFile(self.folder / name)
                 self._owner.update(dict.fromkeys(self._files[name].tensors, self._files[name]))
             lost = sorted((index or {}).keys() - self._owner.keys())
@@ -42,10 +48,11 @@ class Checkpoint(ClosedOnExit):
 
     def _index(self) -> dict[str, str] | None:
         """File name of each tensor, which does not lead out of the folder; None for a checkpoint of one file."""
-        if (self.folder / WEIGHTS).exists():
+        if os.path.lexists(self.folder / WEIGHTS):
             return None
-        if not (self.folder / INDEX).exists():
+        if not os.path.lexists(self.folder / INDEX):
             raise ValueError(f"{self.folder}: has no {WEIGHTS}; save the model with safetensors, pickles are not read.")
+        check_regular(self.folder / INDEX, self.folder)
         index = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise ValueError(f"{self.folder / INDEX}: weight_map must map tensors to files; download it again.")
@@ -67,11 +74,19 @@ class Checkpoint(ClosedOnExit):
         states = {name: (self.folder / name).stat() for name in [CONFIG, *self._files]}
         return [[name, state.st_size, state.st_mtime_ns] for name, state in states.items()]
 
+    def other_files(self) -> list[Path]:
+        """Returns the relative paths of all files but weights and `config.json`: tokenizer, templates, licence.
+
+        Raises a ValueError for a file that must not be copied, see `regular_files`.
+        """
+        files = regular_files(self.folder)
+        return [path for path in files if str(path) != CONFIG and not path.name.endswith(WEIGHT_SUFFIXES)]
+
     def copy_others(self, target: Path) -> None:
-        """Copies all files but weights and `config.json` to another folder: tokenizer, licence and so on."""
-        for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.name != CONFIG and not path.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copyfile(path, target / path.name)
+        """Copies `other_files` to another folder."""
+        for path in self.other_files():
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / path, target / path)
 
     def close(self) -> None:
         """Closes the files; nothing can be read afterwards."""

@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.lq_lora import stream as lq_lora_stream
 from peft_zoo import LqLoraConfig
 from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint
+from tests.verified_here import verified_here
+
+__all__ = ["verified_here"]
 
 TINY = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 

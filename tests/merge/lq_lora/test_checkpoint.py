@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MixtralConfig,
@@ -33,8 +35,12 @@ from transformers import (
 from peft_zoo import LqLoraConfig
 from peft_zoo.lq_lora import preprocess_lq_lora, standalone
 from peft_zoo.merge.lq_lora import checkpoint as lq_lora_stream
+from peft_zoo.merge.lq_lora import verify
 from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint, unquantized_summary
 from tests.adapters.lq_lora.samples import GRID, TOKENS, base, layers, logits, train
+from tests.verified_here import verified_here
+
+__all__ = ["verified_here"]
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 
@@ -300,3 +306,131 @@ def test_what_is_there_is_left_alone(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not an empty folder"):
         quantize_checkpoint(folder, tmp_path / "out", config())
     assert digests(tmp_path / "out") == before and not (tmp_path / "out.partial").exists()
+
+
+# ---- what is copied, tied and verified ----
+
+
+def tiny(folder: Path, **fields: Any) -> dict[str, Any]:
+    """Saves a Llama of one layer and returns its tensors."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, **fields)).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+HEAD = {"target_modules": ["lm_head", "q_proj"], "budget_bits": None, "r": 4}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("route", ["files", "standalone"])
+def test_a_tied_configuration_with_a_head_of_its_own(route: str, tmp_path: Path) -> None:
+    state = tiny(tmp_path / "model", tie_word_embeddings=True)
+    state["lm_head.weight"] = torch.randn(64, 64) * 0.1
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    expected = standalone(get_peft_model(source, config(**HEAD))).eval()
+    assert not torch.equal(expected.lm_head.dense(), expected.get_input_embeddings().weight)
+    if route == "files":
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**HEAD))
+    else:
+        expected.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert loaded.config.tie_word_embeddings is False
+    torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_without_values_of_its_own_is_refused(tmp_path: Path) -> None:
+    tiny(tmp_path / "model", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight .* lm_head out of"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**HEAD))
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+ONE = {"target_modules": ["q_proj"], "budget_bits": None, "r": 4}
+
+
+def test_subfolders_are_copied_and_nothing_from_elsewhere(tmp_path: Path) -> None:
+    tiny(tmp_path / "model")
+    files = {"additional_chat_templates/tool.jinja": "{{ tools }}", "a/b/c.txt": "deep", "chat_template.jinja": "x"}
+    for name, text in {**files, "onnx/model.onnx": "weights", ".git/config": "hidden"}.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(text)
+    (tmp_path / "model" / "again.jinja").symlink_to("chat_template.jinja")
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
+    copied = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert copied - {"config.json", "generation_config.json", "model.safetensors"} == {*files, "again.jinja"}
+    assert not (tmp_path / "out" / "again.jinja").is_symlink()
+    (tmp_path / "secret").write_text("secret")
+    for name, make, words in (
+        ("link.txt", lambda path: path.symlink_to(tmp_path / "secret"), "a link that leaves the folder"),
+        ("folder", lambda path: path.symlink_to(tmp_path), "not a regular file"),
+        ("pipe", os.mkfifo, "not a regular file"),
+    ):
+        make(tmp_path / "model" / name)
+        with pytest.raises(ValueError, match=f"{name}: {words}"):
+            quantize_checkpoint(tmp_path / "model", tmp_path / "two", config(**ONE))
+        (tmp_path / "model" / name).unlink()
+    assert not (tmp_path / "two").exists() and not (tmp_path / "two.partial").exists()
+
+
+def test_a_snapshot_of_the_hub_is_a_folder_of_links(tmp_path: Path) -> None:
+    repo = tmp_path / "models--a--b"
+    tiny(repo / "blobs")
+    (repo / "snapshots" / "c0ffee").mkdir(parents=True)
+    for path in (repo / "blobs").iterdir():
+        (repo / "snapshots" / "c0ffee" / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert len(quantize_checkpoint(repo / "snapshots" / "c0ffee", tmp_path / "out", config(**ONE))) == 1
+
+
+def test_a_folder_that_does_not_load_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "missing_tensors", lambda folder: ["model.norm.weight"])
+        patch.setattr(verify, "missing_in_child", verify.missing_tensors)
+        with pytest.raises(ValueError, match=r"loads without model\.norm\.weight, so nothing was written"):
+            quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
+        assert not (tmp_path / "out").exists()
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE), verify=False)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.full
+def test_the_child_process_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    tiny(tmp_path / "model")
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"does not load, so nothing was written: .*afetensor"):
+        verify.missing_in_child(tmp_path / "out")
+
+
+def test_two_calls_with_one_target_do_not_mix(tmp_path: Path) -> None:
+    tiny(tmp_path / "model")
+
+    def second(names: Iterable[str], doing: str) -> Iterable[str]:
+        with pytest.raises(ValueError, match=r"out\.partial is in use by another process"):
+            quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
+        return names
+
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE), progress=second)
+    with pytest.raises(ValueError, match="out_dir="):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers=1000000000 is above 4096"),
+        ({"num_labels": 10**8}, "num_labels=100000000 is above"),
+        ({"hidden_size": 10**15}, "hidden_size=1000000000000000 is above"),
+        ({"hidden_size": "wide"}, "no LlamaForCausalLM can be built from it"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM'"),
+        ({"architectures": [["a"]]}, "architectures="),
+    ],
+)
+def test_a_configuration_that_takes_memory_or_fits_no_model(change: Any, words: str, tmp_path: Path) -> None:
+    tiny(tmp_path / "model")
+    edit(tmp_path / "model", CONFIG, **change)
+    with pytest.raises(ValueError, match=words):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))

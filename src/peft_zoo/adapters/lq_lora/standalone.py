@@ -32,6 +32,7 @@ from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.adapters.lq_lora.model import LqLoraModel
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, empty_nf_linear
 from peft_zoo.adapters.lq_lora.peft_backend import dequantize_model, quantized_layers
+from peft_zoo.adapters.lq_lora.ties import tying_configs
 from peft_zoo.common.checks import require
 
 METHOD = "nfk"
@@ -204,6 +205,8 @@ def standalone(model: PeftModel, adapter_name: str | None = None) -> PreTrainedM
     """
     base, name = check_standalone(model, adapter_name)
     modules: dict[str, Any] = dict(base.named_modules())
+    for config in _tying(base):
+        config.tie_word_embeddings = False
     for key, module in modules.items():
         if isinstance(module, LqLinear):
             base.set_submodule(key, standalone_layer(module, name))
@@ -253,7 +256,16 @@ def check_standalone(model: PeftModel, adapter_name: str | None) -> tuple[Any, s
             module.quantized.verify_checksum()
         if (fault := _fault(key, module, name, {*tied, *tied.values()})) is not None:
             raise ValueError(f"{key}: {fault}")
+    _tying(base)
     return base, name
+
+
+def _tying(base: PreTrainedModel) -> list[Any]:
+    """Returns the configurations that tie a quantized layer, whose weight the model itself does not tie."""
+    layers = {key for key, module in base.named_modules() if isinstance(module, LqLinear)}
+    tied: dict[str, str] = getattr(base, "all_tied_weights_keys", None) or {}
+    shared = {*tied, *tied.values()}
+    return tying_configs(base, layers, lambda weight: weight not in shared)
 
 
 def _fault(key: str, module: Any, name: str, tied: set[str]) -> str | None:

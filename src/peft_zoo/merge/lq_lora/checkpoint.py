@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
@@ -36,17 +35,21 @@ from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, weight_matrix
 from peft_zoo.adapters.lq_lora.plan import assign_by_budget, assign_uniform, error_table, refuse_budget
 from peft_zoo.adapters.lq_lora.standalone import NFkConfig
 from peft_zoo.adapters.lq_lora.targets import check_values, target_layers, with_default_targets
+from peft_zoo.adapters.lq_lora.ties import tying_configs
 from peft_zoo.calibration.fisher import ImportanceWeights
 from peft_zoo.common.atomic import check_new_folder, new_file, new_folder
+from peft_zoo.common.lock import only_process
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint, write_shards
 from peft_zoo.kernels.normal_float.quantize import packed_bits
 from peft_zoo.kernels.planning.bits import BitChoice, MatrixErrors
+from peft_zoo.merge.lq_lora.empty_model import empty_model, path_in_config, untied
 from peft_zoo.merge.lq_lora.export import QuantizedMatrix
 from peft_zoo.merge.lq_lora.tensor_names import TensorNames
+from peft_zoo.merge.lq_lora.verify import verify_folder
 
-STATE = "state.json"
+STATE, LOCK = "state.json", "lock"
 _log = logging.getLogger(__name__)
 
 
@@ -59,25 +62,29 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     max_shard_bytes: int = 5 * 10**9,
     progress: Progress | None = None,
+    verify: bool = True,
 ) -> list[QuantizedMatrix]:
     """Quantizes a checkpoint on disk.
 
     Args:
         folder: Model saved by transformers, in floating-point: `config.json` and safetensors, sharded or not.
         out_dir: A folder that does not exist or is empty; written atomically. `from_pretrained` loads it once
-            `peft_zoo` is imported; tokenizer and other files are copied.
+            `peft_zoo` is imported; tokenizer, templates and other files are copied, also those in subfolders.
         config: Configuration of the quantization, not modified. Fields that only concern training have no effect.
         importance: Importance weights by module name, from `preprocess_lq_lora`, if `config.weighting` needs them.
         device: Device of the decomposition.
         max_shard_bytes: Largest size of a file of the result.
         progress: Wraps the module names to iterate over, given them and a description, as `tqdm` does.
+        verify: Whether the result is loaded once, in a child process, before it appears at `out_dir`; needs memory for
+            the quantized model.
 
     Returns:
         One row for each target layer.
 
     Raises:
-        ValueError: If a layer cannot be quantized, or `<out_dir>.partial` belongs to a call with other arguments; there
-            is no `out_dir` then, and finished weights are kept.
+        ValueError: If a layer cannot be quantized, `<out_dir>.partial` belongs to a call with other arguments or is in
+            use by another process, or the result does not load; there is no `out_dir` then, and finished weights are
+            kept.
 
     Examples:
         >>> import tempfile
@@ -87,7 +94,7 @@ def quantize_checkpoint(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     base.save_pretrained(f"{folder}/base")
         ...     config = LqLoraConfig(r=4, target_modules=["c_attn"])
-        ...     (row,) = quantize_checkpoint(f"{folder}/base", f"{folder}/quantized", config)
+        ...     (row,) = quantize_checkpoint(f"{folder}/base", f"{folder}/quantized", config, verify=False)
         ...     loaded = GPT2LMHeadModel.from_pretrained(f"{folder}/quantized")
         >>> row.name, row.num_weights
         ('transformer.h.0.attn.c_attn', 3072)
@@ -100,11 +107,15 @@ def quantize_checkpoint(
     with Checkpoint(folder) as source:
         job = _Job(source, copy.deepcopy(config), importance or {}, torch.device(device), progress or silent)
         job.resume(partial)
-        job.plan()
-        rows = [job.quantize(name) for name in job.progress(job.layers, "quantizing")]
-        with new_folder(target) as work:
-            job.write(work, max_shard_bytes)
-    shutil.rmtree(partial)
+        with only_process(partial / LOCK, f"{partial} is in use by another process that writes {target}; wait for it"):
+            check_new_folder(target)  # again: another process may have been faster
+            job.plan()
+            rows = [job.quantize(name) for name in job.progress(job.layers, "quantizing")]
+            with new_folder(target) as work:
+                job.write(work, max_shard_bytes)
+                if verify:
+                    verify_folder(work, job.names.absent)
+            shutil.rmtree(partial)
     _log.info("unquantized: %s", unquantized_summary(target))
     return rows
 
@@ -196,12 +207,15 @@ class _Job:
         progress: Progress,
     ) -> None:
         self.source, self.importance, self.device, self.progress = source, importance, device, progress
-        skeleton = _skeleton(source)
+        skeleton = empty_model(source)
         self.config = with_default_targets(config, skeleton)
         self.layers = dict(target_layers(self.config, skeleton, check_target_module_exists, loaded=False))
         if not self.layers:
             raise ValueError(f"target_modules={config.target_modules!r} targets no linear layer; name some.")
+        source.other_files()  # refuses what must not be copied before anything is quantized
         self.names = TensorNames(source.folder, skeleton, source.tensors)
+        tying = tying_configs(skeleton, self.layers.keys(), lambda name: name not in self.names.absent)
+        self.untied = [path_in_config(source, skeleton, one) for one in tying]
         self.keys = {name: self._key(name, layer) for name, layer in self.layers.items()}
         if self.config.budget_bits is not None and self.config.qconfig_map is None:
             refuse_budget(self.config, self.layers)
@@ -348,24 +362,11 @@ class _Job:
 
         write_shards(folder, infos, map(read, infos), max_bytes)
         quantization = NFkConfig(modules=modules, ranks=ranks).to_dict()
-        content = json.dumps({**source.config, "quantization_config": quantization}, indent=2, sort_keys=True)
-        (folder / CONFIG).write_text(content, encoding="utf-8")
+        content = untied({**source.config, "quantization_config": quantization}, self.untied)
+        (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
         source.copy_others(folder)
 
 
 def _without_budget(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a state that compares equal for all budgets."""
     return {**state, "config": {**state["config"], "budget_bits": None}}
-
-
-def _skeleton(source: Checkpoint) -> Any:
-    """Returns the checkpoint's model on the meta device; its class must be in transformers, and not quantized."""
-    if "quantization_config" in source.config:
-        raise ValueError(f"{source.folder}: the model is quantized already; give it in floating-point.")
-    (architecture, *_) = source.config.get("architectures") or [None]
-    kind = getattr(transformers, str(architecture), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"{source.folder}: architectures={architecture!r} is no model of transformers; correct it.")
-    configuration: Any = kind.config_class
-    with torch.device("meta"):
-        return kind(configuration.from_pretrained(source.folder))

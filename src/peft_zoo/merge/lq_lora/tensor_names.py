@@ -33,6 +33,11 @@ class TensorNames:
                 first, *_ = rule.target_patterns
                 self._changed.update((name.replace(first, other), key) for other in rule.target_patterns)
 
+    @property
+    def absent(self) -> set[str]:
+        """Names of the tensors of the model that no file has."""
+        return self._known.keys() - self._keys.keys() - self._changed.keys()
+
     def _loaded(self, key: str, known: dict[str, bool]) -> tuple[str, WeightConverter | None]:
         """Returns the name in the model of a tensor in a file, and the rule that converts the tensor, if any."""
         name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, known)

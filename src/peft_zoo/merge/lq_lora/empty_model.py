@@ -1,0 +1,55 @@
+"""Builds a checkpoint's model without weights, and edits its configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from peft_zoo.adapters.lq_lora.ties import config_path
+from peft_zoo.io.checkpoint import CONFIG, Checkpoint
+from peft_zoo.io.model_config import check_model_config
+
+
+def empty_model(source: Checkpoint) -> Any:
+    """Returns the checkpoint's model on the meta device; its class must be in transformers, and not quantized."""
+    if "quantization_config" in source.config:
+        raise ValueError(f"{source.folder}: the model is quantized already; give it in floating-point.")
+    names = source.config.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else None
+    kind = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"{source.folder}: architectures={names!r} names no model of transformers; correct it.")
+    check_model_config(source.config, str(source.folder / CONFIG), len(source.tensors))
+    configuration: Any = kind.config_class
+    try:
+        with torch.device("meta"):
+            return kind(configuration.from_pretrained(source.folder))
+    except Exception as error:  # of any kind: every model has checks of its own, or none
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{source.folder / CONFIG}: no {architecture} can be built from it ({reason}).") from error
+
+
+def path_in_config(source: Checkpoint, model: Any, wanted: Any) -> list[str]:
+    """Returns the keys in `config.json` that lead to one of the model's configurations."""
+    path = config_path(model.config, wanted)
+    if path is None:
+        raise ValueError(
+            f"{source.folder / CONFIG}: a {type(model).__name__} ties weights of target layers in a configuration "
+            "that is not saved; leave these layers out of target_modules."
+        )
+    return path
+
+
+def untied(config: Mapping[str, Any], paths: Iterable[Sequence[str]]) -> dict[str, Any]:
+    """Returns a copy of the content of `config.json` with `tie_word_embeddings=False` below each path of keys."""
+    content = copy.deepcopy(dict(config))
+    for path in paths:
+        part = content
+        for key in path:
+            part = part.setdefault(key, {})
+        part["tie_word_embeddings"] = False
+    return content
