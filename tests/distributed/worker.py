@@ -24,6 +24,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -33,7 +34,7 @@ from tests.distributed.cases import MIDDLE, STEPS, Case, cases, quick
 BATCH, LENGTH, VOCABULARY = 4, 16, 64
 FSDP = {
     "fsdp2": {"version": 2},
-    "fsdp1": {"version": 1, "sync_module_states": False, "use_orig_params": True},
+    "fsdp1": {"version": 1, "sync_module_states": False, "use_orig_params": True, "activation_checkpointing": True},
     "fsdp1_flat": {"version": 1, "sync_module_states": False, "use_orig_params": False},
 }
 
@@ -82,6 +83,7 @@ def train_in_a_loop(case: str, mode: str, out: Path) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
         budgets.append(chosen.budget(adapted))
+    assert mode != "fsdp1" or any(isinstance(module, CheckpointWrapper) for module in model.modules())
     state = full_state_dict_of_fsdp1(model) if mode.startswith("fsdp1") else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         save_file(get_peft_model_state_dict(adapted, state_dict=state), out / f"{case}.safetensors")
@@ -124,20 +126,21 @@ def train_with_trainer(case: str, mode: str, out: Path, resume: bool = False) ->
         save_steps=MIDDLE,
         report_to="none",
         disable_tqdm=True,
-        **fsdp_arguments(mode),
+        **fsdp_arguments(mode, activation_checkpointing=True),
     )
     callback = peft_zoo.methods()[cases()[case].method].callback(model)
     data = [{"input_ids": text, "labels": text} for text in texts(STEPS * BATCH)]
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback, budgets])
     trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{MIDDLE}") if resume else None)
+    assert mode not in FSDP or any(isinstance(module, CheckpointWrapper) for module in model.modules())
     trainer.save_model(str(out / "resumed" if resume else out / "whole"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "budgets": budgets.steps}
 
 
-def fsdp_arguments(mode: str) -> dict[str, Any]:
-    """The arguments of `TrainingArguments` for a mode."""
-    return {"use_cpu": True, **({"fsdp": True, "fsdp_config": dict(FSDP[mode])} if mode in FSDP else {})}
+def fsdp_arguments(mode: str, **options: Any) -> dict[str, Any]:
+    """The arguments of `TrainingArguments` for a mode, with options of FSDP."""
+    return {"use_cpu": True, **({"fsdp": True, "fsdp_config": FSDP[mode] | options} if mode in FSDP else {})}
 
 
 def allow_fsdp_on_cpu() -> None:

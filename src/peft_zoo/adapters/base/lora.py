@@ -6,9 +6,11 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_zoo.adapters.base.config import MethodConfig
+from peft_zoo.adapters.base.exact_merge import with_exact_merge
 from peft_zoo.adapters.base.offload import loaded
 from peft_zoo.adapters.base.tuner import MethodTuner
 from peft_zoo.common.modules import plain_name
@@ -46,3 +48,19 @@ class ZooLoraModel(MethodTuner, LoraModel):
         name, base = plain_name(current_key), getattr(target, "get_base_layer", lambda: target)()
         with loaded(base):
             super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, name, **kwargs)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        """Creates peft's layer for a module, with exact merging.
+
+        Raises:
+            ValueError: If the module is an `nn.MultiheadAttention`: peft applies the update of its `out_proj` twice,
+                and merges and unmerges in each forward pass.
+        """
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.MultiheadAttention) and kwargs.get("parameter_name") is None:
+            raise ValueError(
+                f"Target module {kwargs.get('target_name')}: peft's LoRA of nn.MultiheadAttention applies the update "
+                "of out_proj twice. Take it out of `target_modules`."
+            )
+        return with_exact_merge(LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))

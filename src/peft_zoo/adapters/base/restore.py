@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-#: Attributes of a merged layer; peft unmerges a model, with a warning, before it adds an adapter, and it stays unmerged.
-_MERGE_STATE = {"merged_adapters", "_snapshot"}
+#: Attributes of a merged layer. peft unmerges a model, with a warning, before it adds an adapter; it stays unmerged.
+_MERGE_STATE = {"merged_adapters", "_snapshot", "_bias"}
 
 
 class ModelState:

@@ -10,6 +10,7 @@ from torch import Tensor
 from peft_zoo.adapters.base.offload import loaded
 
 if TYPE_CHECKING:
+    from peft_zoo.adapters.base.exact_merge import ExactMerge
     from peft_zoo.adapters.base.layer import ZooLayer
 
 
@@ -17,12 +18,17 @@ class Snapshot:
     """Saves the base weight of a layer without merged adapters, replaces it by a merged weight and restores it.
 
     A plain weight is copied, and written in place so that references to it stay valid. A packed weight of a quantized
-    layer is kept itself, since quantizing again would not give the same bits; backends replace it by a new one.
+    layer is kept itself, since quantizing again would not give the same bits; merging replaces it by a new one.
+
+    Args:
+        layer: Adapter layer.
+        is_packed: Whether the weight is quantized; default: whether the layer has a backend for such weights.
     """
 
-    def __init__(self, layer: ZooLayer) -> None:
+    def __init__(self, layer: ZooLayer | ExactMerge, is_packed: bool | None = None) -> None:
         self._layer = (layer,)  # in a tuple: nn.Module must not register it, pickle and deepcopy must follow it
-        if layer.quantization_backend is None:
+        self._is_packed = layer.quantization_backend is not None if is_packed is None else is_packed
+        if not self._is_packed:
             with loaded(layer.get_base_layer()):
                 self._original = layer.get_base_weight().clone()
         else:
@@ -42,7 +48,7 @@ class Snapshot:
     def weight(self) -> Tensor:
         """Returns the original weight as a float tensor, dequantized if necessary; do not modify it."""
         (layer,) = self._layer
-        if layer.quantization_backend is None:
+        if not self._is_packed:
             return self._original
         if layer.merged:
             self.restore()
@@ -51,7 +57,7 @@ class Snapshot:
     def write(self, merged: Tensor) -> None:
         """Replaces the original by a merged weight."""
         (layer,) = self._layer
-        if layer.quantization_backend is None:
+        if not self._is_packed:
             with loaded(layer.get_base_layer(), changed=True):
                 layer.get_base_weight().copy_(merged)
         else:
@@ -60,7 +66,7 @@ class Snapshot:
     def restore(self) -> None:
         """Restores the original weight."""
         (layer,) = self._layer
-        if layer.quantization_backend is None:
+        if not self._is_packed:
             with loaded(layer.get_base_layer(), changed=True):
                 layer.get_base_weight().copy_(self._original)
             return

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -192,7 +191,7 @@ class LqLoraModel(ZooLoraModel):
     def _create_new_module(lora_config: LqLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if isinstance(target, NFLinear) and not target.use_initial:
             return LqLinear(target, adapter_name, config=lora_config, **kwargs)
-        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        return ZooLoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Injects as peft does; the plan and checksums go into the model's own copy of the configuration."""

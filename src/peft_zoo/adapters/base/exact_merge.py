@@ -1,0 +1,178 @@
+"""Merging for peft's LoRA layers: rounded once from float32, and unmerging restores the bits of the base layer.
+
+peft adds and subtracts the update in the dtype of the weights, so each cycle changes them for good.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from peft_zoo.adapters.base.offload import loaded
+from peft_zoo.adapters.base.snapshot import Snapshot
+
+FLOATING = (Linear, Embedding, Conv1d, Conv2d, Conv3d, ParamWrapper)
+"""peft's LoRA layers around floating-point weights; its other classes replace a quantized weight by a new one."""
+
+
+def with_exact_merge(layer: nn.Module) -> nn.Module:
+    """Makes a LoRA layer of peft merge exactly, and returns it; layers of other packages stay as they are."""
+    peft_class: Any = type(layer)
+    if isinstance(layer, LoraLayer) and peft_class.__module__.startswith("peft."):
+        layer.__class__ = _exact(peft_class)
+    return layer
+
+
+@functools.cache
+def _exact(peft_class: Any) -> Any:
+    """Returns the subclass with exact merging, under the same name."""
+    return type(peft_class.__name__, (ExactMerge, peft_class), {"__module__": __name__, "peft_class": peft_class})
+
+
+def _new(peft_class: Any) -> Any:
+    cls = _exact(peft_class)
+    return cls.__new__(cls)
+
+
+class ExactMerge(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc]  # else `__class__` cannot be assigned
+    """Mixin before one of peft's LoRA layers.
+
+    Attributes:
+        peft_class: The layer's class in peft.
+    """
+
+    peft_class: type[Any]
+    _caches: dict[str, Any]
+    _snapshot: Snapshot | None = None
+    _bias: Tensor | None = None  # of the base layer before the merge, where `lora_bias` changes it
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _new, (self.peft_class,), *rest
+
+    def get_base_weight(self) -> Tensor:
+        """Returns the data of the weight, or of the targeted parameter."""
+        return getattr(self.get_base_layer(), self._weight_name).data
+
+    @property
+    def _weight_name(self) -> str:
+        return getattr(self, "parameter_name", "weight")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the updates of adapters, by default the active ones, to the base weight, in float32 and rounded once.
+
+        If a merge fails, as one with `safe_merge` may, the layer stays as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]
+        if not names:
+            return
+        with loaded(self.get_base_layer(), changed=True):
+            self._merge_loaded(safe_merge, names)
+
+    def _merge_loaded(self, safe_merge: bool, names: list[str]) -> None:
+        base: Any = self.get_base_layer()
+        if parametrize.is_parametrized(base, self._weight_name):
+            raise ValueError(
+                f"{type(base).__name__}.{self._weight_name} is computed by a parametrization, such as weight_norm, so "
+                "a merge would be lost; call torch.nn.utils.parametrize.remove_parametrizations first."
+            )
+        before, snapshot, bias = [*self.merged_adapters], self._snapshot, self._bias
+        if snapshot is None:
+            self._snapshot = Snapshot(self, is_packed=self.peft_class not in FLOATING)
+            bias_now = getattr(base, "bias", None)
+            self._bias = bias_now.detach().clone() if isinstance(bias_now, Tensor) else None
+        try:
+            if self.peft_class in FLOATING and self.get_base_weight().dtype.itemsize >= 2:
+                self._merge(safe_merge, [*before, *names])
+            else:  # peft quantizes the sum again
+                super().merge(safe_merge, names)
+        except BaseException:
+            if self.merged_adapters != before:
+                self.unmerge()
+                self.merge(adapter_names=before)
+            self._snapshot, self._bias = snapshot, bias
+            raise
+
+    @torch.no_grad()
+    def _merge(self, safe_merge: bool, names: list[str]) -> None:
+        """Writes the weight and bias with the updates of all of `names`, merged earlier or not."""
+        base: Any = self.get_base_layer()
+        if getattr(base, "groups", 1) > 1:
+            raise NotImplementedError(
+                f"{type(base).__name__} has groups={base.groups}: peft does not merge a LoRA of a grouped convolution."
+            )
+        assert self._snapshot is not None
+        with self._in_float32(names, self._snapshot.weight()):
+            weight = self.get_base_weight()
+            for name in names:
+                weight = self._plus_update(name, weight)
+            added = [self.lora_B[name].bias * self.scaling[name] for name in names if self.lora_bias[name]]
+        if added and self._bias is None:
+            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+        bias = sum(added, start=self._bias.float()) if added and self._bias is not None else None
+        if safe_merge and not all(torch.isfinite(value).all() for value in (weight, bias) if value is not None):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        self._snapshot.write(weight.to(self.get_base_weight().dtype))
+        if bias is not None:
+            base.bias.data.copy_(bias)
+        self.merged_adapters = names
+
+    def _plus_update(self, name: str, weight: Tensor) -> Tensor:
+        """Returns a weight with the update of one more adapter; DoRA scales what the weight has from others, too."""
+        variant = self.lora_variant.get(name)
+        if variant is None:
+            return weight + self.get_delta_weight(name)
+        getattr(self.get_base_layer(), self._weight_name).data = weight
+        return variant.merge_safe(self, name, weight.clone())
+
+    @contextmanager
+    def _in_float32(self, names: list[str], original: Tensor) -> Iterator[None]:
+        """Gives the base layer its original weight and, like the adapters, at least float32 in the block.
+
+        Variants of LoRA read the weight of the base layer, and its unmerged weight from the cache.
+        """
+        weight = getattr(self.get_base_layer(), self._weight_name)
+        parameters = [p for container in self.adapter_layer_names for p in _parameters(getattr(self, container), names)]
+        data = [(parameter, parameter.data) for parameter in (weight, *parameters)]
+        merged = self.merged_adapters
+        caches: dict[str, Any] = {**self._caches}
+        try:
+            weight.data, self.merged_adapters = original, []
+            for parameter, _ in data:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            self._cache_store("unmerged_base_weight", weight.data)
+            yield
+        finally:
+            for parameter, value in data:
+                parameter.data = value
+            self.merged_adapters, self._caches = merged, caches
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the bits that the base layer had before the first merge."""
+        if self._snapshot is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base: Any = self.get_base_layer()
+        with loaded(base, changed=True):
+            self._snapshot.restore()
+            if self._bias is not None:
+                base.bias.data.copy_(self._bias)
+        self._snapshot = self._bias = None
+        self.merged_adapters.clear()
+
+
+def _parameters(container: Any, names: list[str]) -> Iterator[nn.Parameter]:
+    for name in names:
+        if name in container:
+            entry = container[name]
+            yield from [entry] if isinstance(entry, nn.Parameter) else entry.parameters()
