@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_zoo.io import TensorFile, TensorInfo
 from peft_zoo.io.lora_file import LoraModule, open_adapter
 from peft_zoo.io.lora_keys import Role
 from peft_zoo.io.lora_settings import DIFFUSERS_METADATA
-from peft_zoo.io.safetensors import TensorFile, TensorInfo
 from tests.io.samples import PREFIX, ZOO, Zoo, pair, peft_folder
 
 # peft 0.21 takes the bias of lora_B, which has one axis, for a shard.

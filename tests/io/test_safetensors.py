@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import pickle
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import _TYPES, load_file, save_file
 
-from peft_zoo.io import TensorFile, TensorInfo, TensorWriter
-from peft_zoo.io.safetensors import MAX_HEADER
+from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, copy_regular
+from peft_zoo.io.header import MAX_HEADER
 from peft_zoo.io.strict_json import MAX_JSON, parse_json, read_json
 from tests.io.samples import entry, raw_file
 
@@ -84,12 +87,23 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None, str]] = {
     "header beyond the file": ({}, b"", 1 << 40, "does not fit"),
     "header of 2^64 - 1 bytes": ({}, b"", (1 << 64) - 1, "does not fit"),
     "empty header": (b"", b"", None, "does not fit"),
-    "not JSON": (b"{oops}", b"", None, "Expecting property name"),
+    "not JSON": (b"{oops}", b"", None, "without quotes"),
     "not UTF-8": (b'{"\xff": 1}', b"", None, "invalid start byte"),
-    "UTF-16": ("{}".encode("utf-16-le"), b"", None, "Expecting property name"),
+    "UTF-16": ("{}".encode("utf-16-le"), b"", None, "without quotes"),
     "a list": ([], b"", None, "not a JSON object"),
-    "nested": (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", b"", None, "nested too deeply"),
-    "twice": (b'{"a":1,"a":2}', b"", None, "'a' occurs twice"),
+    "nested": (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", b"", None, "needs exactly"),
+    "nested entry": (b'{"a":{"shape":' + b"[" * 1000 + b"]" * 1000 + b"}}", b"", None, "nested too deeply"),
+    "endless entry": (b'{"a":{"shape":[' + b"[]," * 5000 + b"[]]}}", b"", None, "needs exactly"),
+    "text after the end": (b"{}{}", b"", None, "after its end"),
+    "open text": (b'{"a', b"", None, "does not end"),
+    "comma at the end": (b'{"__metadata__":{"a":"b"},}', b"", None, "without quotes"),
+    "metadata twice": (b'{"__metadata__":{},"__metadata__":{}}', b"", None, "occurs twice"),
+    "metadata key twice": (b'{"__metadata__":{"a":"","a":""}}', b"", None, "'a' occurs twice"),
+    "metadata without commas": (b'{"__metadata__":{"a":"" "b":""}}', b"", None, "does not end"),
+    "much metadata": ({"__metadata__": {str(i): "" for i in range(5000)}}, b"", None, "more than 4096"),
+    "long name": ({"a" * 5000: entry()}, b"12345678", None, "5002 bytes"),
+    "many tensors": (b"{" + b'"data_offsets"' * 100_001 + b"}", b"", None, "more than 100000"),
+    "twice": (json.dumps({"a": entry(), "b": entry()}).replace("b", "a", 1).encode(), b"", None, "'a' occurs twice"),
     "twice inside": (b'{"a":{"dtype":"F32","dtype":"F16","shape":[],"data_offsets":[0,4]}}', b"abcd", None, "twice"),
     "metadata list": ({"__metadata__": []}, b"", None, "must map texts to texts"),
     "metadata number": ({"__metadata__": {"a": 1}}, b"", None, "must map texts to texts"),
@@ -114,8 +128,8 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None, str]] = {
     "same place": ({"a": entry(), "b": entry()}, b"12345678", None, "'b' begins at 0"),
     "gap": ({"a": entry(), "b": entry(offsets=[12, 20])}, b"1" * 20, None, "'b' begins at 12"),
     "control character": ({"a\x1b[2J": entry()}, b"12345678", None, "cannot be printed"),
-    "half a character": (b'{"\\ud800":1}', b"", None, "cannot be printed"),
-    "not a number": (b'{"a":NaN}', b"", None, "'NaN' is not finite"),
+    "half a character": ({"\ud800": entry()}, b"12345678", None, "cannot be printed"),
+    "not a number": ({"a": entry(shape=[math.nan])}, b"12345678", None, "'NaN' is not finite"),
 }
 
 
@@ -126,6 +140,51 @@ def test_a_header_that_is_not_beyond_doubt_is_refused(
     path = raw_file(tmp_path / "a.safetensors", header, data, length)
     with pytest.raises(ValueError, match=f"a.safetensors: not a valid safetensors file: .*{message}"):
         TensorFile(path)
+
+
+def test_a_header_is_parsed_within_five_times_its_size(tmp_path: Path) -> None:
+    entries = {f"{number:07d}": entry(shape=[0], offsets=[0, 0]) for number in range(3000)}
+    texts = {"__metadata__": {str(number): 'x{}\\",' * 200 for number in range(50)}}
+    nothing = b'{"x":[' + b"[]," * 100_000 + b"[]]}"
+    for header in ({**texts, **entries}, {**dict(reversed(entries.items())), **texts}, nothing):
+        path = raw_file(tmp_path / "a.safetensors", header)
+        tracemalloc.start()
+        try:
+            with nullcontext() if isinstance(header, dict) else pytest.raises(ValueError, match="needs exactly"):
+                TensorFile(path).close()
+            assert tracemalloc.get_traced_memory()[1] < 5 * path.stat().st_size
+        finally:
+            tracemalloc.stop()
+
+
+def test_pipes_devices_and_links_to_elsewhere_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for path in (tmp_path / "pipe.safetensors", Path("/dev/zero"), tmp_path):
+        for read in (TensorFile, read_json):
+            with pytest.raises(ValueError, match="not a file"):
+                read(path)
+    inner, secret = tmp_path / "folder", tmp_path / "secret.json"
+    inner.mkdir()
+    secret.write_text("{}")
+    (inner / "a.json").symlink_to(secret)
+    (inner / "b.json").write_text("{}")
+    (inner / "c.json").symlink_to("b.json")
+    assert read_json(inner / "a.json") == read_json(inner / "c.json", inner) == {}
+    with pytest.raises(ValueError, match=r"a\.json.*link"):
+        read_json(inner / "a.json", inner)
+    with pytest.raises(ValueError, match=r"a\.json.*link"):
+        copy_regular(inner / "a.json", tmp_path / "copy", inner)
+    copy_regular(inner / "c.json", tmp_path / "copy", inner)
+    assert (tmp_path / "copy").read_text() == "{}"
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0" / "lora"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "12ab").write_text("{}")
+    (snapshot / "a.json").symlink_to("../../../blobs/12ab")
+    assert read_json(snapshot / "a.json", snapshot) == {}
 
 
 def test_a_long_header_is_refused_unread(tmp_path: Path) -> None:
@@ -218,7 +277,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
         ('{"r": 1e999}', "'1e999' is not finite"),
         ('{"r": ' + "1" * 5000 + "}", "Exceeds the limit"),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
-        ("\ufeff{}", "BOM"),
+        ("\ufeff{}", "without quotes|BOM"),
+        ('{"a": ' + "[" * 40 + "]" * 40 + "}", "nested too deeply"),
+        ('{"a": [' + "[]," * 500_000 + "[]]}", "more than 400000 values"),
     ],
 )
 def test_json_is_read_strictly(tmp_path: Path, text: str, message: str) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from peft_zoo.io.folder import check_regular, regular_files
-from peft_zoo.io.safetensors import ClosedOnExit, TensorFile, TensorInfo
+from peft_zoo.io.folder import copy_regular, regular_files
+from peft_zoo.io.header import TensorInfo
+from peft_zoo.io.safetensors import ClosedOnExit, TensorFile
 from peft_zoo.io.strict_json import read_json
 from peft_zoo.io.tensor_writer import TensorWriter
 
@@ -28,15 +28,13 @@ class Checkpoint(ClosedOnExit):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}: not a folder; give one that transformers saved.")
-        check_regular(self.folder / CONFIG, self.folder)
-        self.config = read_json(self.folder / CONFIG)
+        self.config = read_json(self.folder / CONFIG, self.folder)
         self._files: dict[str, TensorFile] = {}
         self._owner: dict[str, TensorFile] = {}
         try:
             index = self._index()
             for name in sorted(set(index.values())) if index is not None else [WEIGHTS]:
-                check_regular(self.folder / name, self.folder)
-                self._files[name] = TensorFile(self.folder / name)
+                self._files[name] = TensorFile(self.folder / name, self.folder)
                 self._owner.update(dict.fromkeys(self._files[name].tensors, self._files[name]))
             lost = sorted((index or {}).keys() - self._owner.keys())
             if lost:
@@ -52,8 +50,7 @@ class Checkpoint(ClosedOnExit):
             return None
         if not os.path.lexists(self.folder / INDEX):
             raise ValueError(f"{self.folder}: has no {WEIGHTS}; save the model with safetensors, pickles are not read.")
-        check_regular(self.folder / INDEX, self.folder)
-        index = read_json(self.folder / INDEX).get("weight_map")
+        index = read_json(self.folder / INDEX, self.folder).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise ValueError(f"{self.folder / INDEX}: weight_map must map tensors to files; download it again.")
         for name in index.values():
@@ -86,7 +83,7 @@ class Checkpoint(ClosedOnExit):
         """Copies `other_files` to another folder."""
         for path in self.other_files():
             (target / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.folder / path, target / path)
+            copy_regular(self.folder / path, target / path, self.folder)
 
     def close(self) -> None:
         """Closes the files; nothing can be read afterwards."""

@@ -1,14 +1,55 @@
-"""Walks untrusted folders: every file is a regular one of the folder itself."""
+"""Opens, copies and lists the files of untrusted folders: every file is a regular one of the folder itself.
+
+A named pipe blocks a reader for ever, a device never ends, and a link out of the folder makes a tool that copies
+folders publish a private file.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 MAX_ENTRIES = 100_000
 """Limit on the files and folders of one folder."""
+
+
+_PIECE = 1 << 22  # bytes copied at a time
+
+
+def open_regular(path: str | os.PathLike[str], inside: str | os.PathLike[str] | None = None) -> FileIO:
+    """Opens a regular file for reading, unbuffered; never blocks.
+
+    Args:
+        path: Path of the file.
+        inside: Folder that links may not leave; None if the user named the file itself.
+
+    Raises:
+        ValueError: If there is no file, it is a folder, named pipe, socket or device, or a link leaves `inside`.
+    """
+    path = Path(path)
+    if inside is not None:
+        check_regular(path, Path(inside))
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: not a file ({reason}); give an existing one.") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path}: not a file but a folder, named pipe or device; give a file.")
+    return FileIO(handle, "rb")
+
+
+def copy_regular(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], inside: str | os.PathLike[str]
+) -> None:
+    """Copies the bytes of a regular file whose links do not leave the folder `inside` to a new file."""
+    with open_regular(source, inside) as file, open(target, "xb") as copy:
+        while piece := file.read(_PIECE):
+            copy.write(piece)
 
 
 def check_regular(path: Path, folder: Path) -> None:
@@ -19,8 +60,9 @@ def check_regular(path: Path, folder: Path) -> None:
     """
     try:
         mode = os.stat(path).st_mode  # follows links, and opens nothing: opening a named pipe would block
-    except OSError as error:
-        raise ValueError(f"{path}: not a file ({error.strerror}); give an existing one.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: not a file ({reason}); give an existing one.") from error
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path}: not a regular file; remove it.")
     real = path.resolve()
@@ -49,5 +91,7 @@ def _roots(folder: Path) -> Iterator[Path]:
     """Yields the folders in which the files of `folder` may lie."""
     root = folder.resolve()
     yield root
-    if root.parent.name == "snapshots":  # <cache>/models--owner--name/snapshots/<commit>
-        yield root.parent.parent / "blobs"
+    for place in (root, *root.parents):
+        if place.parent.name == "snapshots":  # <cache>/models--owner--name/snapshots/<commit>/<subfolder>
+            yield place.parent.parent / "blobs"
+            return

@@ -13,6 +13,7 @@ its configuration and one element for each alpha, and validates them.
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 import string
 from collections.abc import Callable, Iterable, Mapping
@@ -23,14 +24,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_keys import Role, detect_format, is_lora_key, nearest_key, parse_key
 from peft_zoo.io.lora_ranks import alpha_of
 from peft_zoo.io.lora_settings import MAX_RANK, ModuleSettings, diffusers_settings, read_settings
-from peft_zoo.io.safetensors import ClosedOnExit, TensorFile, TensorInfo
+from peft_zoo.io.safetensors import ClosedOnExit, TensorFile
 from peft_zoo.io.strict_json import read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # dtypes of alphas in some files
@@ -216,15 +219,22 @@ def open_adapter(path: str | Path) -> LoraAdapter:
     """
     path = Path(path)
     is_folder = path.is_dir()
-    config = read_json(path / CONFIG_NAME) if is_folder else None
-    if is_folder and not (path / WEIGHTS_NAME).exists():
-        raise ValueError(f"{path}: has no {WEIGHTS_NAME}; save with safe_serialization=True, pickles are never opened.")
-    file = TensorFile(path / WEIGHTS_NAME if is_folder else path)
+    config = read_json(path / CONFIG_NAME, path) if is_folder else None
+    file = open_weights(path) if is_folder else TensorFile(path)
     try:
         return LoraAdapter(file, config)
     except BaseException:
         file.close()
         raise
+
+
+def open_weights(folder: Path) -> TensorFile:
+    """Opens `adapter_model.safetensors` of an adapter folder; a pickle beside or instead of it is never opened."""
+    if not os.path.lexists(folder / WEIGHTS_NAME):
+        pickle = next((name for name in PICKLES if os.path.lexists(folder / name)), None)
+        found = f"{pickle} is a pickle and never opened, " if pickle else ""
+        raise ValueError(f"{folder}: has no {WEIGHTS_NAME}; {found}save the adapter with safe_serialization=True.")
+    return TensorFile(folder / WEIGHTS_NAME, folder)
 
 
 def _configured(

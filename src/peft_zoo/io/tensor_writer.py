@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_zoo.common.atomic import new_file
-from peft_zoo.io.safetensors import DTYPE_NAMES, TensorInfo
+from peft_zoo.io.header import DTYPE_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     from typing_extensions import Self
