@@ -234,6 +234,19 @@ def inputs(name: str) -> dict[str, Tensor]:
     return ARCHITECTURES[name].inputs()
 
 
+# transformers 5.23 renamed what it called gradient checkpointing.
+CHECKPOINTING = (
+    "activation" if hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+) + "_checkpointing"
+
+
+def enable_checkpointing(model: Any, reentrant: bool) -> None:
+    """Lets a `PeftModel` of transformers compute its activations anew in the backward pass."""
+    base = model.base_model.model
+    getattr(base, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+
+
 def first(result: Any) -> Tensor:
     """The first tensor of a model's output: logits, or a denoised sample."""
     return result if isinstance(result, Tensor) else (result.logits if "logits" in result else result[0])

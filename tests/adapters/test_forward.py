@@ -23,6 +23,7 @@ from tests.adapters.models import (
     adapted,
     bits,
     config,
+    enable_checkpointing,
     first,
     fresh,
     inputs,
@@ -158,8 +159,7 @@ def test_autocast_computes_the_update_in_16_bits_and_keeps_fp32_gradients(method
 def test_gradient_checkpointing_changes_no_gradient(method: Method, name: str) -> None:
     model = adapted(method, name).train()
     plain = backward(model, name)
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": name == "bert"})
-    model.base_model.model.enable_input_require_grads()
+    enable_checkpointing(model, reentrant=name == "bert")
     checkpointed = backward(model, name)
     assert plain.keys() == checkpointed.keys()
     for key, gradient in plain.items():

@@ -15,6 +15,7 @@ from tests.adapters.models import (
     adapted,
     bits,
     config,
+    enable_checkpointing,
     first,
     fresh,
     inputs,
@@ -136,8 +137,7 @@ def test_gradient_checkpointing_runs_the_module_with_the_same_parameter(method: 
         return {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
 
     plain = gradients()
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    model.base_model.model.enable_input_require_grads()
+    enable_checkpointing(model, reentrant)
     for key, gradient in gradients().items():
         torch.testing.assert_close(gradient, plain[key])
 

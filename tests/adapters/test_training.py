@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_zoo import Method
-from tests.adapters.models import adapted, bits, fresh, inputs, is_adapter, output, spread
+from tests.adapters.models import CHECKPOINTING, adapted, bits, fresh, inputs, is_adapter, output, spread
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -103,13 +103,8 @@ def test_the_best_checkpoint_is_loaded_at_the_end(method: Method, tmp_path: Path
 def test_with_gradient_checkpointing(method: Method, reentrant: bool, tmp_path: Path) -> None:
     plain = trainer(method, tmp_path / "plain", 2)
     plain.train()
-    checkpointed = trainer(
-        method,
-        tmp_path / "checkpointed",
-        2,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": reentrant},
-    )
+    settings = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    checkpointed = trainer(method, tmp_path / "checkpointed", 2, **settings)
     checkpointed.train()
     assert losses(checkpointed) == losses(plain)
 

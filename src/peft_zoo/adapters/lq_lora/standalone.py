@@ -105,6 +105,8 @@ class NFkHfQuantizer(HfQuantizer):
             layer._is_hf_initialized = True  # type: ignore[assignment]  # no random values where a file is incomplete
             model.set_submodule(name, layer)
             self._expected.update((f"{name}.{part}", tensor) for part, tensor in layer.saved_tensors())
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            _keep_saved_dtypes(model)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Returns the dtype that a tensor is cast to; None for tensors of quantized layers, which keep theirs."""
@@ -164,6 +166,17 @@ def _keys(model: PreTrainedModel, name: str) -> list[str]:
     """Returns the names that a module can have: a model with a head has a prefix that one without lacks."""
     prefix = f"{model.base_model_prefix}."
     return [name, prefix + name, name.removeprefix(prefix)]
+
+
+def _keep_saved_dtypes(model: Any) -> None:
+    """Excludes the tensors of quantized layers from those that a 16-bit model keeps in float32.
+
+    Before version 5.21, transformers casts by the model's patterns alone, without `NFkHfQuantizer.get_new_dtype`.
+    """
+    quantized = "|".join(NFLinear.ALL)
+    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        patterns = getattr(model, name) or ()
+        setattr(model, name, {rf"^(?!.+\.(?:{quantized})$)(?:.+)?(?:{pattern})" for pattern in patterns})
 
 
 def _config(layers: dict[str, NFLinear]) -> NFkConfig:
