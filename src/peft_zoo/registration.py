@@ -67,6 +67,11 @@ class Method:
         """Whether the method has weights to train; False for a recipe (`trainable = False` in its configuration)."""
         return getattr(self.config_cls, "trainable", True)
 
+    @property
+    def saves_plain_lora(self) -> bool:
+        """Whether a saved adapter is a plain LoRA but for its type (`saves_plain_lora = True` in its configuration)."""
+        return getattr(self.config_cls, "saves_plain_lora", False)
+
 
 def methods() -> dict[str, Method]:
     """Returns the registered methods by short name, in alphabetical order.

@@ -16,9 +16,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from peft_zoo.io.lora_ranks import CHANGES_BASE
 from peft_zoo.io.strict_json import parse_json
+from peft_zoo.registration import methods
 
 MAX_RANK = 1 << 16
-PEFT_TYPES = ("LORA", "ZOO_SQUEEZE_LORA")
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # metadata entry with the configurations of each model part
 
 # Fields `use_…` and `…_config` of peft's LoraConfig with which the update is s B A on the whole input, or that only
@@ -130,8 +130,9 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSet
 def _check_kind(config: Mapping[str, Any]) -> None:
     """Checks that every update is `s * B A`, added to base weights that do not depend on the rank."""
     kind = config.get("peft_type")
-    if kind not in PEFT_TYPES:
-        raise NotImplementedError(f"peft_type={reprlib.repr(kind)}: use a file of type {' or '.join(PEFT_TYPES)}.")
+    kinds = ["LORA", *(method.peft_type for method in methods().values() if method.saves_plain_lora)]
+    if kind not in kinds:
+        raise NotImplementedError(f"peft_type={reprlib.repr(kind)}: use a file of type {' or '.join(kinds)}.")
     for name, value in config.items():
         is_switch = name.startswith("use_") or name.endswith("_config")
         if value and (name in _REFUSED or (is_switch and name not in _ALLOWED)):

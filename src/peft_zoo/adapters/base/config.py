@@ -52,6 +52,8 @@ class MethodConfig:
     method_name: ClassVar[str]
     #: Whether the method has weights to train; False for a recipe that combines trained adapters.
     trainable: ClassVar[bool] = True
+    #: Whether a saved adapter is a plain LoRA but for its type: updates `s * B A` on unchanged base weights.
+    saves_plain_lora: ClassVar[bool] = False
     #: Arguments with which a new adapter leaves the output unchanged; empty if the defaults do.
     identity: ClassVar[dict[str, Any]] = {}
     #: Initial learning rate to try with AdamW; None if rates that suit LoRA do.

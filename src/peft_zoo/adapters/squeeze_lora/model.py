@@ -48,6 +48,7 @@ class SqueezeLoraConfig(SqueezeConfig, ZooLoraConfig):
     """
 
     method_name: ClassVar[str] = "squeeze_lora"
+    saves_plain_lora: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         ZooLoraConfig.__post_init__(self)
