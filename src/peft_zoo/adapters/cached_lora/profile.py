@@ -147,13 +147,7 @@ def profile_frequency(
     powers = _measure(denoiser, adapters, every, run)
     if not powers:
         raise ValueError(f"run=... never called {type(denoiser).__name__}: let it run a generation with that.")
-    shares, spectra = {}, {}
-    for name, found in powers.items():
-        if not all(one.sum() > 0 for one in found):
-            raise ValueError(f"adapter {name!r} changes no noise prediction: train it, or remove it from adapters.")
-        shares[name] = sum(high_share(one, h) for one in found) / len(found)
-        spectra[name] = tuple(torch.stack([radial(one) for one in found]).mean(0).tolist())
-    return FrequencyProfile(shares, spectra, h)
+    return _profile(powers, h)
 
 
 def _generate(pipe: Any, prompt: Any, seeds: Sequence[int], **call: Any) -> None:
@@ -193,6 +187,17 @@ def _measure(
         patches.put(denoiser, "forward", probe)
         run()
     return powers
+
+
+def _profile(powers: Mapping[str, Sequence[Tensor]], h: float) -> FrequencyProfile:
+    """Averages the power spectra of each adapter; raises a ValueError if an adapter has a spectrum of zeros."""
+    shares, spectra = {}, {}
+    for name, found in powers.items():
+        if not all(one.sum() > 0 for one in found):
+            raise ValueError(f"adapter {name!r} changes no noise prediction: train it, or remove it from adapters.")
+        shares[name] = sum(high_share(one, h) for one in found) / len(found)
+        spectra[name] = tuple(torch.stack([radial(one) for one in found]).mean(0).tolist())
+    return FrequencyProfile(shares, spectra, h)
 
 
 def power(change: Tensor) -> Tensor:

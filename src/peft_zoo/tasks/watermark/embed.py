@@ -29,7 +29,7 @@ from peft_zoo.tasks.watermark.losses import augment, image_distance
 from peft_zoo.tasks.watermark.report import EmbedReport, detection_facts
 from peft_zoo.tasks.watermark.saved_decoder import calibrate_decoder, check_decoder_key
 from peft_zoo.tasks.watermark.significance import false_alarm_rate
-from peft_zoo.tasks.watermark.vae import add_lora, check_vae, decode, mark_trained, reconstruct, remove_lora
+from peft_zoo.tasks.watermark.vae import add_lora, check_vae, decode, mark_trained, reconstruct, removed_on_error
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_EVALUATED = 64  # training images that are evaluated without `eval_images`
@@ -86,28 +86,17 @@ def embed_watermark(
     held_out = None if eval_images is None else _stacked("eval_images", eval_images)
     _check(vae, config, key, decoder, checkpoint_every)
     with frozen(vae, *([] if decoder is None else [decoder])):
-        device = next(vae.parameters()).device
         latents, clean = reconstruct(vae, train_images)
         first = slice(DEFAULT_EVALUATED)
         evaluated = (latents[first], clean[first]) if held_out is None else reconstruct(vae, held_out)
-        if decoder is None:
-            decoder = calibrate_decoder(key, clean.split(BATCH), config.num_filters, device)
-        run = Training(vae, config, decoder.to(device), key.message.to(device, torch.float32), image_loss)
-        run.check_decoder(clean[:1])
-        store = None
-        if checkpoint is not None:
-            modules = {"vae": vae, "decoder": run.decoder, "image_loss": image_loss}
-            store = EmbedCheckpoint(checkpoint, fingerprint(config, key, train_images, modules, adapter_name))
-        try:
+        run = _new_training(vae, clean, config, key, decoder, image_loss)
+        store = _open_checkpoint(checkpoint, run, key, train_images, adapter_name)
+        with removed_on_error(vae):
             run.parameters = add_lora(vae, config, adapter_name)
             run.train(latents, clean, store, checkpoint_every, progress)
             vae.eval()  # without dropout
-            facts = run.evaluate(*evaluated)
             mark_trained(vae, adapter_name, key.commitment)
-        except BaseException:
-            remove_lora(vae)
-            raise
-    return run.report(facts)
+            return run.report(run.evaluate(*evaluated))
 
 
 class Training:
@@ -189,6 +178,7 @@ class Training:
         return {**found, "lambda_i": lambda_i, "lambda_w": lambda_w}
 
     def _require_finite(self, index: int, *values: Tensor) -> None:
+        """Raises a ValueError that names step `index + 1` if a value is infinite or NaN."""
         if not torch.stack([value.detach().isfinite().all() for value in values]).all():
             raise ValueError(
                 f"learning_rate={self.config.learning_rate:g} makes the training diverge: loss or parameters are not "
@@ -229,11 +219,40 @@ class Training:
         return EmbedReport(self.config.steps, count, **facts, **own)
 
 
+def _new_training(
+    vae: nn.Module,
+    clean: Tensor,
+    config: WatermarkLoraConfig,
+    key: WatermarkKey,
+    decoder: nn.Module | None,
+    image_loss: ImageLoss | None,
+) -> Training:
+    """Returns a training with `decoder`, or with the decoder of the key, calibrated on the clean images."""
+    device = next(vae.parameters()).device
+    if decoder is None:
+        decoder = calibrate_decoder(key, clean.split(BATCH), config.num_filters, device)
+    run = Training(vae, config, decoder.to(device), key.message.to(device, torch.float32), image_loss)
+    run.check_decoder(clean[:1])
+    return run
+
+
+def _open_checkpoint(
+    folder: str | Path | None, run: Training, key: WatermarkKey, images: Tensor, adapter_name: str
+) -> EmbedCheckpoint | None:
+    """Opens the checkpoint of a training, which must be of the same arguments; None without a folder."""
+    if folder is None:
+        return None
+    modules = {"vae": run.vae, "decoder": run.decoder, "image_loss": run.image_loss}
+    return EmbedCheckpoint(folder, fingerprint(run.config, key, images, modules, adapter_name))
+
+
 def _bit_accuracy(logits: Tensor, message: Tensor) -> Tensor:
+    """Share of bits that are read as the message has them."""
     return ((logits > 0) == (message > 0)).float().mean()
 
 
 def _stacked(name: str, images: Tensor | Sequence[Tensor]) -> Tensor:
+    """Validates images, an argument of this name, and returns them as one tensor `(N, 3, H, W)`."""
     if not isinstance(images, Tensor):
         images = list(images)
         if len({tuple(image.shape) for image in images}) > 1:
@@ -243,6 +262,7 @@ def _stacked(name: str, images: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _check(vae: nn.Module, config: Any, key: Any, decoder: nn.Module | None, checkpoint_every: Any) -> None:
+    """Checks that the arguments fit each other, before anything is computed."""
     if not isinstance(config, WatermarkLoraConfig):
         raise ValueError(f"config is a {type(config).__name__}: give a WatermarkLoraConfig.")
     if not isinstance(key, WatermarkKey):

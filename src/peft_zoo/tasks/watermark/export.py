@@ -93,38 +93,31 @@ def merge_and_export(
         ...     print(*sorted(file.name for file in exported.iterdir()))
         README.md config.json diffusion_pytorch_model.safetensors watermark.json
     """
-    if key.num_bits != config.num_bits or config.commitment not in (None, key.commitment):
-        raise ValueError(f"key with commitment={key.commitment!r} does not fit config: give the key of the embedding.")
-    is_pipeline = not isinstance(model, nn.Module)
-    if is_pipeline and not isinstance(getattr(model, "vae", None), nn.Module):
-        raise ValueError(f"model is a {type(model).__name__} without vae: give the autoencoder, or its pipeline.")
-    marked = _without_peft_model(model.vae if is_pipeline else model)
-    _check_trained(marked, key)
-    vae = merged(marked)
-    texts = [CARD_TEXT.format(bits=config.num_bits)]
-    record: dict[str, Any] = {
+    vae = merged(_marked(model, config, key))
+    texts, record = [CARD_TEXT.format(bits=config.num_bits)], public_record(config, key, calibration or {})
+    if differing := differing_tensors(vae):
+        record["differing_tensors"] = differing
+        texts.append(DIFFERING_TEXT.format(kind=type(vae).__name__, count=len(differing), name=differing[0]))
+        warnings.warn(f"model: {' '.join(texts[-1].split())}", stacklevel=2)
+    with new_folder(path, "path") as folder:
+        _save(model, vae, folder)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        add_to_card(folder / "README.md", texts)
+        refuse_key_in(folder, key)
+    return Path(path)
+
+
+def public_record(config: WatermarkLoraConfig, key: WatermarkKey, calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of `watermark.json`, without secrets of the key."""
+    return {
         "version": VERSION,
         "method": config.method_name,
         "num_bits": config.num_bits,
         "decoder": config.decoder,
         "commitment": key.commitment,
         "date": date.today().isoformat(),
-        "calibration": dict(calibration or {}),
+        "calibration": dict(calibration),
     }
-    if differing := differing_tensors(vae):
-        record["differing_tensors"] = differing
-        texts.append(DIFFERING_TEXT.format(kind=type(vae).__name__, count=len(differing), name=differing[0]))
-        warnings.warn(f"model: {' '.join(texts[-1].split())}", stacklevel=2)
-    with new_folder(path, "path") as folder:
-        if is_pipeline:
-            with _with_vae(model, vae):
-                model.save_pretrained(folder)
-        else:
-            _save(vae, folder)
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        add_to_card(folder / "README.md", texts)
-        refuse_key_in(folder, key)
-    return Path(path)
 
 
 def differing_tensors(vae: Any) -> list[str]:
@@ -140,7 +133,23 @@ def differing_tensors(vae: Any) -> list[str]:
     return sorted(vae.state_dict().keys() ^ fresh.state_dict().keys())
 
 
+def _marked(model: Any, config: WatermarkLoraConfig, key: WatermarkKey) -> nn.Module:
+    """Returns the autoencoder of a pipeline, `PeftModel` or module, after checking that it has the watermark of `key`.
+
+    Raises a ValueError that names the argument which does not fit.
+    """
+    if key.num_bits != config.num_bits or config.commitment not in (None, key.commitment):
+        raise ValueError(f"key with commitment={key.commitment!r} does not fit config: give the key of the embedding.")
+    vae = model if isinstance(model, nn.Module) else getattr(model, "vae", None)
+    if not isinstance(vae, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__} without vae: give the autoencoder, or its pipeline.")
+    vae = _without_peft_model(vae)
+    _check_trained(vae, key)
+    return vae
+
+
 def _without_peft_model(vae: nn.Module) -> nn.Module:
+    """Returns the autoencoder inside a `PeftModel`; any other module as it is."""
     return vae.get_base_model() if isinstance(vae, PeftModel) else vae
 
 
@@ -158,13 +167,16 @@ def _check_trained(vae: nn.Module, key: WatermarkKey) -> None:
             raise ValueError(f"adapter {name!r} carries the message of another key: give that key.")
 
 
-def _save(vae: Any, folder: Path) -> None:
-    if hasattr(vae, "save_pretrained"):
+def _save(model: Any, vae: Any, folder: Path) -> None:
+    """Saves `vae`, or the pipeline `model` with it; only the tensors if the autoencoder has no `save_pretrained`."""
+    if not isinstance(model, nn.Module):
+        with _with_vae(model, vae):
+            model.save_pretrained(folder)
+    elif hasattr(vae, "save_pretrained"):
         vae.save_pretrained(folder)
     else:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, folder / "model.safetensors"
-        )
+        tensors = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,3 +109,13 @@ def remove_lora(vae: Any) -> None:
         del vae.peft_config
     if hasattr(vae, "_hf_peft_config_loaded"):
         vae._hf_peft_config_loaded = False
+
+
+@contextmanager
+def removed_on_error(vae: Any) -> Iterator[None]:
+    """Removes all LoRA layers from an autoencoder if the block raises."""
+    try:
+        yield
+    except BaseException:
+        remove_lora(vae)
+        raise
