@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from peft_zoo.calibration.collector import Hook, Sums, forward_hooks, full_precision
 from peft_zoo.calibration.rows import linear_rows, matrix_shape
 from peft_zoo.common.atomic import replaced_file
 from peft_zoo.common.modules import frozen
+from peft_zoo.io import TensorFile
 
 LEAST = 1e-6
 """Share of the average importance that is added to every entry."""
@@ -201,12 +201,17 @@ def load_importance(path: str | os.PathLike[str]) -> dict[str, ImportanceWeights
         ...     load_importance(f"{folder}/fisher.safetensors")["0"].row
         tensor([1., 1., 1.])
     """
+    where = os.fspath(path)
     try:
-        parts = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)} was not written by save_importance: {error}") from error
+        with TensorFile(Path(path)) as file:
+            parts = {key: file.read(key) for key in file.tensors}
+    except ValueError as error:
+        raise ValueError(f"{where} was not written by save_importance: {error}") from error
     fields = ImportanceWeights._fields
     names = {key.rpartition(".")[0]: None for key in parts}
     if parts.keys() != {f"{name}.{part}" for name in names for part in fields} or not parts:
-        raise ValueError(f"{os.fspath(path)} was not written by save_importance: a row and a column by module needed.")
+        raise ValueError(f"{where} was not written by save_importance: a row and a column by module needed.")
+    for key, part in parts.items():
+        if part.dim() != 1 or not part.is_floating_point() or not (part.isfinite() & (part >= 0)).all():
+            raise ValueError(f"{where}: {key} must be a vector of finite numbers from 0; measure the importance again.")
     return {name: ImportanceWeights(*(parts[f"{name}.{part}"] for part in fields)) for name in names}

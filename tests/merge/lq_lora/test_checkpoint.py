@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from peft_zoo import LqLoraConfig
-from peft_zoo.lq_lora import preprocess_lq_lora, standalone
+from peft_zoo.lq_lora import load_importance, preprocess_lq_lora, standalone
 from peft_zoo.merge.lq_lora import checkpoint as lq_lora_stream
 from peft_zoo.merge.lq_lora import verify
 from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint, unquantized_summary
@@ -437,3 +437,36 @@ def test_a_configuration_that_takes_memory_or_fits_no_model(change: Any, words: 
     edit(tmp_path / "model", CONFIG, **change)
     with pytest.raises(ValueError, match=words):
         quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop(NORM), "loads without model.norm.weight, which the files of its source lack"),
+        (lambda state: state.update({NORM: torch.ones(63)}), r"model.norm.weight is of shape \(63,\)"),
+        (lambda state: state[NORM].fill_(torch.inf), "model.norm.weight has values that are not finite"),
+    ],
+)
+def test_tensors_that_stay_are_checked_too(change: Any, words: str, tmp_path: Path) -> None:
+    state = tiny(tmp_path / "model")
+    change(state)
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=words):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [(torch.ones(3), "must have 64 rows"), (torch.full((64,), torch.nan), "row must be a vector of finite numbers")],
+)
+def test_importance_of_another_model(row: torch.Tensor, words: str, tmp_path: Path) -> None:
+    tiny(tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.row": row, f"{name}.column": torch.ones(64)}, tmp_path / "importance")
+    with pytest.raises(ValueError, match=words):
+        weights = load_importance(tmp_path / "importance")
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE, weighting="fisher"), importance=weights)

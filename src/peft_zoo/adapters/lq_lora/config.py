@@ -49,6 +49,16 @@ def nf_config(value: Any) -> NFConfig:
     return config
 
 
+#: Least and largest value of the integers; a file must not be able to make loading take for ever.
+BOUNDS = {
+    "r": (1, 1 << 16),
+    "num_iterations": (1, 1000),
+    "table_iterations": (1, 1000),
+    "oversampling": (0, 4096),
+    "niter": (0, 100),
+}
+
+
 @dataclass
 class LqLoraConfig(ZooLoraConfig):
     """Configuration of LQ-LoRA: quantizes the base layers and initializes LoRA from the quantization error.
@@ -161,10 +171,9 @@ class LqLoraConfig(ZooLoraConfig):
         self.require(valid, "save_base", "loading could not repeat a decomposition with weighting: use 'quantized'")
 
     def _check_numbers(self) -> None:
-        least_values = {"r": 1, "num_iterations": 1, "table_iterations": 1, "oversampling": 0, "niter": 0}
-        for name, least in least_values.items():
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
-            self.require(type(value) is int and value >= least, name, f"use an integer of at least {least}")
+            self.require(type(value) is int and least <= value <= most, name, f"use an integer from {least} to {most}")
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
             self.require(alpha != 0, "lora_alpha", "with a scale of 0 the factors cannot represent the residual")
         self.require(type(self.tol) in (int, float) and 0 <= self.tol < 1, "tol", "use a share in [0, 1)")

@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_zoo.common.checks import check_count
+from peft_zoo.common.checks import check_int
 from peft_zoo.kernels.base.operator import FLOATS, PreferTorch, operator
 from peft_zoo.kernels.normal_float.packing import pack, packed_length, unpack
 
 BITS = (2, 3, 4, 8)
+LARGEST_BLOCK = 1 << 16  # a larger block or group saves nothing, and its tensors are padded to it
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DELTA = 0.9677083
 _PIECE, _SMALLEST_PIECE = 2**20, 2**15  # values that are processed at a time
@@ -47,8 +48,8 @@ class NFConfig(NamedTuple):
         bits: Bits b of a value: 2, 3, 4 or 8. Default 4.
         scale_bits: Bits b0 of a block's scale: 2, 3, 4 or 8. Default 8.
         scale_dtype: Dtype of a group's scale: "bf16", "fp16" or "fp32" (default).
-        block: Values B0 that share a scale; default 64.
-        group: Blocks B1 that share a group scale; default 256.
+        block: Values B0 that share a scale, up to 65536; default 64.
+        group: Blocks B1 that share a group scale, up to 65536; default 256.
 
     Examples:
         >>> NFConfig(bits=3, scale_bits=4, scale_dtype="bf16", block=32).bits_per_value
@@ -66,8 +67,8 @@ class NFConfig(NamedTuple):
         for name, allowed in (("bits", BITS), ("scale_bits", BITS), ("scale_dtype", tuple(SCALE_DTYPES))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"NFConfig: {name}={getattr(self, name)!r} must be one of {allowed}.")
-        check_count("NFConfig: block", self.block)
-        check_count("NFConfig: group", self.group)
+        check_int("NFConfig: block", self.block, most=LARGEST_BLOCK)
+        check_int("NFConfig: group", self.group, most=LARGEST_BLOCK)
 
     @property
     def integers(self) -> tuple[int, int, int, int]:

@@ -44,7 +44,7 @@ from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint, write_shards
 from peft_zoo.kernels.normal_float.quantize import packed_bits
 from peft_zoo.kernels.planning.bits import BitChoice, MatrixErrors
-from peft_zoo.merge.lq_lora.empty_model import empty_model, path_in_config, untied
+from peft_zoo.merge.lq_lora.empty_model import check_shapes, empty_model, finite_pieces, path_in_config, untied
 from peft_zoo.merge.lq_lora.export import QuantizedMatrix
 from peft_zoo.merge.lq_lora.tensor_names import TensorNames
 from peft_zoo.merge.lq_lora.verify import verify_folder
@@ -114,7 +114,7 @@ def quantize_checkpoint(
             with new_folder(target) as work:
                 job.write(work, max_shard_bytes)
                 if verify:
-                    verify_folder(work, job.names.absent)
+                    verify_folder(work)
             shutil.rmtree(partial)
     _log.info("unquantized: %s", unquantized_summary(target))
     return rows
@@ -214,6 +214,7 @@ class _Job:
             raise ValueError(f"target_modules={config.target_modules!r} targets no linear layer; name some.")
         source.other_files()  # refuses what must not be copied before anything is quantized
         self.names = TensorNames(source.folder, skeleton, source.tensors)
+        check_shapes(source, self.names, skeleton)
         tying = tying_configs(skeleton, self.layers.keys(), lambda name: name not in self.names.absent)
         self.untied = [path_in_config(source, skeleton, one) for one in tying]
         self.keys = {name: self._key(name, layer) for name, layer in self.layers.items()}
@@ -227,6 +228,12 @@ class _Job:
                 f"importance of {missing[0]} (and {len(missing) - 1} more) is missing, which "
                 f"weighting={config.weighting!r} needs; pass the result of preprocess_lq_lora."
             )
+        for name in self.layers.keys() & importance.keys():
+            sizes = tuple(weight_matrix(self.layers[name]).shape)
+            if tuple(len(part) for part in importance[name]) != sizes:
+                raise ValueError(
+                    f"importance of {name} must have {sizes[0]} rows and {sizes[1]} columns; measure it again."
+                )
         self.numbers = {name: number for number, name in enumerate(self.layers)}
         self.partial = Path()
 
@@ -355,7 +362,7 @@ class _Job:
 
         def read(key: str) -> tuple[str, Tensor | Iterator[Tensor]]:
             if key not in origin:
-                return key, source.pieces(key)
+                return key, finite_pieces(key, source)
             path, part = origin[key]
             with TensorFile(path) as file:
                 return key, file.read(part)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from peft_zoo.adapters.lq_lora.ties import config_path
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint
 from peft_zoo.io.model_config import check_model_config
+from peft_zoo.merge.lq_lora.tensor_names import TensorNames
 
 
 def empty_model(source: Checkpoint) -> Any:
@@ -31,6 +33,26 @@ def empty_model(source: Checkpoint) -> Any:
     except Exception as error:  # of any kind: every model has checks of its own, or none
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{source.folder / CONFIG}: no {architecture} can be built from it ({reason}).") from error
+
+
+def check_shapes(source: Checkpoint, names: TensorNames, model: Any) -> None:
+    """Raises a ValueError that names a tensor of another shape than in the model that `config.json` describes."""
+    for name, tensor in model.state_dict().items():
+        key = names.key(name) if name in names else None
+        if key is not None and source.tensors[key].shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{key} is of shape {source.tensors[key].shape}, and config.json says {tuple(tensor.shape)}; its files "
+                "and config.json do not belong together."
+            )
+
+
+def finite_pieces(key: str, source: Checkpoint) -> Iterator[Tensor]:
+    """Yields the bytes of one tensor; raises a ValueError that names it for a value that is NaN or infinite."""
+    dtype = source.tensors[key].dtype
+    for piece in source.pieces(key):
+        if dtype.is_floating_point and dtype.itemsize > 1 and not piece.view(dtype).isfinite().all():
+            raise ValueError(f"{key} has values that are not finite; repair the base model first.")
+        yield piece
 
 
 def path_in_config(source: Checkpoint, model: Any, wanted: Any) -> list[str]:

@@ -38,6 +38,10 @@ class TensorNames:
         """Names of the tensors of the model that no file has."""
         return self._known.keys() - self._keys.keys() - self._changed.keys()
 
+    def __contains__(self, name: object) -> bool:
+        """Whether a file has a tensor that becomes `name` without being converted."""
+        return name in self._keys
+
     def _loaded(self, key: str, known: dict[str, bool]) -> tuple[str, WeightConverter | None]:
         """Returns the name in the model of a tensor in a file, and the rule that converts the tensor, if any."""
         name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, known)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,14 @@ MARK = "peft-zoo loaded: "
 LONGEST = 500  # characters of a reason
 
 
-def verify_folder(folder: Path, absent: Collection[str]) -> None:
-    """Raises a ValueError with the reason unless transformers loads the model in `folder` completely.
-
-    Args:
-        folder: Folder of a standalone model.
-        absent: Names of tensors of the model that may be missing, since the source lacks them too.
-    """
-    lost = sorted(set(missing_in_child(folder)) - set(absent))
+def verify_folder(folder: Path) -> None:
+    """Raises a ValueError with the reason unless transformers loads the model in `folder` completely."""
+    lost = missing_in_child(folder)
     if lost:
-        raise ValueError(f"the quantized model loads without {lost[0]}, so nothing was written.")
+        raise ValueError(
+            f"the quantized model loads without {lost[0]}, which the files of its source lack, so nothing was written; "
+            "complete them."
+        )
 
 
 def missing_in_child(folder: Path) -> list[str]:

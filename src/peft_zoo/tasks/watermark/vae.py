@@ -21,6 +21,11 @@ def check_vae(vae: Any, config: WatermarkLoraConfig) -> None:
     """Checks that a watermark can be trained in an autoencoder with a configuration."""
     if not isinstance(vae, nn.Module) or not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise ValueError(f"vae is a {type(vae).__name__}: give a module that has encode and decode, such as pipe.vae.")
+    if any(isinstance(module, nn.Conv3d) for module in vae.modules()):
+        raise ValueError(
+            f"vae is a {type(vae).__name__} for videos, whose convolutions over time pad their inputs themselves, which "
+            "a LoRA cannot follow: give an autoencoder for images, such as AutoencoderKL."
+        )
     other = {p.dtype for p in vae.parameters() if p.is_floating_point()} - {torch.float32}
     if other:
         raise ValueError(f"vae has weights in {other.pop()}, which is too coarse for training: use vae.float().")
