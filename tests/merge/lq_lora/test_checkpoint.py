@@ -390,7 +390,7 @@ def test_a_folder_that_does_not_load_is_not_written(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(verify, "missing_tensors", lambda folder: ["model.norm.weight"])
         patch.setattr(verify, "missing_in_child", verify.missing_tensors)
-        with pytest.raises(ValueError, match=r"loads without model\.norm\.weight, so nothing was written"):
+        with pytest.raises(ValueError, match=r"loads without model\.norm\.weight, .* so nothing was written"):
             quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
         assert not (tmp_path / "out").exists()
         quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE), verify=False)
