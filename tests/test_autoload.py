@@ -95,7 +95,7 @@ def test_imports_are_watched_only_if_asked_for(
     assert len(sys.meta_path) == before + finders
 
 
-def test_without_the_variable_peft_does_not_know_our_types_until_the_import(folder: Path) -> None:
+def test_without_the_variable_nothing_of_ours_loads_until_the_import(folder: Path) -> None:
     code = f"""
 before = list(sys.meta_path)
 import torch
@@ -103,9 +103,15 @@ print(sys.meta_path == before)
 import peft
 try: peft.PeftConfig.from_pretrained('adapter')
 except KeyError as error: print(error)
+import transformers
+for kind in ('AutoModel', 'AutoModelForCausalLM', 'LlamaForCausalLM'):
+    try: print(getattr(transformers, kind).from_pretrained('quantized'))
+    except RuntimeError: print('refused')
 import peft_zoo
 {ADAPTER}"""
-    assert run(code, folder)[0] == ["True", "'ZOO_SNELL'", "SnellConfig", "ModuleSpec"]
+    words, log = run(code, folder)
+    assert words == ["True", "'ZOO_SNELL'", *["refused"] * 3, "SnellConfig", "ModuleSpec"]
+    assert "nfk" in log and "q_proj.weight" in log.replace("{0,1}", "")
 
 
 def test_a_broken_installation_or_a_failing_import_of_peft_breaks_nothing_else(folder: Path, tmp_path: Path) -> None:

@@ -248,6 +248,13 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
 
 
+def without_guards(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those that make a program without this package fail, which version 0.1.0 did not write."""
+    guards = {f"{key.removesuffix('.codes')}.weight" for key in wanted if key.endswith(".codes")}
+    assert guards <= found.keys()
+    return {key: tensor for key, tensor in found.items() if key not in guards}
+
+
 @pytest.mark.parametrize("name", ["standalone", "requantized", "streamed"])
 def test_a_quantized_model_loads_without_its_base(name: str, tmp_path: Path) -> None:
     """A folder of the format nfk loads with every bit, gives the logits that it gave, and is saved again as it was."""
@@ -257,7 +264,7 @@ def test_a_quantized_model_loads_without_its_base(name: str, tmp_path: Path) -> 
     assert_same_bits({key: state[key] for key in wanted}, wanted)
     assert_same({"output": output(model, "llama"), **dense_bits(model)}, expected(name))
     model.save_pretrained(tmp_path)
-    assert_same_bits(tensors_of(tmp_path), wanted)
+    assert_same_bits(without_guards(tensors_of(tmp_path), wanted), wanted)
     one, other = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, SAVED / name))
     assert one["quantization_config"] == other["quantization_config"]
 
@@ -295,7 +302,8 @@ def test_a_half_quantized_checkpoint_is_completed(copied: Callable[[str], Path])
 
     rows = quantize_checkpoint(source, out, config, max_shard_bytes=20_000, progress=noted)
     assert len(rows) == 2 and not partial.exists()
-    found, whole = tensors_of(out), tensors_of(SAVED / "streamed")
+    whole = tensors_of(SAVED / "streamed")
+    found = without_guards(tensors_of(out), whole)
     assert found.keys() == whole.keys()
     prefix = f"{rows[0].name}."
     assert_same_bits({part: found[prefix + part] for part in done}, done)

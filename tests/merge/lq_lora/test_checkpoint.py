@@ -86,6 +86,10 @@ def test_the_bits_are_those_of_a_model_in_memory(folder: Path, tmp_path: Path) -
         (B, A), (its_B, its_A) = (model.get_submodule(row.name).initial for model in (loaded, alone))
         torch.testing.assert_close(B @ A, its_B @ its_A, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert "import peft_zoo\n" in (tmp_path / "out" / "README.md").read_text()
+    files = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    guards = [tensors[f"{row.name}.weight"] for row in rows for tensors in files if f"{row.name}.weight" in tensors]
+    assert len(guards) == 14 and {guard.shape for guard in guards} == {(1,)}, "no linear layer can load them"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert not (tmp_path / "out.partial").exists()
     num_weights = sum(layer.quantized.shape[0] * layer.quantized.shape[1] for layer in expected.values())
@@ -358,11 +362,16 @@ def test_subfolders_are_copied_and_nothing_from_elsewhere(tmp_path: Path) -> Non
     for name, text in {**files, "onnx/model.onnx": "weights", ".git/config": "hidden"}.items():
         (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / name).write_text(text)
+    (tmp_path / "model" / "README.md").write_text("---\n[: no card\n---\n")
     (tmp_path / "model" / "again.jinja").symlink_to("chat_template.jinja")
     quantize_checkpoint(tmp_path / "model", tmp_path / "out", config(**ONE))
     copied = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert copied - {"config.json", "generation_config.json", "model.safetensors"} == {*files, "again.jinja"}
+    assert copied - {"config.json", "generation_config.json", "model.safetensors", "README.md"} == {
+        *files,
+        "again.jinja",
+    }
     assert not (tmp_path / "out" / "again.jinja").is_symlink()
+    assert "no card" in (tmp_path / "out" / "README.md").read_text(), "left as it is"
     (tmp_path / "secret").write_text("secret")
     for name, make, words in (
         ("link.txt", lambda path: path.symlink_to(tmp_path / "secret"), "a link that leaves the folder"),

@@ -35,11 +35,14 @@ def complete_model_card(path: Path, tag: str) -> None:
     card.save(path)
 
 
-def add_to_card(path: Path, texts: Sequence[str]) -> None:
-    """Adds a section of paragraphs on the watermark, and two tags, to a model card, which is created if missing."""
+def add_to_card(path: Path, texts: Sequence[str], heading: str = WATERMARK_HEADING, tag: str = "watermark") -> None:
+    """Adds a section of paragraphs and two tags to a model card, which is created if missing; by default a watermark's.
+
+    Nothing is added twice.
+    """
     card: Any = ModelCard.load(path) if path.is_file() else ModelCard("---\ntags: []\n---\n")
-    card.data.tags = sorted({*(card.data.tags or []), "watermark", "peft-zoo"})
-    section = "\n\n".join([WATERMARK_HEADING, *texts])
+    card.data.tags = sorted({*(card.data.tags or []), tag, "peft-zoo"})
+    section = "\n\n".join([heading, *texts])
     if section not in card.text:
         card.text = f"{card.text.strip()}\n\n{section}".lstrip() + "\n"
     card.save(path)

@@ -5,15 +5,21 @@
     y = x (Q + B A)^T + b
 
 `save_pretrained` and `from_pretrained` are those of transformers, which finds the classes of this file under the name
-"nfk". Further adapters, of `LqLoraConfig` or peft's own methods, are trained on it as on any model.
+"nfk". Without this package transformers only logs that it does not know the name, and would fill the layers with random
+values; so every quantized layer has one more tensor in the file, under the name of the weight and of another shape, on
+which loading fails. Further adapters, of `LqLoraConfig` or peft's own methods, are trained on it as on any model.
 
 Source: LQ-LoRA (arXiv 2311.12023), whose released code saves such a model as a pickle.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +28,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from yaml import YAMLError
 
+from peft_zoo.adapters.base.card import add_to_card
 from peft_zoo.adapters.lq_lora.config import nf_config
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.adapters.lq_lora.model import LqLoraModel
@@ -36,6 +46,22 @@ from peft_zoo.adapters.lq_lora.ties import tying_configs
 from peft_zoo.common.checks import require
 
 METHOD = "nfk"
+
+_log = logging.getLogger(__name__)
+
+LOADING = """Its linear layers are quantized by LQ-LoRA, and need [peft-zoo](https://pypi.org/project/peft-zoo)
+(`pip install peft-zoo`). Without the first line loading fails with mismatched shapes, as it must: transformers alone
+does not know the format.
+
+```python
+import peft_zoo
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path or Hub id of this folder")
+```"""
+
+GUARD = "weight"
+"""Name in a quantized layer of the tensor that no other loader can load."""
 
 
 @dataclass(kw_only=True)
@@ -107,6 +133,8 @@ class NFkHfQuantizer(HfQuantizer):
             self._expected.update((f"{name}.{part}", tensor) for part, tensor in layer.saved_tensors())
         if not hasattr(HfQuantizer, "get_new_dtype"):
             _keep_saved_dtypes(model)
+        guards = rf"^({model.base_model_prefix}\.)?({'|'.join(_pattern(model, name) for name in layers)})\.{GUARD}$"
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), guards}
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Returns the dtype that a tensor is cast to; None for tensors of quantized layers, which keep theirs."""
@@ -135,18 +163,19 @@ class NFkHfQuantizer(HfQuantizer):
 
     # ---- saving and training ----
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Updates the configuration to the model's layers before saving; adds no tensors.
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Returns the model's tensors with the guards, after updating the configuration to the model's layers.
 
         Merging an adapter may have replaced quantized layers by floating-point ones.
         """
-        if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            layers = quantized_layers(model)
-            if layers:
-                model.config.quantization_config = self.quantization_config = _config(layers)
-            else:
-                self.remove_quantization_config(model)
-        return None, {}
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            return None, {}
+        layers = quantized_layers(model)
+        if not layers:
+            self.remove_quantization_config(model)
+            return None, {}
+        model.config.quantization_config = self.quantization_config = _config(layers)
+        return {**model.state_dict(), **_guards(model, layers)}, {"needs": "peft_zoo"}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Implements `model.dequantize()` of transformers."""
@@ -177,6 +206,40 @@ def _keep_saved_dtypes(model: Any) -> None:
     for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         patterns = getattr(model, name) or ()
         setattr(model, name, {rf"^(?!.+\.(?:{quantized})$)(?:.+)?(?:{pattern})" for pattern in patterns})
+
+
+def _pattern(model: PreTrainedModel, name: str) -> str:
+    """Returns the regular expression of a module's name, without the prefix that a model without a head lacks."""
+    return re.escape(name.removeprefix(f"{model.base_model_prefix}."))
+
+
+def complete_card(path: Path) -> None:
+    """Adds to the model card of a folder, which may be missing, what it takes to load the model."""
+    try:
+        add_to_card(path, [LOADING], heading="## How to load this quantized model", tag="zoo_lq_lora")
+    except (ValueError, YAMLError) as error:
+        _log.warning("%s stays as it is, without a section on loading: it cannot be read (%s).", path.name, error)
+
+
+def guard() -> Tensor:
+    """Returns a tensor that is loaded by no linear layer, whose weight has two dimensions."""
+    return torch.zeros(1, dtype=torch.uint8)
+
+
+def _guards(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Returns the guard of every layer, except where transformers converts weights while it saves."""
+    rules = getattr(model, "_weight_conversions", None)
+    rules = get_model_conversion_mapping(model) if rules is None else rules
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    converted = tuple(pattern.replace("\\.", ".") for rule in converters for pattern in rule.target_patterns)
+    names = [f"{name}.{GUARD}" for name in layers]
+    guards = {name: guard() for name in names if not any(part in name for part in converted)}
+    if not guards:
+        raise ValueError(
+            f"{names[0]}: transformers converts the weights of all quantized layers while it saves them, so the folder "
+            "could not refuse programs without peft_zoo; target a further layer that is not converted, such as o_proj."
+        )
+    return guards
 
 
 def _config(layers: dict[str, NFLinear]) -> NFkConfig:

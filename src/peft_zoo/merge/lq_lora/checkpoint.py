@@ -33,7 +33,7 @@ from peft_zoo.adapters.lq_lora.decompose import decompose, rank_of
 from peft_zoo.adapters.lq_lora.importance import Importance
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, weight_matrix
 from peft_zoo.adapters.lq_lora.plan import assign_by_budget, assign_uniform, error_table, refuse_budget
-from peft_zoo.adapters.lq_lora.standalone import NFkConfig
+from peft_zoo.adapters.lq_lora.standalone import GUARD, NFkConfig, complete_card, guard
 from peft_zoo.adapters.lq_lora.targets import check_values, target_layers, with_default_targets
 from peft_zoo.adapters.lq_lora.ties import tying_configs
 from peft_zoo.calibration.fisher import ImportanceWeights
@@ -166,10 +166,16 @@ def unquantized_summary(folder: str | Path) -> UnquantizedSummary:
         (15, 'transformer.h.0.mlp.c_fc.weight')
     """
     with Checkpoint(folder) as source:
-        tensors = {key: info for key, info in source.tensors.items() if key.rpartition(".")[2] not in NFLinear.ALL}
+        tensors = {key: info for key, info in source.tensors.items() if not _is_quantized(key, source)}
     sizes = {key: math.prod(info.shape) for key, info in tensors.items()}
     largest, nbytes = max(sizes, key=sizes.__getitem__, default=""), sum(info.nbytes for info in tensors.values())
     return UnquantizedSummary(len(tensors), sum(sizes.values()), nbytes, largest)
+
+
+def _is_quantized(key: str, source: Checkpoint) -> bool:
+    """Whether a tensor of a standalone model belongs to a quantized layer, as every tensor beside packed codes does."""
+    stem, _, part = key.rpartition(".")
+    return part in NFLinear.ALL or (part == GUARD and f"{stem}.codes" in source.tensors)
 
 
 def _check_config(config: LqLoraConfig) -> None:
@@ -277,6 +283,7 @@ class _Job:
             for part in self.importance[name]:
                 digest.update(part.float().cpu().numpy().tobytes())
         fields = {key: value for key, value in asdict(self.config).items() if key != "runtime_config"}
+        fields["keep_init"] = False  # files have the factors in float32 whatever it is
         return {
             "version": peft_zoo.__version__,
             "source": self.source.identity(),
@@ -353,6 +360,7 @@ class _Job:
             if key not in owner:
                 infos[key] = info
                 continue
+            infos[key] = TensorInfo.of(guard())
             path = self._path(owner[key])
             with TensorFile(path) as file:
                 for part, its in file.tensors.items():
@@ -361,6 +369,8 @@ class _Job:
                 ranks[owner[key]] = file.tensors["initial_A"].shape[0]
 
         def read(key: str) -> tuple[str, Tensor | Iterator[Tensor]]:
+            if key in owner:
+                return key, guard()
             if key not in origin:
                 return key, finite_pieces(key, source)
             path, part = origin[key]
@@ -372,6 +382,7 @@ class _Job:
         content = untied({**source.config, "quantization_config": quantization}, self.untied)
         (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
         source.copy_others(folder)
+        complete_card(folder / "README.md")
 
 
 def _without_budget(state: Mapping[str, Any]) -> dict[str, Any]:
