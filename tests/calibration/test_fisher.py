@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +57,45 @@ def test_a_batch_is_its_sequences() -> None:
     for name in one:
         for part in PARTS:
             torch.testing.assert_close(getattr(many[name], part), getattr(one[name], part), rtol=1e-4, atol=1e-8)
+
+
+class Flat(nn.Module):
+    """A model that shows its linear layer all tokens of a batch at once, as OPT and shared experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.own, self.flat = nn.Embedding(64, 12), nn.Linear(12, 12), nn.Linear(12, 64)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        x = self.own(self.embed(input_ids)).flatten(0, 1)
+        loss = nn.functional.cross_entropy(self.flat(self.pick(x)), self.pick(labels.flatten()))
+        return SimpleNamespace(loss=loss)
+
+    def pick(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+@pytest.mark.parametrize("batches", [BATCHES, [{"input_ids": TOKENS}]], ids=["single", "batch"])
+def test_layers_that_see_all_tokens_at_once_weigh_as_others(batches: list[Any]) -> None:
+    """Fisher information by autograd, one sequence at a time."""
+    found = preprocess_lq_lora(Flat(), config(target_modules=["own", "flat"]), batches)
+    model, F = Flat(), dict.fromkeys(found, torch.zeros(()))
+    for batch in BATCHES:
+        model.zero_grad()
+        model(batch["input_ids"], batch["input_ids"]).loss.backward()
+        F = {name: old + model.get_submodule(name).weight.grad.square() for name, old in F.items()}
+    for name, expected in scaled(F).items():
+        torch.testing.assert_close(found[name].row, expected.mean(1) + 1e-6, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(found[name].column, expected.mean(0) + 1e-6, rtol=1e-4, atol=1e-9)
+
+
+def test_rows_of_unknown_sequences_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that sees some of the tokens: right for one sequence, refused for several."""
+    monkeypatch.setattr(Flat, "pick", lambda self, rows: rows[: len(rows) // 2])
+    preprocess_lq_lora(Flat(), config(target_modules=["flat"]), BATCHES)
+    with pytest.raises(ValueError, match="'flat'"):
+        preprocess_lq_lora(Flat(), config(target_modules=["flat"]), [{"input_ids": TOKENS}])
 
 
 def test_padding_is_not_learned() -> None:

@@ -76,13 +76,20 @@ def estimate_importance(
     arguments of `loss_fn(model, batch)`; without labels, `input_ids` are the labels. Each sample is a sequence n;
     sequences of a batch should have equal lengths, because the loss is a mean over all of their tokens, and padding
     counts as input. With several processes (`torch.distributed`) the result is that of all their data.
+
+    Raises:
+        ValueError: If there is no data, a loss or statistic is not finite, or the rows that a layer sees cannot be
+            assigned to the sequences of a batch, as in experts that see some tokens: one sequence per batch always can.
     """
     sums = {name: Sums(name, layer.weight.device) for name, layer in layers.items()}  # type: ignore[arg-type]
-    make_hook = _gradient_hook if kind == "fisher" else _input_hook
-    loss_fn, count = loss_fn or _own_loss, 0
-    hooks = ((layer, make_hook(sums[name])) for name, layer in layers.items())
+    loss_fn, count, sequences = loss_fn or _own_loss, 0, _Sequences()
+    hooks = (
+        (layer, _gradient_hook(sums[name], sequences) if kind == "fisher" else _input_hook(sums[name]))
+        for name, layer in layers.items()
+    )
     with frozen(model), torch.set_grad_enabled(kind == "fisher"), forward_hooks(hooks):
         for batch in batches:
+            sequences.count(batch)
             loss = loss_fn(model, batch)
             if not torch.isfinite(loss).all():
                 raise ValueError(f"data: the loss of batch {count} is {loss.item()}; use data with a finite loss.")
@@ -94,14 +101,47 @@ def estimate_importance(
     return _normalized({name: _means(sums[name], matrix_shape(layer)) for name, layer in layers.items()})
 
 
-def _gradient_hook(sums: Sums) -> Hook:
+class _Sequences:
+    """Sequences of the present batch: assigns the rows that a layer sees to them."""
+
+    def count(self, batch: Any) -> None:
+        """Sets the number of sequences and their lengths from the tensors of a batch."""
+        values = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+        values = values if isinstance(values, Iterable) else ()
+        tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
+        tokens = [value for value in tensors if value.dim() == 2 and not value.is_floating_point()]
+        self.number = len((tokens or tensors)[0]) if tensors else None
+        self.lengths = {1} | {ids.shape[1] for ids in tokens if len(ids) == self.number}
+        self.has_tokens = bool(tokens)
+
+    def split(self, x: Tensor, name: str) -> Tensor:
+        """Returns x `(n, rows of a sequence, features)`, the values of each sequence of the batch.
+
+        Many layers see all tokens as `(n · length, features)`, windows of images as `(n · windows, rows, features)`.
+        """
+        number = self.number or (len(x) if x.dim() > 2 else 0)
+        if number == 1 or len(x) == number:
+            return x.reshape(number, -1, x.shape[-1])
+        length, rest = divmod(len(x), number) if number else (0, 1)
+        is_flat = x.dim() == 2 and (length in self.lengths or not self.has_tokens)
+        is_window = x.dim() > 2 and x.shape[1] != number  # else dimension 1 may be that of the sequences
+        if rest or not (is_flat or is_window):
+            raise ValueError(
+                f"module {name!r}: its inputs have shape {tuple(x.shape)}, whose rows cannot be assigned to the "
+                f"sequences of a batch (their number is {number or 'unknown'}): give batches of one sequence each, as "
+                "mappings or tensors."
+            )
+        return x.reshape(number, -1, x.shape[-1])
+
+
+def _gradient_hook(sums: Sums, sequences: _Sequences) -> Hook:
     """Returns a forward hook that adds the squared gradients of each sequence once they are known."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = args[0].detach()
+        x = sequences.split(args[0].detach(), sums.name)
         if not output.requires_grad:  # the graph begins here; a copy, because a leaf cannot be changed in place
             output = output.detach().requires_grad_().clone()
-        output.register_hook(lambda gradient: _add_gradients(sums, x, gradient))
+        output.register_hook(lambda gradient: _add_gradients(sums, x, gradient.reshape(*x.shape[:2], -1)))
         return output
 
     return hook
@@ -109,12 +149,12 @@ def _gradient_hook(sums: Sums) -> Hook:
 
 @torch.no_grad()
 def _add_gradients(sums: Sums, x: Tensor, dy: Tensor) -> None:
-    """Adds the squared gradients of n sequences, x `(n, ..., in)` and dy `(n, ..., out)`, to `sums`.
+    """Adds the squared gradients of n sequences, x `(n, rows, in)` and dy `(n, rows, out)`, to `sums`.
 
-    The loss must be a mean over n. For 2-d x and dy each row is one sequence.
+    The loss must be a mean over n.
     """
     for inputs, gradient in zip(x.float(), dy.float() * len(dy), strict=True):
-        squares = (gradient.reshape(-1, dy.shape[-1]).mT @ inputs.reshape(-1, x.shape[-1])).square()
+        squares = (gradient.mT @ inputs).square()
         sums.add("row", squares.mean(1), "gradients")
         sums.add("column", squares.mean(0), "gradients")
 

@@ -109,7 +109,7 @@ class ZooModel(MethodTuner):
         super()._check_new_adapter_config(config)
         wanted = set(config.target_parameters or ())
         for name, other in self.peft_config.items():
-            theirs = set(other.target_parameters or ())
+            theirs = set(getattr(other, "target_parameters", None) or ())
             if wanted and theirs and wanted != theirs:
                 raise ValueError(
                     f"target_parameters={sorted(wanted)} differs from {sorted(theirs)} of adapter {name!r}; target "

@@ -6,12 +6,28 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from peft_zoo.adapters.base.offload import loaded
 
 if TYPE_CHECKING:
     from peft_zoo.adapters.base.exact_merge import ExactMerge
     from peft_zoo.adapters.base.layer import ZooLayer
+
+
+def refuse_computed_weight(layer: Any, path: str = "") -> None:
+    """Raises a ValueError if the base layer computes its weight in each forward pass: merging into it would be lost.
+
+    So do `torch.nn.utils.parametrize`, as `weight_norm` uses it, and the hooks of older norms and of pruning.
+    """
+    base, name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    is_hooked = name not in base._parameters and any(f"{name}_{end}" in base._parameters for end in ("orig", "g", "v"))
+    if is_parametrized(base, name) or is_hooked:
+        raise ValueError(
+            f"module {path or type(base).__name__}: its {name} is computed in each forward pass "
+            f"(weight_norm, pruning or another parametrization), so merging into it would be lost. Make it a plain "
+            f"parameter first, for example with torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})."
+        )
 
 
 class Snapshot:
@@ -29,6 +45,7 @@ class Snapshot:
         self._layer = (layer,)  # in a tuple: nn.Module must not register it, pickle and deepcopy must follow it
         self._is_packed = layer.quantization_backend is not None if is_packed is None else is_packed
         if not self._is_packed:
+            refuse_computed_weight(layer, getattr(layer, "path", ""))
             with loaded(layer.get_base_layer()):
                 self._original = layer.get_base_weight().clone()
         else:

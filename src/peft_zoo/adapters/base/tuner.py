@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 from peft import PeftConfig, TaskType
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.base.offload import fill_offloaded
 from peft_zoo.adapters.base.restore import restored_on_error
+from peft_zoo.adapters.base.snapshot import refuse_computed_weight
 from peft_zoo.adapters.base.wrapped import PlainView
 from peft_zoo.common.modules import WRAPPERS, plain_name
 
@@ -50,6 +53,29 @@ class MethodTuner(BaseTuner):
         found = BaseTuner._check_target_module_exists(peft_config, key)
         is_inside = not key.endswith(WRAPPERS)  # else the wrapper itself has matched
         return found or (BaseTuner._check_target_module_exists(peft_config, plain_name(key)) if is_inside else found)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Refuses modules as peft refuses them for a LoRA, and those of other state-space models with fused kernels.
+
+        Their mixers give the weights of these modules to a kernel, so that an adapter would train and do nothing.
+        """
+        as_lora: Any = SimpleNamespace(peft_type="LORA")
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
+        mixers = (type(m) for m in model.modules() if hasattr(m, "A_log") and hasattr(m, target_name))
+        is_unread = target_name in ("out_proj", "conv1d")
+        for mixer in dict.fromkeys(mixers) if is_unread else ():
+            if f"self.{target_name}.weight" in inspect.getsource(mixer):
+                raise ValueError(
+                    f"target_modules: {target_name!r} of {mixer.__name__} is read by a fused kernel that does not call "
+                    "it, so an adapter there would do nothing. Take it out of `target_modules`."
+                )
+
+    def _check_merge_allowed(self) -> None:
+        """Checks as peft does, and that no base layer computes the weight to merge into."""
+        super()._check_merge_allowed()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, BaseTunerLayer) and hasattr(layer, "base_layer"):
+                refuse_computed_weight(layer, name)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -72,7 +72,7 @@ class LqLoraModel(ZooLoraModel):
         super()._check_new_adapter_config(config)
         if config.lq_state == "new":
             return
-        others = [other for other in self.peft_config.values() if other is not config]
+        others = [other for other in self._own_configs() if other is not config]
         digests = dict.fromkeys(name for name, nf in (config.qconfig_map or {}).items() if nf)
         digests |= config.base_sha256 or {}
         found = [(name, layer.quantized) for name, layer in _layers(self.model)]
@@ -100,7 +100,7 @@ class LqLoraModel(ZooLoraModel):
             raise ValueError(f"{wrapped} is wrapped, for example by torch.compile; add the adapter before wrapping.")
         if peft_config.lq_state == "decomposed":
             self._prepare_loaded(peft_config, model, layers)
-        elif peft_config.init_lora_weights and len(self.peft_config) == 1:
+        elif peft_config.init_lora_weights and len(self._own_configs()) == 1:
             quantized = self._standalone_configs(peft_config, model)
             new = plan(peft_config, model, self._check_target_module_exists, prepared_importance(model))
             QuantizationPlan({**quantized, **new.configs}, new.ranks).fill_in(peft_config)
@@ -111,6 +111,10 @@ class LqLoraModel(ZooLoraModel):
             _warn_untargeted(layers, layers.keys() - own.keys())
             peft_config.qconfig_map = {name: list(layer.quantized.config) for name, layer in own.items()}
             peft_config.keep_init = _keep_init(own.values())
+
+    def _own_configs(self) -> list[LqLoraConfig]:
+        """Returns the configurations of this method; transformers' `add_adapter` leaves others in the same model."""
+        return [config for config in self.peft_config.values() if isinstance(config, LqLoraConfig)]
 
     def _prepare_loaded(self, config: LqLoraConfig, model: nn.Module, layers: dict[str, LqLinear]) -> None:
         """Decomposes layers that no file contains; layers of other adapters determine `keep_init`."""

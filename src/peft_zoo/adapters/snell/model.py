@@ -76,7 +76,8 @@ class SnellModel(ZooModel):
         return self._allocator.step(global_step)
 
     def _scheduled(self) -> list[str]:
-        return [n for n, c in self.peft_config.items() if c.target_sparsity is not None and not c.inference_mode]
+        ours = ((name, c) for name, c in self.peft_config.items() if isinstance(c, SnellConfig))
+        return [name for name, c in ours if c.target_sparsity is not None and not c.inference_mode]
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
