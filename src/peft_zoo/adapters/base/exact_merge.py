@@ -15,7 +15,6 @@ import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from peft_zoo.adapters.base.offload import loaded
 from peft_zoo.adapters.base.snapshot import Snapshot
@@ -80,11 +79,6 @@ class ExactMerge(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc] 
 
     def _merge_loaded(self, safe_merge: bool, names: list[str]) -> None:
         base: Any = self.get_base_layer()
-        if parametrize.is_parametrized(base, self._weight_name):
-            raise ValueError(
-                f"{type(base).__name__}.{self._weight_name} is computed by a parametrization, such as weight_norm, so "
-                "a merge would be lost; call torch.nn.utils.parametrize.remove_parametrizations first."
-            )
         before, snapshot, bias = [*self.merged_adapters], self._snapshot, self._bias
         if snapshot is None:
             self._snapshot = Snapshot(self, is_packed=self.peft_class not in FLOATING)
