@@ -245,6 +245,14 @@ def write_json(path: Path, result: Row) -> None:
     os.replace(draft, path)
 
 
+def finish(path: Path | None, result: Row, wrong: Sequence[str]) -> int:
+    """Prints what is wrong; if nothing is, writes the result to `path`, if any. Returns the exit status."""
+    print("\n".join(wrong))
+    if path and not wrong:
+        write_json(path, result)
+    return bool(wrong)
+
+
 def result_path(name: str, device: str) -> Path:
     """Returns the file of a benchmark's result on a device; `device` as in the facts of `machine`."""
     return RESULTS / f"{name}_{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"

@@ -123,8 +123,5 @@ class Report:
         wrong = [
             f"{c['name']}: {r['method']}: {r['wrong']}" for c in result["cases"] for r in c["rows"] if "wrong" in r
         ]
-        print("\n" + "\n".join(wrong) if wrong else "")
         path = options.json or (None if options.quick else common.RESULTS / f"{self.name}_{device.type}.json")
-        if path and not wrong:
-            common.write_json(path, result)
-        return bool(wrong)
+        return common.finish(path, result, wrong)

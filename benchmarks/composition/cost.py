@@ -330,12 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n" + shown(result["cases"][-1]), flush=True)
     rows = [(case["denoiser"], row) for case in result["cases"] for row in case["rows"]]
     mistakes = [f"{title}, {row['policy']}: {row['wrong']}" for title, row in rows if "wrong" in row]
-    print("\n".join(mistakes))
     usual = common.result_path("composition", result["machine"]["device"])
     path = options.json or (None if options.quick or options.only else usual)
-    if path and not mistakes:
-        common.write_json(path, result)
-    return bool(mistakes)
+    return common.finish(path, result, mistakes)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -313,11 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n" + shown(result))
     rows = [*result["plans"], *result["splits"], result["table"], *result["decode"]]
     wrong = [f"{row['method']}: {row['wrong']}" for row in rows if "wrong" in row]
-    print("\n".join(wrong))
     path = options.output or (None if options.quick else common.result_path("lq_lora", result["machine"]["device"]))
-    if path and not wrong:
-        common.write_json(path, result)
-    return bool(wrong)
+    return common.finish(path, result, wrong)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

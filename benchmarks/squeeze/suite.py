@@ -348,11 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wrong and sizes == Sizes(dtype=sizes.dtype):
         result["goals"] = goals(result["layer"], result["files"])
     print("\n" + report_text(result))
-    print("\n".join(wrong))
     path = options.json or (None if options.quick else common.RESULTS / "squeeze_cpu.json")
-    if path and not wrong:
-        common.write_json(path, result)
-    return bool(wrong)
+    return common.finish(path, result, wrong)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

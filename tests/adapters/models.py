@@ -25,6 +25,8 @@ from peft_zoo.adapters.base import ZooModel
 METHODS = [method for method in peft_zoo.methods().values() if issubclass(method.tuner_cls, ZooModel)]
 VOCABULARY = 40
 WIDE = {"initializer_range": 0.3}  # so that a change in one layer is well above rounding in the output
+STILL = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -81,15 +83,7 @@ def _diffusion() -> dict[str, Tensor]:
 
 
 def _llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        **WIDE,
-        **TEXT,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
+    config = transformers.LlamaConfig(**WIDE, **TEXT, **SMALL, intermediate_size=24, num_key_value_heads=1)
     return transformers.LlamaForCausalLM(config)
 
 
@@ -102,30 +96,14 @@ def _gpt2() -> nn.Module:
 
 def _opt() -> nn.Module:
     config = transformers.OPTConfig(
-        init_std=0.3,
-        **TEXT,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        dropout=0,
+        **TEXT, **SMALL, init_std=0.3, word_embed_proj_dim=16, ffn_dim=24, max_position_embeddings=32, dropout=0
     )
     return transformers.OPTForCausalLM(config)
 
 
 def _bert() -> nn.Module:
     config = transformers.BertConfig(
-        **WIDE,
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0,
-        attention_probs_dropout_prob=0,
+        **WIDE, **SMALL, **STILL, vocab_size=VOCABULARY, intermediate_size=24, max_position_embeddings=16
     )
     return transformers.BertForSequenceClassification(config)
 
@@ -146,16 +124,7 @@ def _t5() -> nn.Module:
 
 def _vit() -> nn.Module:
     config = transformers.ViTConfig(
-        **WIDE,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        hidden_dropout_prob=0,
-        attention_probs_dropout_prob=0,
-        num_labels=3,
+        **WIDE, **SMALL, **STILL, intermediate_size=24, image_size=8, patch_size=4, num_labels=3
     )
     return transformers.ViTForImageClassification(config)
 
@@ -181,10 +150,8 @@ def _mixtral() -> nn.Module:
     config = transformers.MixtralConfig(
         **WIDE,
         **TEXT,
-        hidden_size=16,
+        **SMALL,
         intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
         num_key_value_heads=1,
         num_local_experts=3,
         num_experts_per_tok=2,

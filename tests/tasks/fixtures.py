@@ -15,27 +15,7 @@ from tokenizers.pre_tokenizers import Split
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "and",
-    "then",
-    "sleeps",
-    "under",
-    "an",
-    "old",
-    "tree",
-    "by",
-    "the",
-    "river",
-]
+WORDS = "the quick brown fox jumps over a lazy dog and then sleeps under an old tree by the river"
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +45,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short paragraphs."""
     random = np.random.default_rng(0)
-    blocks = [" ".join(random.choice(WORDS, size=16)) for _ in range(40)]
+    blocks = [" ".join(random.choice(WORDS.split(), size=16)) for _ in range(40)]
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text("\n\n".join(blocks), encoding="utf-8")
     return path

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -84,6 +84,17 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
+def check_merging(model: Any, output: Tensor) -> None:
+    """Merges and unmerges twice: the output stays, and so do the bits of the quantized layers."""
+    bits = held(model)
+    for _ in range(2):
+        model.merge_adapter()
+        assert len(held(model)) < len(bits)
+        torch.testing.assert_close(logits(model), output, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        assert same(held(model), bits) and torch.equal(logits(model), output)
+
+
 @pytest.mark.parametrize("method", MERGED)
 def test_what_is_merged_computes_the_same_and_leaves_no_trace(method: str, alone: Any, tmp_path: Path) -> None:
     before = logits(alone)
@@ -92,14 +103,9 @@ def test_what_is_merged_computes_the_same_and_leaves_no_trace(method: str, alone
     assert losses[-1] < losses[0]
     status = peft.get_model_status(model)
     assert status.quantization_backend == "nfk"
-    bits, trained = held(model), logits(model)
+    trained = logits(model)
     assert (trained - before).abs().max() > 1e-3
-    for _ in range(2):
-        model.merge_adapter()
-        assert len(held(model)) < len(bits)
-        torch.testing.assert_close(logits(model), trained, rtol=1e-4, atol=1e-4)
-        model.unmerge_adapter()
-        assert same(held(model), bits) and torch.equal(logits(model), trained)
+    check_merging(model, trained)
     model.merge_adapter(safe_merge=True)
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
@@ -198,13 +204,7 @@ def test_adapters_of_two_methods_in_one_another(alone: Any) -> None:
     model.add_adapter("third", peft.LoraConfig(init_lora_weights=False, **ON))
     model.set_adapter(["default", "other", "third"])
     model.eval()
-    bits, expected = held(model), logits(model)
-    for _ in range(2):
-        model.merge_adapter()
-        assert len(held(model)) < len(bits)
-        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
-        model.unmerge_adapter()
-        assert same(held(model), bits) and torch.equal(logits(model), expected)
+    check_merging(model, logits(model))
 
 
 @pytest.mark.parametrize("method", TRAINED_ONLY)

@@ -12,21 +12,11 @@ from torch import Tensor, nn
 from peft_zoo import SqueezeLoraConfig
 from peft_zoo.adapters.squeeze_lora.factors import lora_pairs
 from peft_zoo.squeeze_lora import LoraSqueezer
+from tests.data.saved.bases import Net
 
 TARGETS = ["emb", "lin", "conv"]
 TOKENS = torch.randint(20, (16, 6), generator=torch.Generator().manual_seed(1))
 WANTED = torch.randn(16, 8, 6, generator=torch.Generator().manual_seed(2))
-
-
-class Net(nn.Module):
-    """An embedding, a linear layer and a convolution: each kind of factors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.lin, self.conv = nn.Embedding(20, 16), nn.Linear(16, 12), nn.Conv1d(12, 8, 3, padding=1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.conv(self.lin(self.emb(tokens)).mT)
 
 
 def base() -> Net:

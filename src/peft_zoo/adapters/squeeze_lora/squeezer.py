@@ -209,8 +209,8 @@ def refactorize_(
         >>> import torch
         >>> from peft import LoraConfig, get_peft_model
         >>> from peft_zoo.squeeze_lora import refactorize_
-        >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
         >>> refactorize_(model)
         >>> B, A = (model.get_submodule(f"base_model.model.0.lora_{name}.default").weight for name in "BA")
         >>> torch.allclose(B.T @ B, A @ A.T, atol=1e-5)
