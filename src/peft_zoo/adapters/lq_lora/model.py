@@ -288,17 +288,24 @@ class LqLoraModel(ZooLoraModel):
         super().set_adapter(adapter_name, inference_mode)
         _warn_several_active(self.model)
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], *args: Any, **kwargs: Any) -> None:
-        """Combines as peft does; warns if the sum contains the low-rank part of the base more or less than once."""
+    def contained_factors(self, path: str, layer: LoraLayer, is_contained_once: bool) -> Factors | None:
+        """Returns the initial factors: each adapter contains `B₀ A₀`, the low-rank part of the base weight."""
+        if not isinstance(layer, LqLinear):
+            return None
+        initial = layer.quantized.initial
+        if initial is None and not is_contained_once:
+            raise ValueError(
+                f"{path}: each adapter contains the low-rank part B₀A₀ of the base weight, and a combination contains "
+                "it Σ w times instead of once; give weights of a sum that add up to 1, or create the first adapter "
+                "with keep_init='nf8'."
+            )
+        return None if is_contained_once else initial
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Combines adapters as for any LoRA; the new adapter contains the low-rank part of the base weight once."""
         with warnings.catch_warnings():  # the values it starts from are overwritten at once
             warnings.filterwarnings("ignore", message="With keep_init=False the initial factors")
-            super().add_weighted_adapter(adapters, weights, *args, **kwargs)
-        if any(_layers(self.model)) and abs(sum(weights) - 1) > 1e-6:
-            warnings.warn(
-                f"weights={weights!r}: each adapter contains the low-rank part of the base weights, so the new one has "
-                f"it {sum(weights):g} times; give weights that add up to 1.",
-                stacklevel=2,
-            )
+            super().add_weighted_adapter(*args, **kwargs)
 
     # ---- files ----
 
