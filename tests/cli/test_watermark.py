@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from peft_zoo.cli.main import main
@@ -143,6 +145,28 @@ def test_a_payload(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (key.payload, key.errors, key.num_bits) == (b"me", 3, 48)
     found = {"written": "owner.key", "commitment": key.commitment, "num_bits": 48}
     assert json.loads(capsys.readouterr().out) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda vae: (vae / "config.json").write_text("[" * 10**6), "config.json"),
+        (lambda vae: (vae / "config.json").write_text('{"_class_name": 3}'), "_class_name=3 is no model"),
+        (lambda vae: (vae / "config.json").write_text('{"num_layers": 1000000000}'), "num_layers=1000000000"),
+        (lambda vae: (vae / WEIGHTS).write_bytes(b"x" * 99), WEIGHTS),
+        (lambda vae: (vae / WEIGHTS).rename(vae / "diffusion_pytorch_model.bin"), WEIGHTS),
+        (lambda vae: ((vae / WEIGHTS).unlink(), os.mkfifo(vae / WEIGHTS)), WEIGHTS),
+        (lambda vae: save_file({"decoder.layers.0.bias": torch.zeros(8)}, vae / WEIGHTS), "has no tensor 'decoder."),
+        (lambda vae: (vae.parent / "photos" / "000.png").write_bytes(b"no picture"), "000.png"),
+        (lambda vae: (vae.parent / "owner.key").write_text("{"), "not a watermark key"),
+    ],
+)
+def test_broken_files_of_embedding(here: Path, mistake: Mistake, change: Callable[[Path], Any], part: str) -> None:
+    WatermarkKey(bytes(32), 8).save("owner.key")
+    change(here / "vae")
+    message = mistake(EMBED)
+    assert part in message, message
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(

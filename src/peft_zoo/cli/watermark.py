@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_zoo.cli.shared import Command, Facts, Group, Result, table
+from peft_zoo.common.checks import is_number
 from peft_zoo.common.settings import method_options, setting
 from peft_zoo.common.values import SettingError, needs_extra
 
@@ -173,9 +174,31 @@ def _vae_folder(folder: str) -> str:
 
 def _load_vae(folder: str) -> nn.Module:
     """Loads an autoencoder of diffusers in float32."""
+    from peft_zoo.io import TensorFile, read_json
+    from peft_zoo.io.model_config import check_model_config
+
     with needs_extra("peft-zoo watermark embed", "diffusion"):
-        from diffusers import AutoModel
-    return AutoModel.from_pretrained(_vae_folder(folder), local_files_only=True).eval()
+        import diffusers
+    place = Path(_vae_folder(folder))
+    tensors = 0
+    for path in sorted(place.glob("*.safetensors")):
+        with TensorFile(path, place) as file:
+            tensors += len(file.tensors)
+    config = read_json(place / "config.json", place)
+    check_model_config(config, str(place / "config.json"), tensors)
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise SettingError(f"--vae {folder!r}: _class_name={name!r} is no model of diffusers; give an autoencoder.")
+    given: Any = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    try:
+        vae, found = kind.from_pretrained(folder, **given)
+    except Exception as error:  # of any kind: every model has checks of its own, or none
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise SettingError(f"--vae {folder!r} cannot be loaded ({reason}): save the autoencoder again.") from error
+    if lost := sorted(found["missing_keys"]):
+        raise SettingError(f"--vae {folder!r} has no tensor {lost[0]!r}: save the autoencoder again.")
+    return vae.eval()
 
 
 def _images(place: str, size: int | None = None) -> Any:
@@ -205,9 +228,9 @@ def _data(report: EmbedReport) -> dict[str, Any]:
 
 def _false_positives(calibration: Mapping[str, Any]) -> dict[str, str]:
     """Returns the false-positive rate that was measured when the decoder was made, if it is known."""
-    if not {"nominal_fpr", "measured_fpr"} <= calibration.keys():
+    measured, nominal = calibration.get("measured_fpr"), calibration.get("nominal_fpr")
+    if not is_number(measured) or not is_number(nominal):
         return {}
-    measured, nominal = calibration["measured_fpr"], calibration["nominal_fpr"]
     return {"fpr": f"{measured:.3g} measured on clean images, at a nominal {nominal:.3g}"}
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.watermark.taef2 import available, taef2
@@ -226,6 +231,42 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
         embed_watermark(vae, images, watermark(steps=1), KEY, checkpoint=file)
 
 
+def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
+    """Edits tensors and metadata of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["training"])
+    tensors = load_file(path)
+    change(tensors, facts)
+    save_file(tensors, path, metadata={"training": json.dumps(facts)})
+
+
+def test_a_checkpoint_with_other_values_is_refused(tmp_path: Path) -> None:
+    images, file = pictures(32), tmp_path / "watermark_checkpoint.safetensors"
+    embed_watermark(tiny_vae(), images, watermark(steps=2), KEY, checkpoint=tmp_path)
+    before = file.read_bytes()
+    first = next(name for name in sorted(load_file(file)) if name.startswith("value."))
+    step, square = first.replace("value.", "step."), first.replace("value.", "exp_avg_sq.")
+    changes: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
+        f"tensor '{first}' is missing": lambda tensors, _: tensors.pop(first),
+        "tensor 'more' is missing or unknown": lambda tensors, _: tensors.update(more=torch.zeros(1)),
+        f"{first} is TensorInfo": lambda tensors, _: tensors.update({first: torch.zeros(3)}),
+        f"{first} has values": lambda tensors, _: tensors[first].fill_(torch.nan),
+        f"{square} has values": lambda tensors, _: tensors[square].fill_(-1),
+        f"{step} has values": lambda tensors, _: tensors[step].fill_(7),
+        "trace: the entry of step 2": lambda _, facts: facts["trace"][1].update(psnr="30"),
+        "it has no trace": lambda _, facts: facts.update(trace=3),
+        "log_ratio='x'": lambda _, facts: facts["controller"].update(log_ratio="x"),
+        "state of a TwoSidedController": lambda _, facts: facts.update(controller=[1]),
+    }
+    for words, change in changes.items():
+        file.write_bytes(before)
+        rewritten(file, change)
+        vae = tiny_vae()
+        with pytest.raises(ValueError, match=f"checkpoint: .* is damaged .*{words}"):
+            embed_watermark(vae, images, watermark(steps=2), KEY, checkpoint=tmp_path)
+        assert same(vae.state_dict(), tiny_vae().state_dict())
+
+
 def test_a_diverging_training_changes_nothing(tmp_path: Path) -> None:
     vae = tiny_vae()
     with pytest.raises(ValueError, match=r"learning_rate=1e\+12 .* step \d"):
@@ -313,6 +354,14 @@ def test_other_invalid_arguments_are_refused() -> None:
     for config, key, changes, named in cases:
         with pytest.raises(ValueError, match=named):
             embed_watermark(tiny_vae(), pictures(32), config, key, **changes)
+
+
+def test_autoencoders_for_videos_are_refused() -> None:
+    sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    latents = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    for kind in (AutoencoderKLWan, AutoencoderKLQwenImage):
+        with pytest.raises(ValueError, match=f"vae is a {kind.__name__} for videos"):
+            embed_watermark(kind(**sizes, **latents), pictures(32), watermark(), KEY)
 
 
 # --- pretrained ---

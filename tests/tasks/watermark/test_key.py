@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,33 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("fails", ["replace", "fsync"])
+def test_a_key_that_another_process_writes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "key.json", os.link
+
+    def late(*places: Any) -> None:
+        path.write_text("precious")
+        link(*places)
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(ValueError, match=r"key\.json' exists"):
+        KEY.save(path)
+    assert path.read_text() == "precious" and [file.name for file in tmp_path.iterdir()] == ["key.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
+@pytest.mark.parametrize("step", ["open", "fsync", "link", "unlink"])
+def test_a_killed_process_leaves_a_whole_key_or_none(step: str, tmp_path: Path) -> None:
+    path = tmp_path / "key.json"
+    if not (child := os.fork()):
+        setattr(os, step, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        KEY.save(path)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert path.exists() == (step == "unlink")
+    assert not path.exists() or WatermarkKey.load(path) == KEY
+
+
+@pytest.mark.parametrize("fails", ["link", "fsync"])
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     def full(*_: Any) -> None:
         raise OSError("No space left on device")

@@ -81,6 +81,8 @@ def test_invalid_decoders_and_files_are_refused(embedded: Embedded, tmp_path: Pa
         (content[:200], "save_decoder"),
         (content.replace(b'\\"num_filters\\": 16', b'\\"num_filters\\": 17'), "metadata"),
         (content[:-4] + b"\xff\xff\xff\x7f", "not finite"),
+        (content.replace(b'\\"calibration\\": {', b'\\"calibration\\": 1,{'), "save_decoder"),
+        (content.replace(b'"centre":{', b'"centra":{'), "'centra' is missing or unknown"),
         (b"0" * (2**21 + 1), "too large"),
     ):
         path.write_bytes(damaged)

@@ -71,7 +71,8 @@ class ImageFiles(Sequence[Tensor]):
         if size is not None and size < 1:
             raise SettingError(f"--size cannot be {size}: give the pixels of a side, such as 256.")
         root, self.size = Path(place), size
-        self.paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        found = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())  # no named pipes
+        self.paths = [root] if root.is_file() else sorted(found)
         if not self.paths:
             raise SettingError(
                 f"--images {str(place)!r} has no images: give a folder with {', '.join(sorted(SUFFIXES))} files."
@@ -81,8 +82,14 @@ class ImageFiles(Sequence[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: Any) -> Any:
-        with Image.open(self.paths[index]) as image:
-            return read_pixels(image, self.size).float() / 255
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return read_pixels(image, self.size).float() / 255
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every format of PIL has errors of its own
+            raise SettingError(f"image {str(path)!r} cannot be read ({error}): remove or replace it.") from error
 
 
 def read_pixels(image: Image.Image, size: int | None = None) -> Tensor:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
 from peft_zoo.common.atomic import replaced_file
+from peft_zoo.common.checks import is_number
+from peft_zoo.io import TensorFile, TensorInfo, parse_json
 from peft_zoo.tasks.watermark.controllers import Controller
 from peft_zoo.tasks.watermark.key import WatermarkKey
 
 NAME = "watermark_checkpoint.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+TRACED = {"step", "psnr", "bit_accuracy", "lambda_i", "lambda_w", "seconds"}
 
 # Module names are part of a fingerprint: a module that has moved keeps the name in saved checkpoints.
 SAVED_MODULE_NAMES = {"peft_zoo.tasks.watermark.decoder": "peft_zoo.kernels.keyed_decoder"}
@@ -81,23 +84,61 @@ class EmbedCheckpoint:
         if not self.path.exists():
             return []
         facts = self._facts()
-        with safe_open(self.path, "pt") as file, torch.no_grad():
+        try:
+            trace = _checked_trace(facts.get("trace"))
+            with TensorFile(self.path) as file:
+                tensors = _checked_tensors(file, parameters, len(trace))
+            controller.load_state_dict(facts.get("controller"))
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint: {str(self.path)!r} is damaged ({error}): give another folder, or delete it to start anew."
+            ) from error
+        with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(f"value.{name}"))
-                moments = {moment: file.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
+                parameter.copy_(tensors[f"value.{name}"])
+                moments = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS}
                 # AdamW keeps the step count on the CPU.
                 state = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
                 optimizer.state[parameter] = state
-        controller.load_state_dict(facts["controller"])
-        return list(facts["trace"])
+        return trace
 
     def _facts(self) -> dict[str, Any]:
         """Returns the metadata of the file; empty if it is damaged."""
         try:
-            with safe_open(self.path, "pt") as file:
-                return json.loads((file.metadata() or {}).get("training", "{}"))
-        except (SafetensorError, ValueError):
+            with TensorFile(self.path) as file:
+                return parse_json(file.metadata.get("training", "{}").encode())
+        except ValueError:
             return {}
+
+
+def _checked_trace(trace: Any) -> list[dict[str, float]]:
+    """Returns the trace in a checkpoint file; a ValueError unless it has the numbers of every step."""
+    if not isinstance(trace, list) or not trace:
+        raise ValueError("it has no trace")
+    for place, entry in enumerate(trace, 1):
+        is_entry = isinstance(entry, dict) and entry.keys() == TRACED and all(map(is_number, entry.values()))
+        if not is_entry or entry["step"] != place:
+            raise ValueError(f"trace: the entry of step {place} needs the numbers {', '.join(sorted(TRACED))}")
+    return trace
+
+
+def _checked_tensors(file: TensorFile, parameters: Mapping[str, nn.Parameter], steps: int) -> dict[str, Tensor]:
+    """Reads the tensors of a checkpoint; a ValueError unless they are finite and those of `parameters`."""
+    infos: dict[str, TensorInfo] = {}
+    for name, parameter in parameters.items():
+        infos |= {f"{part}.{name}": TensorInfo.of(parameter) for part in ("value", *MOMENTS)}
+        infos[f"step.{name}"] = TensorInfo(torch.float32, ())
+    if odd := sorted(infos.keys() ^ file.tensors.keys()):
+        raise ValueError(f"the tensor {odd[0]!r} is missing or unknown")
+    tensors = {}
+    for name, info in infos.items():
+        if file.tensors[name] != info:
+            raise ValueError(f"{name} is {file.tensors[name]} instead of {info}")
+        tensors[name] = tensor = file.read(name)
+        least = -math.inf if name.startswith(("value.", "exp_avg.")) else 0.0
+        if not tensor.isfinite().all() or (tensor < least).any() or (name.startswith("step.") and tensor != steps):
+            raise ValueError(f"{name} has values that no training leaves")
+    return tensors
 
 
 def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:

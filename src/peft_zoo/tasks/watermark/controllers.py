@@ -18,6 +18,7 @@ import math
 from typing import Any, ClassVar
 
 from peft_zoo.adapters.watermark_lora import WatermarkLoraConfig
+from peft_zoo.common.checks import is_number
 
 
 class Controller:
@@ -37,10 +38,16 @@ class Controller:
         """Returns the attributes that training changes, as JSON values."""
         return {name: getattr(self, name) for name in self.STATE}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state that `state_dict` returned; other fields are refused."""
+    def load_state_dict(self, state: Any) -> None:
+        """Restores the state that `state_dict` returned; other fields and what is no finite number are refused."""
+        kind = type(self).__name__
+        if not isinstance(state, dict):
+            raise ValueError(f"state of a {kind}: give what state_dict has returned.")
         if odd := {*self.STATE} ^ state.keys():
-            raise ValueError(f"state of a {type(self).__name__}: add or remove the fields {', '.join(sorted(odd))}.")
+            raise ValueError(f"state of a {kind}: add or remove the fields {', '.join(sorted(odd))}.")
+        for name, value in state.items():
+            if not is_number(value) and not (value is None and getattr(self, name) is None):
+                raise ValueError(f"state of a {kind}: {name}={value!r} must be a finite number.")
         vars(self).update(state)
 
 

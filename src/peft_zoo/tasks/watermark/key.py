@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,8 @@ from torch import Tensor
 
 from peft_zoo.common.atomic import new_file
 from peft_zoo.common.checks import check_int
+from peft_zoo.io.folder import open_regular
+from peft_zoo.io.strict_json import parse_json
 from peft_zoo.tasks.watermark.bch import BchCode, as_bits
 
 FORMAT = "peft-zoo watermark key"  # value of the field `format` of a key file
@@ -167,7 +170,7 @@ class WatermarkKey:
         target = Path(path)
         if not target.is_file():
             raise ValueError(f"path={str(target)!r} is not a file: give one that WatermarkKey.save has written.")
-        with target.open("rb") as file:
+        with open_regular(target) as file:
             shared = os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077
             content = file.read(MAX_FILE_BYTES + 1)
         try:
@@ -215,11 +218,11 @@ def _check_payload(payload: Any, num_bits: int, errors: int) -> None:
 
 def _parsed(content: bytes) -> WatermarkKey:
     """Parses an untrusted key file; no error quotes its content."""
-    try:
-        found = json.loads(content) if len(content) <= MAX_FILE_BYTES else None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+    found: dict[str, Any] = {}
+    if len(content) <= MAX_FILE_BYTES:
+        with suppress(ValueError):
+            found = parse_json(content)
+    if found.pop("format", None) != FORMAT:
         raise ValueError("this is not a watermark key; give a file that WatermarkKey.save has written.")
     _check_version(found.get("version"))  # first, since a later version may have other fields
     if odd := {"commitment", *(field.name for field in fields(WatermarkKey))} ^ found.keys():

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_zoo.common.atomic import new_file
+from peft_zoo.io import TensorFile, parse_json
 from peft_zoo.tasks.watermark.decoder import KeyedDecoder
 from peft_zoo.tasks.watermark.key import WatermarkKey
 
@@ -136,10 +136,13 @@ def load_decoder(key: WatermarkKey, key_path: str | os.PathLike[str]) -> KeyedDe
     if facts.get("commitment") != key.commitment:
         raise ValueError(f"{str(target)!r} belongs to another key: give the key that it was made with.")
     decoder = KeyedDecoder(key.seed(PURPOSE), facts.get("num_bits", 0), facts.get("num_filters", 0))
-    try:
-        decoder.load_state_dict(tensors)
-    except RuntimeError:
-        raise ValueError(f"{str(target)!r} has tensors that do not fit its metadata: use a copy.") from None
+    expected = decoder.state_dict()
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise ValueError(f"{str(target)!r}: the tensor {odd[0]!r} is missing or unknown; use a copy.")
+    for name, tensor in tensors.items():
+        if (tensor.dtype, tensor.shape) != (expected[name].dtype, expected[name].shape):
+            raise ValueError(f"{str(target)!r}: {name} does not fit the metadata: use a copy.")
+    decoder.load_state_dict(tensors)
     check_decoder_key(decoder, key)
     if not decoder.is_calibrated:
         raise ValueError(f"{str(target)!r} has values that are not finite: it is damaged, use a copy.")
@@ -158,12 +161,12 @@ def _read(target: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if target.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{str(target)!r} is too large for the decoder of a watermark: use a copy.")
     try:
-        with safe_open(target, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("decoder", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, ValueError):
+        with TensorFile(target) as file:
+            facts = parse_json(file.metadata.get("decoder", "{}").encode())
+            tensors = {name: file.read(name) for name in file.tensors}
+    except ValueError:
         facts, tensors = {}, {}
-    if not isinstance(facts, dict) or facts.get("format") != DECODER_FORMAT:
+    if facts.get("format") != DECODER_FORMAT or not isinstance(facts.get("calibration", {}), dict):
         raise ValueError(f"{str(target)!r} is not what save_decoder has written: use a copy.")
     return facts, tensors
 

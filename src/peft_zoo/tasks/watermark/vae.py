@@ -23,12 +23,15 @@ def check_vae(vae: Any, config: WatermarkLoraConfig) -> None:
         raise ValueError(f"vae is a {type(vae).__name__}: give a module that has encode and decode, such as pipe.vae.")
     if any(isinstance(module, nn.Conv3d) for module in vae.modules()):
         raise ValueError(
-            f"vae is a {type(vae).__name__} for videos, whose convolutions over time pad their inputs themselves, which "
-            "a LoRA cannot follow: give an autoencoder for images, such as AutoencoderKL."
+            f"vae is a {type(vae).__name__} for videos, whose convolutions over time pad their inputs themselves, "
+            "which a LoRA cannot follow: give an autoencoder for images, such as AutoencoderKL."
         )
     other = {p.dtype for p in vae.parameters() if p.is_floating_point()} - {torch.float32}
     if other:
         raise ValueError(f"vae has weights in {other.pop()}, which is too coarse for training: use vae.float().")
+    broken = next((name for name, tensor in vae.named_parameters() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(f"vae has values in {broken} that are not finite: save or load the autoencoder again.")
     layers = [module for module in vae.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError("vae has a merged adapter, which would become part of the mark: unmerge and delete it first.")
