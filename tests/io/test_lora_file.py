@@ -213,9 +213,26 @@ def test_two_alphas_for_one_module_are_refused(tmp_path: Path) -> None:
 
 def test_tensors_that_are_no_lora_are_listed(tmp_path: Path) -> None:
     extra = {"score.weight": torch.ones(2, dtype=torch.int32), "q.base_layer.bias": torch.ones(3)}
-    with open_adapter(peft_folder(tmp_path, {**pair(), **extra})) as adapter:
+    named = {"modules_to_save": ["score"], "bias": "lora_only"}
+    with open_adapter(peft_folder(tmp_path, {**pair(), **extra}, **named)) as adapter:
         assert sorted(adapter.other_keys) == [PREFIX + "q.base_layer.bias", PREFIX + "score.weight"]
         assert list(adapter.modules) == ["q"]
+    for key in extra:
+        with pytest.raises(ValueError, match=key):
+            open_adapter(peft_folder(tmp_path, {**pair(), key: extra[key]}))
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.blocks.0.", "lycoris_blocks_0_", "lora_unet_0_", "lora_te1_0_"])
+@pytest.mark.parametrize("end", ["norm.w_norm", "norm.b_norm", "x.diff_b", "y.diff", "x.scalar", "lm_head.weight"])
+def test_extra_tensors_are_known_by_their_ends(tmp_path: Path, prefix: str, end: str) -> None:
+    factors = {"x.lora_down.weight": torch.ones(2, 5), "x.lora_up.weight": torch.ones(3, 2)}
+    save_file({prefix + key: value for key, value in {**factors, end: torch.ones(3)}.items()}, tmp_path / "a")
+    if end == "lm_head.weight":
+        with pytest.raises(ValueError, match="lm_head"):
+            open_adapter(tmp_path / "a")
+    else:
+        with open_adapter(tmp_path / "a") as adapter:
+            assert adapter.other_keys == [prefix + end]
 
 
 def test_the_longer_name_of_a_magnitude_is_known(tmp_path: Path) -> None:

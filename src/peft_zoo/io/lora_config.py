@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from peft_zoo.io.expert_names import check_plain_names, is_expert
 from peft_zoo.io.lora_file import CONFIG_NAME
 from peft_zoo.io.lora_ranks import RankAndScale, rank_fields
 
@@ -28,27 +29,40 @@ def write_config(
 ) -> None:
     """Writes `adapter_config.json` of a plain LoRA with these ranks and scales by module.
 
-    `old` is the content of the source adapter's file, and `before` are the names of all its modules.
+    `old` is the content of the source adapter's file, and `before` are the names of all its modules. The rank and alpha
+    of routed experts are the defaults, since peft ignores patterns for them.
     """
+    default = next((name for name in modules if is_expert(name)), None)
+    check_plain_names(modules)
     known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
     is_lora = old.get("peft_type") == "LORA"
     new = {k: value for k, value in old.items() if k not in INITIALIZATION_FIELDS and (k in known or is_lora)}
     rslora = bool(old.get("use_rslora")) and keeps_rslora(modules)
-    new |= {"peft_type": "LORA", "use_rslora": rslora, **rank_fields(modules, rslora), **target_fields(modules, before)}
+    new |= {
+        "peft_type": "LORA",
+        "use_rslora": rslora,
+        **rank_fields(modules, rslora, default),
+        **target_fields(modules, before),
+    }
     (folder / CONFIG_NAME).write_text(json.dumps(new, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def target_fields(modules: Iterable[str], before: Iterable[str]) -> dict[str, Any]:
-    """Fields that make peft adapt `modules` and no other module of `before`; empty if no module was dropped.
+    """Fields that make peft adapt exactly `modules`: their whole names, whatever the source's fields meant.
 
-    peft matches a name in the list `target_modules` with the end of module names; where that would match a dropped
-    module, a regular expression is used instead.
+    `before` are the names of all modules of the source adapter. peft matches a name in the list `target_modules` with
+    the end of module names; where that would match a dropped module, a regular expression of whole names is used.
     """
-    remaining = sorted(modules)
-    dropped = set(before).difference(remaining)
-    if not dropped:
-        return {}
-    if not any(name.endswith(tuple(f".{end}" for end in remaining)) for name in dropped):
-        return {"target_modules": remaining}
-    expression = "|".join(re.escape(name) for name in remaining)
-    return {"target_modules": expression, "layers_to_transform": None, "layers_pattern": None}
+    remaining = sorted({name.partition(".base_layer.")[0] for name in modules})
+    ends = set(remaining)
+    dropped = {name.partition(".base_layer.")[0] for name in before}.difference(remaining)
+    others = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    if any(tail in ends for name in dropped for tail in _tails(name)):
+        return {"target_modules": "|".join(re.escape(name) for name in remaining), **others}
+    return {"target_modules": remaining, **others}
+
+
+def _tails(name: str) -> Iterable[str]:
+    """The ends of a module name after each dot."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(1, len(parts)))

@@ -16,7 +16,7 @@ import math
 import os
 import reprlib
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peft_zoo.io.extra_keys import check_extra_key
 from peft_zoo.io.header import TensorInfo
-from peft_zoo.io.lora_keys import Role, detect_format, is_lora_key, nearest_key, parse_key
+from peft_zoo.io.lora_keys import FORMATS, Role, detect_format, make_key, parse_key
 from peft_zoo.io.lora_ranks import alpha_of
 from peft_zoo.io.lora_settings import MAX_RANK, ModuleSettings, diffusers_settings, read_settings
 from peft_zoo.io.safetensors import ClosedOnExit, TensorFile
@@ -78,6 +79,11 @@ class LoraModule:
         return self.keys[Role.EMBEDDING_B if self.kind == "embedding" else Role.B]
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Rows and columns of `B A`."""
+        return self.out_features, self.in_features
+
+    @property
     def out_features(self) -> int:
         """Rows of `B A`."""
         return self.shape_B[0]
@@ -99,8 +105,11 @@ class LoraAdapter(ClosedOnExit):
         other_keys: Names of tensors outside the LoRA (`modules_to_save`, trained tokens, biases), to be copied.
     """
 
-    def __init__(self, file: TensorFile, config: dict[str, Any] | None) -> None:
-        """Validates header and configuration (None for a single file); the caller closes the file if this raises."""
+    def __init__(self, file: TensorFile, config: dict[str, Any] | None, base_parts: Collection[str] = ()) -> None:
+        """Validates header and configuration (None for a single file); the caller closes the file if this raises.
+
+        `base_parts` are the names of tensors of adapted base layers that the file may contain.
+        """
         self.file, self.config = file, config
         if config is not None:
             read_settings(config)  # first, so that other adapter types are refused by type and not by their keys
@@ -111,6 +120,8 @@ class LoraAdapter(ClosedOnExit):
             raise ValueError(f"{file.path}: {self.format} keys in a folder with {CONFIG_NAME}; give the file itself.")
         self._configured = _configured(self.format, file.metadata, config)
         groups, self.other_keys = _group(self.format, file.tensors)
+        for key in self.other_keys:
+            check_extra_key(self.format, key, config, groups.keys(), base_parts)
         self.modules = {name: self._module(name, keys) for name, keys in groups.items()}
 
     def _module(self, name: str, keys: dict[Role, str]) -> LoraModule:
@@ -163,8 +174,9 @@ class LoraAdapter(ClosedOnExit):
         infos = {key: self.file.tensors[key] for key in module.keys.values()}
         infos[module.key_B] = TensorInfo(infos[module.key_B].dtype, (module.shape_B[0], rank, *module.shape_B[2:]))
         infos[module.key_A] = TensorInfo(module.dtype, (rank, *module.shape_A[1:]))
-        if Role.ALPHA in module.keys:
-            infos[module.keys[Role.ALPHA]] = TensorInfo.of(self._alpha_tensor(module, rank, scale))
+        key = self._alpha_key(module, scale)
+        if key is not None:
+            infos[key] = TensorInfo.of(self._alpha_tensor(module, rank, scale))
         return infos
 
     def new_tensors(self, name: str, B: Tensor, A: Tensor, scale: float) -> dict[str, Tensor]:
@@ -181,19 +193,28 @@ class LoraAdapter(ClosedOnExit):
         infos, tensors = self.new_infos(name, rank, scale), dict[str, Tensor]()
         for key, factor in ((module.key_B, B), (module.key_A, A)):
             tensors[key] = _finite(key, factor.reshape(infos[key].shape).to(infos[key].dtype).contiguous())
+        alpha = self._alpha_key(module, scale)
+        if alpha is not None:
+            tensors[alpha] = self._alpha_tensor(module, rank, scale)
         for role, key in module.keys.items():
-            if role is Role.ALPHA:
-                tensors[key] = self._alpha_tensor(module, rank, scale)
-            elif role is Role.BIAS:
+            if role is Role.BIAS:
                 old = self.read(key)
                 tensors[key] = (old.double() * (module.scale / scale)).to(old.dtype)
             elif role is Role.MAGNITUDE:
                 tensors[key] = self.read(key)
         return tensors
 
+    def _alpha_key(self, module: LoraModule, scale: float) -> str | None:
+        """Name of the alpha tensor for a new scale; None if the module needs none."""
+        if Role.ALPHA in module.keys:
+            return module.keys[Role.ALPHA]
+        if self._configured(module.name) is not None or scale == 1 or Role.ALPHA not in FORMATS[self.format].suffixes:
+            return None
+        return make_key(self.format, module.name, Role.ALPHA)
+
     def _alpha_tensor(self, module: LoraModule, rank: int, scale: float) -> Tensor:
         """Alpha tensor for a new rank and scale, in the dtype of the file if that holds the value exactly."""
-        info = self.file.tensors[module.keys[Role.ALPHA]]
+        info = self.file.tensors.get(module.keys.get(Role.ALPHA, ""), TensorInfo(torch.float32, ()))
         exact = torch.full(info.shape, alpha_of(scale, rank, use_rslora=False), dtype=torch.float64)
         stored = exact.to(info.dtype)
         return stored if torch.equal(stored.double(), exact) else exact.float()
@@ -253,8 +274,6 @@ def _group(fmt: str, keys: Iterable[str]) -> tuple[dict[str, dict[Role, str]], l
     for key in keys:
         parsed = parse_key(fmt, key)
         if parsed is None:
-            if is_lora_key(key):
-                raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest_key(fmt, key)!r}.")
             others.append(key)
             continue
         module, role = parsed

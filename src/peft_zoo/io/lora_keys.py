@@ -94,8 +94,11 @@ def make_key(fmt: str, module: str, role: Role) -> str:
 
 
 def is_lora_key(key: str) -> bool:
-    """Whether a key looks like that of a LoRA tensor of any format; such keys are never ignored."""
-    return "lora_" in key or ".lora." in key
+    """Whether a key looks like that of a LoRA tensor of any format; such keys are never ignored.
+
+    Only what follows the first part of the name counts: the names of modules begin with `lora_unet_` in some files.
+    """
+    return "lora_" in key.partition(".")[2] or ".lora." in key
 
 
 def nearest_key(fmt: str, key: str) -> str:

@@ -18,15 +18,20 @@ class RankAndScale(NamedTuple):
     scale: float
 
 
-def rank_fields(modules: Mapping[str, RankAndScale], use_rslora: bool = False) -> dict[str, Any]:
+def rank_fields(
+    modules: Mapping[str, RankAndScale], use_rslora: bool = False, default: str | None = None
+) -> dict[str, Any]:
     """Fields `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of a LoRA with these ranks and scales by module.
 
-    The most common rank and alpha become the fields, the others patterns. peft reads the keys of patterns as regular
+    The most common rank and alpha (or those of the module `default`) become the fields, the others patterns. peft reads the keys of patterns as regular
     expressions for the end of a name, so keys are escaped and anchored: each matches one module only.
     """
     ranks = {name: module.rank for name, module in modules.items()}
     alphas = {name: alpha_of(module.scale, module.rank, use_rslora) for name, module in modules.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    r, alpha = (
+        values[default] if default is not None else Counter(values.values()).most_common(1)[0][0]
+        for values in (ranks, alphas)
+    )
     return {
         "r": r,
         "lora_alpha": alpha,

@@ -23,9 +23,10 @@ from torch import Tensor
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig
 from peft_zoo.adapters.lq_lora.nf_linear import NF8_CONFIG, Factors, NFLinear, nf8_rank, unpack_initial_factors
 from peft_zoo.common.atomic import new_folder
-from peft_zoo.io import LoraAdapter, TensorFile, TensorInfo, TensorWriter, read_json
+from peft_zoo.io import LoraAdapter, TensorInfo, TensorWriter, read_json
+from peft_zoo.io.expert_names import check_plain_names
 from peft_zoo.io.lora_config import write_config
-from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME
+from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME, open_weights
 from peft_zoo.io.lora_ranks import RankAndScale
 from peft_zoo.kernels.normal_float.quantize import NFTensor, empty_nf
 from peft_zoo.registration import peft_type_of
@@ -79,7 +80,7 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
         8
     """
     source = Path(folder)
-    config = read_json(source / CONFIG_NAME)
+    config = read_json(source / CONFIG_NAME, source)
     kind = peft_type_of(LqLoraConfig).value
     if config.get("peft_type") != kind:
         raise ValueError(f"{source}: peft_type={config.get('peft_type')!r} is not {kind!r}; give an LQ-LoRA.")
@@ -88,8 +89,9 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
             f"{source}: save_base='none' leaves out the initial factors; load the adapter onto its base, set "
             "save_base='quantized' in its configuration, and save it again."
         )
-    with TensorFile(source / WEIGHTS_NAME) as file:
-        adapter = LoraAdapter(file, {**config, "peft_type": "LORA"})
+    with open_weights(source) as file:
+        adapter = LoraAdapter(file, {**config, "peft_type": "LORA"}, NFLinear.ALL)
+        check_plain_names(adapter.modules)
         modules = {name: _new_rank_and_scale(adapter, name) for name in adapter.modules}
         with new_folder(out_dir) as new:
             _write_tensors(new / WEIGHTS_NAME, adapter, modules)

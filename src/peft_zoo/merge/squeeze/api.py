@@ -311,6 +311,8 @@ def _plan(
         modules = {
             name: RankAndScale(rank, kept_scale(found[name].scale) if keep else 1.0) for name, rank in ranks.items()
         }
+        modules = source.adjusted(modules, exceed=target.budget is None)
+        keep = keep and all(new.scale == kept_scale(found[name].scale) for name, new in modules.items())
         if not any(ranks.values()):
             raise ValueError(f"budget={target.budget!r} would drop every module; raise the budget or min_rank.")
         needed = source.overhead(modules)

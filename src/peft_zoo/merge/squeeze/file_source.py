@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from peft_zoo.common.atomic import check_new_folder, new_folder
-from peft_zoo.io import LoraAdapter, Role, TensorWriter, parse_json
+from peft_zoo.io import LoraAdapter, Role, TensorWriter, copy_regular, parse_json
+from peft_zoo.io.expert_names import check_plain_names, is_expert
 from peft_zoo.io.lora_config import target_fields, write_config
 from peft_zoo.io.lora_file import WEIGHTS_NAME
 from peft_zoo.io.lora_ranks import RankAndScale, rank_fields
@@ -38,8 +39,30 @@ class FileSource:
             )
         if adapter.config is not None:
             check_new_folder(target)
+            check_plain_names(self.names)
         elif target.exists():
             raise ValueError(f"out_dir={str(target)!r} exists; give a new name.")
+
+    def adjusted(self, modules: Mapping[str, RankAndScale], exceed: bool) -> dict[str, RankAndScale]:
+        """Changes planned ranks and scales to those that the loaders of the file read as they were written.
+
+        Routed experts get one rank, the largest if `exceed`, else the largest that needs no more parameters. Alphas
+        that would differ become one, because the loader of diffusers does not bring each alpha to its module.
+        """
+        experts = [name for name in modules if is_expert(name)] if self.adapter.config is not None else []
+        if len({modules[name] for name in experts}) > 1:
+            sizes = {name: sum(self.adapter.modules[name].sizes) for name in experts}
+            total = sum(modules[name].rank * size for name, size in sizes.items())
+            largest = min(min(self.adapter.modules[name].sizes) for name in experts)
+            rank = max(modules[name].rank for name in experts) if exceed else total // sum(sizes.values())
+            modules = {**modules, **dict.fromkeys(experts, RankAndScale(max(1, min(rank, largest)), 1.0))}
+        kept = _kept(modules)
+        alphas = {new.rank * new.scale for new in kept.values()}
+        has_alpha = any(Role.ALPHA in module.keys for module in self.adapter.modules.values())
+        if self.adapter.config is None and has_alpha and len(alphas) > 1:
+            alpha = Counter(new.rank for new in kept.values()).most_common(1)[0][0]
+            modules = {name: RankAndScale(new.rank, alpha / (new.rank or 1)) for name, new in modules.items()}
+        return dict(modules)
 
     def overhead(self, modules: Mapping[str, RankAndScale]) -> int:
         """Upper bound for the size of header and other tensors in the new file, in bytes."""
@@ -49,12 +72,14 @@ class FileSource:
         others = sum(info.nbytes for key, info in file.tensors.items() if key not in factors)
         texts = json.dumps(_metadata(adapter, _kept(modules), modules) or {})
         growth = max(0, len(texts) - len(json.dumps(file.metadata)))
-        return file.path.stat().st_size - data + growth + SLACK + others
+        without = sum(Role.ALPHA not in module.keys for module in adapter.modules.values())
+        added = 256 * without if without < len(adapter.modules) else 0  # alphas that may be added
+        return file.path.stat().st_size - data + growth + SLACK + others + added
 
     def factors(self, name: str) -> SqueezeFactors:
-        """Reads the factors of one module; a module with a magnitude or bias, which act alone, may not be dropped."""
+        """Reads the factors of one module; a module with a magnitude or bias, which act alone, and a routed expert may not be dropped."""
         module = self.adapter.modules[name]
-        undroppable = Role.MAGNITUDE in module.keys or Role.BIAS in module.keys
+        undroppable = Role.MAGNITUDE in module.keys or Role.BIAS in module.keys or is_expert(name)
         return SqueezeFactors(*self.adapter.factors(name), module.scale, int(undroppable))
 
     def weight_norm(self, name: str) -> float:
@@ -77,7 +102,7 @@ class FileSource:
             write_config(folder, self.adapter.config, kept, modules)
             card = self.source / CARD
             if card.is_file() and card.stat().st_size <= LARGEST_CARD:
-                shutil.copyfile(card, folder / CARD)
+                copy_regular(card, folder / CARD, self.source)
         return {}
 
     def _write_tensors(

@@ -51,6 +51,10 @@ class ModelSource:
                 f"into={into!r} cannot name an adapter; use other letters, digits, '_' and '-', such as 'r8'."
             )
 
+    def adjusted(self, modules: Mapping[str, RankAndScale], exceed: bool) -> dict[str, RankAndScale]:
+        """The planned ranks and scales: a model takes any."""
+        return dict(modules)
+
     def overhead(self, modules: Mapping[str, RankAndScale]) -> int:
         """0: a budget in bytes limits the factors only."""
         return 0
