@@ -24,8 +24,6 @@ from peft_zoo.adapters.base.snapshot import Snapshot
 
 logger = logging.getLogger("peft_zoo")
 
-BASE = "__base__"  # peft's name for the base model in a batch of mixed adapters
-
 
 class ZooLayer(nn.Module, BaseTunerLayer):
     """A frozen base layer with an update ΔW of its weight for each adapter.

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
 )
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig
-from peft_zoo.adapters.base.layer import BASE, ZooLayer
+from peft_zoo.adapters.base.layer import ZooLayer
 from peft_zoo.adapters.base.offload import find_misnamed, has_disk_layers
 from peft_zoo.adapters.base.tuner import MethodTuner
 from peft_zoo.common.modules import plain_name
@@ -180,51 +177,3 @@ class ZooModel(MethodTuner):
             f"{type(self).__name__} cannot combine adapters into a weighted one, as its update is not linear in its "
             "parameters. Activate several adapters at once: `model.base_model.set_adapter([...])`; their updates add."
         )
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Passes `adapter_names` to each adapter layer for one forward pass or `generate`."""
-        if kwargs.get("alora_offsets") is not None:
-            raise ValueError("`alora_offsets` belongs to activated LoRA; remove it.")
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        self._check_mixed_batch(names)
-        beams = kwargs.get("num_beams") or 1
-        handles = _pass_adapter_names(self.model, [name for name in names for _ in range(beams)])
-        if beams > 1:  # the encoder runs before samples are repeated; its second hook overrides
-            handles += _pass_adapter_names(_encoder_of(self.model), list(names))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_mixed_batch(self, names: list[str]) -> None:
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if not isinstance(names, (list, tuple)):
-            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-        known = {BASE}.union(*(layer.scaling for layer in self._zoo_layers()))
-        unknown = sorted(set(names) - known)
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-
-
-def _pass_adapter_names(model: nn.Module | None, names: list[str]) -> list[Any]:
-    """Registers hooks that pass `adapter_names=names` to each adapter layer; returns their handles."""
-    if model is None:
-        return []
-
-    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": names}
-
-    layers = [m for m in model.modules() if isinstance(m, (ZooLayer, AuxiliaryTrainingWrapper))]
-    return [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
-
-
-def _encoder_of(model: Any) -> nn.Module | None:
-    """Returns the encoder of an encoder-decoder model, or None; transformers returns a decoder-only model itself."""
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    return None if encoder is model else encoder

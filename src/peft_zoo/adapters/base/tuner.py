@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_zoo.adapters.base.mixed_batch import adapter_names_passed
 from peft_zoo.adapters.base.offload import fill_offloaded
 from peft_zoo.adapters.base.restore import restored_on_error
 from peft_zoo.adapters.base.snapshot import refuse_computed_weight
@@ -46,6 +49,21 @@ class MethodTuner(BaseTuner):
 
     def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
         """Completes an injection that has succeeded; a subclass may raise, and the model is restored then."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Passes `adapter_names` to each adapter layer for one forward pass or `generate`, in this thread alone."""
+        if kwargs.get("alora_offsets") is not None:  # peft's, for methods on its LoRA
+            inherited = getattr(super(), "_enable_peft_forward_hooks", None)
+            if inherited is None:
+                raise ValueError("`alora_offsets` belongs to activated LoRA; remove it.")
+            with inherited(*args, **kwargs):
+                yield
+        elif kwargs.get("adapter_names") is None:
+            yield
+        else:
+            with adapter_names_passed(self, kwargs["adapter_names"], kwargs.get("num_beams")):
+                yield
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:

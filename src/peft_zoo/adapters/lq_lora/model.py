@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from peft_zoo import registration
 from peft_zoo.adapters.base import ZooLoraModel, expand_all_linear
-from peft_zoo.adapters.base.layer import BASE
+from peft_zoo.adapters.base.mixed_batch import BASE
 from peft_zoo.adapters.base.offload import has_disk_layers, loaded
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora.decompose import quantize_layer, rank_of
