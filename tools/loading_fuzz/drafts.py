@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -16,6 +17,7 @@ from torch import Tensor
 CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool}
 CODES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DIGEST = "weights_sha256"  # field with the checksum of the weights file
 NAMES = {dtype: name for name, dtype in CODES.items()}
 
 
@@ -35,6 +37,7 @@ class Draft:
         after_weights: Edits of the bytes of the weights file.
         after_all: Edits of the folder on disk.
         subjects: Names that the mutations touched: fields, keys, files.
+        resigned: Whether checksums in the configuration are made to fit, as an attacker would.
         whole: The whole configuration if `config` is a part of it, under the key `part`.
     """
 
@@ -49,6 +52,7 @@ class Draft:
     after_weights: list[Callable[[bytes], bytes]] = field(default_factory=list)
     after_all: list[Callable[[Path], None]] = field(default_factory=list)
     subjects: set[str] = field(default_factory=set)
+    resigned: bool = False
     whole: dict[str, Any] | None = None
     part: str = ""
 
@@ -95,11 +99,6 @@ class Draft:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        config = self.config if self.whole is None else {**self.whole, self.part: self.config}
-        text = json.dumps(config, indent=1).encode()
-        for change in self.after_config:
-            text = change(text)
-        (folder / self.config_name).write_bytes(text)
         header, data = packed(self.tensors)
         if self.metadata:
             header = {"__metadata__": self.metadata, **header}
@@ -109,6 +108,13 @@ class Draft:
         for change in self.after_weights:
             joined = change(joined)
         (folder / self.weights_name).write_bytes(joined)
+        if self.resigned and self.config.get(DIGEST):
+            self.config[DIGEST] = hashlib.sha256(joined).hexdigest()
+        config = self.config if self.whole is None else {**self.whole, self.part: self.config}
+        text = json.dumps(config, indent=1).encode()
+        for change in self.after_config:
+            text = change(text)
+        (folder / self.config_name).write_bytes(text)
         for act in self.after_all:
             act(folder)
 

@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 
-from loading_fuzz.drafts import tensor_of
+from loading_fuzz.drafts import DIGEST, tensor_of
 from loading_fuzz.samples import Sample, seeded
 
 LARGEST = 3e38  # of float32
@@ -117,6 +117,12 @@ def bare_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     marked = sum(key.startswith(PREFIX) for key in tensors)
     need(marked in (0, len(tensors)) and len(stripped) == len(tensors), "some keys have a prefix, others none")
     return stripped
+
+
+def check_digest(config: dict[str, Any], weights: Path) -> None:
+    """Raises `Unreadable` if the configuration was saved with other weights."""
+    expected = config.get(DIGEST)
+    need(expected is None or expected == hashlib.sha256(weights.read_bytes()).hexdigest(), "the checksum is wrong")
 
 
 # ---- LoRA ----
@@ -218,6 +224,7 @@ def lora_model(folder: Path, sample: Sample, good: dict[str, Any]) -> nn.Module:
     """Model with a LoRA added to its weights; quantized weights of the file replace those of the model."""
     config = read_config(folder / sample.files[0])
     tensors = bare_keys(read_tensors(folder / sample.files[1]))
+    check_digest(config, folder / sample.files[1])
     finite(tensors)
     check_fields(config, LoraConfig, good)
     weights, tensors = quantized_weights(config, tensors, sample.base)
@@ -290,6 +297,7 @@ def copied_model(folder: Path, sample: Sample, good: dict[str, Any]) -> nn.Modul
     """Model with a new adapter of the configuration, into which the tensors of the file are copied by name."""
     config = read_config(folder / sample.files[0])
     tensors = bare_keys_of_model(read_tensors(folder / sample.files[1]))
+    check_digest(config, folder / sample.files[1])
     finite(tensors)
     config_cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(str(config.get("peft_type")))  # type: ignore[call-overload]
     need(config.get("peft_type") == good["peft_type"] and config_cls is not None, "another type")

@@ -373,8 +373,9 @@ def test_quantizing_is_not_what_the_configuration_does(tmp_path: Path) -> None:
         (lambda c: c["modules"].update({Q_PROJ: [5, 4, "fp16", 32, 256]}), rf"modules\['{Q_PROJ}'\]: NFConfig: bits=5"),
         (lambda c: c["ranks"].update({Q_PROJ: 7}), rf"{Q_PROJ}.initial_B is .*\(64, 8\).*needs .*\(64, 7\)"),
         (lambda c: c["ranks"].update({"lm_head": 7}), "ranks names 'lm_head', which modules lacks"),
+        (lambda c: c.update(target_modules=["q_proj"]), "unknown field 'target_modules'"),
     ],
-    ids=["layer", "kind", "bits", "scales", "config", "rank", "ranks"],
+    ids=["layer", "kind", "bits", "scales", "config", "rank", "ranks", "field"],
 )
 def test_a_damaged_configuration_is_refused(change: Any, message: str, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
@@ -390,6 +391,15 @@ def test_an_incomplete_file_is_refused(part: str, folder: Path) -> None:
     del tensors[f"{Q_PROJ}.{part}"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"{Q_PROJ}.{part} is missing"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["group_scales", "levels", "initial_A"])
+def test_values_that_are_not_finite_are_refused(part: str, folder: Path) -> None:
+    tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    tensors[f"{Q_PROJ}.{part}"].view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{Q_PROJ}.{part} has values that are not finite"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -18,7 +18,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,16 @@ class NFkConfig(QuantizationConfigMixin):
             if type(rank) is not int or rank < 0:
                 raise ValueError(f"NFkConfig: ranks[{name!r}]={rank!r} cannot be used; use an integer from 0.")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Returns the config of the fields in a `config.json`, which may be an untrusted file."""
+        unknown = sorted(set(map(str, config_dict)) - {item.name for item in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"NFkConfig: quantization_config has the unknown field {unknown[0]!r}; remove it, or update peft-zoo."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def _listed(self, name: str, value: Any) -> list[Any]:
         try:
             return list(nf_config(value))
@@ -159,6 +169,8 @@ class NFkHfQuantizer(HfQuantizer):
                     f"{name} is {found.dtype} of shape {tuple(found.shape)}, and quantization_config needs "
                     f"{empty.dtype} of shape {tuple(empty.shape)}; config.json and the weights do not belong together."
                 )
+            if found.is_floating_point() and not found.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite; save the model again.")
         self._expected = {}
 
     # ---- saving and training ----
