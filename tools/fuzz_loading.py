@@ -118,6 +118,7 @@ def run_case(case: Case, scratch: Path, limits: sandbox.Limits = LIMITS) -> Resu
     rng = random.Random(f"{case.seed}/{pair.name}/{case.index}")
     draft = draft_of(pair).copy()
     draft.resigned = rng.random() < 0.7
+    draft.subjects.update(part for key in draft.tensors for part in key.split(".")[-3:])
     names = tuple(mutations.mutate(draft, rng, list(case.names) or None))
     folder, out = scratch / f"{case.index}" / "adapter", scratch / f"{case.index}" / "out"
     old, new = (str(path).encode() for path in (prepared.sample.folder, folder))

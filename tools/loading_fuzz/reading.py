@@ -196,7 +196,7 @@ def lora_updates(config: dict[str, Any], tensors: dict[str, Tensor], base: nn.Mo
     return updates
 
 
-def check_targets(config: dict[str, Any], names: set[str], base: nn.Module) -> None:
+def check_targets(config: dict[str, Any], names: set[str], base: nn.Module, by_keys: bool = False) -> None:
     """Raises `Unreadable` if the target modules are a list that selects other modules than the file has."""
     targets = config.get("target_modules")
     if isinstance(targets, list) and not any(config.get(name) for name in SELECTING):
@@ -206,7 +206,8 @@ def check_targets(config: dict[str, Any], names: set[str], base: nn.Module) -> N
             for name, module in base.named_modules()
             if isinstance(module, nn.Linear) and any(name == t or name.endswith(f".{t}") for t in targets)
         }
-        need(chosen == names, "target_modules and the keys differ")
+        surplus = set() if by_keys else chosen - names
+        need(names <= chosen and not surplus, "target_modules and the keys differ")
 
 
 def with_updates(base: nn.Module, updates: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> nn.Module:
@@ -220,8 +221,11 @@ def with_updates(base: nn.Module, updates: dict[str, Tensor], weights: dict[str,
     return model
 
 
-def lora_model(folder: Path, sample: Sample, good: dict[str, Any]) -> nn.Module:
-    """Model with a LoRA added to its weights; quantized weights of the file replace those of the model."""
+def lora_model(folder: Path, sample: Sample, good: dict[str, Any], by_keys: bool = False) -> nn.Module:
+    """Model with a LoRA added to its weights; quantized weights of the file replace those of the model.
+
+    `by_keys` is for tools without the model: they cannot know of a module that the file has no tensor of.
+    """
     config = read_config(folder / sample.files[0])
     tensors = bare_keys(read_tensors(folder / sample.files[1]))
     check_digest(config, folder / sample.files[1])
@@ -229,7 +233,7 @@ def lora_model(folder: Path, sample: Sample, good: dict[str, Any]) -> nn.Module:
     check_fields(config, LoraConfig, good)
     weights, tensors = quantized_weights(config, tensors, sample.base)
     updates = lora_updates(config, tensors, sample.base)
-    check_targets(config, set(updates), sample.base)
+    check_targets(config, set(updates), sample.base, by_keys)
     need(set(weights) <= set(updates), "a quantized weight without factors")
     return with_updates(sample.base, updates, weights)
 
@@ -293,8 +297,11 @@ def checksum(parts: dict[str, Tensor]) -> str:
 # ---- other methods ----
 
 
-def copied_model(folder: Path, sample: Sample, good: dict[str, Any]) -> nn.Module:
-    """Model with a new adapter of the configuration, into which the tensors of the file are copied by name."""
+def copied_model(folder: Path, sample: Sample, good: dict[str, Any], by_keys: bool = False) -> nn.Module:
+    """Model with a new adapter of the configuration, into which the tensors of the file are copied by name.
+
+    `by_keys` is as in `lora_model`.
+    """
     config = read_config(folder / sample.files[0])
     tensors = bare_keys_of_model(read_tensors(folder / sample.files[1]))
     check_digest(config, folder / sample.files[1])
@@ -303,7 +310,8 @@ def copied_model(folder: Path, sample: Sample, good: dict[str, Any]) -> nn.Modul
     need(config.get("peft_type") == good["peft_type"] and config_cls is not None, "another type")
     known = {item.name for item in fields(config_cls) if item.init}
     arguments = {name: value for name, value in config.items() if name in known and name != "peft_type"}
-    arguments |= selected(config, set(tensors), sample.base)
+    chosen = selected(config, set(tensors), sample.base, by_keys)
+    arguments |= {name: value for name, value in chosen.items() if name in known}
     try:
         with seeded():
             model = get_peft_model(copy.deepcopy(sample.base), config_cls(**{**arguments, "inference_mode": True}))
@@ -323,15 +331,20 @@ def copied_model(folder: Path, sample: Sample, good: dict[str, Any]) -> nn.Modul
     return model.eval()
 
 
-def selected(config: dict[str, Any], keys: set[str], base: nn.Module) -> dict[str, Any]:
+def selected(config: dict[str, Any], keys: set[str], base: nn.Module, by_keys: bool) -> dict[str, Any]:
     """Replaces expressions, which may take for ever, by the names of the modules that have keys in the file."""
     chosen = ("target_modules", "exclude_modules", "layers_pattern")
-    lists = (entry for name in chosen[1:] for entry in (config.get(name) or []))
-    if not isinstance(config.get("target_modules"), str) and not any(set(str(each)) & set("*+?(") for each in lists):
+    lists = (entry for name in chosen[1:] for entry in _listed(config.get(name)))
+    is_literal = not any(set(str(each)) & set("*+?(") for each in lists)
+    if not by_keys and is_literal and not isinstance(config.get("target_modules"), str):
         return {}
     named = [name for name, _ in base.named_modules() if name and any(key.startswith(f"{name}.") for key in keys)]
     leaves = [name for name in named if not any(other.startswith(f"{name}.") for other in named)]
     return {"target_modules": leaves, "exclude_modules": None, "layers_pattern": None, "layers_to_transform": None}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def bare_keys_of_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 import peft_zoo
@@ -219,7 +219,7 @@ def from_peft(prepared: Prepared, folder: Path, out: Path) -> Any:
 def updates_of(prepared: Prepared, folder: Path, base: nn.Module | None = None) -> dict[str, Tensor]:
     """ΔW by module of a folder with a LoRA."""
     base = base or prepared.pristine.base
-    model = reading.lora_model(folder, Sample("", folder, ADAPTER, base, samples.logits), prepared.good)
+    model = reading.lora_model(folder, Sample("", folder, ADAPTER, base, samples.logits), prepared.good, by_keys=True)
     old, new = (dict(each.named_modules()) for each in (base, model))
     return {
         name: new[name].weight.detach() - layer.weight.detach()
@@ -254,13 +254,17 @@ def zeros_like(base: nn.Module) -> nn.Module:
 
 def right_spectrum(prepared: Prepared, folder: Path, report: Any) -> None:
     """Compares reported singular values with those of the updates."""
-    updates = updates_of(prepared, folder, zeros_like(prepared.pristine.base))
+    tensors = reading.read_tensors(folder / ADAPTER[1])
+    factors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}  # a report of these alone
+    reading.finite(factors)
+    config = reading.read_config(folder / ADAPTER[0])
+    reading.check_digest(config, folder / ADAPTER[1])
+    updates = reading.lora_updates(config, reading.bare_keys(factors), prepared.pristine.base)
     found = {module.name: torch.tensor(module.singular_values, dtype=torch.float64) for module in report.modules}
     for name, update in updates.items():
         expected = torch.linalg.svdvals(update.double())
         if name not in found:
-            need(not expected.any(), f"{name} is missing")
-            continue
+            raise Wrong(f"{name} is missing")
         values = torch.zeros_like(expected)
         values[: len(found[name])] = found[name][: len(expected)]
         if not torch.allclose(values, expected, rtol=1e-3, atol=1e-4 * max(1e-30, expected.max().item())):
@@ -271,13 +275,19 @@ def trained_change(prepared: Prepared, folder: Path, out: Path) -> None:
     """Compares `to_lora` with s B A - B0 A0 of the file."""
     config = reading.read_config(folder / ADAPTER[0])
     tensors = reading.bare_keys(reading.read_tensors(folder / ADAPTER[1]))
-    reading.lora_model(folder, prepared.pristine, prepared.good)  # checks the whole folder
-    factors = {key: tensor for key, tensor in tensors.items() if ".base_layer." not in key}
+    reading.check_digest(config, folder / ADAPTER[1])
+    reading.finite(tensors)
+    reading.check_fields(config, LoraConfig, prepared.good)
+    factors = {key: tensor for key, tensor in tensors.items() if not reading.CODES.fullmatch(key)}
     expected = reading.lora_updates(config, factors, prepared.pristine.base)
+    reading.check_targets(config, set(expected), prepared.pristine.base, by_keys=True)
     for name in expected:
         first = [tensors.get(f"{name}.base_layer.{part}") for part in ("initial_B", "initial_A")]
-        need(all(each is not None for each in first), f"{name} has no initial factors")
-        expected[name] = expected[name] - first[0] @ first[1]  # type: ignore[operator]
+        need(all(each is not None and each.dtype == torch.float32 for each in first), f"{name}: no initial factors")
+        try:
+            expected[name] = expected[name] - first[0] @ first[1]  # type: ignore[operator]
+        except RuntimeError as error:
+            raise Unreadable(f"{name}: {error}") from error
     found = updates_of(prepared, out, zeros_like(prepared.pristine.base))
     for name, update in expected.items():
         same(found[name], update, name)
@@ -287,8 +297,8 @@ def trained_change(prepared: Prepared, folder: Path, out: Path) -> None:
 def converted(prepared: Prepared, folder: Path, out: Path) -> None:
     """Compares a RandLoRA before and after it changed its format."""
     config = json.loads((out / ADAPTER[0]).read_text(encoding="utf-8"))
-    expected = reading.copied_model(folder, prepared.pristine, prepared.good)
-    found = reading.copied_model(out, prepared.pristine, {"peft_type": config["peft_type"]})
+    expected = reading.copied_model(folder, prepared.pristine, prepared.good, by_keys=True)
+    found = reading.copied_model(out, prepared.pristine, {"peft_type": config["peft_type"]}, by_keys=True)
     same(prepared.sample.run(found), prepared.sample.run(expected))
     leaks(out)
 
