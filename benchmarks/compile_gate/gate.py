@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 TABLE = common.RESULTS / "compile.json"
 CAPABILITIES = (80, 90, 100)
-FAMILIES = ("lora", "normal_float", "random_matrix", "snell", "sparse")  # modules of this package
+FAMILIES = [path.stem for path in sorted(Path(__file__).parent.glob("[a-z]*.py")) if path.stem not in ("gate", "spec")]
+"""Modules of this package that list the kernels of a folder in `peft_zoo.kernels`."""
 KIB = 1024
 
 

@@ -210,7 +210,7 @@ def save_importance(path: str | os.PathLike[str], importance: Mapping[str, Impor
 
     Args:
         path: The file; an existing one is replaced.
-        importance: Importance by module name, as `preprocess_lq_lora` returns it; saved as `<module>.row` and
+        importance: Importance by module name; saved as `<module>.row` and
             `<module>.column`.
 
     Examples:

@@ -102,6 +102,13 @@ def test_stages_that_are_too_short_are_refused() -> None:
         config.stages(64, 600)
 
 
+def test_a_schedule_that_does_not_fit_a_training_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 stages but only 38 steps"):
+        SqueezeLoraConfig(r=64, target_rank=8, num_stages=3).for_training(50)
+    with pytest.raises(ValueError, match="target_rank=64"):
+        SqueezeLoraConfig(r=64, target_rank=64).for_training(50)
+
+
 def test_a_target_that_is_not_smaller_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rank 32 .*rank 16"):
         SqueezeConfig(target_rank=32).stages(16, 1000)
