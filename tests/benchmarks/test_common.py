@@ -58,7 +58,7 @@ def test_peak_counts_gradients_and_what_backward_makes() -> None:
     assert common.peak_bytes(step, CPU) == pytest.approx(1e6, abs=100)  # the product, or its gradient; never both
 
 
-def test_what_was_there_before_does_not_count() -> None:
+def test_memory_allocated_before_is_not_counted() -> None:
     kept = torch.empty(MEGABYTE)
     assert common.peak_bytes(lambda: kept.fill_(1), CPU) <= 100
     assert common.peak_bytes(lambda: None, CPU) == 0
@@ -128,7 +128,7 @@ def test_tables() -> None:
     assert common.markdown(("", "ms"), rows) == "|  | ms |\n| --- | ---: |\n| one | 1.0 |\n| eleven | 11.0 |"
 
 
-def test_a_block_is_replaced_as_often_as_one_likes() -> None:
+def test_replacing_a_block_twice_gives_the_same_page() -> None:
     page = "before\n<!-- begin: results -->\nold\n<!-- end: results -->\nafter"
     once = common.replace_block(page, "results", "new\n")
     assert once == "before\n<!-- begin: results -->\nnew\n<!-- end: results -->\nafter"

@@ -75,7 +75,7 @@ def test_how_wide_a_load_is(instruction: str, size: int) -> None:
     assert gate.read_loads(instruction) == [size]
 
 
-def test_what_is_no_load() -> None:
+def test_stores_and_shared_memory_do_not_count_as_global_loads() -> None:
     others = (
         "st.global.v4.b32 [ %rd1 ], { %r1 };\ncp.async.commit_group;\ncp.async.wait_group 0;\nld.shared.v4.b32 x;\n"
     )
@@ -129,7 +129,7 @@ def test_every_way_to_become_worse(change: dict[str, int], rule: str) -> None:
     assert f"merge[bf16] sm_80: {rule}" in gate.complaints({KEY: now}, saved())
 
 
-def test_what_is_not_worse() -> None:
+def test_equal_or_better_numbers_are_not_reported() -> None:
     better = replace(GOOD, registers=64, shared=0, wide_loads=9, narrow_loads=9, tensor_core=5)
     assert gate.worse(replace(GOOD, registers=108), GOOD) == []
     assert gate.complaints({KEY: better}, saved()) == []

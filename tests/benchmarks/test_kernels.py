@@ -165,7 +165,7 @@ def test_bytes_of_a_merge() -> None:
     assert named("mask_weight", FULL).bytes == (2 + 1 + 2) * d * d
 
 
-def test_passes_follow_each_other_and_each_takes_what_it_needs_most_of() -> None:
+def test_the_floor_sums_the_bottleneck_of_each_pass() -> None:
     rates = Rates(bytes=10, flops=100, slots=1000)
     case = replace(named("mask_weight"), work=(Work(bytes=20, flops=100), Work(flops=500, slots=1000)))
     assert case.floor(rates) == (2 + 5, "products") and case.bytes == 20

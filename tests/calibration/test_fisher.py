@@ -212,7 +212,7 @@ def test_a_budget_goes_where_it_counts() -> None:
     assert sum(bits["dear"].values()) - 8 < sum(bits["even"].values()) - bits["even"][dear]
 
 
-def test_ones_are_no_weights() -> None:
+def test_importance_of_one_everywhere_equals_no_importance() -> None:
     """Importance of 1 everywhere gives the same bits as no importance."""
     plain, _ = quantized(None, None)
     ones = {name: ImportanceWeights(torch.ones_like(w.row), torch.ones_like(w.column)) for name, w in steep().items()}

@@ -285,7 +285,7 @@ def test_flags_are_those_of_the_library() -> None:
         assert typing.get_args(typing.get_args(hints[name])[0]) == choices
 
 
-def test_a_pipe_without_arrows_gets_the_table_all_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_the_output_cannot_encode_are_replaced(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open("printed", "w", encoding="ascii") as file:
         monkeypatch.setattr(sys, "stdout", file)
         assert main(["squeeze", "lora", "out", "--rank", "2"]) == 0

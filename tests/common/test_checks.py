@@ -24,14 +24,14 @@ def test_invalid_counts_are_named(value: Any, least: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.01, True, math.nan, "half"])
-def test_shares(value: Any) -> None:
+def test_a_share_is_in_zero_to_one(value: Any) -> None:
     check_share("energy", None)
     check_share("energy", 1)
     with pytest.raises(ValueError, match=f"energy={value!r}"):
         check_share("energy", value)
 
 
-def test_numbers() -> None:
+def test_only_finite_ints_and_floats_are_numbers() -> None:
     assert is_number(1) and is_number(-0.5) and not any(map(is_number, (True, math.inf, math.nan, "1", None, 1j)))
 
 

@@ -28,7 +28,7 @@ PATTERNS = st.builds(
 
 @settings(max_examples=60)
 @given(keys=st.lists(PATTERNS, unique=True, max_size=5), module=NAMES)
-def test_patterns_fit_what_they_fit_in_peft(keys: list[str], module: str) -> None:
+def test_patterns_match_the_same_modules_as_in_peft(keys: list[str], module: str) -> None:
     ranks = {key: place + 10 for place, key in enumerate(keys)}
     alphas = {key: place + 0.5 for place, key in enumerate(reversed(keys))}
     found = read_settings({**PLAIN, "rank_pattern": ranks, "alpha_pattern": alphas}).of(module)

@@ -333,7 +333,7 @@ INFO = TensorInfo(torch.float32, (2,))
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(3), torch.ones(2).half(), torch.ones(2, 1), [torch.zeros(12).byte()]])
-def test_what_was_not_announced_is_not_written(tmp_path: Path, wrong: Any) -> None:
+def test_a_tensor_that_differs_from_the_announced_one_is_refused(tmp_path: Path, wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"a: .*announced"), TensorWriter(tmp_path / "x", {"a": INFO}) as writer:
         writer.write("a", wrong)
     assert not any(tmp_path.iterdir())

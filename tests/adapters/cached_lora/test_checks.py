@@ -113,7 +113,7 @@ def test_a_cache_that_is_turned_on_inside_is_refused_by_the_next_generation() ->
     assert not any("forward" in vars(module) for module in model.modules() if not hasattr(module, "_diffusers_hook"))
 
 
-def test_an_end_that_fails_lets_the_outer_composition_go_on() -> None:
+def test_an_inner_composition_that_fails_at_its_end_leaves_the_outer_one_working() -> None:
     """With warnings as errors the inner composition fails at its end, and the outer one still works."""
     model = denoiser(adapters=["one", "two"])
     only(model, ["one"])

@@ -140,7 +140,7 @@ def test_a_profile_is_measured_under_offloading() -> None:
     assert hooked.forward == type(hooked).forward.__get__(hooked)
 
 
-def test_who_takes_its_place_inside_is_told() -> None:
+def test_replacing_the_composed_forward_warns() -> None:
     """If another function wraps the composed forward, a warning says so, and the composition has no effect later."""
     model = denoiser()
     sample, condition = inputs()

@@ -196,7 +196,7 @@ def test_progress_is_counted_or_read_off_the_timesteps() -> None:
         ([], 900.0, None, None),
     ],
 )
-def test_what_remains_of_a_schedule(
+def test_the_number_of_remaining_steps(
     timesteps: list[float], first: float, left: int | None, rising: bool | None
 ) -> None:
     assert remaining_steps(timesteps, first, rising) == left

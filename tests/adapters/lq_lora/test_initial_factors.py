@@ -95,7 +95,7 @@ def test_a_quarter_of_the_memory_and_of_the_file(tmp_path: Path) -> None:
 # ---- nothing is inexact ----
 
 
-def test_a_fresh_adapter_is_what_is_kept() -> None:
+def test_a_new_adapter_equals_the_kept_initial_factors() -> None:
     model = odd(keep_init="nf8")
     for layer in layers(model).values():
         assert layer.quantized.keep_init == "nf8" and layer.quantized.initial_B is None
@@ -192,7 +192,7 @@ def test_a_second_adapter_starts_where_the_first_did(keep_init: bool | str, tmp_
 
 @pytest.mark.filterwarnings(WITHOUT)
 @pytest.mark.parametrize(("has", "comes"), [(False, True), (True, "nf8"), ("nf8", False), (True, True)])
-def test_what_is_kept_stays_as_the_first_adapter_has_it(has: bool | str, comes: bool | str, tmp_path: Path) -> None:
+def test_the_first_adapter_decides_keep_init(has: bool | str, comes: bool | str, tmp_path: Path) -> None:
     """A loaded adapter keeps the layer's initial factors, and its configuration gets their `keep_init`."""
     other = adapted(keep_init=comes)
     train(other)

@@ -133,7 +133,7 @@ def test_a_rank_beyond_the_matrix_is_filled_up() -> None:
 # ---- what is quantized ----
 
 
-def test_rows_that_no_block_fits_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_whose_rows_fit_no_block_stay_in_floating_point(caplog: pytest.LogCaptureFixture) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -191,7 +191,7 @@ def test_ranks_compete_with_bits() -> None:
     assert len(table) == 6
 
 
-def test_what_stays_as_it_is_is_counted() -> None:
+def test_layers_that_stay_in_floating_point_count_in_the_budget() -> None:
     """Rows of 96 values have no block of 64: they cost 32 bits per weight, and the others share the rest."""
     grid = [[2, 2, "bf16", 64, 256], [4, 4, "bf16", 64, 256]]
     model = adapted(target_modules=["q_proj", "down_proj"], qconfig_grid=grid, budget_bits=20.5)
@@ -410,7 +410,7 @@ def test_a_smaller_second_adapter_takes_the_best_part() -> None:
         assert (B @ A - B2 @ A2).norm().item() == pytest.approx(S[3:].norm().item(), rel=1e-3)
 
 
-def test_what_does_not_say_its_base_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_without_its_checksums_is_refused(tmp_path: Path) -> None:
     adapted(seed=1).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_sha256": None, "lq_state": "decomposed"}))

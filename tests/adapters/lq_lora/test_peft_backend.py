@@ -96,7 +96,7 @@ def check_merging(model: Any, output: Tensor) -> None:
 
 
 @pytest.mark.parametrize("method", MERGED)
-def test_what_is_merged_computes_the_same_and_leaves_no_trace(method: str, alone: Any, tmp_path: Path) -> None:
+def test_merging_keeps_the_output_and_unmerging_restores_the_bits(method: str, alone: Any, tmp_path: Path) -> None:
     before = logits(alone)
     model = get_peft_model(alone, MERGED[method])
     losses = train(model)
@@ -251,7 +251,7 @@ def test_a_quantized_layer_is_not_trained_as_a_whole(kind: Any, alone: Any) -> N
     get_peft_model(alone, kind(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
 
 
-def test_what_is_not_quantized_is_not_concerned(alone: Any) -> None:
+def test_floating_point_layers_are_merged_as_usual(alone: Any) -> None:
     model = get_peft_model(alone, peft.LoHaConfig(r=4, target_modules=["o_proj"]))
     train(model)
     trained = logits(model)

@@ -73,7 +73,7 @@ def test_the_sum_of_two_adapters() -> None:
 
 
 @pytest.mark.parametrize(("scale", "use_rslora"), [(0.0, False), (0.5, True)])
-def test_a_scale_is_that_of_what_was_learned(scale: float, use_rslora: bool) -> None:
+def test_a_scale_multiplies_the_learned_update_only(scale: float, use_rslora: bool) -> None:
     model = two(use_rslora=use_rslora)
     model.set_adapter("default")
     expected = learned(model, default=scale)

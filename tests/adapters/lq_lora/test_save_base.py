@@ -226,7 +226,7 @@ def test_weights_that_are_not_there_or_not_finite(tmp_path: Path) -> None:
     assert {name: type(module) for name, module in broken.named_modules()} == before
 
 
-def test_what_was_made_is_dropped_where_peft_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rebuilt_layers_are_dropped_if_peft_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare().save_pretrained(tmp_path)
     seen: list[tuple[LqLoraModel, int]] = []
 

@@ -225,7 +225,7 @@ def test_adapters_know_their_matrices(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [LoraConfig, LqLoraConfig])
-def test_what_is_left_as_it_is(config: Any, folder: Path) -> None:
+def test_other_adapters_leave_the_quantized_layers_unchanged(config: Any, folder: Path) -> None:
     """peft's own LoRA, and random factors on an unquantized base, leave the layer and its factors unchanged."""
     alone = AutoModelForCausalLM.from_pretrained(folder)
     before, bits = logits(alone), {name: buffer.clone() for name, buffer in alone.named_buffers()}
@@ -348,7 +348,7 @@ def test_tied_weights_are_refused() -> None:
 # ---- bad input ----
 
 
-def test_quantizing_is_not_what_the_configuration_does(tmp_path: Path) -> None:
+def test_a_floating_point_model_is_not_quantized_by_the_configuration(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"NFkConfig\(...\) quantizes nothing.*LqLoraConfig.*standalone"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=NFkConfig(modules={Q_PROJ: NF4}))

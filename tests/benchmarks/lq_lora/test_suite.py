@@ -77,7 +77,7 @@ def test_the_result_is_shown_and_says_what_it_depends_on(result: Any) -> None:
     assert "goal 0.3" in shown and result["table"]["seconds"] > 0 and result["table"]["ways"] == len(FEW)
 
 
-def test_what_is_slow_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_methods_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lq_lora, "SLOW", 0.0)
     monkeypatch.setattr(lq_lora, "METHODS", {lq_lora.PLAIN: lq_lora.METHODS[lq_lora.PLAIN]})
     monkeypatch.setattr(lq_lora, "PEERS", {})

@@ -112,7 +112,7 @@ def test_the_same_inputs_give_the_same_bits(device: str) -> None:
     assert not torch.equal(merge_lora(*arguments, seed=1), merge_lora(*arguments, seed=2))
 
 
-def test_what_the_kernel_does_not_take_is_computed_all_the_same(device: str) -> None:
+def test_inputs_that_the_kernel_does_not_support_use_torch(device: str) -> None:
     arguments = make((9, 7), (2,), torch.float64, torch.float64, device)
     assert OPERATORS["merge_lora"].why_not_triton(*arguments, None) == (
         "torch.float64: the kernels take torch.float32, torch.bfloat16, torch.float16"

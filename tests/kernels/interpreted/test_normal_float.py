@@ -39,7 +39,7 @@ def test_blocks_and_groups_without_a_scale_of_their_own(device: str) -> None:
     torch.testing.assert_close(restored, weight, rtol=1e-6, atol=0)  # the largest level is one bit less than 1
 
 
-def test_what_the_kernel_does_not_take(device: str) -> None:
+def test_inputs_that_the_kernel_does_not_support(device: str) -> None:
     operator, tensor = OPERATORS["nf_dequantize"], NFTensor(*quantize(torch.ones(6, device=device), NFConfig()))
     assert "a block of 48" in str(operator.why_not_triton(*tensor, 4, 8, 48, 256, 6, torch.float32))
     assert "float64 is not one of" in str(operator.why_not_triton(*tensor, 4, 8, 64, 256, 6, torch.float64))

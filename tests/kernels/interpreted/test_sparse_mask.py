@@ -110,7 +110,7 @@ def test_density(dtype: torch.dtype) -> None:
         assert torch.equal(density_mask(scores, density), density_mask_reference(scores, density))
 
 
-def test_what_the_kernels_do_not_take() -> None:
+def test_inputs_that_the_kernels_do_not_support() -> None:
     scores, threshold = values((6, 6), torch.float32), torch.tensor(0.3, device=DEVICE)
     refused = OPERATORS["n_m_mask"].why_not_triton
     assert "m=3" in str(refused(scores, 2, 3, 1)) and "float64" in str(refused(scores.double(), 1, 2, 1))

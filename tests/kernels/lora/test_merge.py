@@ -72,7 +72,7 @@ def test_any_adapters(
     assert (found is weight) == inplace and (inplace or torch.equal(weight, expected[0]))
 
 
-def test_what_is_one_product_and_what_is_not() -> None:
+def test_one_product_is_used_only_for_equal_scales_in_float32() -> None:
     weight, A, B, _ = make((9, 7), (2, 3), torch.float32, torch.float32)
     half = [f.bfloat16() for f in A], [f.bfloat16() for f in B]
     assert module._is_one_product(weight, A, B, [0.5, 0.5], None)

@@ -365,7 +365,7 @@ def fastest(function: Callable[[], object], times: int) -> float:
 
 
 @pytest.mark.slow
-def test_is_faster_than_what_forms_the_matrix() -> None:
+def test_truncating_factors_is_faster_than_forming_the_matrix() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

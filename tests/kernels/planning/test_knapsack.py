@@ -192,7 +192,7 @@ def test_ranks_of_modules_of_different_shapes_may_miss_the_optimum() -> None:
 # --- the parts of greedy ---
 
 
-def test_fill_goes_on_behind_a_step_that_does_not_fit() -> None:
+def test_greedy_skips_a_step_that_does_not_fit_and_takes_later_ones() -> None:
     values, costs = [[0, 10], [0, 9], [0, 1]], [[0, 4], [0, 4], [0, 1]]
     found = greedy(values, costs, 7)
     assert found == Allocation(choices=(1, 0, 1), cost=5, value=11.0, bound=10 + 9 * 3 / 4)

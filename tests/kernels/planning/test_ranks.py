@@ -81,7 +81,7 @@ def test_an_energy_is_that_of_the_engine() -> None:
     assert ranks == plan_ranks(spectra, RankTarget(sv_fro=0.9**0.5))
 
 
-def test_the_least_of_a_matrix_holds_whatever_the_target_says() -> None:
+def test_the_minimum_rank_of_a_matrix_overrides_the_target() -> None:
     stubborn = {"a": spectrum(8, 1, 1, 1, min_rank=3), "b": spectrum(8, 1, 1, 1)}
     assert plan_ranks(stubborn, RankTarget(rank=2)) == {"a": 3, "b": 2}
     assert plan_ranks(stubborn, RankTarget(energy=0.5, max_rank=2)) == {"a": 3, "b": 1}

@@ -178,7 +178,7 @@ def test_gradients_equal_those_of_the_definition(dtype: torch.dtype) -> None:
 # Tracing.
 
 
-def test_compiles_whole() -> None:
+def test_compiles_without_graph_breaks() -> None:
     weight, threshold = torch.randn(6, 8, requires_grad=True), torch.tensor(0.3)
 
     def step(weight: Tensor) -> Tensor:

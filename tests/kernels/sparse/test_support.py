@@ -55,7 +55,7 @@ def test_adding_rounds_once_and_touches_nothing_else(dtype: torch.dtype, shape: 
     assert weight.stride() == before and torch.equal(weight, expected)
 
 
-def test_compiles_whole() -> None:
+def test_compiles_without_graph_breaks() -> None:
     indices, values = torch.tensor([1, 5, 6]), torch.randn(3)
 
     def step(weight: Tensor) -> Tensor:

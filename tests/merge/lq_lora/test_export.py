@@ -52,7 +52,7 @@ def test_stock_peft_loads_what_was_learned(fields: dict[str, Any], tmp_path: Pat
     assert (logits(loaded) - logits(base())).abs().max() > 0.1
 
 
-def test_it_is_the_quantized_model_but_for_what_quantizing_lost(tmp_path: Path) -> None:
+def test_the_exported_lora_differs_by_the_quantization_error_only(tmp_path: Path) -> None:
     differences = []
     for bits in (2, 8):
         folder = tmp_path / str(bits)

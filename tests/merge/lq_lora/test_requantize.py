@@ -73,7 +73,7 @@ def test_a_budget_is_kept() -> None:
     assert all(new.get_submodule(row.name).config == NFConfig(*(row.config or ())) for row in rows)
 
 
-def test_what_no_block_fits_goes_on_in_floating_point() -> None:
+def test_layers_whose_rows_fit_no_block_stay_in_floating_point() -> None:
     model, expected = trained(qconfig_grid=[[4, 4, "bf16", 64, 256]], target_modules=["q_proj", "down_proj"])
     new, rows = merge_and_requantize(model, budget_bits=22.0)
     left = [row for row in rows if row.config is None]

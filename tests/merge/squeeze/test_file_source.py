@@ -148,7 +148,9 @@ def test_a_dropped_module_is_not_taken_for_one_that_stays(layers_to_transform: A
 
 
 @pytest.mark.parametrize("kind", ["dora", "bias"])
-def test_what_acts_without_factors_is_never_dropped(kind: str, original: Original, tmp_path: Path) -> None:
+def test_modules_with_more_than_factors_keep_a_rank_of_at_least_one(
+    kind: str, original: Original, tmp_path: Path
+) -> None:
     modules = squeeze_adapter(original(kind), tmp_path / "some", rank=3).modules
     least = sum(module.params_before // R for module in modules)
     with pytest.warns(UserWarning, match="conv1 keeps only") if kind == "dora" else nullcontext():

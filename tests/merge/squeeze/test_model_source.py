@@ -114,7 +114,7 @@ def test_into_adds_an_adapter_and_leaves_the_rest(kind: str, how: dict[str, Any]
     torch.testing.assert_close(outputs(model), wanted, **CLOSE)
 
 
-def test_into_takes_over_what_is_not_lora(tmp_path: Path) -> None:
+def test_into_copies_saved_modules_and_trained_tokens(tmp_path: Path) -> None:
     more = {"modules_to_save": ["head"], "trainable_token_indices": {"words": [1, 2]}}
     model = adapted(target_modules=["linear"], true_rank=3, **more)
     before, wanted = state(model), outputs(model)

@@ -120,7 +120,7 @@ def test_the_pipeline_is_ddim(tiny_base: Path) -> None:
     torch.testing.assert_close(images, x.clamp(-1, 1), atol=1e-4, rtol=0)  # float32, four passes
 
 
-def test_a_model_alone_is_as_good_as_a_pipeline(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_folder_with_only_the_denoiser_is_loaded_as_a_pipeline(tiny_base: Path, tmp_path: Path) -> None:
     pipe = load_pipeline(tiny_base)
     pipe.unet.save_pretrained(tmp_path / "alone")
     one, other = (
