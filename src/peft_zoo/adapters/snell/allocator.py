@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_zoo.adapters.base import StepCallback
+from peft_zoo.adapters.base.schedule_watch import schedule_runs
 from peft_zoo.kernels.planning.sparsity import ImportanceTracker, budget_at, kept_count, water_fill
 
 
@@ -51,7 +53,7 @@ class SnellAllocator:
             raise ValueError(f"adapter_name={adapter_name!r}: no SNELL layer has it; use another name")
         self.config = next(iter(self.layers.values())).configs[adapter_name]
         self.caps = torch.tensor([layer.in_features * layer.out_features for layer in self.layers.values()])
-        self.initial = sum(int(layer.zoo_snell_num_kept[adapter_name]) for layer in self.layers.values())
+        self.initial = self.kept()
 
     @cached_property
     def tracker(self) -> ImportanceTracker:
@@ -70,13 +72,14 @@ class SnellAllocator:
             Whether the numbers of kept weights were allocated again. False in the last `tfinal` steps, so that the
             final pattern is trained.
         """
+        for layer in self.layers.values():
+            schedule_runs(layer, self.adapter_name)
         config = self.config
         if config.target_sparsity is None or global_step >= (config.total_step or 0) - config.tfinal:
             return False
         self.tracker.update()
-        target = sum(kept_count(config.target_sparsity, int(cap)) for cap in self.caps)
         kept, due = budget_at(
-            global_step, self.initial, target, config.tinit, config.tfinal, config.total_step or 0, config.deltaT
+            global_step, self.initial, self.target(), config.tinit, config.tfinal, config.total_step or 0, config.deltaT
         )
         if due:
             allocation = water_fill(self.tracker.scores(), self.caps, kept)
@@ -84,14 +87,26 @@ class SnellAllocator:
                 layer.zoo_snell_num_kept[self.adapter_name].fill_(count)
         return due
 
+    def target(self) -> int:
+        """Returns the number of weights that all layers keep at the end of the schedule."""
+        return sum(kept_count(self.config.target_sparsity or 0.0, int(cap)) for cap in self.caps)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the moving averages and the initial budget."""
         return {"initial": torch.tensor(self.initial), **self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` returned."""
-        self.initial = int(state["initial"])
+        """Restores what `state_dict` returned; raises a ValueError that names the field if it does not fit."""
+        initial, most = state.get("initial"), int(self.caps.sum())
+        if initial is None or initial.dtype != torch.int64 or initial.numel() != 1 or not 0 <= int(initial) <= most:
+            shown = None if initial is None else initial.flatten()[:1].tolist()
+            raise ValueError(f"state: initial={shown} is not a number of kept weights, from 0 to {most} as one int64.")
         self.tracker.load_state_dict({key: value for key, value in state.items() if key != "initial"})
+        self.initial = int(initial)
+
+    def kept(self) -> int:
+        """Returns the number of weights that all layers keep now."""
+        return sum(int(layer.zoo_snell_num_kept.read(self.adapter_name)) for layer in self.layers.values())
 
 
 class SnellCallback(StepCallback):
@@ -113,7 +128,22 @@ class SnellCallback(StepCallback):
     """
 
     file_name = "snell_allocator.safetensors"
+    stepper: SnellAllocator
 
     def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
         active = getattr(model, "active_adapter", "default")
         super().__init__(SnellAllocator(model, adapter_name or (active if isinstance(active, str) else "default")))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warns if the best checkpoint, which `load_best_model_at_end` has loaded, has not the target's budget."""
+        config, kept = self.stepper.config, self.stepper.kept()
+        is_over = state.global_step >= (config.total_step or 0) - config.tfinal
+        if config.target_sparsity is not None and is_over and args.load_best_model_at_end:
+            target = self.stepper.target()
+            if kept != target:
+                warnings.warn(
+                    f"load_best_model_at_end: the adapter of {state.best_model_checkpoint} keeps {kept} weights, the "
+                    f"budget of its step, and not the {target} of target_sparsity={config.target_sparsity}. Load the "
+                    "last checkpoint, or evaluate only after the budget has reached its target.",
+                    stacklevel=2,
+                )

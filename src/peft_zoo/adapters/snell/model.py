@@ -23,7 +23,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from peft_zoo.adapters.base import ZooModel
+from peft_zoo.adapters.base.schedule_watch import watch_schedule
 from peft_zoo.adapters.snell.allocator import SnellAllocator, SnellCallback
 from peft_zoo.adapters.snell.config import SnellConfig
 from peft_zoo.adapters.snell.layer import SnellLayer
@@ -74,6 +77,18 @@ class SnellModel(ZooModel):
         if self._allocator is None or self._allocator.adapter_name != scheduled[0]:
             self._allocator = SnellAllocator(self.model, scheduled[0])
         return self._allocator.step(global_step)
+
+    def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
+        super()._finish_injection(model, adapter_name)
+        layers = [layer for layer in self._zoo_layers() if adapter_name in layer.scaling]
+        if adapter_name in self._scheduled() and layers:
+            watch_schedule(
+                layers[0],
+                adapter_name,
+                lambda layer: layer.parameter("zoo_snell_A", adapter_name),
+                f"target_sparsity of adapter {adapter_name!r} has no effect: nobody allocates its budget. Give Trainer "
+                "`callbacks=[SnellCallback(model)]`, or call `update_and_allocate` after each optimizer step.",
+            )
 
     def _scheduled(self) -> list[str]:
         ours = ((name, c) for name, c in self.peft_config.items() if isinstance(c, SnellConfig))

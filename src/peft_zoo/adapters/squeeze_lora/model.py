@@ -20,8 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
 from peft_zoo import registration
 from peft_zoo.adapters.base import ZooLoraConfig, ZooLoraModel
+from peft_zoo.adapters.base.schedule_watch import watch_schedule
 from peft_zoo.adapters.squeeze_lora.callback import SqueezeCallback
 from peft_zoo.adapters.squeeze_lora.schedule import SqueezeConfig
 
@@ -81,3 +85,16 @@ class SqueezeLoraConfig(SqueezeConfig, ZooLoraConfig):
 )
 class SqueezeLoraModel(ZooLoraModel):
     """peft's LoRA model, registered for `SqueezeLoraConfig`."""
+
+    def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
+        super()._finish_injection(model, adapter_name)
+        config = self.peft_config[adapter_name]
+        layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
+        if config.has_target and not config.inference_mode and layers:
+            watch_schedule(
+                layers[0],
+                adapter_name,
+                lambda layer: layer.lora_A[adapter_name].weight,
+                f"the schedule of adapter {adapter_name!r} has no effect: nobody lowers its rank. Give Trainer "
+                "`callbacks=[SqueezeCallback()]`, or use a `LoraSqueezer` in the training loop.",
+            )

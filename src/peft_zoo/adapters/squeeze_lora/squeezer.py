@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from peft_zoo.adapters.base.schedule_watch import schedule_runs
 from peft_zoo.adapters.squeeze_lora.factors import LoraPair, Projection, lora_pairs, squeeze_pair
 from peft_zoo.adapters.squeeze_lora.finalize import config_table, finalize_squeeze, write_ranks
 from peft_zoo.adapters.squeeze_lora.schedule import SqueezeConfig
@@ -71,6 +73,9 @@ class LoraSqueezer:
         start: int | None = None,
     ) -> None:
         self.pairs = lora_pairs(model, adapter_name)
+        layers: list[Any] = [pair.layer for pair in self.pairs]
+        for layer in layers:
+            schedule_runs(layer, adapter_name)
         found = config_table(model, adapter_name)[adapter_name]
         found = config or found
         if not isinstance(found, SqueezeConfig):

@@ -217,13 +217,20 @@ class ImportanceTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies averages of `state_dict` into this tracker; if names or shapes differ, raises a ValueError instead."""
+        """Copies averages of `state_dict` into this tracker; if they do not fit, raises a ValueError instead.
+
+        They have the names, shapes and dtype of this tracker's, and finite values of at least 0.
+        """
         own = self.state_dict()
         if own.keys() != state.keys():
             raise ValueError(f"state is for other layers; add or remove {sorted(own.keys() ^ state.keys())[:4]}.")
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f"state: {name} has shape {tuple(state[name].shape)}; use {tuple(tensor.shape)}.")
+            if state[name].dtype != tensor.dtype:
+                raise ValueError(f"state: {name} has dtype {state[name].dtype}; use {tensor.dtype}.")
+            if not ((state[name] >= 0) & state[name].isfinite()).all():
+                raise ValueError(f"state: {name} has values that are negative or not finite; it is damaged.")
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
