@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_zoo import Method
+from peft_zoo import LqLoraConfig, Method
 from tests.adapters.models import adapted, bits, config, first, inputs, layers, output, spread, wrap
 
 NAMES = ["other", "__base__", "default"]
@@ -280,3 +280,26 @@ def test_bitsandbytes_does_not_repack_an_adapted_weight(method: Method) -> None:
     with torch.no_grad():
         model(torch.randn(2, 64))
     assert same(packed(base.weight), before)
+
+
+def test_a_base_that_torchao_has_quantized_itself(method: Method) -> None:
+    """Adapters train where the base is only added to; what would need to quantize again raises an error in words."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(32, 16)), torch.randn(3, 32)
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+    before = base(x)
+    fields = {"target_modules": ["0"], "init_weights": False}
+    model = get_peft_model(base, method.config_cls(**{**method.config_cls.conformance.arguments, **fields}))
+    found, (layer,) = model(x), layers(model)
+    assert (found - before).norm() > 0.01 * before.norm()
+    torch.testing.assert_close(found - before, x @ layer.get_delta_weight("default").mT, rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(TypeError, match="torchao"):
+        model.merge_adapter()
+    assert torch.equal(model(x), found)
+    plain = nn.Sequential(nn.Linear(32, 16))
+    quantization.quantize_(plain, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="0 is a Linear with a weight of Int8Tensor: it is quantized already"):
+        get_peft_model(plain, LqLoraConfig(r=2, target_modules=["0"]))

@@ -1,4 +1,4 @@
-"""TRL's trainers with every method that trains: supervised fine-tuning, and DPO against the model without the adapter."""
+"""TRL's trainers with every method that trains: supervised fine-tuning, and DPO against the disabled adapter."""
 
 from __future__ import annotations
 

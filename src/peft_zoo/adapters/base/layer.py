@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig
 from peft_zoo.adapters.base.factors import BufferDict, FactorDict
-from peft_zoo.adapters.base.layout import SUPPORTED, Layout, layout_of
+from peft_zoo.adapters.base.layout import SUPPORTED, Layout, backend_of, layout_of
 from peft_zoo.adapters.base.offload import offload_hook, refuse_training
 from peft_zoo.adapters.base.parameter import ParameterTarget
 from peft_zoo.adapters.base.snapshot import Snapshot
@@ -61,7 +61,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         base: Any = self.get_base_layer()
-        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.quantization_backend = backend_of(base, **quantization)
         if hasattr(base, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack the weight, losing bits
             base.support_avx512bf16_for_cpu = False
         self.layout = self._find_layout()

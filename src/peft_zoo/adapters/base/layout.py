@@ -13,7 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -122,6 +126,18 @@ class ParameterLayout(Layout):
     def apply(self, base: Any, x: Tensor, delta: Tensor) -> Tensor:
         """Raises a TypeError: how a parameter is applied depends on its module."""
         raise TypeError("a targeted nn.Parameter is adapted by changing its value in the forward pass of its module")
+
+
+def backend_of(base: nn.Module, **quantization: Any) -> QuantizationBackend | None:
+    """Returns peft's backend of a quantized base layer, or None if it is not quantized.
+
+    A layer quantized by torchao itself does not know how to quantize again: it gets a backend that does not merge,
+    where peft raises an error.
+    """
+    try:
+        return resolve_quantization_backend(base, **quantization)
+    except ValueError:
+        return ForwardOnlyQuantizationBackend("torchao")
 
 
 def layout_of(base: nn.Module, backend: QuantizationBackend | None) -> Layout | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base import expand_all_linear
+from peft_zoo.adapters.base.layout import backend_of
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear
 
@@ -52,9 +53,13 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def refuse_quantized(name: str, module: nn.Module) -> None:
     """Raises a ValueError that names the module if another library has quantized it."""
-    if isinstance(module, nn.Linear) and not isinstance(module, NFLinear) and not module.weight.is_floating_point():
+    if not isinstance(module, nn.Linear) or isinstance(module, NFLinear):
+        return
+    weight = module.weight
+    kind = type(weight).__name__ if weight.is_floating_point() else weight.dtype  # torchao's are "floating-point"
+    if not weight.is_floating_point() or backend_of(module) is not None:
         raise ValueError(
-            f"{name} is a {type(module).__name__} with a weight of {module.weight.dtype}: it is quantized already; "
+            f"{name} is a {type(module).__name__} with a weight of {kind}: it is quantized already; "
             "load the base model in floating-point."
         )
 
