@@ -18,12 +18,11 @@ only there does a LoRA of rank 4 have the paper's 0.0353 M parameters.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -126,10 +125,10 @@ class WatermarkLoraConfig(ZooLoraConfig):
         Raises:
             ValueError: If the last up block of the model is unknown.
         """
-        values = {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(LoraConfig) if item.init}
+        plain = self.as_plain_lora()
         if model is not None and _uses_default_target(self):
-            values["target_modules"] = last_up_block(model)
-        return LoraConfig(**{**values, "peft_type": None})
+            plain.target_modules = last_up_block(model)
+        return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves as peft does, and adds `plain_lora/`, which stock peft and diffusers load without peft-zoo.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from peft_zoo import registration
@@ -54,6 +54,10 @@ class MethodConfig:
     trainable: ClassVar[bool] = True
     #: Whether a saved adapter is a plain LoRA but for its type: updates `s * B A` on unchanged base weights.
     saves_plain_lora: ClassVar[bool] = False
+    #: Whether diffusers can load the tensors of an adapter as a LoRA, with `as_plain_lora` as its configuration.
+    loads_in_diffusers: ClassVar[bool] = False
+    #: Whether a model of diffusers holds the configuration, after its own `add_adapter`; set on the tuner's copy.
+    is_for_diffusers: ClassVar[bool] = False
     #: Arguments with which a new adapter leaves the output unchanged; empty if the defaults do.
     identity: ClassVar[dict[str, Any]] = {}
     #: Initial learning rate to try with AdamW; None if rates that suit LoRA do.
@@ -65,6 +69,25 @@ class MethodConfig:
         config: Any = self  # a PeftConfig too, which follows this mixin in a subclass
         super().__post_init__()  # type: ignore[misc]
         config.peft_type = registration.peft_type_of(type(config))
+
+    def as_plain_lora(self) -> LoraConfig:
+        """Returns the same adapter as a `LoraConfig` of peft; only for methods with `loads_in_diffusers`."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields by name; those of a plain LoRA if the model's own `save_lora_adapter` asks.
+
+        Raises:
+            ValueError: If diffusers asks and the adapter is no plain LoRA: it would write a file that it cannot load.
+        """
+        if not self.is_for_diffusers:
+            return super().to_dict()  # type: ignore[misc]
+        if self.loads_in_diffusers:
+            return self.as_plain_lora().to_dict()
+        raise ValueError(
+            f"{type(self).__name__}: diffusers saves and loads plain LoRAs only, and save_lora_adapter would write a "
+            "file that nothing loads; use get_peft_model(model, config) and its save_pretrained instead."
+        )
 
     def require(self, condition: bool, name: str, fix: str) -> None:
         """Raises a ValueError that names field `name`, its value and `fix`, unless `condition` holds."""

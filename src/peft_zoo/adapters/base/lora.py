@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from dataclasses import fields
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -33,9 +35,16 @@ class ZooLoraConfig(MethodConfig, LoraConfig):
         ValueError: If `r` is not an int of at least 1.
     """
 
+    loads_in_diffusers: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
+
+    def as_plain_lora(self) -> LoraConfig:
+        """Returns the same adapter as a `LoraConfig` of peft, without the method's own fields."""
+        values = {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(LoraConfig) if item.init}
+        return LoraConfig(**{**values, "peft_type": None})
 
 
 class ZooLoraModel(MethodTuner, LoraModel):

@@ -37,7 +37,9 @@ class MethodTuner(BaseTuner):
         object of the user they would change what a second model gets from it.
         """
         is_new = not _has_adapter(self.model, adapter_name)
-        self.peft_config[adapter_name] = _own_copy(self.peft_config[adapter_name])
+        own: Any = _own_copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = own
+        own.is_for_diffusers = hasattr(model, "save_lora_adapter") and getattr(model, "_hf_peft_config_loaded", False)
         try:
             with restored_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -83,6 +83,7 @@ class LqLoraConfig(ZooLoraConfig):
     """
 
     method_name: ClassVar[str] = "lq_lora"
+    loads_in_diffusers: ClassVar[bool] = False  # a LoRA for the quantized weight, which diffusers would not restore
     suggested_learning_rate: ClassVar[float | None] = 3e-4
     #: peft's tests use matrices smaller than the default rank, and count on a scale of 1.
     conformance: ClassVar[Conformance] = Conformance(
