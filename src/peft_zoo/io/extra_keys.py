@@ -39,7 +39,7 @@ def check_extra_key(
     if config is None:
         known = key.endswith(SUFFIXES) or "." not in key or key.startswith(BUNDLED) or _is_norm(key)
     else:
-        known = key.startswith(prefix) and _is_named(key.removeprefix(prefix), config, modules, base_parts)
+        known = key.startswith(prefix) and is_named(key.removeprefix(prefix), config, modules, base_parts)
     if not known:
         raise ValueError(
             f"unknown key {key!r}; the nearest known one is {nearest_key(fmt, key)!r}. Remove the tensor, which could "
@@ -47,8 +47,12 @@ def check_extra_key(
         )
 
 
-def _is_named(key: str, config: Mapping[str, Any], modules: Collection[str], base_parts: Collection[str]) -> bool:
-    """Whether the configuration names a tensor, given without the prefix."""
+def is_named(key: str, config: Mapping[str, Any], modules: Collection[str], base_parts: Collection[str] = ()) -> bool:
+    """Whether the configuration of an adapter names a tensor, by its key without the prefix.
+
+    `modules` are the names of the adapted modules, and `base_parts` those of tensors of their base layers that this
+    type of adapter stores.
+    """
     module, _, part = key.rpartition(".")
     owner = module.removesuffix(".base_layer")
     saved = config.get("modules_to_save") or []
@@ -56,7 +60,7 @@ def _is_named(key: str, config: Mapping[str, Any], modules: Collection[str], bas
     return (
         any(f".{name}." in f".{key}" for name in saved if isinstance(name, str) and name)
         or (bool(config.get("trainable_token_indices")) and key.endswith(TRAINED_TOKENS))
-        or (part == "bias" and (bias == "all" or (bias == "lora_only" and owner in modules)))
+        or (part == "bias" and (bias == "all" or (str(bias).endswith("_only") and owner in modules)))
         or (part == "weight" and owner in modules and owner.rpartition(".")[2] in EMBEDDINGS)
         or (part in base_parts and module.endswith(".base_layer") and owner in modules)
     )

@@ -29,13 +29,12 @@ from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_keys import FORMATS, Role, detect_format, make_key, parse_key
 from peft_zoo.io.lora_ranks import alpha_of
 from peft_zoo.io.lora_settings import MAX_RANK, ModuleSettings, diffusers_settings, read_settings
-from peft_zoo.io.safetensors import ClosedOnExit, TensorFile
+from peft_zoo.io.safetensors import FLOATS, ClosedOnExit, TensorFile, check_finite
 from peft_zoo.io.strict_json import read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)  # dtypes of alphas in some files
 _LETTERS = frozenset(string.ascii_letters + string.digits + "_.-")
@@ -158,7 +157,7 @@ class LoraAdapter(ClosedOnExit):
 
     def read(self, key: str) -> Tensor:
         """Reads one tensor by its name in the file; values that are not finite are a ValueError."""
-        return _finite(key, self.file.read(key))
+        return self.file.read_finite(key)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Reads B and A of one module, with ΔW = `scale * B @ A` (of an embedding, its transpose).
@@ -192,7 +191,7 @@ class LoraAdapter(ClosedOnExit):
             raise ValueError(f"module {name}: B {tuple(B.shape)} and A {tuple(A.shape)} should be {wanted}.")
         infos, tensors = self.new_infos(name, rank, scale), dict[str, Tensor]()
         for key, factor in ((module.key_B, B), (module.key_A, A)):
-            tensors[key] = _finite(key, factor.reshape(infos[key].shape).to(infos[key].dtype).contiguous())
+            tensors[key] = check_finite(key, factor.reshape(infos[key].shape).to(infos[key].dtype).contiguous())
         alpha = self._alpha_key(module, scale)
         if alpha is not None:
             tensors[alpha] = self._alpha_tensor(module, rank, scale)
@@ -337,12 +336,3 @@ def _check_companions(
             raise ValueError(f"module {name}: {flag}={config.get(flag)!r} but it {state} {role.value}; save it again.")
         if role in keys and infos[keys[role]].numel not in sizes[role]:
             raise ValueError(f"{keys[role]}: shape {infos[keys[role]].shape} does not fit lora_B {B}; save it again.")
-
-
-def _finite(key: str, tensor: Tensor) -> Tensor:
-    """Returns the tensor; raises if a value is NaN or infinite. Allocates nothing."""
-    if tensor.dtype in FLOATS and tensor.numel():
-        least, most = torch.aminmax(tensor)  # both NaN if any value is
-        if not math.isfinite(least.item()) or not math.isfinite(most.item()):
-            raise ValueError(f"non-finite values in {key}; train or download it again.")
-    return tensor

@@ -23,8 +23,9 @@ def rank_fields(
 ) -> dict[str, Any]:
     """Fields `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of a LoRA with these ranks and scales by module.
 
-    The most common rank and alpha (or those of the module `default`) become the fields, the others patterns. peft reads the keys of patterns as regular
-    expressions for the end of a name, so keys are escaped and anchored: each matches one module only.
+    The most common rank and alpha (or those of the module `default`) become the fields, the others patterns. peft reads
+    the keys of patterns as regular expressions for the end of a name, so keys are escaped and anchored: each matches
+    one module only.
     """
     ranks = {name: module.rank for name, module in modules.items()}
     alphas = {name: alpha_of(module.scale, module.rank, use_rslora) for name, module in modules.items()}

@@ -10,6 +10,7 @@ Pickles are never loaded: `torch.load` executes code from the file (CVE-2025-324
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PIECE = 1 << 26  # bytes copied at a time
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of factors and weights."""
 
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
@@ -99,6 +102,10 @@ class TensorFile(ClosedOnExit):
         self._fill(data.numpy().data, self._starts[name])
         return data.view(info.dtype).reshape(info.shape)
 
+    def read_finite(self, name: str) -> Tensor:
+        """Reads one tensor of `tensors`; a floating-point value that is not finite is a ValueError."""
+        return check_finite(name, self.read(name))
+
     def pieces(self, name: str, size: int = PIECE) -> Iterator[Tensor]:
         """Yields the bytes of one tensor in order, as uint8 tensors of at most `size` bytes, to copy large tensors."""
         start, end = self._starts[name], self._starts[name] + self.tensors[name].nbytes
@@ -110,6 +117,15 @@ class TensorFile(ClosedOnExit):
     def close(self) -> None:
         """Closes the file; nothing can be read afterwards."""
         self._file.close()
+
+
+def check_finite(name: str, tensor: Tensor) -> Tensor:
+    """Returns the tensor; raises a ValueError if a value is NaN or infinite. Allocates nothing."""
+    if tensor.dtype in FLOATS and tensor.numel():
+        least, most = torch.aminmax(tensor)  # both NaN if any value is
+        if not math.isfinite(least.item()) or not math.isfinite(most.item()):
+            raise ValueError(f"non-finite values in {name}; train or download it again.")
+    return tensor
 
 
 def _pickle_error(path: Path) -> ValueError:

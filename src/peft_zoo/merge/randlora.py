@@ -16,6 +16,7 @@ Paper: RandLoRA, arXiv:2502.00987, eq. 4.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -30,8 +31,10 @@ from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import draw
 from peft_zoo.common.atomic import new_folder
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
-from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME
+from peft_zoo.io.extra_keys import is_named
+from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME, open_weights
 from peft_zoo.io.lora_settings import read_settings
+from peft_zoo.io.safetensors import FLOATS
 from peft_zoo.kernels.random_matrix.basis import unit
 from peft_zoo.kernels.random_matrix.shared import BasisKey, shared_basis
 
@@ -40,6 +43,8 @@ SAME = (
     *("r", "target_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
     *("projection_prng_key", "randlora_dropout", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
 )
+LARGEST_BASIS = 1 << 28
+"""Limit on the number of random values that are computed from a configuration; those of a 70B model fit."""
 SPARSE = {"peft": (False, False), "peft_sparse": (True, False), "peft_very_sparse": (False, True)}
 """Values of peft's fields `sparse` and `very_sparse`, by basis."""
 
@@ -75,8 +80,9 @@ def to_peft(folder: str | Path, out_dir: str | Path) -> Path:
     config: RandLoraConfig = _config(source, RandLoraConfig)
     for name in ("target_parameters", "trainable_token_indices"):
         config.require(not getattr(config, name), name, "peft's RandLoRA does not support it")
-    with TensorFile(source / WEIGHTS_NAME) as file:
+    with open_weights(source) as file:
         modules = _modules(file, OURS, config.r)
+        _check_keys(file, OURS, config, modules)
         matrices = _of_ours(file, config, modules)
         factors = _factors(config, modules)
         return _write(out_dir, _peft_config(config, sorted(modules)), file, (OURS, THEIRS), matrices, factors)
@@ -115,8 +121,9 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
             "adapter_config.json: sparse=True and very_sparse=True; set one of them to false (peft used very_sparse)."
         )
     basis = next(name for name, flags in SPARSE.items() if flags == (bool(config.sparse), bool(config.very_sparse)))
-    with TensorFile(source / WEIGHTS_NAME) as file:
+    with open_weights(source) as file:
         modules = _modules(file, THEIRS, config.r)
+        _check_keys(file, THEIRS, config, modules)
         matrices = _of_peft(file, config.r, modules)
         drawn = matrices.get("A")
         if basis == "peft" and drawn is not None:
@@ -127,7 +134,8 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
                 "pass peft_basis_dtype='bfloat16' or 'float16', whichever the training machine used."
             )
         new = RandLoraConfig(
-            **{field: getattr(config, field) for field in SAME},
+            **{**{field: getattr(config, field) for field in SAME}, **_exact_targets(modules)},
+            exclude_modules=None,
             randlora_alpha=config.randlora_alpha,
             bias=config.bias.replace(THEIRS, OURS),
             basis=basis,
@@ -140,7 +148,7 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
 
 def _config(folder: Path, kind: type[Any]) -> Any:
     """Reads the configuration in a folder; raises if it is not of the class `kind`."""
-    content = read_json(folder / CONFIG_NAME)
+    content = read_json(folder / CONFIG_NAME, folder)
     found, wanted = content.pop("peft_type", None), kind().peft_type.value
     if found != wanted:
         raise ValueError(f"{folder}: peft_type={found!r} cannot be converted; give an adapter of type {wanted!r}.")
@@ -150,9 +158,7 @@ def _config(folder: Path, kind: type[Any]) -> Any:
 
 def _peft_config(config: RandLoraConfig, modules: list[str]) -> peft.RandLoraConfig:
     """Returns peft's configuration for an adapter with these modules."""
-    given = {field: getattr(config, field) for field in SAME}
-    if config.exclude_modules:  # peft's has no such field: list the adapted modules
-        given |= {"target_modules": modules, "layers_to_transform": None, "layers_pattern": None}
+    given = {**{field: getattr(config, field) for field in SAME}, **_exact_targets(modules)}
     alpha: Any = config.alpha  # annotated as int, but peft's layers divide it
     sparse, very_sparse = SPARSE.get(config.basis, (False, False))
     return peft.RandLoraConfig(
@@ -163,6 +169,28 @@ def _peft_config(config: RandLoraConfig, modules: list[str]) -> peft.RandLoraCon
         sparse=sparse,
         very_sparse=very_sparse,
     )
+
+
+def _exact_targets(modules: Iterable[str]) -> dict[str, Any]:
+    """Returns the fields that name exactly these modules: expressions of a file are neither run nor carried on."""
+    return {"target_modules": sorted(modules), "layers_to_transform": None, "layers_pattern": None}
+
+
+def _check_keys(file: TensorFile, prefix: str, config: Any, modules: Iterable[str]) -> None:
+    """Raises a ValueError that names the nearest key if a tensor is not one of the adapter, or no floating-point."""
+    names = set(modules)
+    own = {f"base_model.model.{name}.{prefix}{part}" for name in names for part in ("lambda", "gamma")}
+    shared = {f"base_model.{prefix}{part}" for part in "AB"}
+    copies = {f"base_model.model.{name}.{prefix}{part}" for name in names for part in "AB"}
+    begin, fields = "base_model.model.", config.to_dict()
+    for key, info in file.tensors.items():
+        if key in own or key in shared or key in copies:
+            if info.dtype not in FLOATS:
+                raise ValueError(f"{key}: dtype {info.dtype}; save float64, float32, float16 or bfloat16.")
+        elif not (key.startswith(begin) and is_named(key.removeprefix(begin), fields, names)):
+            known = sorted(own | shared)[:200]
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0] if len(key) <= 256 else known[0]
+            raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest!r}: remove it.")
 
 
 def _factors(config: RandLoraConfig, modules: Iterable[str]) -> dict[str, float]:
@@ -200,7 +228,7 @@ def _modules(file: TensorFile, prefix: str, r: int) -> dict[str, int]:
 
 def _of_ours(file: TensorFile, config: RandLoraConfig, modules: Mapping[str, int]) -> dict[str, Tensor]:
     """Returns A and B of an adapter of `RandLoraConfig` in peft's shapes, by name."""
-    stored = {name: file.read(key) for name in "AB" if (key := f"base_model.{OURS}{name}") in file.tensors}
+    stored = {name: file.read_finite(key) for name in "AB" if (key := f"base_model.{OURS}{name}") in file.tensors}
     if stored:
         _check_matrices(stored, config.r, modules)
         return stored
@@ -208,6 +236,10 @@ def _of_ours(file: TensorFile, config: RandLoraConfig, modules: Mapping[str, int
     config.require(config.basis_shape is not None, "basis_shape", fix)
     largest, smallest = config.basis_shape or [0, 0]
     config.require(smallest >= max(modules.values()), "basis_shape", f"a module has the size {max(modules.values())}")
+    size = (largest + 1) * (smallest + config.r)
+    config.require(
+        size <= LARGEST_BASIS, "basis_shape", f"peft would store {size} random numbers, {LARGEST_BASIS} at most"
+    )
     if config.is_peft_basis:
         config.require(config.peft_basis_dtype is not None, "peft_basis_dtype", fix)
         seed, dtype = config.projection_prng_key, str(config.peft_basis_dtype)
@@ -228,7 +260,7 @@ def _of_peft(file: TensorFile, r: int, modules: Mapping[str, int]) -> dict[str, 
     for name in "AB":
         keys = sorted((key for key in file.tensors if key.endswith(f".{THEIRS}{name}")), key=len)
         for key in keys:
-            read = file.read(key)
+            read = file.read_finite(key)
             if not torch.equal(matrices.setdefault(name, read), read):
                 raise ValueError(f"{keys[0]!r} and {key!r} should be copies but differ; use another copy of the file.")
     if matrices:
@@ -280,6 +312,6 @@ def _write(
             for key, tensor in ready.items():
                 writer.write(key, tensor)
             for key, origin in copied.items():
-                writer.write(key, file.read(origin) * factors.get(key, 1))
+                writer.write(key, file.read_finite(origin) * factors.get(key, 1))
         config.save_pretrained(str(folder))
     return Path(out_dir)

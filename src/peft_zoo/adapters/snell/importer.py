@@ -51,7 +51,10 @@ def import_snell_checkpoint(
     for key, value in checkpoint.items():
         found = _KEY.fullmatch(key)
         if found:
-            modules.setdefault(rename(f"{found['site']}.{found['name']}"), {})[found["part"]] = value
+            parts = modules.setdefault(rename(f"{found['site']}.{found['name']}"), {})
+            if found["part"] in parts:
+                raise ValueError(f"checkpoint: {key} and another key are the same tensor of one module; fix rename.")
+            parts[found["part"]] = value
     if not modules:
         raise ValueError(
             "checkpoint: no key like <site>.additional_<name>.learnable.In_Qs; give the state dict of the model."
@@ -71,8 +74,25 @@ def _convert(module: str, parts: Mapping[str, Tensor], sparsity: float | Mapping
     if isinstance(sparsity, Mapping) and module not in sparsity:
         raise ValueError(f"sparsity has no entry for {module}; add one, or give one value for all modules.")
     share = sparsity[module] if isinstance(sparsity, Mapping) else sparsity
+    _check_parts(module, parts)
     A, B = parts["In_Qs"].float(), parts["Out_Qs"].float()
     tensors = {"A": A, "B": B, "num_kept": torch.tensor(kept_count(share, A.shape[1] * B.shape[1]))}
     if "alpha" in parts:
         tensors["kernel_params"] = torch.cat([parts[name].float().view(1) for name in _MIXED])
     return tensors
+
+
+def _check_parts(module: str, parts: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError unless the tensors of one module are finite floating-point ones of shapes that fit."""
+    for name, value in parts.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"checkpoint: {name} of {module} is not a finite floating-point tensor; get it again.")
+    A, B = parts["In_Qs"].shape, parts["Out_Qs"].shape
+    if len(A) != 3 or len(B) != 3 or 0 in (*A, *B) or (A[0], A[2]) != (B[0], B[2]):
+        raise ValueError(
+            f"checkpoint: In_Qs {tuple(A)} and Out_Qs {tuple(B)} of {module} are not (G, in, r/G) and (G, out, r/G); "
+            "download the file again."
+        )
+    for name in _MIXED:
+        if name in parts and parts[name].numel() != 1:
+            raise ValueError(f"checkpoint: {name} of {module} has {parts[name].numel()} values, not one; get it again.")

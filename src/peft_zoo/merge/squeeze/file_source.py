@@ -77,7 +77,10 @@ class FileSource:
         return file.path.stat().st_size - data + growth + SLACK + others + added
 
     def factors(self, name: str) -> SqueezeFactors:
-        """Reads the factors of one module; a module with a magnitude or bias, which act alone, and a routed expert may not be dropped."""
+        """Reads the factors of one module.
+
+        A module with a magnitude or bias, which act alone, and a routed expert may not be dropped.
+        """
         module = self.adapter.modules[name]
         undroppable = Role.MAGNITUDE in module.keys or Role.BIAS in module.keys or is_expert(name)
         return SqueezeFactors(*self.adapter.factors(name), module.scale, int(undroppable))
