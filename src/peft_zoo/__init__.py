@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "peft_zoo.adapters.base.loading": ["load_adapter"],
+        "peft_zoo.adapters.base.saving": ["save_adapter"],
         "peft_zoo.calibration": ["calibrate"],
         "peft_zoo.registration": ["Method", "methods"],
         **public_names(),

@@ -126,11 +126,12 @@ def test_bad_values_are_named_with_a_fix(method: Method, case: int) -> None:
         method.config_cls(**changes)
 
 
-def test_a_pattern_is_checked_when_it_is_applied(method: Method) -> None:
-    made = method.config_cls(rank_pattern={"q_proj": 0})
+def test_a_pattern_is_checked_at_once_and_applied_to_a_copy(method: Method) -> None:
+    with pytest.raises(ValueError, match=r"rank_pattern\['q_proj'\]=0"):
+        method.config_cls(rank_pattern={"q_proj": 0})
+    made = method.config_cls(rank_pattern={"q_proj": 2})
     assert made.for_module("layers.0.k_proj") is made
-    with pytest.raises(ValueError, match="r=0"):
-        made.for_module("layers.0.q_proj")
+    assert made.for_module("layers.0.q_proj").r == 2
     assert made.r == method.config_cls().r
 
 

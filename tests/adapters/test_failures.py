@@ -21,7 +21,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         UNSUPPORTED,
     ),
     "no match": ({"target_modules": ["nothing"]}, "not found in the base model"),
-    "bad rank at the second layer": ({"target_modules": ["q_proj"], "rank_pattern": {"layers.1.*": 0}}, "r=0"),
+    "bad rank at the second layer": ({"target_modules": ["q_proj"], "rank_pattern": {"layers.1.*": 5000}}, "r=5000"),
     "unknown parameter": (
         {"target_modules": ["q_proj"], "target_parameters": ["q_proj.nothing"]},
         "no attribute|not find|nothing",

@@ -175,6 +175,7 @@ COMPILED = {
 
 @pytest.mark.parametrize(("method", "kind"), spread([*COMPILED, "llama"]))
 def test_torch_compile_gives_one_graph_with_the_same_results(method: Method, kind: str) -> None:
+    torch.compiler.reset()  # else graphs of other tests count towards the limit of recompilations
     if kind == "llama":
         model = adapted(method, kind)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

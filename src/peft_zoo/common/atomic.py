@@ -6,10 +6,12 @@ is flushed too. A killed process leaves at most an `.unfinished-…` entry.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +33,7 @@ def new_folder(target: str | os.PathLike[str], field: str = "out_dir") -> Iterat
     try:
         work.mkdir()
         yield work
-        for folder, _, files in os.walk(work, topdown=False):
-            for name in files:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+        _sync_tree(work)
         try:
             os.replace(work, target)  # replaces only an empty folder
         except OSError:
@@ -44,6 +43,67 @@ def new_folder(target: str | os.PathLike[str], field: str = "out_dir") -> Iterat
         shutil.rmtree(work, ignore_errors=True)  # still exists only after a failure
         _remove_empty(made)
     _sync(target.parent)
+
+
+@contextmanager
+def replaced_folder(target: str | os.PathLike[str], field: str = "folder") -> Iterator[Path]:
+    """Yields a temporary folder that replaces `target`, or creates it, when the block ends.
+
+    The new folder starts with the entries of the old one, as hard links where the file system has them, so write new
+    files instead of changing those. Linux and macOS exchange the folders at once; elsewhere a killed process can leave
+    the old folder as `.unfinished-…`.
+
+    Raises:
+        ValueError: If `target` is no folder; it names the caller's argument `field`.
+    """
+    target = Path(os.path.abspath(target))
+    if os.path.lexists(target) and not target.is_dir():
+        raise ValueError(f"{field}={str(target)!r} is not a folder; give the name of one.")
+    target = target.resolve()  # a link stays, the folder that it leads to is replaced
+    work = _unfinished_path(target)
+    try:
+        if target.exists():
+            shutil.copytree(target, work, symlinks=True, copy_function=_link)
+        else:
+            work.mkdir()
+        yield work
+        _sync_tree(work)
+        _exchange(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # the old folder, or after a failure the new one
+    _sync(target.parent)
+
+
+def _link(source: str, target: str) -> None:
+    """Links a file, or copies it where the file system has no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchange(work: Path, target: Path) -> None:
+    """Gives `work` the name `target`; a folder of that name gets the name `work`."""
+    if not target.exists():
+        os.replace(work, target)
+    elif not _exchanged(work, target):
+        old = _unfinished_path(target)
+        os.replace(target, old)
+        os.replace(work, target)
+        os.replace(old, work)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges two folders by one call of the operating system; returns False where there is no such call."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            failed = library.renamex_np(os.fsencode(one), os.fsencode(other), 2)  # RENAME_SWAP
+        else:
+            failed = library.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2)  # RENAME_EXCHANGE
+    except (AttributeError, OSError, TypeError):
+        return False
+    return failed == 0
 
 
 def check_new_folder(target: Path, field: str = "out_dir") -> None:
@@ -120,6 +180,14 @@ def _unfinished_path(target: Path) -> Path:
     """Unused hidden path in `target`'s folder, which is created. `tempfile` would create a private file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".unfinished-{secrets.token_hex(8)}")
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flushes all files and folders in a folder to disk."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,3 +58,11 @@ def train(model: PeftModel, steps: int = 3) -> list[float]:
 def logits(model: Any) -> Tensor:
     """Returns the logits of the tokens above."""
     return model(input_ids=TOKENS).logits
+
+
+def without_checksum_of_the_file(folder: Path) -> None:
+    """Removes the checksum of the weights file, as one does who changes it on purpose."""
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    fields.pop("weights_sha256", None)
+    path.write_text(json.dumps(fields))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
 from peft_zoo import registration
 from peft_zoo.adapters.base.card import complete_model_card
+from peft_zoo.adapters.base.saving import with_exact_names
+from peft_zoo.adapters.base.source import DIGEST, SOURCE, AdapterSource, check_literal, check_numbers, sha256_of
 from peft_zoo.common import checks
+from peft_zoo.common.atomic import replaced_file
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -105,7 +110,61 @@ class MethodConfig:
 
 
 @dataclass
-class ZooConfig(MethodConfig, PeftConfig):
+class TrainedConfig(MethodConfig):
+    """Mixin for the configuration of a method with weights: loading checks the file, saving binds it to its weights."""
+
+    weights_sha256: str | None = option(None, "SHA-256 of the saved weights file; filled in by saving.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Loads as peft does; refuses what is not valid JSON, regular expressions and numbers out of bounds.
+
+        The weights are checked when the configuration, with `inference_mode`, gets into a model.
+
+        Raises:
+            ValueError: Naming the field, its value and the fix.
+        """
+        source = AdapterSource(str(pretrained_model_name_or_path), subfolder, cls._split_kwargs(kwargs)[0])  # type: ignore[attr-defined]
+        check_literal(source.config(), source.module_names)
+        try:
+            config: PeftConfig = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, subfolder, **kwargs
+            )
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{cls.__name__} cannot be made of the fields in the file: {error}.") from error
+        vars(config)[SOURCE] = source
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields that peft saves; the checksum only if there is one."""
+        found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {name: value for name, value in found.items() if name != DIGEST or value is not None}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Saves the configuration as peft does, as a whole, with names of modules and the checksum of saved weights.
+
+        Adds tags and loading instructions to the model card that peft has written.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        saved: Any = with_exact_names(self)  # type: ignore[arg-type]
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        saved.weights_sha256 = sha256_of(weights) if weights.is_file() else None
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as work:
+            super(TrainedConfig, saved).save_pretrained(work, **kwargs)  # type: ignore[misc]
+            with replaced_file(folder / CONFIG_NAME) as new:
+                Path(work, CONFIG_NAME).replace(new)
+        complete_model_card(folder / "README.md", f"{registration.NAMESPACE.lower()}{self.method_name}")
+
+
+@dataclass
+class ZooConfig(TrainedConfig, PeftConfig):
     """Fields and checks that every method shares; a method adds its own fields and its own `check`.
 
     Raises:
@@ -175,11 +234,6 @@ class ZooConfig(MethodConfig, PeftConfig):
         resolved.check()
         return resolved
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Saves as peft does, then adds tags and loading instructions to the model card that peft has written."""
-        super().save_pretrained(save_directory, **kwargs)
-        complete_model_card(Path(save_directory) / "README.md", f"{registration.NAMESPACE.lower()}{self.method_name}")
-
     def _check_shared(self) -> None:
         self.require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
         biases = ("none", "all", f"zoo_{self.method_name}_only")
@@ -200,3 +254,10 @@ class ZooConfig(MethodConfig, PeftConfig):
             self.require(
                 isinstance(getattr(self, pattern_name), dict), pattern_name, "use a dict from module name to value"
             )
+
+
+def check_rank(config: object, rank: int, out_features: int, in_features: int) -> None:
+    """Raises a ValueError if `rank`, of one module, is above 1024 and above both sizes of its weight."""
+    most = max(1024, out_features, in_features)
+    name = f"{type(config).__name__}: r"
+    checks.check(rank <= most, name, rank, f"use at most {most} for a weight of {out_features} x {in_features}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from peft_zoo.adapters.base.config import ZooConfig
+from peft_zoo.adapters.base.config import ZooConfig, check_rank
 from peft_zoo.adapters.base.factors import BufferDict, FactorDict
 from peft_zoo.adapters.base.layout import SUPPORTED, Layout, backend_of, layout_of
 from peft_zoo.adapters.base.offload import offload_hook, refuse_training
@@ -103,6 +103,7 @@ class ZooLayer(nn.Module, BaseTunerLayer):
 
     def add_adapter(self, name: str, config: ZooConfig, inference_mode: bool = False) -> None:
         """Creates adapter `name` on the device of the base layer, trainable if it is active and not for inference."""
+        check_rank(config, config.r, self.out_features, self.in_features)
         self.init_adapter(name, config)
         self.configs[name] = config
         self.scaling[name] = self.initial_scaling(config)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from peft_zoo.adapters.base.config import MethodConfig
+from peft_zoo.adapters.base.config import TrainedConfig, check_rank
 from peft_zoo.adapters.base.exact_merge import with_exact_merge
 from peft_zoo.adapters.base.offload import loaded
 from peft_zoo.adapters.base.tuner import MethodTuner
@@ -28,7 +30,7 @@ from peft_zoo.adapters.base.weighted import (
 from peft_zoo.common.modules import plain_name
 
 
-class ZooLoraConfig(MethodConfig, LoraConfig):
+class ZooLoraConfig(TrainedConfig, LoraConfig):
     """Base of a configuration with every field of peft's `LoraConfig`; a method adds fields and checks.
 
     Raises:
@@ -65,6 +67,10 @@ class ZooLoraModel(MethodTuner, LoraModel):
         A base layer that accelerate offloads is loaded meanwhile: peft puts an adapter on the device of its weight.
         """
         name, base = plain_name(current_key), getattr(target, "get_base_layer", lambda: target)()
+        rank = lora_config.rank_pattern.get(get_pattern_key(lora_config.rank_pattern.keys(), name), lora_config.r)
+        weight = getattr(base, "weight", None)
+        shape = (0,) if weight is None else tuple(weight.shape)
+        check_rank(lora_config, rank, shape[0], math.prod(shape[1:]))
         with loaded(base):
             super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, name, **kwargs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,10 +32,10 @@ class ModelState:
             for key in now.keys() - before.keys() - _MERGE_STATE:
                 del now[key]
             for key, (value, content) in before.items():
-                if isinstance(value, (dict, set)):
+                if isinstance(content, (dict, set)):
                     value.clear()
                     value.update(content)
-                elif isinstance(value, list):
+                elif isinstance(content, list):
                     value[:] = content
                 now[key] = value
         for parameter, requires_grad in self._trainable:
@@ -67,7 +68,7 @@ def restored_afterwards(model: nn.Module) -> Iterator[None]:
 def _contents(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns each attribute, and a copy of its content if it is a container: other objects may share containers."""
     return {
-        key: (value, copy.copy(value) if isinstance(value, (dict, list, set)) else None)
+        key: (value, copy.copy(value) if type(value) in (dict, list, set, OrderedDict) else None)
         for key, value in attributes.items()
         if key not in _MERGE_STATE
     }

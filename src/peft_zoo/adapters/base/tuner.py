@@ -14,10 +14,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_zoo.adapters.base.loading import TRIAL, check_saved
 from peft_zoo.adapters.base.mixed_batch import adapter_names_passed
 from peft_zoo.adapters.base.offload import fill_offloaded
 from peft_zoo.adapters.base.restore import restored_on_error
+from peft_zoo.adapters.base.saving import NAMES, exact_names
 from peft_zoo.adapters.base.snapshot import refuse_computed_weight
+from peft_zoo.adapters.base.source import SOURCE, check_adapter_name
 from peft_zoo.adapters.base.wrapped import PlainView
 from peft_zoo.common.modules import WRAPPERS, plain_name
 
@@ -36,14 +39,20 @@ class MethodTuner(BaseTuner):
         peft fills in fields such as `target_modules` while it injects, and sets `inference_mode` while it saves. On the
         object of the user they would change what a second model gets from it.
         """
+        given = self.peft_config[adapter_name]
+        source = None if TRIAL in vars(given) else vars(given).get(SOURCE)
+        check_adapter_name(adapter_name)
         is_new = not _has_adapter(self.model, adapter_name)
-        own: Any = _own_copy(self.peft_config[adapter_name])
+        own: Any = _own_copy(given)
         self.peft_config[adapter_name] = own
         own.is_for_diffusers = hasattr(model, "save_lora_adapter") and getattr(model, "_hf_peft_config_loaded", False)
         try:
             with restored_on_error(self):
+                if source is not None:
+                    check_saved(source, own, adapter_name, model, self)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self._finish_injection(model, adapter_name)
+                vars(own)[NAMES] = exact_names(own, model, adapter_name)
         except BaseException:
             if is_new:
                 self.peft_config.pop(adapter_name, None)

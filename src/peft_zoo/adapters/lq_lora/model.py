@@ -27,9 +27,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import registration
 from peft_zoo.adapters.base import ZooLoraModel, expand_all_linear
+from peft_zoo.adapters.base.loading import TRIAL
 from peft_zoo.adapters.base.mixed_batch import BASE
 from peft_zoo.adapters.base.offload import has_disk_layers, loaded
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
@@ -118,7 +120,7 @@ class LqLoraModel(ZooLoraModel):
 
     def _prepare_loaded(self, config: LqLoraConfig, model: nn.Module, layers: dict[str, LqLinear]) -> None:
         """Decomposes layers that no file contains; layers of other adapters determine `keep_init`."""
-        if config.save_base == "none":
+        if config.save_base == "none" and TRIAL not in vars(config):
             quantized = [*layers, *dict(_without_adapter(model))]
             self._rebuilt = rebuild(config, model, self._check_target_module_exists, quantized)
         shared = [layers[name] for name in config.base_sha256 or () if name in layers]
@@ -172,9 +174,15 @@ class LqLoraModel(ZooLoraModel):
         if is_new:
             importance = prepared_importance(self.model).get(name)
             return quantize_layer(config, nf, layer, rank_of(config, name, layer), name, importance)
-        if is_loaded and config.save_base != "none":
+        if is_loaded and not isinstance(layer, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"base_sha256 names {name!r}, which is no linear layer here; load the adapter onto the base model that "
+                "it was trained on."
+            )
+        if is_loaded and (config.save_base != "none" or TRIAL in vars(config)):
             # Where accelerate keeps the layer's weight on a disk, Q comes from the adapter's file all the same.
-            device = torch.device("cpu") if has_disk_layers(self.model) else None
+            on_cpu = has_disk_layers(self.model) or (TRIAL in vars(config) and layer.weight.is_meta)
+            device = torch.device("cpu") if on_cpu else None
             return empty_nf_linear(layer, nf, config.keep_init, rank_of(config, name, layer), device=device), None
         return self._rebuilt.pop(name, layer), None
 
@@ -309,6 +317,11 @@ class LqLoraModel(ZooLoraModel):
 
     # ---- files ----
 
+    @staticmethod
+    def is_checked_later(key: str) -> bool:
+        """Whether a tensor of a file is only checked while it is loaded: initial factors, if the base has none yet."""
+        return key.rpartition(".base_layer.")[2] in set(NFLinear.ALL) - set(NFLinear.PARTS)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -326,9 +339,7 @@ class LqLoraModel(ZooLoraModel):
             if adapter_name in layer.lora_A:
                 base = layer.quantized
                 with loaded(base):
-                    base.verify_checksum()
-                    parts = base.saved_tensors() if config.save_base == "quantized" else [(DIGEST, digest_of(base))]
-                    found.update((f"{prefix}{name}.base_layer.{part}", tensor) for part, tensor in parts)
+                    found.update((f"{prefix}{name}.base_layer.{part}", t) for part, t in _saved_base(base, config))
         return found
 
     @classmethod
@@ -342,6 +353,15 @@ class LqLoraModel(ZooLoraModel):
         for name, layer in layers.items():
             check_saved(model, name, layer.quantized, config, state_dict, shared=len(layer.lora_A) > 1)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _saved_base(base: NFLinear, config: Any) -> list[tuple[str, Tensor]]:
+    """Returns the tensors that an adapter's file has for a base layer, once its checksum is verified."""
+    if TRIAL not in vars(config):
+        base.verify_checksum()
+    if config.save_base == "quantized":
+        return list(base.saved_tensors())
+    return [(DIGEST, torch.empty(32, dtype=torch.uint8) if TRIAL in vars(config) else digest_of(base))]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LqLinear]]:

@@ -201,6 +201,10 @@ def _check_device(device: torch.device | str) -> None:
         raise ValueError(f"device={str(device)!r} cannot be used ({str(error).splitlines()[0]}); use 'cpu'.") from error
 
 
+UNRELATED = ("runtime_config", "weights_sha256")
+"""Fields of a configuration that do not change what is written."""
+
+
 class _Job:
     """State of one call: the source, the plan, and the folder of finished weights."""
 
@@ -282,7 +286,9 @@ class _Job:
         for name in sorted(self.importance.keys() & self.layers.keys()):
             for part in self.importance[name]:
                 digest.update(part.float().cpu().numpy().tobytes())
-        fields = {key: value for key, value in asdict(self.config).items() if key != "runtime_config"}
+        fields = {
+            key: value for key, value in asdict(self.config).items() if key not in ("runtime_config", "weights_sha256")
+        }
         fields["keep_init"] = False  # files have the factors in float32 whatever it is
         return {
             "version": peft_zoo.__version__,
