@@ -175,7 +175,9 @@ class LqLoraModel(ZooLoraModel):
             importance = prepared_importance(self.model).get(name)
             return quantize_layer(config, nf, layer, rank_of(config, name, layer), name, importance)
         if is_loaded and not isinstance(layer, (nn.Linear, Conv1D)):
-            raise ValueError(f"base_sha256 names {name!r}, no linear layer here; load the adapter onto its own base model.")
+            raise ValueError(
+                f"base_sha256 names {name!r}, no linear layer here; load the adapter onto its own base model."
+            )
         if is_loaded and (config.save_base != "none" or TRIAL in vars(config)):
             # Where accelerate keeps the layer's weight on a disk, Q comes from the adapter's file all the same.
             on_cpu = has_disk_layers(self.model) or (TRIAL in vars(config) and layer.weight.is_meta)
