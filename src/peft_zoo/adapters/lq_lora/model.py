@@ -41,14 +41,13 @@ from peft_zoo.adapters.lq_lora.layer import WITHOUT_ADAPTER, LqLinear
 from peft_zoo.adapters.lq_lora.nf_linear import Factors, NFLinear, detach_initial_factors, empty_nf_linear
 from peft_zoo.adapters.lq_lora.plan import QuantizationPlan, plan
 from peft_zoo.adapters.lq_lora.state import (
-    DIGEST,
     PREFIX,
     base_hash,
     check_names,
     check_saved,
-    digest_of,
     loaded_keys,
     rebuild,
+    saved_base,
 )
 from peft_zoo.adapters.lq_lora.targets import outside_adapters, refuse_quantized
 from peft_zoo.common.modules import plain_modules, plain_name
@@ -338,7 +337,7 @@ class LqLoraModel(ZooLoraModel):
             if adapter_name in layer.lora_A:
                 base = layer.quantized
                 with loaded(base):
-                    found.update((f"{prefix}{name}.base_layer.{part}", t) for part, t in _saved_base(base, config))
+                    found.update((f"{prefix}{name}.base_layer.{part}", t) for part, t in saved_base(base, config))
         return found
 
     @classmethod
@@ -352,15 +351,6 @@ class LqLoraModel(ZooLoraModel):
         for name, layer in layers.items():
             check_saved(model, name, layer.quantized, config, state_dict, shared=len(layer.lora_A) > 1)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _saved_base(base: NFLinear, config: Any) -> list[tuple[str, Tensor]]:
-    """Returns the tensors that an adapter's file has for a base layer, once its checksum is verified."""
-    if TRIAL not in vars(config):
-        base.verify_checksum()
-    if config.save_base == "quantized":
-        return list(base.saved_tensors())
-    return [(DIGEST, torch.empty(32, dtype=torch.uint8) if TRIAL in vars(config) else digest_of(base))]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LqLinear]]:

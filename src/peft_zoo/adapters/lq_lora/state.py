@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_zoo.adapters.base.loading import TRIAL
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
 from peft_zoo.adapters.lq_lora.decompose import quantize_layer, rank_of
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, sha256
@@ -75,6 +76,15 @@ def check_saved(
 def _prefix(model: nn.Module) -> str:
     """Returns the prefix of the keys that are loaded into a model, decided as peft does."""
     return PREFIX if any(plain_name(name).startswith(PREFIX) for name, _ in model.named_parameters()) else ""
+
+
+def saved_base(base: NFLinear, config: LqLoraConfig) -> list[tuple[str, Tensor]]:
+    """Returns the tensors that an adapter's file has for a base layer, once its checksum is verified."""
+    if TRIAL not in vars(config):
+        base.verify_checksum()
+    if config.save_base == "quantized":
+        return list(base.saved_tensors())
+    return [(DIGEST, torch.empty(32, dtype=torch.uint8) if TRIAL in vars(config) else digest_of(base))]
 
 
 def digest_of(layer: NFLinear) -> Tensor:
