@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_zoo.cli.shared import Command, Facts, Result, table
+from peft_zoo.common.atomic import replaced_file
 from peft_zoo.common.settings import flag, setting
 from peft_zoo.common.values import SettingError, needs_extra
 
@@ -59,13 +61,15 @@ class Flags:
 
 
 def _check(flags: Flags) -> None:
-    for name, least in (("steps", 1), ("images", 1), ("seed", 0)):
+    for name, least, most in (("steps", 1, 1000), ("images", 1, 4096), ("seed", 0, 2**63 - 1)):
         value = getattr(flags, name)
-        if value < least:
-            raise SettingError(f"{flag(name)} cannot be {value}: give a whole number of at least {least}.")
+        if not least <= value <= most:
+            raise SettingError(f"{flag(name)} cannot be {value}: give a whole number from {least} to {most}.")
     for name, folder in flags.adapters.items():
         if not Path(folder).is_dir():
             raise SettingError(f"--adapter cannot be '{name}={folder}': give NAME=DIR with the folder of a saved LoRA.")
+    if os.path.lexists(flags.output) and not Path(flags.output).is_dir():
+        raise SettingError(f"--output {flags.output!r} is not a folder: give the name of one.")
     if "method" in flags.options:
         method = flags.options["method"]
         raise SettingError(f"--set cannot be 'method={method}': give --policy {method}.")
@@ -105,9 +109,11 @@ def _run(flags: Flags) -> Result:
     config = config if profile is None else profile.store(config)
     images, trace = draw(pipe, config, asked, flags.steps, flags.seed)
     output = output_folder(flags.output)
-    grid(images).save(output / "grid.png")
+    with replaced_file(output / "grid.png") as draft:
+        grid(images).save(draft, "png")
     steps = [asdict(step) for step in trace]
-    (output / "trace.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
+    with replaced_file(output / "trace.json") as draft:
+        draft.write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
     config.save_pretrained(str(output))
     return _result(config.method, profile, trace, flags)
 
@@ -138,5 +144,5 @@ COMMAND = Command(
     _plan,
     description="Draw images with several LoRAs on one class-conditional denoiser.",
     epilog=EPILOG,
-    mistakes=(ValueError,),
+    mistakes=(ValueError, NotImplementedError, OSError, RuntimeError),
 )

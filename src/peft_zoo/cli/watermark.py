@@ -174,31 +174,10 @@ def _vae_folder(folder: str) -> str:
 
 def _load_vae(folder: str) -> nn.Module:
     """Loads an autoencoder of diffusers in float32."""
-    from peft_zoo.io import TensorFile, read_json
-    from peft_zoo.io.model_config import check_model_config
+    from peft_zoo.tasks.base.diffusers_files import load_model
 
     with needs_extra("peft-zoo watermark embed", "diffusion"):
-        import diffusers
-    place = Path(_vae_folder(folder))
-    tensors = 0
-    for path in sorted(place.glob("*.safetensors")):
-        with TensorFile(path, place) as file:
-            tensors += len(file.tensors)
-    config = read_json(place / "config.json", place)
-    check_model_config(config, str(place / "config.json"), tensors)
-    name = config.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
-        raise SettingError(f"--vae {folder!r}: _class_name={name!r} is no model of diffusers; give an autoencoder.")
-    given: Any = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    try:
-        vae, found = kind.from_pretrained(folder, **given)
-    except Exception as error:  # of any kind: every model has checks of its own, or none
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise SettingError(f"--vae {folder!r} cannot be loaded ({reason}): save the autoencoder again.") from error
-    if lost := sorted(found["missing_keys"]):
-        raise SettingError(f"--vae {folder!r} has no tensor {lost[0]!r}: save the autoencoder again.")
-    return vae.eval()
+        return load_model(Path(_vae_folder(folder)), f"--vae {folder!r}")
 
 
 def _images(place: str, size: int | None = None) -> Any:

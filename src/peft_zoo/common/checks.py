@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+LONGEST = 500  # characters of a value in a message
+
 
 def require(condition: bool, owner: object, field: str, fix: str) -> None:
     """Raises a ValueError that names `field` of `owner`, its value and the fix, unless `condition` holds.
@@ -23,7 +25,12 @@ def require(condition: bool, owner: object, field: str, fix: str) -> None:
 def check(condition: bool, field: str, value: object, fix: str) -> None:
     """Raises a ValueError that names `field`, `value` and the fix unless `condition` holds; see `require`."""
     if not condition:
-        raise ValueError(f"{field}={value!r} cannot be used; {fix}.")
+        raise ValueError(f"{field}={_shortened(repr(value))} cannot be used; {fix}.")
+
+
+def _shortened(text: str) -> str:
+    """Returns the beginning of a long text, as of a field with thousands of names."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def check_choice(field: str, value: object, choices: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-COUNTED = ("layer", "depth", "expert", "block", "stage", "label", "branch")
+COUNTED = ("layer", "depth", "expert", "block", "stage", "label", "branch", "train_timesteps")
 """Words in the names of fields that say how often a part is built, each time taking memory."""
 LEAST_LIMIT = 4096
 LARGEST = 1 << 40

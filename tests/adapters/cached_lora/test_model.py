@@ -250,7 +250,7 @@ def test_a_recipe_that_fails_leaves_the_model_alone(folders: dict[str, str], tmp
     get_peft_model(base(), LoHaConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path)
     plain = base()
     cases = {
-        "'loha'.*LoHaConfig": {**folders, "loha": str(tmp_path)},
+        "'loha'.*LOHA": {**folders, "loha": str(tmp_path)},
         "'gone'.*adapter_config.json": {**folders, "gone": str(tmp_path / "gone")},
         "adapters=.*'never'": {**folders, "never": None},
     }

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
+import re
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from peft_zoo.adapters.base.config import MethodConfig, option
+from peft_zoo.common.atomic import replaced_file
 from peft_zoo.common.checks import is_number
+from peft_zoo.io.strict_json import read_json
 
 MERGES = ("merge", "merge_normalized")
+NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # a name is that of a folder too
+LARGEST = 10**6  # of counts, and of weights, whose sign is free
+SHOWN = 8  # names in a message
 METHODS = (*MERGES, "switch", "w_switch", "composite", "cmlora")
 
 
@@ -114,12 +122,15 @@ class CachedLoraConfig(MethodConfig, PeftConfig):
     def _name_adapters(self) -> None:
         """Turns lists into dicts by adapter name; `order` keeps their order because peft sorts the keys it saves."""
         given = self.adapters
+        self.require(given is None or isinstance(given, (dict, list)), "adapters", "use a dict, a list or None")
         if isinstance(given, list):
+            self.require(all(isinstance(name, str) for name in given), "adapters", "use a list of names (str)")
             self.require(len(set(given)) == len(given), "adapters", "name each adapter once")
             self.adapters = given = dict.fromkeys(given)
         names = list(given or ())
-        named = all(isinstance(name, str) and name and "." not in name for name in names)
-        self.require(given is None or (isinstance(given, dict) and named), "adapters", "use names without dots")
+        named = all(isinstance(name, str) and NAME.fullmatch(name) for name in names)
+        fix = "use names of 1 to 64 letters, digits, '_' and '-'"
+        self.require(given is None or (isinstance(given, dict) and named), "adapters", fix)
         self.require(given is None or bool(given), "adapters", "name one, or use None for all that are loaded")
         located = all(source is None or (isinstance(source, str) and source) for source in self.sources.values())
         self.require(located, "adapters", "use a path or Hub id (str) for each adapter, or None if it is loaded")
@@ -170,34 +181,70 @@ class CachedLoraConfig(MethodConfig, PeftConfig):
         self._check_names("high", high or (), order)
         self._check_names("low", low or (), order)
         if high is None:
-            high = [name for name in order if name not in (low or ())]
+            taken = set(low or ())
+            high = [name for name in order if name not in taken]
+        early = set(high)
         if low is None:
-            low = [name for name in order if name not in high]
-        if set(high) & set(low) or set(high) | set(low) != set(order):
+            low = [name for name in order if name not in early]
+        late = set(low)
+        if early & late or early | late != set(order):
             raise ValueError(
-                f"CachedLoraConfig: high={high} and low={low} cannot be used; each adapter of {order} must be in "
-                "exactly one of the two. Leave one field out to give it the remaining adapters."
+                f"CachedLoraConfig: high={_shown(high)} and low={_shown(low)} cannot be used; each adapter of "
+                f"{_shown(order)} must be in exactly one of the two. Leave one field out to give it the "
+                "remaining adapters."
             )
-        return tuple(n for n in order if n in high or not high), tuple(n for n in order if n in low or not low)
+        return tuple(n for n in order if n in early or not early), tuple(n for n in order if n in late or not late)
 
     def _check_names(self, field: str, names: Iterable[str], known: Sequence[str], complete: bool = False) -> None:
         """Raises a ValueError unless `names` are distinct and in `known`, and, if `complete`, are all of `known`."""
-        names = list(names)
-        unknown = [name for name in names if name not in known]
-        missing = [name for name in known if name not in names] if complete else []
-        if unknown or missing or len(set(names)) < len(names):
-            problem = f"there is no adapter {unknown}" if unknown else f"{missing} is left out"
+        names, existing = list(names), set(known)
+        given = set(names)
+        unknown = [name for name in names if name not in existing]
+        missing = [name for name in known if name not in given] if complete else []
+        if unknown or missing or len(given) < len(names):
+            problem = f"there is no adapter {_shown(unknown)}" if unknown else f"{_shown(missing)} is left out"
             problem = problem if unknown or missing else "a name occurs twice"
             raise ValueError(
-                f"CachedLoraConfig: {field}={names} cannot be used; {problem}. The adapters are {list(known)}."
+                f"CachedLoraConfig: {field}={_shown(names)} cannot be used; {problem}. The adapters are "
+                f"{_shown(list(known))}."
             )
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Loads as peft does; invalid JSON, unknown fields and links out of the folder are a ValueError."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            known = {item.name for item in fields(cls)} | {"runtime_config"}
+            odd = [
+                name for name, value in read_json(folder / CONFIG_NAME, folder).items() if value and name not in known
+            ]
+            if odd:
+                close = difflib.get_close_matches(odd[0], known, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise ValueError(f"CachedLoraConfig: unknown field {odd[0]!r}: {hint}Remove it from {folder}.")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"CachedLoraConfig cannot be made of the fields in the file: {error}.") from error
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Saves as peft does, plus a weights file without tensors, because `PeftModel.from_pretrained` requires one."""
-        super().save_pretrained(save_directory, **kwargs)
-        weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+        """Saves as peft does, plus a weights file without tensors, because `PeftModel.from_pretrained` requires one.
+
+        The recipe that the folder had is replaced at once.
+        """
+        folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"save_directory={str(folder)!r} is not a folder; give the name of one.")
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
         if not weights.exists():
-            save_file({}, weights, metadata={"format": "pt"})
+            with replaced_file(weights) as draft:
+                save_file({}, draft, metadata={"format": "pt"})
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as work:
+            super().save_pretrained(work, **kwargs)
+            with replaced_file(folder / CONFIG_NAME) as draft:
+                Path(work, CONFIG_NAME).replace(draft)
 
 
 def split_at_largest_gap(shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
@@ -208,12 +255,20 @@ def split_at_largest_gap(shares: Mapping[str, float]) -> tuple[list[str], list[s
     return order[:cut], order[cut:]
 
 
+def _shown(names: Sequence[str]) -> str:
+    """Returns names for a message, of many the first ones."""
+    more = f" (and {len(names) - SHOWN} more)" if len(names) > SHOWN else ""
+    return f"{list(names[:SHOWN])}{more}"
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
 
 
 def _is_number_dict(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(is_number, value.values())))
+    return value is None or (
+        isinstance(value, dict) and all(is_number(v) and abs(float(v)) <= LARGEST for v in value.values())
+    )
 
 
 def _is_borders(value: Any) -> bool:
@@ -226,7 +281,7 @@ def _in_range(least: float, below: float) -> Callable[[Any], bool]:
 
 
 _NAMES = (lambda value: value is None or _is_names(value), "use a list of adapter names or None")
-_COUNT = (lambda value: type(value) is int and value > 0, "use an int of at least 1")
+_COUNT = (lambda value: type(value) is int and 0 < value <= LARGEST, f"use an int from 1 to {LARGEST}")
 _FLAG = (lambda value: type(value) is bool, "use True or False")
 #: Whether a value of a field is valid, and how to fix one that is not.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from peft_zoo.io import open_adapter
+from peft_zoo.io.strict_json import read_json
+
+LITERAL = re.compile(r"[A-Za-z0-9_.-]*")  # a name, in which "." is only a separator
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class AdapterLayers:
@@ -156,10 +168,14 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | None]) -> None:
     with warnings.catch_warnings():
         # peft warns about several adapters on one model, which is what is wanted here.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
+        warnings.filterwarnings("ignore", ".*Found missing adapter keys")  # an error below
         for name, source in wanted.items():
             try:
-                first = _load_lora(model, first, name, source)
-            except (ValueError, RuntimeError, OSError) as error:
+                modules = check_lora(source) if os.path.lexists(source) else None
+                first = _load_lora(model, first, name, source, modules)
+                if modules is not None:
+                    _check_complete(model, name, modules)
+            except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ValueError(f"adapters[{name!r}]={source!r} cannot be loaded: {reason}") from error
     if wanted:
@@ -197,18 +213,75 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _load_lora(model: nn.Module, first: PeftModel | None, name: str, source: str) -> PeftModel | None:
-    """Loads one LoRA; takes and returns the PeftModel made by the first LoRA in peft's format, None before it."""
+def check_lora(source: str) -> list[str] | None:
+    """Raises a ValueError unless a folder or file holds a LoRA whose tensors are finite and fit its configuration.
+
+    Nothing of the file is run: patterns that are expressions are refused. Returns the names of its modules, None for
+    a file in diffusers' format, whose names are not those of the model.
+    """
+    path = Path(source)
+    single = path / DIFFUSERS_NAME
+    is_peft = path.is_dir() and not (os.path.lexists(single) and not os.path.lexists(path / CONFIG_NAME))
+    if is_peft:
+        _check_literal(read_json(path / CONFIG_NAME, path))
+    with open_adapter(path if is_peft or path.is_file() else single) as adapter:
+        if adapter.other_keys:
+            raise ValueError(f"the tensor {adapter.other_keys[0]!r} is no part of a LoRA; remove it.")
+        for name in adapter.modules:
+            adapter.factors(name)  # reads and checks the values
+        return list(adapter.modules) if is_peft else None
+
+
+def _check_literal(config: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless a configuration is that of a LoRA whose patterns are names of modules."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"peft_type={kind!r} in {CONFIG_NAME}; give a LoRA (`LoraConfig`).")
+    for field in ("target_modules", "exclude_modules"):
+        names = config.get(field)
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not is_list and not isinstance(names, str) and names is not None:
+            raise ValueError(f"{field} must be a list of names; get it again.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for name in config.get(field) or ():
+            if not LITERAL.fullmatch(str(name)):
+                raise ValueError(f"{field} has the expression {name!r}; give names of modules.")
+
+
+def _check_complete(model: nn.Module, name: str, modules: Collection[str]) -> None:
+    """Raises a ValueError unless the layers of adapter `name` are exactly the modules of its file."""
+    layers = {
+        path for path, module in model.named_modules() if isinstance(module, LoraLayer) and name in module.scaling
+    }
+    if lost := sorted(layers.difference(modules)):
+        raise ValueError(f"the file has no tensors of {lost[0]!r}, which target_modules names; get it again.")
+    if extra := sorted(set(modules).difference(layers)):
+        close = difflib.get_close_matches(extra[0], layers, n=1)
+        nearest = f"; the nearest one is {close[0]!r}" if close else ""
+        raise ValueError(f"the file has tensors of {extra[0]!r}, which is no target module{nearest}.")
+
+
+def _load_lora(
+    model: nn.Module, first: PeftModel | None, name: str, source: str, modules: Collection[str] | None
+) -> PeftModel | None:
+    """Loads one LoRA; takes and returns the PeftModel made by the first LoRA in peft's format, None before it.
+
+    `modules` are the names of the modules in its file, if known: an expression in `target_modules` is not run then.
+    """
     try:
-        config = PeftConfig.from_pretrained(source)
+        config: Any = PeftConfig.from_pretrained(source)
     except ValueError:  # no config: a file in diffusers' format, or nothing at all, which its loader reports
         _load_diffusers_lora(model, name, source)
         return first
     if not isinstance(config, LoraConfig):
         raise ValueError(f"it is a {type(config).__name__}; give a LoRA (`LoraConfig`).")
+    if modules is not None and (isinstance(config.target_modules, str) or config.exclude_modules):
+        config.target_modules, config.exclude_modules = list(modules), None
+    config.inference_mode = True
     if first is None:
-        return PeftModel.from_pretrained(model, source, adapter_name=name)
+        return PeftModel.from_pretrained(model, source, adapter_name=name, config=config)
     # A second from_pretrained could warn about missing keys, because it takes those of other adapters for its own.
+    first.add_adapter(name, config)
     first.load_adapter(source, adapter_name=name)
     return first
 
@@ -218,7 +291,11 @@ def _load_diffusers_lora(model: nn.Module, name: str, source: str) -> None:
     loader: Any = getattr(model, "load_lora_adapter", None)
     if loader is None:
         raise ValueError(f"there is no adapter_config.json, and {type(model).__name__} loads only folders of peft.")
-    loader(source, prefix="unet" if hasattr(model, "up_blocks") else "transformer", adapter_name=name)
+    if source.endswith(PICKLES):
+        raise ValueError("a pickle runs code when it is opened; save the LoRA with safetensors.")
+    loader(
+        source, use_safetensors=True, prefix="unet" if hasattr(model, "up_blocks") else "transformer", adapter_name=name
+    )
     if name not in lora_names(model):
         raise ValueError(
             f"it has no tensors for {type(model).__name__}: call pipe.load_lora_weights(), which converts more "

@@ -14,7 +14,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from peft_zoo.common.values import SettingError
+from peft_zoo.io import read_json
+from peft_zoo.io.model_config import check_model_config
+from peft_zoo.tasks.base.diffusers_files import load_model
 
+MOST_PIXELS = 4096  # per side of an image
 TRAINING_STEPS = 1000  # timesteps of a model that is saved without a scheduler
 
 
@@ -51,19 +55,28 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 def load_pipeline(folder: str | Path) -> ClassConditionalPipeline:
     """Loads a pipeline, or a `UNet2DModel` trained on diffusers' linear schedule, in float32 with a DDIM scheduler."""
-    path = Path(folder)
-    wanted = "give the folder of a class-conditional UNet2DModel of diffusers, or of a pipeline around one"
+    path, flag = Path(folder), f"--model {str(folder)!r}"
     if not path.is_dir():
-        raise SettingError(f"--model {str(folder)!r} is no folder: {wanted}.")
-    try:
-        if (path / "model_index.json").is_file():
-            unet = UNet2DModel.from_pretrained(str(path), subfolder="unet")
-            scheduler = DDIMScheduler.from_pretrained(str(path), subfolder="scheduler")
-        else:
-            unet, scheduler = UNet2DModel.from_pretrained(str(path)), DDIMScheduler(TRAINING_STEPS)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SettingError(f"--model {str(folder)!r} cannot be loaded: {wanted} ({reason})") from error
-    if not unet.config.num_class_embeds:
-        raise SettingError(f"--model {str(folder)!r} takes no class labels: give a UNet2DModel with num_class_embeds.")
+        wanted = "give the folder of a class-conditional UNet2DModel of diffusers, or of a pipeline around one"
+        raise SettingError(f"{flag} is no folder: {wanted}.")
+    is_pipeline = (path / "model_index.json").is_file()
+    unet = load_model(path / "unet" if is_pipeline else path, flag, UNet2DModel)
+    scheduler = _scheduler(path / "scheduler") if is_pipeline else DDIMScheduler(TRAINING_STEPS)
+    config = unet.config
+    if not config.num_class_embeds:
+        raise SettingError(f"{flag} takes no class labels: give a UNet2DModel with num_class_embeds.")
+    if type(config.sample_size) is not int or not 1 <= config.sample_size <= MOST_PIXELS:
+        raise SettingError(f"{flag}: sample_size={config.sample_size!r} must be from 1 to {MOST_PIXELS} pixels.")
     return ClassConditionalPipeline(unet, scheduler)
+
+
+def _scheduler(folder: Path) -> DDIMScheduler:
+    """Loads the scheduler of a pipeline, which is untrusted."""
+    found = read_json(folder / "scheduler_config.json", folder)
+    check_model_config(found, str(folder / "scheduler_config.json"), 0)
+    try:
+        return DDIMScheduler.from_config(found)
+    except Exception as error:  # it checks few of its values
+        raise SettingError(
+            f"{folder}: no DDIMScheduler can be made of it ({error}); save the pipeline again."
+        ) from error
