@@ -250,7 +250,8 @@ def _of_ours(file: TensorFile, config: RandLoraConfig, modules: Mapping[str, int
     k, n = kinds.pop(), math.ceil(smallest / config.r)
     basis = shared_basis(BasisKey(config.projection_prng_key, k, "dense", torch.device("cpu")))
     basis.reserve(A=(config.r, smallest), B=(largest, config.r * n))
-    A, B = basis.A[: config.r, :smallest].float() * unit(k), basis.B[:largest, : config.r * n].float() * unit(k)
+    rows = basis.covering(config.r) if config.cover_features else basis.A
+    A, B = rows[: config.r, :smallest].float() * unit(k), basis.B[:largest, : config.r * n].float() * unit(k)
     return {"A": A.view(config.r, 1, smallest), "B": B.view(largest, n, config.r)}
 
 

@@ -73,6 +73,10 @@ def definition(model: PeftModel, layer: RandLoraLayer, name: str = "default") ->
     A, B = matrices(model, layer)
     lambda_, gamma = layer.zoo_randlora_lambda[name], layer.zoo_randlora_gamma[name]
     r, n = lambda_.shape
+    if layer.configs[name].cover_features:
+        A = A.clone()
+        for p in (A[:r] == 0).all(0).nonzero().flatten().tolist():
+            A[p % r, p] = unit(layer.configs[name].kind(layer.small)) * (-1) ** (p // r)
     V = torch.zeros(layer.large, layer.small)
     for j in range(n):
         columns = [k * n + j for k in range(r)]
@@ -90,6 +94,26 @@ def test_forward_and_gradients_follow_the_definition(basis: str, compute: str, m
     layer = layers(model)[module]
     x = torch.randn(7, layer.in_features, requires_grad=True)
     check_against_definition(layer, x, definition(model, layer), output=1e-5, gradients=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["auto", "int8", "dense"])
+@pytest.mark.parametrize("r", [1, 2, 8])
+def test_a_sparse_basis_reaches_every_feature(r: int, storage: str) -> None:
+    for basis in ("ternary", "ternary_sqrt"):
+        fields = {"r": r, "basis": basis, "basis_storage": storage, "target_modules": ["0"]}
+        (layer,) = layers(adapted(nn.Sequential(nn.Linear(128, 128)), **fields)).values()
+        with torch.no_grad():
+            delta = layer.get_delta_weight("default")
+            assert delta.any(0).all() and delta.any(1).all()
+            layer.configs["default"].cover_features = None  # as in a file from before: some are not, the rest is equal
+            old = layer.get_delta_weight("default")
+            reached = old.any(0)
+            assert not reached.all() and torch.equal(delta[:, reached], old[:, reached])
+
+
+def test_a_sparse_basis_that_leaves_outputs_untrained_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_bases=1"):
+        adapted(nn.Sequential(nn.Linear(64, 64)), r=4, num_bases=1, basis="ternary_sqrt", target_modules=["0"])
 
 
 @pytest.mark.parametrize("kind", ["peft", "peft_sparse", "peft_very_sparse"])

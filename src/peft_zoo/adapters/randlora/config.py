@@ -60,6 +60,11 @@ class RandLoraConfig(ZooConfig):
         None,
         "Largest size of the adapted modules and largest of their smaller sizes; filled in for saving.",
     )
+    cover_features: bool | None = option(
+        None,
+        "Whether a ternary basis has a non-zero entry for every feature, without which the feature is never trained; "
+        "filled in with True for a new adapter. None in files from before this field: with the entries as drawn.",
+    )
     save_projection: bool | None = option(
         None,
         "Whether to save the random matrices; None: only peft's, which depend on the version of torch.",
@@ -102,6 +107,8 @@ class RandLoraConfig(ZooConfig):
         self.require(fits, "basis_shape", "use a pair of sizes, such as [4096, 1024]")
         packed = self.basis.startswith("ternary")
         self.require(self.basis_storage != "packed2" or packed, "basis_storage", "use it with a ternary basis")
+        valid = self.cover_features in (None, False) or (self.cover_features is True and packed)
+        self.require(valid, "cover_features", "use None; True needs a ternary basis")
         if self.is_peft_basis:
             self._check_peft_basis()
         else:

@@ -35,7 +35,7 @@ from peft_zoo.adapters.base.layer import note_once
 from peft_zoo.adapters.base.layout import layout_of
 from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import PeftProjection, draw, usual_dtype
-from peft_zoo.kernels.random_matrix.basis import UNIFORM, unit
+from peft_zoo.kernels.random_matrix.basis import UNIFORM, read_basis, unit
 from peft_zoo.kernels.random_matrix.factors import RandLoraFactors, RandLoraSpec
 from peft_zoo.kernels.random_matrix.randlora_linear import randlora_linear, randlora_weight, weight_is_cheaper
 from peft_zoo.kernels.random_matrix.shared import BasisKey, SharedBasis, shared_basis
@@ -146,7 +146,9 @@ class RandLoraLayer(ZooLayer):
         if name in self.projections:
             return RandLoraFactors(lambda_, gamma, *self.projections[name].matrices(lambda_.device))
         basis = self._basis(name, lambda_)
-        return RandLoraFactors(lambda_, gamma, basis.A, basis.B)
+        config = self.configs[name]
+        A = basis.covering(config.r) if config.cover_features else basis.A
+        return RandLoraFactors(lambda_, gamma, A, basis.B)
 
     def _basis(self, name: str, lambda_: Tensor) -> SharedBasis:
         basis = self.bases[name].get(lambda_.device)
@@ -163,8 +165,21 @@ class RandLoraLayer(ZooLayer):
     def _prepare(self, name: str) -> None:
         """Creates the random matrices now, since this cannot be traced into a graph."""
         lambda_ = self.zoo_randlora_lambda[name]
-        if not self.configs[name].is_peft_basis and lambda_.device.type != "meta":
-            self._basis(name, lambda_)
+        config = self.configs[name]
+        if not config.is_peft_basis and lambda_.device.type != "meta":
+            basis = self._basis(name, lambda_)
+            if config.cover_features:
+                basis.covering(config.r)
+                self._check_reached(config, basis, lambda_.numel())
+
+    def _check_reached(self, config: RandLoraConfig, basis: SharedBasis, pairs: int) -> None:
+        """Raises a ValueError if a row of B is zero, so that a feature of the layer's larger size is never trained."""
+        zeros = 1 - config.kind(self.small) / 128
+        if self.large * zeros**pairs > 1e-9:  # the number expected: else decoding B would be a waste
+            rows = read_basis(basis.B, config.kind(self.small), self.large, 0, pairs, torch.int8)
+            unreached = int((rows == 0).all(1).sum())
+            fix = f"{unreached} of {self.large} features would never be trained: use more bases, or basis='uniform8'"
+            config.require(unreached == 0, "num_bases", fix)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Moves the layer; random matrices on the old device are released."""
@@ -218,6 +233,9 @@ class RandLoraModel(ZooModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        is_new = config.basis_shape is None  # a file has it
+        if is_new and config.cover_features is None and config.basis.startswith("ternary"):
+            config.cover_features = True
         if config.is_peft_basis:
             self._draw(config, adapter_name)
         super()._create_and_replace(config, adapter_name, target, target_name, parent, *args, **kwargs)

@@ -48,6 +48,20 @@ class SharedBasis:
         self.key = key
         self.A, self.B = (torch.empty(0, 0, dtype=_dtype(key), device=key.device) for _ in range(2))
         self._columns = {"A": 0, "B": 0}
+        self._covering: dict[int, tuple[Tensor, Tensor]] = {}  # by rows: the A that it was made from, and the result
+
+    def covering(self, rows: int) -> Tensor:
+        """Returns the first rows of A, stored as A, with a non-zero value in every column.
+
+        Where column p is zero, so that feature p could never change, row `p mod rows` gets `(-1)^(p // rows)`. The
+        result for fewer columns is the left part of that for more.
+        """
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            source, found = self._covering.get(rows, (None, None))
+            if found is None or source is not self.A:
+                found = _cover(self.A[:rows], self.key.k, self._columns["A"])
+                self._covering[rows] = self.A, found
+            return found
 
     def reserve(self, A: tuple[int, int], B: tuple[int, int]) -> None:
         """Grows the matrices to at least these shapes `(rows, columns)`, in values."""
@@ -101,3 +115,14 @@ def _generate(key: BasisKey, matrix: int, rows: int, columns: int) -> Tensor:
     fill_basis(store, key.seed, matrix, key.k)
     dtype = _dtype(key)
     return store if dtype == torch.uint8 else read_basis(store, key.k, rows, 0, columns, dtype)
+
+
+def _cover(A: Tensor, k: int, columns: int) -> Tensor:
+    """Returns a copy of a stored ternary matrix in which no column is zero; see `SharedBasis.covering`."""
+    rows = len(A)
+    zero = (read_basis(A, k, rows, 0, columns, torch.float32) == 0).all(0).nonzero()[:, 0]
+    row, value = zero % rows, 1 - 2 * (zero // rows % 2)
+    if A.dtype != torch.uint8:
+        return A.clone().index_put_((row, zero), value.to(A.dtype))
+    added = value << 2 * (zero % 4)  # to the code 1 of a zero; several of one byte may change
+    return A.to(torch.int64).index_put_((row, zero // 4), added, accumulate=True).to(torch.uint8)
