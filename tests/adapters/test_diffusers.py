@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
 
 import peft_zoo
 from tests.adapters.models import first, fresh, inputs
@@ -34,10 +33,3 @@ def test_save_lora_adapter(method: peft_zoo.Method, tmp_path: Path) -> None:
     other = fresh("unet").eval()
     other.load_lora_adapter(tmp_path, prefix=None, adapter_name="again", use_safetensors=True)
     torch.testing.assert_close(first(other(**batch)), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_pefts_own_way_keeps_the_type(method: peft_zoo.Method, tmp_path: Path) -> None:
-    config = method.config_cls(r=4, target_modules=["to_q"])
-    get_peft_model(fresh("unet"), config).save_pretrained(tmp_path)
-    assert f'"{method.peft_type}"' in (tmp_path / "adapter_config.json").read_text()
