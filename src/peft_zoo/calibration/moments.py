@@ -183,6 +183,8 @@ class MomentCollector:
         return {sums.name: sums.moments() for sums in self._sums}
 
     def _hook(self, sums: _LayerMoments) -> Hook:
+        """Returns a forward hook that adds the rows of a batch to `sums`; refuses batches that mix adapters."""
+
         def add_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["x"]
             if kwargs.get("adapter_names") is not None:

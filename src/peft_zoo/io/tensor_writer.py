@@ -46,6 +46,7 @@ class TensorWriter:
 
     @contextmanager
     def _open(self) -> Iterator[Self]:
+        """Writes the header; the file appears when the block ends, if all announced tensors were written."""
         with new_file(self.path, "path") as draft, open(draft, "xb") as file:
             self._file: BinaryIO = file
             file.write(self._header)

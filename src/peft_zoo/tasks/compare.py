@@ -162,6 +162,7 @@ class _Runner:
         return run
 
     def _task(self, method: str, learning_rate: float, seed: int) -> Task:
+        """Loads the task of one run of the plan."""
         return load_task(self.plan.run(method, learning_rate, seed))
 
     def _count(self, method: str) -> int:
@@ -173,6 +174,7 @@ class _Runner:
 
 
 def _summarize(tuning: Mapping[float, Run], best: float, runs: Mapping[int, Run]) -> dict[str, Any]:
+    """Returns one row of the comparison: scores of all runs of a method, and their mean and deviation."""
     scores = [run["score"] for run in runs.values()]
     every = [*tuning.values(), *runs.values()]
     return {

@@ -71,6 +71,7 @@ class UnetFeatureCache(FeatureCache):
         return _first_argument(args, kwargs) if self.mode == "replay" else forward(*args, **kwargs)
 
     def _skip_down(self, block: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Replaces a down block in a replayed pass by its input, also in place of each skip connection."""
         if self.mode != "replay":
             return forward(*args, **kwargs)
         hidden = _first_argument(args, kwargs)
@@ -78,6 +79,7 @@ class UnetFeatureCache(FeatureCache):
         return hidden, (hidden,) * num_skips
 
     def _last_up(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stores the input of the last up block, or replays the stored one."""
         if self.mode == "store":
             self.features = (_first_argument(args, kwargs),)
         elif self.mode == "replay" and self.features:

@@ -66,6 +66,7 @@ class Planner:
         return order[bisect_right(ends, ends[-1] * (step % length + 0.5) / length)]
 
     def _dominated(self, step: int, progress: float) -> Plan:
+        """Plans a step of CMLoRA: one dominant LoRA, exchanged at the intervals of the zone that `progress` is in."""
         config, order = self.config, self.roles.order
         zone = bisect_right(config.cache_borders, progress)
         if zone != self._zone:

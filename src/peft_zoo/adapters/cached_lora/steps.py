@@ -67,6 +67,7 @@ class Clock:
         self._restart(0.0)
 
     def _restart(self, timestep: float, turned: bool = False) -> None:
+        """Begins a generation at its first timestep; `turned` if the timesteps have changed direction."""
         self.first = self.last = timestep
         self._turned = turned
         self._counts: dict[str, int] = {}

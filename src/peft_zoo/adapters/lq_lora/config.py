@@ -177,6 +177,7 @@ class LqLoraConfig(ZooLoraConfig):
         self.require(valid, "save_base", "loading could not repeat a decomposition with weighting: use 'quantized'")
 
     def _check_numbers(self) -> None:
+        """Validates the fields that hold numbers, and the options of the rank plan."""
         for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
             self.require(type(value) is int and least <= value <= most, name, f"use an integer from {least} to {most}")

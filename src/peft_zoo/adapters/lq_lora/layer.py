@@ -203,6 +203,7 @@ class LqLinear(LoraLinear):
         self.merged_adapters.clear()
 
     def _merged_weight(self, names: list[str]) -> Tensor:
+        """Quantized weight plus the updates of these adapters, `(out, in)`."""
         pairs, initial = [self.factors(name) for name in names], self.quantized.initial
         coefficient = self.residual_coefficient(names)
         if coefficient and initial:

@@ -269,6 +269,7 @@ def nf8_rank(num_words: int, shape: tuple[int, int]) -> int:
 
 
 def _zero_factors(rows: int, columns: int, rank: int, device: torch.device) -> Factors:
+    """Returns factors `(rows, rank)` and `(rank, columns)` of zeros in float32."""
     shapes = (rows, rank), (rank, columns)
     B, A = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
     return B, A

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -38,14 +38,11 @@ from yaml import YAMLError
 
 from peft_zoo.adapters.base.card import add_to_card
 from peft_zoo.adapters.lq_lora.config import nf_config
+from peft_zoo.adapters.lq_lora.convertible import METHOD, check_standalone, own_tying_configs
 from peft_zoo.adapters.lq_lora.layer import LqLinear
-from peft_zoo.adapters.lq_lora.model import LqLoraModel
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, empty_nf_linear
 from peft_zoo.adapters.lq_lora.peft_backend import dequantize_model, quantized_layers
-from peft_zoo.adapters.lq_lora.ties import tying_configs
 from peft_zoo.common.checks import require
-
-METHOD = "nfk"
 
 _log = logging.getLogger(__name__)
 
@@ -91,14 +88,14 @@ class NFkConfig(QuantizationConfigMixin):
                 raise ValueError(f"NFkConfig: ranks[{name!r}]={rank!r} cannot be used; use an integer from 0.")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Returns the config of the fields in a `config.json`, which may be an untrusted file."""
         unknown = sorted(set(map(str, config_dict)) - {item.name for item in fields(cls)})
         if unknown:
             raise ValueError(
                 f"NFkConfig: quantization_config has the unknown field {unknown[0]!r}; remove it, or update peft-zoo."
             )
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def _listed(self, name: str, value: Any) -> list[Any]:
         try:
@@ -293,7 +290,7 @@ def standalone(model: PeftModel, adapter_name: str | None = None) -> PreTrainedM
     """
     base, name = check_standalone(model, adapter_name)
     modules: dict[str, Any] = dict(base.named_modules())
-    for config in _tying(base):
+    for config in own_tying_configs(base):
         config.tie_word_embeddings = False
     for key, module in modules.items():
         if isinstance(module, LqLinear):
@@ -318,74 +315,6 @@ def standalone_layer(layer: LqLinear, adapter_name: str) -> NFLinear:
     if factors is not None and len(factors[1]) == 0:
         factors = None
     return layer.quantized.with_initial(factors, use_initial=True)
-
-
-def check_standalone(model: PeftModel, adapter_name: str | None) -> tuple[Any, str]:
-    """Returns the base model and the adapter's name if the model can be converted; arguments and errors as above."""
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(model, PeftModel) or not isinstance(tuner, LqLoraModel):
-        raise ValueError(f"model is a {type(model).__name__} without LQ-LoRA; make one with LqLoraConfig.")
-    names = model.active_adapters if adapter_name is None else [adapter_name]
-    if len(names) != 1 or names[0] not in model.peft_config:
-        raise ValueError(f"adapter_name={adapter_name!r}: give one of {', '.join(map(repr, model.peft_config))}.")
-    base, name = tuner.model, names[0]
-    if not isinstance(base, PreTrainedModel):
-        raise ValueError(f"the base is a {type(base).__name__}; use a `PreTrainedModel` of transformers.")
-    other = getattr(base, "quantization_method", None)
-    if other not in (None, METHOD):
-        raise ValueError(
-            f"the base is also quantized with {other!r}, and config.json holds one method; load it without."
-        )
-    tied: dict[str, str] = getattr(base, "all_tied_weights_keys", None) or {}
-    if not any(isinstance(module, LqLinear) for module in base.modules()):
-        raise ValueError("the adapter has no quantized layer; save the model merged instead.")
-    for key, module in base.named_modules():
-        if isinstance(module, LqLinear):
-            module.quantized.verify_checksum()
-        if (fault := _fault(key, module, name, {*tied, *tied.values()})) is not None:
-            raise ValueError(f"{key}: {fault}")
-    _tying(base)
-    return base, name
-
-
-def _tying(base: PreTrainedModel) -> list[Any]:
-    """Returns the configurations that tie a quantized layer, whose weight the model itself does not tie."""
-    layers = {key for key, module in base.named_modules() if isinstance(module, LqLinear)}
-    tied: dict[str, str] = getattr(base, "all_tied_weights_keys", None) or {}
-    shared = {*tied, *tied.values()}
-    return tying_configs(base, layers, lambda weight: weight not in shared)
-
-
-def _fault(key: str, module: Any, name: str, tied: set[str]) -> str | None:
-    """Returns why a module cannot become part of a standalone model, and the fix; None if it can."""
-    if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        return None
-    inside = {"original_module", "modules_to_save"} & set(key.split("."))
-    if inside or not isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-        return "peft's trained copy cannot replace the module; leave it out of the adapter's configuration."
-    has_adapter = name in (module.modules_to_save if isinstance(module, ModulesToSaveWrapper) else _adapters(module))
-    if (has_adapter or isinstance(module, LqLinear)) and any(weight.startswith(f"{key}.") for weight in tied):
-        return "its weight is tied to another, which the adapter does not change; leave it out of the target modules."
-    if isinstance(module, ModulesToSaveWrapper):
-        return None
-    merged = list(module.merged_adapters)
-    if isinstance(module, LqLinear):
-        if not has_adapter and not module.quantized.keep_init:
-            return f"the adapter {name!r} does not target it, and with keep_init=False its low-rank part is missing."
-        if merged:
-            return "it is merged; call `model.unmerge_adapter()` first."
-        special = has_adapter and (module.lora_bias[name] or name in module.lora_variant)
-        return "the standalone form has no lora_bias and no variants of LoRA; train without." if special else None
-    if merged != [name] * has_adapter:
-        return (
-            f"it is not quantized, so {name!r} has to be merged into its weight: call `.merge()` of this layer first."
-        )
-    return None
-
-
-def _adapters(layer: Any) -> set[str]:
-    """Returns the names of the adapters in a layer."""
-    return {name for part in layer.adapter_layer_names for name in getattr(layer, part)}
 
 
 def _register() -> None:

@@ -130,17 +130,20 @@ class RandLoraLayer(ZooLayer):
         return randlora_linear(x, self._factors(name), spec, by_weight=True, **frozen)
 
     def _weight_is_cheaper(self, name: str, x: Tensor, frozen: bool) -> bool:
+        """Whether forming the weight costs fewer FLOPs than applying the factors to the tokens of `x`."""
         pairs, tokens = self.zoo_randlora_lambda[name].numel(), x.shape[:-1].numel()
         training = torch.is_grad_enabled()
         return weight_is_cheaper(tokens, pairs, self.in_features, self.out_features, frozen=frozen, training=training)
 
     def _spec(self, name: str, scale: float = 1.0) -> RandLoraSpec:
+        """Shape, scale and workspace of the update for the kernels."""
         config = self.configs[name]
         k = config.kind(self.small)
         scale *= 1.0 if config.is_peft_basis else unit(k) ** 2
         return RandLoraSpec(self.large, self.in_features > self.out_features, scale, k, config.chunk_mb * 2**20)
 
     def _factors(self, name: str) -> RandLoraFactors:
+        """λ and γ in at least float32, and the random matrices A and B of an adapter."""
         factors = self.factor("zoo_randlora_lambda", name), self.factor("zoo_randlora_gamma", name)
         lambda_, gamma = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in factors)
         if name in self.projections:
@@ -151,6 +154,7 @@ class RandLoraLayer(ZooLayer):
         return RandLoraFactors(lambda_, gamma, A, basis.B)
 
     def _basis(self, name: str, lambda_: Tensor) -> SharedBasis:
+        """Shared basis of an adapter on the device of λ, with all rows and columns that this layer needs."""
         basis = self.bases[name].get(lambda_.device)
         if basis is None:
             config = self.configs[name]

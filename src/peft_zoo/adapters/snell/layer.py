@@ -80,6 +80,7 @@ class SnellLayer(ZooLayer):
         return False
 
     def _arguments(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, KernelSpec]:
+        """Arguments of the SNELL operators for an adapter: A, B, kernel parameters, number of kept entries, spec."""
         A, B = self.factor("zoo_snell_A", name), self.factor("zoo_snell_B", name)
         params = self.factor("zoo_snell_kernel_params", name) if self.configs[name].kernel == "mix_k" else None
         return A, B, params, self.zoo_snell_num_kept.read(name), self.configs[name].spec

@@ -91,6 +91,7 @@ class SnellModel(ZooModel):
             )
 
     def _scheduled(self) -> list[str]:
+        """Names of the trainable adapters whose sparsity follows a schedule."""
         ours = ((name, c) for name, c in self.peft_config.items() if isinstance(c, SnellConfig))
         return [name for name, c in ours if c.target_sparsity is not None and not c.inference_mode]
 

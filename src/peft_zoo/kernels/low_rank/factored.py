@@ -324,6 +324,7 @@ def rank_for_energy(singular_values: Tensor, energy: float) -> int:
 
 
 def _finite(name: str, factor: Tensor) -> Tensor:
+    """Returns a factor after checking that its values are finite."""
     if not factor.isfinite().all():
         raise ValueError(f"non-finite values in {name}: repair or retrain the factor, then compress it.")
     return factor

@@ -30,6 +30,7 @@ _SHORT = (2, 3, 4)
 
 
 def _product(bits: Sequence[int], scale_bits: Sequence[int], groups: Sequence[int]) -> tuple[NFConfig, ...]:
+    """Returns all combinations of these settings with the three dtypes and block sizes of the paper."""
     dtypes = ("bf16", "fp16", "fp32")
     return tuple(itertools.starmap(NFConfig, itertools.product(bits, scale_bits, dtypes, (16, 32, 64), groups)))
 

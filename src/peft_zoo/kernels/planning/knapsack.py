@@ -167,6 +167,7 @@ def _checked(
 
 
 def _value_row(row: Sequence[float], name: str) -> Floats:
+    """Returns the values of one item in float64; raises a ValueError if one is not finite."""
     array = np.array(row, dtype=np.float64)
     if not (finite := np.isfinite(array)).all():
         option = int(finite.argmin())
@@ -175,6 +176,7 @@ def _value_row(row: Sequence[float], name: str) -> Floats:
 
 
 def _cost_row(row: Sequence[int], name: str) -> Ints:
+    """Returns the costs of one item as int64; raises a ValueError if one is not an int from 0 to 2**53."""
     array = np.array(row)
     # Collecting the types first is much faster than checking each cost by itself.
     if not (all(map(_is_int, set(map(type, row)))) and array.min() >= 0 and array.max() <= _LARGEST_COST):

@@ -207,4 +207,5 @@ def _allowed_ranks(spectrum: Spectrum, target: RankTarget) -> list[int]:
 
 
 def _format(size: int, unit: str) -> str:
+    """Formats a size for an error message, in parameters or in MB."""
     return f"{size} parameters" if unit == "parameters" else f"{math.ceil(size / 1e4) / 100} MB"

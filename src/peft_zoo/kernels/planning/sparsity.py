@@ -247,6 +247,7 @@ class ImportanceTracker:
 
 
 def _zeros(tensor: Tensor) -> Tensor:
+    """Returns zeros of the shape of a parameter, or of its shard on this process, in float32."""
     return torch.zeros_like(_local(tensor), dtype=torch.float32, requires_grad=False)
 
 

@@ -70,6 +70,7 @@ class SharedBasis:
             self._grow("B", *B)
 
     def _grow(self, name: str, rows: int, columns: int) -> None:
+        """Generates a matrix anew if it has too few rows or columns; existing entries keep their values."""
         have = getattr(self, name)
         if len(have) >= rows and self._columns[name] >= columns:
             return
@@ -98,18 +99,21 @@ def shared_basis(key: BasisKey) -> SharedBasis:
 
 
 def _restore(key: BasisKey, shapes: dict[str, tuple[int, int]]) -> SharedBasis:
+    """Rebuilds a pickled basis from its key and the sizes of its matrices."""
     basis = shared_basis(key)
     basis.reserve(**shapes)
     return basis
 
 
 def _dtype(key: BasisKey) -> torch.dtype:
+    """Dtype in which the matrices of a basis are stored."""
     if key.storage == "dense":
         return torch.bfloat16
     return torch.uint8 if key.k == UNIFORM or key.storage == "packed2" else torch.int8
 
 
 def _generate(key: BasisKey, matrix: int, rows: int, columns: int) -> Tensor:
+    """Generates `rows` x `columns` of one matrix of a basis, in its storage format."""
     width = columns if key.k == UNIFORM else math.ceil(columns / 4)
     store = torch.empty(rows, width, dtype=torch.uint8, device=key.device)
     fill_basis(store, key.seed, matrix, key.k)

@@ -233,6 +233,7 @@ class FactorGradients:
         return torch.div(dK, torch.threshold_(pair, 0.0, float("inf")), out=pair)
 
     def _add_group(self, g: int, block: slice, R: Tensor, sign: int) -> None:
+        """Adds the gradients of one group from the derivative R of its kernel in one block of input features."""
         to_A, to_B = R.t() @ self._B1[g], R @ self._A1[g, block]  # (block, r/G + 1), (out, r/G + 1)
         if self.tiles.spec.uses_differences:
             to_A = torch.addcmul(to_A[:, :-1].neg(), self.tiles.A[g, block], to_A[:, -1:])

@@ -231,6 +231,7 @@ def _threshold_reference(*args: Any) -> Tensor:
     refuse=lambda A, B, *_: refuse_factors(A, B),
 )
 def _threshold(*args: Any) -> Tensor:
+    """Selects the threshold in PyTorch, tile by tile."""
     A, B, kernel_params, num_kept, _last, spec = with_spec(args)
     if spec.sparsify == "none":
         return A.new_full((), KEEP_ALL)

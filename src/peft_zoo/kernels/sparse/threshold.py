@@ -92,6 +92,7 @@ def magnitude_threshold_reference(w: Tensor, num_kept: Tensor | int, last: Tenso
     refuse=lambda w, *_: refuse_dtypes(w, allowed=FLOATS),
 )
 def _of_matrix(w: Tensor, num_kept: Tensor, last: Tensor | None) -> Tensor:
+    """Selects the threshold in PyTorch, in tiles of rows."""
     wide = torch.promote_types(w.dtype, torch.float32)
     rows = w.reshape(-1, w.shape[-1]) if w.dim() else w.reshape(1, 1)
     parts = rows.split(max(1, _TILE_ELEMENTS // rows.shape[1]))

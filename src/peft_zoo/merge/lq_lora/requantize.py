@@ -15,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_zoo.adapters.lq_lora.config import LqLoraConfig, nf_config
+from peft_zoo.adapters.lq_lora.convertible import check_standalone
 from peft_zoo.adapters.lq_lora.decompose import decompose, rank_of
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, weight_matrix
 from peft_zoo.adapters.lq_lora.plan import assign_by_budget, error_table, refuse_budget
-from peft_zoo.adapters.lq_lora.standalone import check_standalone, standalone, standalone_layer
+from peft_zoo.adapters.lq_lora.standalone import standalone, standalone_layer
 from peft_zoo.adapters.lq_lora.targets import check_values
 from peft_zoo.common.checks import check
 from peft_zoo.kernels.normal_float.quantize import packed_bits

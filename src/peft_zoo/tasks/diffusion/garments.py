@@ -33,11 +33,13 @@ def draw_garments(data: str, classes: Collection[int], size: int, train: int, he
 
 
 def _only(source: Source, classes: Collection[int]) -> Source:
+    """Returns a source with only the items of these classes."""
     train, test = ([item for item in items if item[1] in classes] for items in (source.train, source.test))
     return dataclasses.replace(source, train=train, test=test)
 
 
 def _garments(images: Images, size: int) -> Garments:
+    """Returns images as grey values in [-1, 1] with a black margin, and their labels."""
     grey = images.pixels[:, :1].float() / 127.5 - 1  # drawn as RGB, with three channels alike
     return torch.nn.functional.pad(grey, (size // MARGIN,) * 4, value=-1.0), torch.tensor(images.labels)
 

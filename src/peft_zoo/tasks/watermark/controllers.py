@@ -88,6 +88,7 @@ class TwoSidedController(Controller):
         self.log_ratio = min(max(self.log_ratio + self.rate * push, -self.limit), self.limit)
 
     def _average(self, old: float | None, new: float) -> float:
+        """Returns the next value of an exponential moving average; `old` is None at first."""
         return new if old is None else self.decay * old + (1 - self.decay) * new
 
 

@@ -50,6 +50,7 @@ def _mix_channels(images: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _table(base: tuple[int, ...], quality: int, like: Tensor) -> Tensor:
+    """Returns a quantization table `(8, 8)` of libjpeg for a quality from 1 to 100."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     table = torch.tensor(base).mul(scale).add(50).div(100, rounding_mode="floor").clamp(1, 255)
     return table.view(SIDE, SIDE).to(like)

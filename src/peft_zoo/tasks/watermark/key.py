@@ -188,9 +188,11 @@ class WatermarkKey:
         raise TypeError("WatermarkKey can be neither pickled nor copied: save it with WatermarkKey.save(path).")
 
     def _mask(self) -> Tensor:
+        """Pseudorandom bits that are added to the message, so that it looks random without the key."""
         return _bits(self._prf("mask", -(-self.num_bits // 8)), self.num_bits)
 
     def _prf(self, purpose: str, size: int) -> bytes:
+        """Returns `size` pseudorandom bytes for a purpose, HMAC-SHA256 in counter mode."""
         text = f"{FORMAT} {self.version}\0{purpose}".encode()
         # A block has 32 bytes. The counter of fixed width comes first, so no two inputs are equal.
         blocks = (hmac.digest(self.secret, i.to_bytes(4, "big") + text, "sha256") for i in range(-(-size // 32)))

@@ -78,6 +78,7 @@ def refuse_key_in(folder: str | os.PathLike[str], key: WatermarkKey) -> None:
 
 
 def _secret_patterns(secret: bytes) -> Iterator[Pattern]:
+    """Yields the encodings of a secret to look for: raw, hexadecimal, and base64 at each alignment."""
     yield secret
     yield from _hexadecimal(secret)
     for before in range(3):
@@ -123,10 +124,12 @@ def _hexadecimal(data: bytes) -> set[bytes]:
 
 
 def _found(patterns: list[Pattern], content: bytes) -> bool:
+    """Whether one of the patterns is in the content."""
     return any(pattern in content if isinstance(pattern, bytes) else pattern.search(content) for pattern in patterns)
 
 
 def _found_in(path: Path, patterns: list[Pattern]) -> bool:
+    """Whether one of the patterns is in a file, which is read in overlapping chunks."""
     content = b""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -51,4 +51,5 @@ def augment(images: Tensor, kinds: list[str], generator: torch.Generator) -> Ten
 
 
 def _draw(count: int, generator: torch.Generator) -> int:
+    """Draws an integer from 0 to `count - 1`."""
     return int(torch.randint(count, (1,), generator=generator))
