@@ -157,7 +157,7 @@ class TrainedConfig(MethodConfig):
         weights = folder / SAFETENSORS_WEIGHTS_NAME
         saved.weights_sha256 = sha256_of(weights) if weights.is_file() else None
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as work:
-            super(TrainedConfig, saved).save_pretrained(work, **kwargs)  # type: ignore[misc]
+            super(TrainedConfig, saved).save_pretrained(work, **kwargs)
             with replaced_file(folder / CONFIG_NAME) as new:
                 Path(work, CONFIG_NAME).replace(new)
         complete_model_card(folder / "README.md", f"{registration.NAMESPACE.lower()}{self.method_name}")
