@@ -20,12 +20,21 @@ def is_expert(module: str) -> bool:
     return _EXPERT.search(module) is not None and module.rpartition(".")[2] in MOVED
 
 
+def moved_module(modules: Iterable[str], of_model: Iterable[str] = ()) -> str | None:
+    """Returns a module whose plain LoRA stock peft would load into the routed experts; None if there is none.
+
+    `of_model` are the names of all modules of the model, where it is known; else the adapted ones tell what it is.
+    """
+    modules = list(modules)
+    routed = any(is_expert(name) or ".shared_expert" in name for name in modules)
+    if not routed and not any(name.endswith(".experts") for name in of_model):
+        return None
+    return next((name for name in modules if name.rpartition(".")[2] in MOVED and not is_expert(name)), None)
+
+
 def check_plain_names(modules: Iterable[str]) -> None:
     """Raises a NotImplementedError if stock peft would load a plain LoRA of these modules into other ones."""
-    modules = list(modules)
-    if not any(is_expert(name) or ".shared_expert" in name for name in modules):
-        return
-    moved = next((name for name in modules if name.rpartition(".")[2] in MOVED and not is_expert(name)), None)
+    moved = moved_module(modules)
     if moved is not None:
         raise NotImplementedError(
             f"module {moved}: peft moves a plain LoRA of it into the routed experts, so it cannot be written as one; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,75 @@ def test_what_peft_would_move_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="shared_experts"):
         squeeze_adapter(tmp_path / "in", tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()
+
+
+def deepseek() -> nn.Module:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    heads = {"num_key_value_heads": 2, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    groups = {"kv_lora_rank": 8, "q_lora_rank": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(vocab_size=64, **sizes, **experts, **heads, **groups)).eval()
+
+
+@pytest.mark.parametrize("targets", [["down_proj", "q_b_proj"], ["q_b_proj"]])
+def test_a_finished_schedule_loads_as_what_it_was(targets: list[str], tmp_path: Path) -> None:
+    from peft_zoo import SqueezeLoraConfig
+    from peft_zoo.squeeze_lora import finalize_squeeze
+
+    ids, config = torch.arange(10)[None], SqueezeLoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(deepseek(), config).eval()
+    with pytest.warns(UserWarning, match="down_proj") if "down_proj" in targets else nullcontext():
+        finalize_squeeze(model)
+    model.save_pretrained(str(tmp_path / "out"))
+    again = PeftModel.from_pretrained(deepseek(), str(tmp_path / "out")).eval()
+    assert (again.peft_config["default"].peft_type == "LORA") == ("down_proj" not in targets)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [(llama, "all-linear"), (gpt2, r".*\.(c_attn|c_fc)"), (t5, ["q", "wo"])],
+)
+def test_squeezed_adapters_load_in_stock_peft(base: Callable[[], Any], targets: Any, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, fan_in_fan_out=base is gpt2)
+    model = get_peft_model(base(), config).eval()
+    for name, parameter in model.named_parameters():  # spectra that differ, so that the ranks do
+        if "lora_B" in name:
+            parameter.data[:, 2 + len(name) % 2 :] *= 1e-7
+    model.save_pretrained(str(tmp_path / "in"))
+    report = squeeze_adapter(tmp_path / "in", tmp_path / "out", energy=1 - 1e-10)
+    assert all(module.new_rank < 4 for module in report.modules)
+    again, ids = PeftModel.from_pretrained(base(), str(tmp_path / "out")).eval(), torch.arange(10)[None]
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if base is t5 else {})}
+    assert {name for name, _ in again.named_parameters() if "lora" in name} == {
+        name for name, _ in model.named_parameters() if "lora" in name
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, atol=1e-4, rtol=0)

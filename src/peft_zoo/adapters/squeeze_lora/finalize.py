@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,11 +15,14 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_zoo.adapters.squeeze_lora.factors import LoraPair, drop_zero_directions, lora_pairs, write_factors
+from peft_zoo.io.expert_names import moved_module
 from peft_zoo.io.lora_ranks import CHANGES_BASE, RankAndScale, rank_fields
 
 
 def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: str = "auto") -> dict[str, int]:
     """Removes directions that are zero in both factors and makes the adapter a plain LoRA; outputs do not change.
+
+    In models with routed experts, whose plain LoRA peft would load into other modules, the adapter keeps its type.
 
     Args:
         model: A `PeftModel`, or any model with LoRA layers, possibly inside `DistributedDataParallel`.
@@ -57,9 +61,16 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
         if not (keep and uniform):
             pair.layer.use_rslora[adapter_name] = False
         drop_zero_directions(pair, None if keep else 1.0)
-    # peft's own class, without the fields of initializations
-    values = {item.name: getattr(configs[adapter_name], item.name) for item in fields(LoraConfig) if item.init}
-    configs[adapter_name] = LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})
+    moved = moved_module(ranks, (name for name, _ in model.named_modules()))
+    if moved is None:  # peft's own class, without the fields of initializations
+        values = {item.name: getattr(configs[adapter_name], item.name) for item in fields(LoraConfig) if item.init}
+        configs[adapter_name] = LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})
+    else:
+        warnings.warn(
+            f"{moved}: peft moves a plain LoRA of it into the routed experts, so the adapter keeps its type "
+            f"{type(configs[adapter_name]).__name__}; load it with peft_zoo imported, or merge it.",
+            stacklevel=2,
+        )
     write_ranks(model, adapter_name, pairs)
     return ranks
 
