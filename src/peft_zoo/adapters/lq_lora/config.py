@@ -35,6 +35,10 @@ DECOMPOSE_CHOICES = {
 """Choices of the decomposition, which loading an adapter does not use: files of version 0.1.0 may hold others."""
 
 
+MAX_THREADS = 512
+"""Largest number of threads that `save_base="none"` sets to get the bits of the machine that saved the adapter."""
+
+
 def nf_config(value: Any) -> NFConfig:
     """Returns the `NFConfig` of a preset name or of five values, as files hold it; other values raise a ValueError."""
     if isinstance(value, str) and value in PRESETS:
@@ -153,6 +157,10 @@ class LqLoraConfig(ZooLoraConfig):
     base_sha256: dict[str, str] | None = option(
         None, "SHA-256 of the quantized weight by module name; filled in for the model's copy and saved."
     )
+    made_with: dict[str, Any] | None = option(
+        None,
+        "What the bits depend on: torch version, device, dtype, threads; filled in for the model's copy, saved.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +175,10 @@ class LqLoraConfig(ZooLoraConfig):
         valid = isinstance(self.keep_init, bool) or self.keep_init == "nf8"
         self.require(valid, "keep_init", "use True, False or 'nf8'")
         self.check_save_base()
+        made = self.made_with
+        threads = made.get("threads", 1) if isinstance(made, dict) else made
+        valid = made is None or (type(threads) is int and 1 <= threads <= MAX_THREADS)
+        self.require(valid, "made_with", f"use None, or a dict with 1 to {MAX_THREADS} 'threads'")
         valid = isinstance(self.init_lora_weights, bool)
         self.require(valid, "init_lora_weights", "use True, or False for random factors on an unquantized base")
         self._normalize_qconfigs()
@@ -245,4 +257,6 @@ class LqLoraConfig(ZooLoraConfig):
         fields = super().to_dict()
         if self.base_sha256 is not None:
             fields["lq_state"] = "decomposed"
+        if self.made_with is None:  # as in files of versions that did not record it
+            fields.pop("made_with", None)
         return fields

@@ -45,6 +45,7 @@ from peft_zoo.adapters.lq_lora.state import (
     base_hash,
     check_names,
     check_saved,
+    conditions,
     loaded_keys,
     rebuild,
     saved_base,
@@ -217,6 +218,7 @@ class LqLoraModel(ZooLoraModel):
         own = {name: layer.quantized for name, layer in _layers(model) if adapter_name in layer.lora_A}
         if config.lq_state == "new" and config.init_lora_weights:
             config.base_sha256 = {name: base_hash(layer) for name, layer in own.items()}
+            config.made_with = conditions(next(iter(own.values()))) if own else None
         elif config.lq_state == "decomposed":  # a loader that does not check the file may replace Q of every layer
             for name, layer in own.items():
                 layer.expected_sha256 = (config.base_sha256 or {}).get(name, "")

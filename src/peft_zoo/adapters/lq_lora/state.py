@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,9 +108,11 @@ def rebuild(
 ) -> dict[str, NFLinear]:
     """Decomposes the layers of an adapter with `save_base="none"` again; returns them by module name.
 
-    `targeted` is peft's rule for target modules, `quantized` has the names of layers that are quantized already. Raises
+    `targeted` is peft's rule for target modules, `quantized` has the names of layers that are quantized already. The
+    decomposition uses as many threads as the first one did, since sums of more threads are rounded differently. Raises
     a ValueError if a layer's checksum differs from the saved one, or the model lacks a layer.
     """
+    made_with = config.made_with or {}
     configs, expected = config.qconfig_map or {}, config.base_sha256 or {}
     made: dict[str, NFLinear] = {}
     layer: Any
@@ -117,16 +120,46 @@ def rebuild(
         if configs.get(name) is None:
             continue
         check_values(name, layer.weight)
-        made[name], _ = quantize_layer(config, nf_config(configs[name]), layer, rank_of(config, name, layer), name)
+        with _threads(made_with.get("threads")):
+            made[name], _ = quantize_layer(config, nf_config(configs[name]), layer, rank_of(config, name, layer), name)
+            here = conditions(made[name])
         if base_hash(made[name]) != expected.get(name):
             raise ValueError(
-                f"{name}: decomposed again, its weight does not match base_sha256={expected.get(name)!r}; the "
-                "decomposition cannot be reproduced with another base model or dtype, nor always on another machine or "
-                "device or with other libraries. Load the adapter where it was trained, set save_base='quantized' in "
-                "its configuration, and save it again."
+                f"{name}: decomposed again, its weight does not match base_sha256={expected.get(name)!r}; it was made "
+                f"with {_differences(made_with, here)}, and cannot be reproduced. Load the adapter where it was "
+                "trained, set save_base='quantized' in its configuration, and save it again."
             )
     check_names(config, {*made, *quantized})
     return made
+
+
+def conditions(layer: NFLinear) -> dict[str, Any]:
+    """Returns what the bits of a quantized weight depend on besides the base model and the configuration."""
+    device = layer.codes.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    kind = f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else kind
+    dtype = str(layer.dtype).removeprefix("torch.")
+    return {"torch": torch.__version__, "device": kind, "dtype": dtype, "threads": torch.get_num_threads()}
+
+
+def _differences(made: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Describes how the conditions of a saved adapter differ from those here."""
+    if not made:
+        return f"conditions that an older version did not record (here {dict(here)})"
+    differing = [key for key in here if made.get(key) != here[key]]
+    listed = ", ".join(f"{key} {made.get(key)!r} (here {here[key]!r})" for key in differing)
+    return listed or "another base model, configuration or processor"
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Makes torch use `count` threads on the CPU in the block; None: as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def base_hash(layer: NFLinear) -> str:

@@ -286,9 +286,8 @@ class _Job:
         for name in sorted(self.importance.keys() & self.layers.keys()):
             for part in self.importance[name]:
                 digest.update(part.float().cpu().numpy().tobytes())
-        fields = {
-            key: value for key, value in asdict(self.config).items() if key not in ("runtime_config", "weights_sha256")
-        }
+        changed = ("runtime_config", "weights_sha256", "made_with")
+        fields = {key: value for key, value in asdict(self.config).items() if key not in changed}
         fields["keep_init"] = False  # files have the factors in float32 whatever it is
         return {
             "version": peft_zoo.__version__,
