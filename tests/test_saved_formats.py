@@ -110,6 +110,8 @@ def settings(folder: Path) -> dict[str, Any]:
     """A configuration without what says where it was made, and without the checksum that was not saved at first."""
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     content = {name: value for name, value in content.items() if name not in (*HERE, "weights_sha256")}
+    if content.get("cover_features") is None:  # a later field: None is what files from before mean
+        content.pop("cover_features", None)
     listed = ("target_modules", "exclude_modules")  # sets, saved in any order
     return {k: sorted(v) if k in listed and isinstance(v, list) else v for k, v in content.items()}
 
