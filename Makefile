@@ -20,7 +20,7 @@ KERNELS := TRITON_INTERPRET=1 PEFT_ZOO_KERNELS=triton
 
 # Other versions lie in a folder before .venv's own; torch and numpy stay.
 # peft's test-suite is that of the pinned version.
-OLDEST := peft==0.21.0 transformers==5.9.0
+OLDEST := peft==0.21.0 transformers==5.21.1
 NEWEST := "peft<0.22" "transformers<5.24"
 define overlay
 	printf "torch ; python_version < '3'\nnumpy ; python_version < '3'\n" > $(VENV)/overrides.txt

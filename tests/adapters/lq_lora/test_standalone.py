@@ -24,7 +24,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
 
 from peft_zoo import LqLoraConfig
 from peft_zoo.adapters.lq_lora import standalone as lq_lora_standalone
@@ -364,13 +363,7 @@ def test_a_floating_point_model_is_not_quantized_by_the_configuration(tmp_path: 
             lambda c: c["modules"].update({Q_PROJ: [3, 4, "bf16", 32, 256]}),
             rf"{Q_PROJ}.codes is .*needs torch.int32 of",
         ),
-        pytest.param(
-            lambda c: c["modules"].update({Q_PROJ: [4, 4, "fp16", 32, 256]}),
-            rf"{Q_PROJ}.group_scales is torch.bfloat16",
-            marks=pytest.mark.skipif(
-                not hasattr(HfQuantizer, "get_new_dtype"), reason="transformers before 5.21 casts what it loads"
-            ),
-        ),
+        (lambda c: c["modules"].update({Q_PROJ: [4, 4, "fp16", 32, 256]}), rf"{Q_PROJ}.group_scales is torch.bfloat16"),
         (lambda c: c["modules"].update({Q_PROJ: [5, 4, "fp16", 32, 256]}), rf"modules\['{Q_PROJ}'\]: NFConfig: bits=5"),
         (lambda c: c["ranks"].update({Q_PROJ: 7}), rf"{Q_PROJ}.initial_B is .*\(64, 8\).*needs .*\(64, 7\)"),
         (lambda c: c["ranks"].update({"lm_head": 7}), "ranks names 'lm_head', which modules lacks"),

@@ -57,9 +57,7 @@ def inspect(path: str | Path) -> Inspection:
     elif (path / "config.json").exists():
         _inspect_model(path, found)
     else:
-        raise ValueError(
-            f"{path} has no {CONFIG_NAME} and no config.json; give a saved folder or a .safetensors file."
-        )
+        raise ValueError(f"{path} has no {CONFIG_NAME} and no config.json; give a saved folder or a .safetensors file.")
     return found
 
 

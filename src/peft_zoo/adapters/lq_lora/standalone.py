@@ -138,8 +138,6 @@ class NFkHfQuantizer(HfQuantizer):
             layer._is_hf_initialized = True  # type: ignore[assignment]  # no random values where a file is incomplete
             model.set_submodule(name, layer)
             self._expected.update((f"{name}.{part}", tensor) for part, tensor in layer.saved_tensors())
-        if not hasattr(HfQuantizer, "get_new_dtype"):
-            _keep_saved_dtypes(model)
         guards = rf"^({model.base_model_prefix}\.)?({'|'.join(_pattern(model, name) for name in layers)})\.{GUARD}$"
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), guards}
 
@@ -204,17 +202,6 @@ def _keys(model: PreTrainedModel, name: str) -> list[str]:
     """Returns the names that a module can have: a model with a head has a prefix that one without lacks."""
     prefix = f"{model.base_model_prefix}."
     return [name, prefix + name, name.removeprefix(prefix)]
-
-
-def _keep_saved_dtypes(model: Any) -> None:
-    """Excludes the tensors of quantized layers from those that a 16-bit model keeps in float32.
-
-    Before version 5.21, transformers casts by the model's patterns alone, without `NFkHfQuantizer.get_new_dtype`.
-    """
-    quantized = "|".join(NFLinear.ALL)
-    for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        patterns = getattr(model, name) or ()
-        setattr(model, name, {rf"^(?!.+\.(?:{quantized})$)(?:.+)?(?:{pattern})" for pattern in patterns})
 
 
 def _pattern(model: PreTrainedModel, name: str) -> str:
