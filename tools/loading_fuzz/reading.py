@@ -155,8 +155,13 @@ def of_pattern(config: dict[str, Any], field: str, module: str, default: Any) ->
     return default
 
 
-def check_fields(config: dict[str, Any], config_cls: type[Any], good: dict[str, Any]) -> None:
+def check_fields(config: dict[str, Any], base: nn.Module, good: dict[str, Any]) -> None:
     """Raises `Unreadable` if a field of LoRA that this reading does not know has an unusual value."""
+    names = config.get("target_parameters")
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        own = [name for name, _ in base.named_parameters()]
+        if not any(mine.endswith(name) for mine in own for name in names):
+            config = {**config, "target_parameters": None}  # peft warns that there is no such parameter
     defaults = LoraConfig()
     for item in fields(LoraConfig):
         name = item.name
@@ -230,7 +235,7 @@ def lora_model(folder: Path, sample: Sample, good: dict[str, Any], by_keys: bool
     tensors = bare_keys(read_tensors(folder / sample.files[1]))
     check_digest(config, folder / sample.files[1])
     finite(tensors)
-    check_fields(config, LoraConfig, good)
+    check_fields(config, sample.base, good)
     weights, tensors = quantized_weights(config, tensors, sample.base)
     updates = lora_updates(config, tensors, sample.base)
     check_targets(config, set(updates), sample.base, by_keys)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 
 import peft_zoo
@@ -277,7 +277,7 @@ def trained_change(prepared: Prepared, folder: Path, out: Path) -> None:
     tensors = reading.bare_keys(reading.read_tensors(folder / ADAPTER[1]))
     reading.check_digest(config, folder / ADAPTER[1])
     reading.finite(tensors)
-    reading.check_fields(config, LoraConfig, prepared.good)
+    reading.check_fields(config, prepared.pristine.base, prepared.good)
     factors = {key: tensor for key, tensor in tensors.items() if not reading.CODES.fullmatch(key)}
     expected = reading.lora_updates(config, factors, prepared.pristine.base)
     reading.check_targets(config, set(expected), prepared.pristine.base, by_keys=True)
