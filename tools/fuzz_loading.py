@@ -54,10 +54,22 @@ EXPECTED = (
     ("transformers *", "*", "*", OTHERS),
     ("PeftModel.*", RAW, "*config_text*", UNPARSED),
     ("PeftModel.*", RAW, "*peft_type*", UNPARSED),
-    ("PeftModel.*", "*", "*", PENDING),
+    (
+        "PeftModel.load_adapter: lq_lora",
+        LEFT,
+        "*base_sha256*",
+        "the quantized weights are hashed after peft has added the adapter",
+    ),
     ("recipe: *", "*", "*", PENDING),
-    ("to_lora: *", "*", "*", PENDING),
-    ("peft_zoo.load_adapter: *", "*", "*", PENDING),
+    ("to_lora: *", WRONG, "*", "a field that means nothing to the tool is not checked"),
+    (
+        "squeeze_adapter: *",
+        WRONG,
+        "*modules_to_save=*not supported*",
+        "a field that means nothing to the tool is not checked",
+    ),
+    ("[!Pp]*", WRONG, "*the checksum is wrong*", "file tools do not compare weights_sha256 yet"),
+    ("to_peft: *", WRONG, "*the checksum is wrong*", "file tools do not compare weights_sha256 yet"),
     ("quantized folder: *", RAW, "*SafetensorError*", TRANSFORMERS),
     ("quantized folder: *", RAW, "*OSError*", TRANSFORMERS),
     ("quantized folder: *", RAW, "*ignore_mismatched_sizes*", TRANSFORMERS),
@@ -189,7 +201,17 @@ def is_documented(name: str, classes: tuple[str, ...]) -> bool:
 
 def names_something(message: str, subjects: set[str], good: dict[str, Any]) -> bool:
     """Whether a message is a sentence that names a field, a key, a file or what was changed."""
-    words = {*subjects, *good, ".safetensors", "adapter_config", "config.json", "lora_", "base_model", "peft_type"}
+    words = {
+        *subjects,
+        *good,
+        "fields in the file",
+        ".safetensors",
+        "adapter_config",
+        "config.json",
+        "lora_",
+        "base_model",
+        "peft_type",
+    }
     parts = set(re.findall(r"\w+", message))
     return (
         len(message) > 15

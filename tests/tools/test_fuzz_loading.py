@@ -50,6 +50,23 @@ def test_2000_mutated_folders_on_each_route(pairs: list[Pair], route: str) -> No
     assert faults(list(fuzz_loading.fuzz(chosen, 2000, seed=1))) == []
 
 
+SAVED_TORN = {"recipe"}  # what peft's own function writes file by file
+
+
+def test_killed_while_saving(pairs: list[Pair], tmp_path: Path) -> None:
+    """A process that dies while it saves leaves the old files or the new ones; peft's way may leave a refused pair."""
+    counts = fuzz_loading.killed(pairs, tmp_path, 1, seed=0)
+    assert {name for name, found in counts.items() if found[fuzz_loading.kills.TORN]} <= SAVED_TORN
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_killed_60_times_on_each_route(pairs: list[Pair], tmp_path: Path) -> None:
+    """The same for more deaths."""
+    counts = fuzz_loading.killed(pairs, tmp_path, 60, seed=1)
+    assert {name for name, found in counts.items() if found[fuzz_loading.kills.TORN]} <= SAVED_TORN
+
+
 def test_every_method_is_fuzzed(pairs: list[Pair]) -> None:
     """The adapters come from the registry."""
     loaded = {pair.prepared.sample.name for pair in pairs if pair.route is routes.FROM_PRETRAINED}

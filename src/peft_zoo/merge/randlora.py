@@ -30,10 +30,11 @@ from torch import Tensor
 from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import draw
 from peft_zoo.common.atomic import new_folder
+from peft_zoo.common.checks import check_int
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.extra_keys import is_named
 from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME, open_weights
-from peft_zoo.io.lora_settings import read_settings
+from peft_zoo.io.lora_settings import MAX_RANK, read_settings
 from peft_zoo.io.safetensors import FLOATS
 from peft_zoo.kernels.random_matrix.basis import unit
 from peft_zoo.kernels.random_matrix.shared import BasisKey, shared_basis
@@ -152,8 +153,12 @@ def _config(folder: Path, kind: type[Any]) -> Any:
     found, wanted = content.pop("peft_type", None), kind().peft_type.value
     if found != wanted:
         raise ValueError(f"{folder}: peft_type={found!r} cannot be converted; give an adapter of type {wanted!r}.")
+    check_int("r", content.get("r"), 1, MAX_RANK)
     known = {field.name for field in fields(kind) if field.init}
-    return kind(**{name: value for name, value in content.items() if name in known})
+    try:
+        return kind(**{name: value for name, value in content.items() if name in known})
+    except (AttributeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: a field has a value of a wrong type: {error}.") from error
 
 
 def _peft_config(config: RandLoraConfig, modules: list[str]) -> peft.RandLoraConfig:

@@ -136,6 +136,7 @@ def test_a_target_that_is_not_smaller_is_refused() -> None:
         ({"end_ratio": 0.0}, "end_ratio=0.0"),
         ({"start_ratio": 0.8}, "end_ratio=0.75 .*start_ratio=0.8"),
         ({"schedule": "step"}, "rank_at_step={}"),
+        ({"schedule": "step", "rank_at_step": {"ten": 4}}, "rank_at_step={'ten': 4}"),
         ({"schedule": "step", "rank_at_step": {10: 4, 20: 8}}, "rank_at_step={10: 4, 20: 8}"),
         ({"schedule": "step", "rank_at_step": {10: 4}, "target_rank": 8}, "target_rank=8"),
         ({"schedule": "step", "rank_at_step": {10: 4}, "num_stages": 2}, "num_stages=2"),

@@ -206,5 +206,7 @@ def check_digest(config: Any, weights: Path) -> None:
 def check_finite(file: TensorFile) -> None:
     """Raises a ValueError that names the first floating-point tensor with a value that is NaN or infinite."""
     for key, info in file.tensors.items():
+        if info.dtype.is_floating_point and info.dtype not in FLOATS:
+            raise ValueError(f"{file.path}: {key} has dtype {info.dtype}; save the adapter again in a wider one.")
         if info.dtype.is_floating_point and not torch.isfinite(file.read(key)).all():
             raise ValueError(f"{file.path}: {key} has values that are not finite; train the adapter again.")

@@ -85,7 +85,10 @@ class SqueezeConfig:
 
     def __post_init__(self) -> None:
         # JSON turns the keys into text.
-        self.rank_at_step = {int(step): rank for step, rank in (self.rank_at_step or {}).items()}
+        given = self.rank_at_step or {}
+        valid = isinstance(given, dict) and all(str(step).isdecimal() and len(str(step)) < 19 for step in given)
+        require(valid, self, "rank_at_step", "use a dict from optimizer step, an integer, to rank")
+        self.rank_at_step = {int(step): rank for step, rank in given.items()}  # JSON has texts as keys
         for name, choices in CHOICES.items():
             require(getattr(self, name) in choices, self, name, f"use one of {', '.join(choices)}")
         for name in ("target_rank", "num_stages", "interval", "min_stage_steps", "rank_multiple_of", "min_rank"):
