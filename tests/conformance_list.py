@@ -37,7 +37,8 @@ SKIP = [
         r"::test_lora_conversion\[.*OPTForCausalLM",
         "it reads the target modules that peft chose off the configuration that get_peft_model was given; ours stays"
         " as it was. The test runs on the other models",
-    )
+    ),
+    (r"::test_save_pretrained_pickle\[", "a pickle can run code when it is opened: our types load safetensors only"),
 ]
 LACKS, INIT_FALSE, CONFIG_KWARGS = {}, {}, {}
 for method in methods().values():

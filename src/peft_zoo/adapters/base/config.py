@@ -131,19 +131,22 @@ class TrainedConfig(MethodConfig):
             ValueError: Naming the field, its value and the fix.
         """
         source = AdapterSource(str(pretrained_model_name_or_path), subfolder, cls._split_kwargs(kwargs)[0])  # type: ignore[attr-defined]
-        check_literal(source.config(), source.module_names)
+        found = source.config()
+        check_literal(found, source.module_names)
         try:
             config: PeftConfig = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, subfolder, **kwargs
             )
         except (TypeError, AttributeError) as error:
+            if "peft_type" not in found:
+                raise  # peft's own error, which other programs may expect
             raise ValueError(f"{cls.__name__} cannot be made of the fields in the file: {error}.") from error
         vars(config)[SOURCE] = source
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields that peft saves; the checksum only if there is one."""
-        found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        found: dict[str, Any] = super().to_dict()
         return {name: value for name, value in found.items() if name != DIGEST or value is not None}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -157,7 +160,7 @@ class TrainedConfig(MethodConfig):
         weights = folder / SAFETENSORS_WEIGHTS_NAME
         saved.weights_sha256 = sha256_of(weights) if weights.is_file() else None
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as work:
-            super(TrainedConfig, saved).save_pretrained(work, **kwargs)
+            super(TrainedConfig, saved).save_pretrained(work, **kwargs)  # type: ignore[misc]
             with replaced_file(folder / CONFIG_NAME) as new:
                 Path(work, CONFIG_NAME).replace(new)
         complete_model_card(folder / "README.md", f"{registration.NAMESPACE.lower()}{self.method_name}")
