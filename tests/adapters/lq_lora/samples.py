@@ -66,3 +66,10 @@ def without_checksum_of_the_file(folder: Path) -> None:
     fields = json.loads(path.read_text())
     fields.pop("weights_sha256", None)
     path.write_text(json.dumps(fields))
+
+
+def logits_of(model: PeftModel, folder: Path, name: str) -> Tensor:
+    """Loads a saved adapter under a name, activates it and returns the logits."""
+    model.load_adapter(folder, name)
+    model.set_adapter(name)
+    return logits(model)
