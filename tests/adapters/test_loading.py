@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -295,6 +295,15 @@ def test_a_name_that_is_no_name_of_a_folder_is_refused(name: str, saved: Callabl
         load_adapter(str(saved("snell")), model, name)
     with unchanged(model), pytest.raises(ValueError, match="adapter_name="):
         get_peft_model(model, make("snell"), adapter_name=name)
+
+
+def test_no_state_dict_replaces_a_weight_of_the_base_model(saved: Callable[[str], Path]) -> None:
+    model = PeftModel.from_pretrained(base(), str(saved("snell")))
+    state = load_file(saved("snell") / WEIGHTS)
+    head = {"base_model.model.lm_head.weight": model.base_model.model.lm_head.weight.detach().clone()}
+    set_peft_model_state_dict(model, state | head)
+    with unchanged(model), pytest.raises(ValueError, match="lm_head"):
+        set_peft_model_state_dict(model, state | {name: value + 1 for name, value in head.items()})
 
 
 def test_embeddings_that_peft_saves_are_loaded_if_they_are_the_models(tmp_path: Path) -> None:

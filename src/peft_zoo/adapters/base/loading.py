@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from torch import nn
+from torch import Tensor, nn
 
 from peft_zoo.adapters.base.restore import restored_afterwards, restored_on_error
 from peft_zoo.adapters.base.source import (
@@ -32,6 +32,8 @@ from peft_zoo.registration import NAMESPACE
 
 #: Attribute of a configuration with which an adapter is only added on trial, to see what tensors it has.
 TRIAL = "_trial"
+#: Attribute of a configuration whose file may replace embeddings of the base model.
+TRUSTS_BASE_WEIGHTS = "_trusts_base_weights"
 _PREFIX = "base_model."
 #: Errors that a value of the wrong type or range in a configuration can lead to.
 _BY_BAD_VALUES = (TypeError, AttributeError, LookupError, AssertionError, ArithmeticError, ImportError)
@@ -89,6 +91,7 @@ def load_adapter(
     source = AdapterSource(str(path_or_id), subfolder, hub)
     config = read_config(source, trust_patterns)
     config.inference_mode = not is_trainable
+    vars(config)[TRUSTS_BASE_WEIGHTS] = trust_base_weights
     if owner is not None and config.peft_type != owner.peft_type:
         raise ValueError(
             f"peft_type={config.peft_type.value!r} is not that of the model's adapters, {owner.peft_type!r}; load it "
@@ -272,7 +275,7 @@ def _check_embedding(
     is_embedding = any(part in EMBEDDING_LAYER_NAMES for part in bare.split("."))
     value = parameters.get(bare) if is_embedding and key in file.tensors else None
     if value is not None and value.shape == file.tensors[key].shape:
-        if trust_base_weights or torch.equal(file.read(key).to(value), value.detach()):
+        if trust_base_weights or same_values(file.read(key), value):
             return
         raise ValueError(
             f"{key} would replace a weight of the base model with other values; remove it, or, if you trust the file, "
@@ -281,3 +284,8 @@ def _check_embedding(
     near = difflib.get_close_matches(key, expected, 1)
     hint = f"; the nearest name that is: {near[0]!r}" if near else ""
     raise ValueError(f"{key!r} in the weights file is no tensor of this adapter in this model{hint}.")
+
+
+def same_values(tensor: Tensor, value: Tensor) -> bool:
+    """Returns whether loading `tensor` into `value`, which may have another dtype and device, changes nothing."""
+    return tensor.shape == value.shape and torch.equal(tensor.to(value), value.detach())

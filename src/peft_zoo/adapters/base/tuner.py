@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_zoo.adapters.base.loading import TRIAL, check_saved
+from peft_zoo.adapters.base.loading import TRIAL, TRUSTS_BASE_WEIGHTS, check_saved, same_values
 from peft_zoo.adapters.base.mixed_batch import adapter_names_passed
 from peft_zoo.adapters.base.offload import fill_offloaded
 from peft_zoo.adapters.base.restore import restored_on_error
@@ -137,7 +137,28 @@ class MethodTuner(BaseTuner):
         """Maps the keys of a file to those of the model as peft does, also where modules are wrapped."""
         view = PlainView(model)
         given = {plain_name(key): tensor for key, tensor in state_dict.items()}
-        return view.restore(super()._remap_adapter_state_dict_for_load(view.model, config, adapter_name, given))
+        mapped = super()._remap_adapter_state_dict_for_load(view.model, config, adapter_name, given)
+        if not vars(config).get(TRUSTS_BASE_WEIGHTS):
+            cls._refuse_base_weights(view.model, config, adapter_name, mapped)
+        return view.restore(mapped)
+
+    @staticmethod
+    def is_base_tensor(key: str) -> bool:
+        """Whether a key without the adapter's name belongs to its file all the same; a method may override it."""
+        return False
+
+    @classmethod
+    def _refuse_base_weights(cls, model: Any, config: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+        """Raises a ValueError for a tensor that would give a weight of the base model another value."""
+        state = model.state_dict()
+        for key, tensor in tensors.items():
+            is_own = key not in state or f".{adapter_name}." in f"{key}." or cls.is_base_tensor(key)
+            is_bias = getattr(config, "bias", "none") != "none" and key.endswith(".bias")
+            if not is_own and not is_bias and not same_values(tensor, state[key]):
+                raise ValueError(
+                    f"{key} would give a weight of the base model another value; remove it from the state dict, or "
+                    "load a file that you trust with `peft_zoo.load_adapter(..., trust_base_weights=True)`."
+                )
 
 
 def _has_adapter(model: nn.Module, adapter_name: str) -> bool:

@@ -46,6 +46,8 @@ from peft_zoo.adapters.lq_lora.state import (
     check_names,
     check_saved,
     conditions,
+    is_base_tensor,
+    is_initial_factor,
     loaded_keys,
     rebuild,
     saved_base,
@@ -317,10 +319,8 @@ class LqLoraModel(ZooLoraModel):
 
     # ---- files ----
 
-    @staticmethod
-    def is_checked_later(key: str) -> bool:
-        """Whether a tensor of a file is only checked while it is loaded: initial factors, if the base has none yet."""
-        return key.rpartition(".base_layer.")[2] in set(NFLinear.ALL) - set(NFLinear.PARTS)
+    is_checked_later = staticmethod(is_initial_factor)
+    is_base_tensor = staticmethod(is_base_tensor)
 
     @classmethod
     def _get_adapter_state_dict(

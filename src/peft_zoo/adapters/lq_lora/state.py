@@ -38,6 +38,16 @@ def loaded_keys(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
+def is_base_tensor(key: str) -> bool:
+    """Returns whether a key belongs to a quantized base layer, whose tensors the adapter's file has."""
+    return key.rpartition(".base_layer.")[2] in NFLinear.ALL
+
+
+def is_initial_factor(key: str) -> bool:
+    """Returns whether a key belongs to initial factors, which a file may lack if the base layer has them already."""
+    return is_base_tensor(key) and key.rpartition(".")[2] not in NFLinear.PARTS
+
+
 def check_saved(
     model: nn.Module, name: str, layer: NFLinear, config: LqLoraConfig, state_dict: dict[str, Tensor], shared: bool
 ) -> None:
