@@ -205,6 +205,7 @@ def names_something(message: str, subjects: set[str], good: dict[str, Any]) -> b
         *subjects,
         *good,
         "fields in the file",
+        "arget modules",
         ".safetensors",
         "adapter_config",
         "config.json",

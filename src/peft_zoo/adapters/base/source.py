@@ -155,7 +155,7 @@ def expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if name in ("target_modules", "exclude_modules"):
             texts = [value] if isinstance(value, str) and value not in _SHORTHANDS else ()
         elif name.endswith("_pattern") or name == "modules_to_save":
-            texts = [value] if isinstance(value, str) else value or ()
+            texts = value or () if isinstance(value, (Mapping, list, tuple, set)) else [] if value is None else [value]
         for text in texts:
             if not isinstance(text, str) or not _LITERAL.fullmatch(text):
                 yield name, text
