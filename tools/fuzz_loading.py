@@ -46,7 +46,6 @@ DOCUMENTED = ("ValueError", "NotImplementedError")
 STOCK = "nothing of this package runs when peft or transformers load peft's own LoRA"
 OTHERS = "transformers reads both files itself, and calls no function of the type's classes that knows of files"
 UNPARSED = "peft parses adapter_config.json to find the type before it calls anything of the type"
-PENDING = "not covered yet"
 TRANSFORMERS = "transformers reads the files of a model before it asks the quantizer"
 EXPECTED = (
     ("PeftModel.*: lora", "*", "*", STOCK),
@@ -54,22 +53,7 @@ EXPECTED = (
     ("transformers *", "*", "*", OTHERS),
     ("PeftModel.*", RAW, "*config_text*", UNPARSED),
     ("PeftModel.*", RAW, "*peft_type*", UNPARSED),
-    (
-        "PeftModel.load_adapter: lq_lora",
-        LEFT,
-        "*base_sha256*",
-        "the quantized weights are hashed after peft has added the adapter",
-    ),
-    ("recipe: *", "*", "*", PENDING),
-    ("to_lora: *", WRONG, "*", "a field that means nothing to the tool is not checked"),
-    (
-        "squeeze_adapter: *",
-        WRONG,
-        "*modules_to_save=*not supported*",
-        "a field that means nothing to the tool is not checked",
-    ),
-    ("[!Pp]*", WRONG, "*the checksum is wrong*", "file tools do not compare weights_sha256 yet"),
-    ("to_peft: *", WRONG, "*the checksum is wrong*", "file tools do not compare weights_sha256 yet"),
+    ("recipe: *", RAW, "*config_text*", UNPARSED),
     ("quantized folder: *", RAW, "*SafetensorError*", TRANSFORMERS),
     ("quantized folder: *", RAW, "*OSError*", TRANSFORMERS),
     ("quantized folder: *", RAW, "*ignore_mismatched_sizes*", TRANSFORMERS),

@@ -34,6 +34,8 @@ from torch import nn
 from peft_zoo import registration
 from peft_zoo.adapters.base import Conformance, ZooLoraConfig, ZooLoraModel, option
 from peft_zoo.adapters.base.card import add_to_card
+from peft_zoo.adapters.base.saving import with_exact_names
+from peft_zoo.common.atomic import replaced_folder
 from peft_zoo.common.checks import is_number
 
 __all__ = ["WatermarkLoraConfig"]
@@ -140,7 +142,8 @@ class WatermarkLoraConfig(ZooLoraConfig):
         folder = Path(save_directory)
         if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # peft writes the weights first
             return
-        write_plain_lora(folder, self.plain_lora())
+        named: Any = with_exact_names(self)
+        write_plain_lora(folder, named.plain_lora())
         add_to_card(folder / "README.md", [CARD_TEXT.format(bits=self.num_bits)])
         if self.commitment is not None:
             warnings.warn(
@@ -195,8 +198,13 @@ def last_up_block(model: nn.Module) -> str:
 
 def write_plain_lora(folder: Path, config: LoraConfig) -> None:
     """Writes `plain_lora/` into an adapter's folder: a folder for stock peft, with a file for stock diffusers."""
-    plain = folder / PLAIN_FOLDER
-    plain.mkdir(exist_ok=True)
+    with replaced_folder(folder / PLAIN_FOLDER) as plain:
+        for old in plain.iterdir():
+            old.unlink()
+        _write_plain_lora(folder, plain, config)
+
+
+def _write_plain_lora(folder: Path, plain: Path, config: LoraConfig) -> None:
     config.inference_mode = True
     config.save_pretrained(str(plain))
     shutil.copyfile(folder / SAFETENSORS_WEIGHTS_NAME, plain / SAFETENSORS_WEIGHTS_NAME)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peft_zoo.io.digest import check_digest
 from peft_zoo.io.extra_keys import check_extra_key
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_keys import FORMATS, Role, detect_format, make_key, parse_key
@@ -240,7 +241,7 @@ def open_adapter(path: str | Path) -> LoraAdapter:
     path = Path(path)
     is_folder = path.is_dir()
     config = read_json(path / CONFIG_NAME, path) if is_folder else None
-    file = open_weights(path) if is_folder else TensorFile(path)
+    file = TensorFile(path) if config is None else open_weights(path, config)
     try:
         return LoraAdapter(file, config)
     except BaseException:
@@ -248,13 +249,22 @@ def open_adapter(path: str | Path) -> LoraAdapter:
         raise
 
 
-def open_weights(folder: Path) -> TensorFile:
-    """Opens `adapter_model.safetensors` of an adapter folder; a pickle beside or instead of it is never opened."""
+def open_weights(folder: Path, config: Mapping[str, Any]) -> TensorFile:
+    """Opens `adapter_model.safetensors` of an adapter folder with this configuration.
+
+    A pickle beside or instead of it is never opened. Raises a ValueError if the configuration has another checksum.
+    """
     if not os.path.lexists(folder / WEIGHTS_NAME):
         pickle = next((name for name in PICKLES if os.path.lexists(folder / name)), None)
         found = f"{pickle} is a pickle and never opened, " if pickle else ""
         raise ValueError(f"{folder}: has no {WEIGHTS_NAME}; {found}save the adapter with safe_serialization=True.")
-    return TensorFile(folder / WEIGHTS_NAME, folder)
+    file = TensorFile(folder / WEIGHTS_NAME, folder)
+    try:
+        check_digest(config, file.path)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _configured(

@@ -87,6 +87,7 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     Other adapter types, and updates other than `s * B A` on the whole input, are a NotImplementedError.
     """
     _check_kind(config)
+    check_names(config)
     rslora = config.get("use_rslora", False)
     if not isinstance(rslora, bool):
         raise ValueError(f"use_rslora={reprlib.repr(rslora)}: write true or false.")
@@ -125,6 +126,15 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSet
         return settings[""].of(module) if "" in settings else None
 
     return of
+
+
+def check_names(config: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a field of module names that is neither a text nor a list of texts."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"):
+        value = config.get(name)
+        listed = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(each, str) for each in listed):
+            raise ValueError(f"{name}={reprlib.repr(value)}: write a list of module names.")
 
 
 def _check_kind(config: Mapping[str, Any]) -> None:

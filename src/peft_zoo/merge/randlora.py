@@ -81,7 +81,7 @@ def to_peft(folder: str | Path, out_dir: str | Path) -> Path:
     config: RandLoraConfig = _config(source, RandLoraConfig)
     for name in ("target_parameters", "trainable_token_indices"):
         config.require(not getattr(config, name), name, "peft's RandLoRA does not support it")
-    with open_weights(source) as file:
+    with open_weights(source, vars(config)) as file:
         modules = _modules(file, OURS, config.r)
         _check_keys(file, OURS, config, modules)
         matrices = _of_ours(file, config, modules)
@@ -122,7 +122,7 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
             "adapter_config.json: sparse=True and very_sparse=True; set one of them to false (peft used very_sparse)."
         )
     basis = next(name for name, flags in SPARSE.items() if flags == (bool(config.sparse), bool(config.very_sparse)))
-    with open_weights(source) as file:
+    with open_weights(source, vars(config)) as file:
         modules = _modules(file, THEIRS, config.r)
         _check_keys(file, THEIRS, config, modules)
         matrices = _of_peft(file, config.r, modules)

@@ -30,7 +30,7 @@ def numeric(draft: Draft) -> list[str]:
 def set_field(draft: Draft, name: str, value: Any) -> None:
     """Sets a field of the configuration."""
     draft.config[name] = value
-    draft.subjects.update((name, str(value)[:100]))
+    draft.subjects.update((name, name.replace("_", " "), str(value)[:100]))
 
 
 @mutation

@@ -16,9 +16,10 @@ from peft.utils.other import get_pattern_key
 from peft_zoo import registration
 from peft_zoo.adapters.base.card import complete_model_card
 from peft_zoo.adapters.base.saving import with_exact_names
-from peft_zoo.adapters.base.source import DIGEST, SOURCE, AdapterSource, check_literal, check_numbers, sha256_of
+from peft_zoo.adapters.base.source import SOURCE, AdapterSource, check_literal, check_numbers
 from peft_zoo.common import checks
 from peft_zoo.common.atomic import replaced_file
+from peft_zoo.io.digest import DIGEST, sha256_of
 
 Config = TypeVar("Config", bound="MethodConfig")
 

@@ -14,9 +14,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_zoo.adapters.base.loading import check_fields, made_config
-from peft_zoo.adapters.base.source import DIGEST, AdapterSource, check_digest, check_finite, check_literal, module_names
+from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, module_names
 from peft_zoo.io import open_adapter
 from peft_zoo.io.checkpoint import Checkpoint
+from peft_zoo.io.digest import DIGEST, check_digest
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.safetensors import TensorFile
 from peft_zoo.io.strict_json import read_json
@@ -73,7 +74,6 @@ def _inspect_adapter(folder: Path, found: Inspection) -> None:
     for name in ("base_model_name_or_path", "r", "target_modules", DIGEST):
         if fields.get(name) is not None:
             found.facts[name] = fields[name]
-    config = None
     if config_cls is None:
         found.problems.append(f"peft_type={kind!r} is unknown here; it is a type of a newer or another package.")
     else:
@@ -82,14 +82,14 @@ def _inspect_adapter(folder: Path, found: Inspection) -> None:
         with found.check():
             check_literal(fields, source.module_names)
         with found.check():
-            config = made_config(config_cls, fields) if hasattr(config_cls, "r") else config_cls(**fields)
+            made_config(config_cls, fields) if hasattr(config_cls, "r") else config_cls(**fields)
     if not getattr(config_cls, "trainable", True):
         found.facts["holds"] = f"a recipe of type {kind}, without weights of its own"
         return
     with found.check(), TensorFile(source.weights(), folder) as file:
         _describe(file.tensors.values(), module_names(file.tensors), found)
         with found.check():
-            check_digest(config, file.path)
+            check_digest(fields, file.path)
         with found.check():
             check_finite(file)
 

@@ -20,13 +20,14 @@ from peft_zoo.adapters.base.source import (
     FLOATS,
     AdapterSource,
     check_adapter_name,
-    check_digest,
     check_finite,
     check_literal,
     check_numbers,
 )
+from peft_zoo.io.digest import DIGEST, check_digest
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_ranks import CHANGES_BASE
+from peft_zoo.io.lora_settings import check_names
 from peft_zoo.io.safetensors import TensorFile
 from peft_zoo.registration import NAMESPACE
 
@@ -149,6 +150,7 @@ def check_fields(found: Mapping[str, Any], config_cls: type[PeftConfig]) -> None
                 f"{name}={value!r} is no field of {config_cls.__name__}: the adapter was saved by a newer version, or "
                 "for another type. Update, or remove the field if it does not matter."
             )
+    check_names(found)
     for name in ("layer_replication", "megatron_config"):
         if found.get(name):
             raise ValueError(f"{name}={found[name]!r} would change the base model; remove it, or use peft itself.")
@@ -179,7 +181,7 @@ def check_saved(
         trust_base_weights: As in `load_adapter`.
     """
     weights = source.weights()
-    check_digest(config, weights)
+    check_digest({DIGEST: getattr(config, DIGEST, None)}, weights)
     with TensorFile(weights) as file:
         largest = max((size for info in file.tensors.values() for size in info.shape), default=0)
         for rank in (config.r, *(config.rank_pattern or {}).values()):
@@ -190,9 +192,14 @@ def check_saved(
         expected, found = _tensors_on_trial(file.tensors, config, adapter_name, model, tuner)
         tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         is_checked_later = getattr(tuner_cls, "is_checked_later", lambda key: False)
+        check_values = getattr(tuner_cls, "check_values", lambda config, file: None)
         _compare(found, {key: info for key, info in expected.items() if not is_checked_later(key)})
-        for key in sorted(key for key in found.keys() - expected.keys() if not is_checked_later(key)):
+        layers = {key.rpartition(".")[0] for key in expected}
+        for key in sorted(found.keys() - expected.keys()):
+            if is_checked_later(key) and key.rpartition(".")[0] in layers:
+                continue
             _check_embedding(key, file, model, trust_base_weights, expected)
+        check_values(config, file)
 
 
 def _check_trained_modules(config: Any, keys: Collection[str], model: nn.Module) -> None:

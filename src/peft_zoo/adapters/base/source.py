@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -16,12 +15,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from peft_zoo.common.checks import check, is_number
 from peft_zoo.io.folder import check_regular
-from peft_zoo.io.safetensors import PIECE, TensorFile
+from peft_zoo.io.safetensors import TensorFile
 from peft_zoo.io.strict_json import read_json
 
 #: Attribute of a configuration that was loaded, with its `AdapterSource`; it is no field and never saved.
 SOURCE = "_source"
-DIGEST = "weights_sha256"
 MAX_RANK = 1 << 16
 MAX_NUMBER = 1e9  # of a scale, rate or count; only seeds may be larger
 MAX_ENTRIES = 100_000  # of a list or dictionary
@@ -121,11 +119,16 @@ def check_numbers(config: Any) -> None:
     owner = type(config).__name__
     for item in fields(config):
         value = getattr(config, item.name)
+        is_count = isinstance(item.default, (int, float)) and not isinstance(item.default, bool)
+        check(not (is_count and isinstance(value, bool)), f"{owner}: {item.name}", value, "use a number")
         is_seed = "seed" in item.name or item.name.endswith("_key")
         for number in _numbers(value, item.name):
             most = 2**64 if is_seed else MAX_NUMBER
             valid = is_number(number) and abs(number) <= most
             check(valid, f"{owner}: {item.name}", number, f"use a number of at most {most:g}")
+        if item.name.endswith("_pattern") and isinstance(value, Mapping):
+            for key, number in value.items():
+                check(is_number(number), f"{owner}: {item.name}[{key!r}]", number, "use a number")
     patterns = getattr(config, "rank_pattern", None) or {}
     check(isinstance(patterns, Mapping), f"{owner}: rank_pattern", patterns, "use a dict from module name to rank")
     for name, rank in (("r", config.r), *((f"rank_pattern[{key!r}]", value) for key, value in patterns.items())):
@@ -182,25 +185,6 @@ def module_names(keys: Iterable[str]) -> set[str]:
     """Returns the modules of the base model that the keys of a weights file belong to."""
     bare = (key.removeprefix("base_model.model.") for key in keys)
     return {name for key in bare if (name := re.split(r"\.(?:lora_|zoo_)", key, maxsplit=1)[0]) != key}
-
-
-def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def check_digest(config: Any, weights: Path) -> None:
-    """Raises a ValueError if the configuration was saved with other weights than those in the file."""
-    expected = getattr(config, DIGEST, None)
-    if expected is not None and sha256_of(weights) != expected:
-        raise ValueError(
-            f"{DIGEST}={expected!r} of {CONFIG_NAME} is not that of {weights}: saving was interrupted, or one of the "
-            f"two files was replaced. Save the adapter again; after changing the weights on purpose, remove {DIGEST}."
-        )
 
 
 def check_finite(file: TensorFile) -> None:

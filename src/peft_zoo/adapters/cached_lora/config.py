@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from peft_zoo.adapters.base.config import MethodConfig, option
 from peft_zoo.common.atomic import replaced_file
 from peft_zoo.common.checks import is_number
+from peft_zoo.io.safetensors import TensorFile
 from peft_zoo.io.strict_json import read_json
 
 MERGES = ("merge", "merge_normalized")
@@ -224,6 +226,11 @@ class CachedLoraConfig(MethodConfig, PeftConfig):
                 close = difflib.get_close_matches(odd[0], known, n=1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 raise ValueError(f"CachedLoraConfig: unknown field {odd[0]!r}: {hint}Remove it from {folder}.")
+            weights = folder / SAFETENSORS_WEIGHTS_NAME
+            if os.path.lexists(weights):
+                with TensorFile(weights, folder) as file:
+                    if file.tensors:
+                        raise ValueError(f"{weights} has tensors, which a recipe has not; save the recipe again.")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         except (TypeError, AttributeError, KeyError) as error:

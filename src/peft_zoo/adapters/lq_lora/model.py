@@ -43,6 +43,7 @@ from peft_zoo.adapters.lq_lora.plan import QuantizationPlan, plan
 from peft_zoo.adapters.lq_lora.state import (
     PREFIX,
     base_hash,
+    check_file,
     check_names,
     check_saved,
     conditions,
@@ -319,8 +320,8 @@ class LqLoraModel(ZooLoraModel):
 
     # ---- files ----
 
-    is_checked_later = staticmethod(is_initial_factor)
-    is_base_tensor = staticmethod(is_base_tensor)
+    is_checked_later, is_base_tensor = staticmethod(is_initial_factor), staticmethod(is_base_tensor)
+    check_values = staticmethod(check_file)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -15,6 +15,7 @@ from peft_zoo.adapters.lq_lora.decompose import quantize_layer, rank_of
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, sha256
 from peft_zoo.adapters.lq_lora.targets import Targeted, check_values, target_layers
 from peft_zoo.common.modules import plain_name
+from peft_zoo.io.safetensors import TensorFile
 
 PREFIX = "base_model.model."
 
@@ -36,6 +37,17 @@ def loaded_keys(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str,
             raise ValueError(f"{key}: the file has this tensor twice, under different names; save the adapter again.")
         found[loaded] = tensor
     return found
+
+
+def check_file(config: LqLoraConfig, file: TensorFile) -> None:
+    """Raises a ValueError if the file of an adapter has other quantized weights than its configuration says."""
+    for name, expected in (config.base_sha256 or {}).items():
+        keys = [f"{PREFIX}{name}.base_layer.{part}" for part in NFLinear.PARTS]
+        if all(key in file.tensors for key in keys) and sha256(map(file.read, keys)) != expected:
+            raise ValueError(
+                f"{name}: quantized weight does not match base_sha256={expected!r}; file and configuration do not "
+                "belong together, or the file is corrupted."
+            )
 
 
 def is_base_tensor(key: str) -> bool:

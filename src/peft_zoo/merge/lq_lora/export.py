@@ -89,7 +89,7 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
             f"{source}: save_base='none' leaves out the initial factors; load the adapter onto its base, set "
             "save_base='quantized' in its configuration, and save it again."
         )
-    with open_weights(source) as file:
+    with open_weights(source, config) as file:
         adapter = LoraAdapter(file, {**config, "peft_type": "LORA"}, NFLinear.ALL)
         check_plain_names(adapter.modules)
         modules = {name: _new_rank_and_scale(adapter, name) for name in adapter.modules}
