@@ -22,6 +22,7 @@ from peft_zoo.merge.lq_lora.export import to_lora
 from peft_zoo.merge.randlora import from_peft, to_peft
 from peft_zoo.merge.squeeze.api import rank_report, squeeze_adapter
 from peft_zoo.snell import import_snell_checkpoint
+from tests.adapters.lq_lora.samples import without_checksum_of_the_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BOMB = r"(([a-z0-9_]+)+\.?)+!"
@@ -51,6 +52,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
         found = load_file(folder / WEIGHTS)
         change(found)
         save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+        without_checksum_of_the_file(folder)
 
     return apply
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import numbers
-import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -53,7 +53,10 @@ def check_share(field: str, value: float | None) -> None:
 def is_number(value: Any) -> bool:
     """Returns whether `value` is a finite real number and not a bool."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return bool(is_real and abs(value) <= sys.float_info.max)  # math.isfinite raises for a larger int
+    try:
+        return is_real and math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 def check_int(field: str, value: Any, least: int = 1, most: int | None = None) -> None:

@@ -29,7 +29,7 @@ from peft_zoo.io.extra_keys import check_extra_key
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_keys import FORMATS, Role, detect_format, make_key, parse_key
 from peft_zoo.io.lora_ranks import alpha_of
-from peft_zoo.io.lora_settings import MAX_RANK, ModuleSettings, diffusers_settings, read_settings
+from peft_zoo.io.lora_settings import MAX_RANK, ModuleSettings, check_targeted, diffusers_settings, read_settings
 from peft_zoo.io.safetensors import FLOATS, ClosedOnExit, TensorFile, check_finite
 from peft_zoo.io.strict_json import read_json
 
@@ -123,6 +123,7 @@ class LoraAdapter(ClosedOnExit):
         for key in self.other_keys:
             check_extra_key(self.format, key, config, groups.keys(), base_parts)
         self.modules = {name: self._module(name, keys) for name, keys in groups.items()}
+        check_targeted(config or {}, self.modules)
 
     def _module(self, name: str, keys: dict[Role, str]) -> LoraModule:
         """Validates and describes one module."""

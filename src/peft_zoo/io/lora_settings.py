@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -135,6 +135,21 @@ def check_names(config: Mapping[str, Any]) -> None:
         listed = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(each, str) for each in listed):
             raise ValueError(f"{name}={reprlib.repr(value)}: write a list of module names.")
+
+
+def check_targeted(config: Mapping[str, Any], modules: Iterable[str]) -> None:
+    """Raises a ValueError for a module with tensors that the configuration's lists of names do not choose.
+
+    peft would not adapt it, and ignore its tensors. Nothing is checked where a field is a regular expression.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if not isinstance(targets, list) or not isinstance(excluded, list):
+        return
+    for name in modules:
+        parts = name.partition(".base_layer.")[0].split(".")
+        ends = {".".join(parts[start:]) for start in range(len(parts))}
+        if ends.isdisjoint(targets) or not ends.isdisjoint(excluded):
+            raise ValueError(f"target_modules={reprlib.repr(targets)}: the weights file has tensors of {name!r}.")
 
 
 def _check_kind(config: Mapping[str, Any]) -> None:

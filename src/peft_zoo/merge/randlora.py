@@ -34,7 +34,7 @@ from peft_zoo.common.checks import check_int
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.extra_keys import is_named
 from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME, open_weights
-from peft_zoo.io.lora_settings import MAX_RANK, read_settings
+from peft_zoo.io.lora_settings import MAX_RANK, check_targeted, read_settings
 from peft_zoo.io.safetensors import FLOATS
 from peft_zoo.kernels.random_matrix.basis import unit
 from peft_zoo.kernels.random_matrix.shared import BasisKey, shared_basis
@@ -84,6 +84,7 @@ def to_peft(folder: str | Path, out_dir: str | Path) -> Path:
     with open_weights(source, vars(config)) as file:
         modules = _modules(file, OURS, config.r)
         _check_keys(file, OURS, config, modules)
+        check_targeted(_lists(config), modules)
         matrices = _of_ours(file, config, modules)
         factors = _factors(config, modules)
         return _write(out_dir, _peft_config(config, sorted(modules)), file, (OURS, THEIRS), matrices, factors)
@@ -125,6 +126,7 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
     with open_weights(source, vars(config)) as file:
         modules = _modules(file, THEIRS, config.r)
         _check_keys(file, THEIRS, config, modules)
+        check_targeted(_lists(config), modules)
         matrices = _of_peft(file, config.r, modules)
         drawn = matrices.get("A")
         if basis == "peft" and drawn is not None:
@@ -145,6 +147,11 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
             save_projection=bool(matrices),
         )
         return _write(out_dir, new, file, (THEIRS, OURS), matrices, {})
+
+
+def _lists(config: Any) -> dict[str, Any]:
+    """Returns the fields of a configuration as a file has them: lists instead of sets."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in vars(config).items()}
 
 
 def _config(folder: Path, kind: type[Any]) -> Any:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_zoo.merge.lq_lora.export import to_lora
-from tests.adapters.lq_lora.samples import adapted, base, layers, logits, train
+from tests.adapters.lq_lora.samples import adapted, base, layers, logits, train, without_checksum_of_the_file
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -90,6 +90,7 @@ def test_refuses_and_writes_nothing(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "damaged" / WEIGHTS)
     key = next(key for key in tensors if key.endswith("initial_B"))
     save_file({**tensors, key: tensors[key][:, 1:].contiguous()}, tmp_path / "damaged" / WEIGHTS)
+    without_checksum_of_the_file(tmp_path / "damaged")
     with pytest.raises(ValueError, match=r"initial_B \(64, 7\) does not fit its LoRA"):
         to_lora(tmp_path / "damaged", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -125,6 +126,7 @@ def test_damaged_factors_in_8_bits(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "lq" / WEIGHTS)
     key = next(key for key in tensors if key.endswith("initial_codes"))
     save_file({**tensors, key: tensors[key][:-1].contiguous()}, tmp_path / "lq" / WEIGHTS)
+    without_checksum_of_the_file(tmp_path / "lq")
     with pytest.raises(ValueError, match=r"initial_codes .* does not fit its LoRA"):
         to_lora(tmp_path / "lq", tmp_path / "out")
     del tensors[key]

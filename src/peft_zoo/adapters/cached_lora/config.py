@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from peft_zoo.adapters.base.config import MethodConfig, option
@@ -226,6 +226,8 @@ class CachedLoraConfig(MethodConfig, PeftConfig):
                 close = difflib.get_close_matches(odd[0], known, n=1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 raise ValueError(f"CachedLoraConfig: unknown field {odd[0]!r}: {hint}Remove it from {folder}.")
+            if os.path.lexists(folder / WEIGHTS_NAME):
+                raise ValueError(f"{folder / WEIGHTS_NAME} is a pickle, which can run code; remove it from the recipe.")
             weights = folder / SAFETENSORS_WEIGHTS_NAME
             if os.path.lexists(weights):
                 with TensorFile(weights, folder) as file:
