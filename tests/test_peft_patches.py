@@ -42,8 +42,8 @@ make()
 report["second"] = changed(before)
 resolve = peft.utils.resolve_quantization_backend
 report["backends"] = [type(resolve(layer)).__name__ for layer in (first, torch.nn.Linear(4, 4))]
-import peft_zoo.adapters.base.layer
-report["ours"] = peft_zoo.adapters.base.layer.resolve_quantization_backend is resolve
+import peft_zoo.adapters.base.layout
+report["ours"] = peft_zoo.adapters.base.layout.resolve_quantization_backend is resolve
 print(json.dumps(report))
 """
 

@@ -95,7 +95,8 @@ def definition(layer: RandLoraLayer, lambda_: Tensor, gamma: Tensor) -> Tensor:
     """Returns ΔW (out, in) by its definition, B M with M[(k, j)] = λ[k, j] A[k] γ[j], in the dtype of λ."""
     config = layer.configs["default"]
     basis, k = layer.bases["default"][lambda_.device], config.kind(layer.small)
-    A = read_basis(basis.A, k, config.r, 0, layer.small, lambda_.dtype)
+    stored = basis.covering(config.r) if config.cover_features else basis.A
+    A = read_basis(stored, k, config.r, 0, layer.small, lambda_.dtype)
     B = read_basis(basis.B, k, layer.large, 0, lambda_.numel(), lambda_.dtype)
     M = lambda_[:, :, None] * A[:, None] * gamma
     V = config.scaling * unit(k) ** 2 * (B @ M.flatten(0, 1))

@@ -115,7 +115,7 @@ def test_only_loras_that_fit_are_taken(tiny_base: Path, lora_folders: dict[str, 
     snell = methods()["snell"].config_cls(target_modules=ADAPTED_LAYERS)
     get_peft_model(load_pipeline(tiny_base).unet, snell).save_pretrained(str(tmp_path / "snell"))
     pipe = load_pipeline(tiny_base)
-    with pytest.raises(SettingError, match=r"--adapter.*'s'.*Snell"):
+    with pytest.raises(SettingError, match=r"--adapter.*'s'.*SNELL"):
         load_adapters(pipe, {"one": lora_folders["one"], "s": tmp_path / "snell"})
     assert not any("lora" in name for name, _ in pipe.unet.named_modules()), "nothing was loaded"
     elsewhere = LoraConfig(target_modules=["0"])

@@ -30,6 +30,8 @@ def load_model(folder: Path, flag: str, kind: Any = None) -> Any:
     for path in sorted(folder.glob("*.safetensors")):
         with TensorFile(path, folder) as file:
             tensors += len(file.tensors)
+    if not (folder / CONFIG).exists():
+        raise SettingError(f"{flag} has no {CONFIG}: give the folder of a model of diffusers.")
     config = read_json(folder / CONFIG, folder)
     check_model_config(config, str(folder / CONFIG), tensors)
     name = config.get("_class_name")
