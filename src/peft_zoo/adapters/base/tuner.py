@@ -139,7 +139,7 @@ class MethodTuner(BaseTuner):
         given = {plain_name(key): tensor for key, tensor in state_dict.items()}
         mapped = super()._remap_adapter_state_dict_for_load(view.model, config, adapter_name, given)
         if not vars(config).get(TRUSTS_BASE_WEIGHTS):
-            cls._refuse_base_weights(view.model, config, adapter_name, mapped)
+            cls._refuse_base_weights(view.model, adapter_name, mapped)
         return view.restore(mapped)
 
     @staticmethod
@@ -148,12 +148,12 @@ class MethodTuner(BaseTuner):
         return False
 
     @classmethod
-    def _refuse_base_weights(cls, model: Any, config: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    def _refuse_base_weights(cls, model: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
         """Raises a ValueError for a tensor that would give a weight of the base model another value."""
         state = model.state_dict()
         for key, tensor in tensors.items():
             is_own = key not in state or f".{adapter_name}." in f"{key}." or cls.is_base_tensor(key)
-            is_bias = getattr(config, "bias", "none") != "none" and key.endswith(".bias")
+            is_bias = key.endswith(".bias")  # biases are trained with an adapter
             if not is_own and not is_bias and not same_values(tensor, state[key]):
                 raise ValueError(
                     f"{key} would give a weight of the base model another value; remove it from the state dict, or "
