@@ -162,6 +162,11 @@ def check_fields(config: dict[str, Any], base: nn.Module, good: dict[str, Any]) 
         own = [name for name, _ in base.named_parameters()]
         if not any(mine.endswith(name) for mine in own for name in names):
             config = {**config, "target_parameters": None}  # peft warns that there is no such parameter
+    names = config.get("modules_to_save")
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        mine = [name for name, _ in base.named_modules()]
+        kept = [name for name in names if any(f".{own}".endswith(f".{name}") for own in mine)]
+        config = {**config, "modules_to_save": kept}  # peft ignores the others
     defaults = LoraConfig()
     for item in fields(LoraConfig):
         name = item.name

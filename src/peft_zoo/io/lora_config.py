@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from peft_zoo.io.digest import DIGEST
 from peft_zoo.io.expert_names import check_plain_names, is_expert
 from peft_zoo.io.lora_file import CONFIG_NAME
 from peft_zoo.io.lora_ranks import RankAndScale, rank_fields
@@ -36,7 +37,9 @@ def write_config(
     check_plain_names(modules)
     known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
     is_lora = old.get("peft_type") == "LORA"
-    new = {k: value for k, value in old.items() if k not in INITIALIZATION_FIELDS and (k in known or is_lora)}
+    new = {
+        k: value for k, value in old.items() if k not in (*INITIALIZATION_FIELDS, DIGEST) and (k in known or is_lora)
+    }
     rslora = bool(old.get("use_rslora")) and keeps_rslora(modules)
     new |= {
         "peft_type": "LORA",

@@ -129,12 +129,21 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSet
 
 
 def check_names(config: Mapping[str, Any]) -> None:
-    """Raises a ValueError for a field of module names that is neither a text nor a list of texts."""
+    """Raises a ValueError for a field of names that is no list of texts, or no text where peft takes one.
+
+    So does `trainable_token_indices` that are neither a list of integers nor such lists by name.
+    """
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"):
         value = config.get(name)
         listed = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(each, str) for each in listed):
             raise ValueError(f"{name}={reprlib.repr(value)}: write a list of module names.")
+        if isinstance(value, str) and name in ("modules_to_save", "target_parameters"):
+            raise ValueError(f"{name}={reprlib.repr(value)}: write a list of names, also of one.")
+    tokens = config.get("trainable_token_indices")
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    if tokens is not None and not all(isinstance(t, list) and all(type(i) is int for i in t) for t in lists):
+        raise ValueError(f"trainable_token_indices={reprlib.repr(tokens)}: write a list of integers, or one by name.")
 
 
 def check_targeted(config: Mapping[str, Any], modules: Iterable[str]) -> None:
