@@ -283,7 +283,7 @@ def trained_change(prepared: Prepared, folder: Path, out: Path) -> None:
     reading.check_targets(config, set(expected), prepared.pristine.base, by_keys=True)
     for name in expected:
         first = [tensors.get(f"{name}.base_layer.{part}") for part in ("initial_B", "initial_A")]
-        need(all(each is not None and each.dtype == torch.float32 for each in first), f"{name}: no initial factors")
+        need(all(each is not None and each.is_floating_point() for each in first), f"{name}: no initial factors")
         try:
             expected[name] = expected[name] - first[0] @ first[1]  # type: ignore[operator]
         except RuntimeError as error:

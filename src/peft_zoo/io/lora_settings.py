@@ -140,6 +140,9 @@ def check_names(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={reprlib.repr(value)}: write a list of module names.")
         if isinstance(value, str) and name in ("modules_to_save", "target_parameters"):
             raise ValueError(f"{name}={reprlib.repr(value)}: write a list of names, also of one.")
+    tokens = config.get("alora_invocation_tokens")
+    if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise ValueError(f"alora_invocation_tokens={reprlib.repr(tokens)}: write a list of integers.")
     tokens = config.get("trainable_token_indices")
     lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
     if tokens is not None and not all(isinstance(t, list) and all(type(i) is int for i in t) for t in lists):

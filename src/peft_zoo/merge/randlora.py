@@ -34,7 +34,7 @@ from peft_zoo.common.checks import check_int
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.extra_keys import is_named
 from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME, open_weights
-from peft_zoo.io.lora_settings import MAX_RANK, check_targeted, read_settings
+from peft_zoo.io.lora_settings import MAX_RANK, check_names, check_targeted, read_settings
 from peft_zoo.io.safetensors import FLOATS
 from peft_zoo.kernels.random_matrix.basis import unit
 from peft_zoo.kernels.random_matrix.shared import BasisKey, shared_basis
@@ -151,7 +151,7 @@ def from_peft(folder: str | Path, out_dir: str | Path, peft_basis_dtype: str | N
 
 def _lists(config: Any) -> dict[str, Any]:
     """Returns the fields of a configuration as a file has them: lists instead of sets."""
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in vars(config).items()}
+    return {name: list(value) if isinstance(value, set) else value for name, value in vars(config).items()}
 
 
 def _config(folder: Path, kind: type[Any]) -> Any:
@@ -161,6 +161,7 @@ def _config(folder: Path, kind: type[Any]) -> Any:
     if found != wanted:
         raise ValueError(f"{folder}: peft_type={found!r} cannot be converted; give an adapter of type {wanted!r}.")
     check_int("r", content.get("r"), 1, MAX_RANK)
+    check_names(content)
     known = {field.name for field in fields(kind) if field.init}
     try:
         return kind(**{name: value for name, value in content.items() if name in known})

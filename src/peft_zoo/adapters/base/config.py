@@ -138,7 +138,7 @@ class TrainedConfig(MethodConfig):
             config: PeftConfig = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, subfolder, **kwargs
             )
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, RecursionError) as error:
             if "peft_type" not in found:
                 raise  # peft's own error, which other programs may expect
             raise ValueError(f"{cls.__name__} cannot be made of the fields in the file: {error}.") from error

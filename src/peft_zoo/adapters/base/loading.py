@@ -37,7 +37,15 @@ TRIAL = "_trial"
 TRUSTS_BASE_WEIGHTS = "_trusts_base_weights"
 _PREFIX = "base_model."
 #: Errors that a value of the wrong type or range in a configuration can lead to.
-_BY_BAD_VALUES = (TypeError, AttributeError, LookupError, AssertionError, ArithmeticError, ImportError)
+_BY_BAD_VALUES = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+    ImportError,
+    RecursionError,
+)
 
 
 def load_adapter(

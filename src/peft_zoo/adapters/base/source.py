@@ -126,11 +126,12 @@ def check_numbers(config: Any) -> None:
             most = 2**64 if is_seed else MAX_NUMBER
             valid = is_number(number) and abs(number) <= most
             check(valid, f"{owner}: {item.name}", number, f"use a number of at most {most:g}")
-        if item.name.endswith("_pattern") and isinstance(value, Mapping):
-            for key, number in value.items():
+        if item.name.endswith("_pattern") and item.name != "layers_pattern":
+            valid = value is None or isinstance(value, Mapping)
+            check(valid, f"{owner}: {item.name}", value, "use a dict from module name to value")
+            for key, number in (value or {}).items():
                 check(is_number(number), f"{owner}: {item.name}[{key!r}]", number, "use a number")
     patterns = getattr(config, "rank_pattern", None) or {}
-    check(isinstance(patterns, Mapping), f"{owner}: rank_pattern", patterns, "use a dict from module name to rank")
     for name, rank in (("r", config.r), *((f"rank_pattern[{key!r}]", value) for key, value in patterns.items())):
         is_rank = type(rank) is int and 1 <= rank <= MAX_RANK
         check(is_rank, f"{owner}: {name}", rank, f"use an integer from 1 to {MAX_RANK}")

@@ -222,6 +222,9 @@ class LqLoraConfig(ZooLoraConfig):
             self.require(valid, "qconfig_grid", f"use a list, or one of {', '.join(map(repr, GRIDS))}")
             for each in grid:
                 self._check_qconfig("qconfig_grid", each)
+        for name in ("base_sha256", "made_with"):
+            valid = getattr(self, name) is None or isinstance(getattr(self, name), dict)
+            self.require(valid, name, "use a dict, or None")
         valid = self.qconfig_map is None or isinstance(self.qconfig_map, dict)
         self.require(valid, "qconfig_map", "use a dict from module name to quantization config, or None")
         for each in (self.qconfig_map or {}).values():

@@ -41,9 +41,11 @@ def loaded_keys(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str,
 
 def check_file(config: LqLoraConfig, file: TensorFile) -> None:
     """Raises a ValueError if the file of an adapter has other quantized weights than its configuration says."""
-    for name, expected in (config.base_sha256 or {}).items():
+    for name, expected in (config.base_sha256 or {}).items() if config.save_base == "quantized" else ():
         keys = [f"{PREFIX}{name}.base_layer.{part}" for part in NFLinear.PARTS]
-        if all(key in file.tensors for key in keys) and sha256(map(file.read, keys)) != expected:
+        if any(key not in file.tensors for key in keys):
+            raise ValueError(f"base_sha256 names {name!r}, of which the file has no quantized weight; save it again.")
+        if sha256(map(file.read, keys)) != expected:
             raise ValueError(
                 f"{name}: quantized weight does not match base_sha256={expected!r}; file and configuration do not "
                 "belong together, or the file is corrupted."
