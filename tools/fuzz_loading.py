@@ -53,7 +53,7 @@ EXPECTED = (
     ("transformers *", "*", "*", OTHERS),
     ("PeftModel.*", RAW, "*config_text*", UNPARSED),
     ("PeftModel.*", RAW, "*peft_type*", UNPARSED),
-    ("PeftModel.*", RAW, "*config_twice*KeyError*", UNPARSED),
+    ("PeftModel.*", RAW, "*KeyError*", UNPARSED),
     ("PeftModel.*", RAW, "*JSONDecodeError*", UNPARSED),
     ("PeftModel.*", RAW, "*unhashable type*", UNPARSED),
     ("PeftModel.*", MEMORY, "*config_large*", UNPARSED),
