@@ -20,6 +20,7 @@ from peft_zoo.adapters.base.source import SOURCE, AdapterSource, check_literal, 
 from peft_zoo.common import checks
 from peft_zoo.common.atomic import replaced_file
 from peft_zoo.io.digest import DIGEST, sha256_of
+from peft_zoo.io.lora_settings import check_names
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -133,6 +134,7 @@ class TrainedConfig(MethodConfig):
         """
         source = AdapterSource(str(pretrained_model_name_or_path), subfolder, cls._split_kwargs(kwargs)[0])  # type: ignore[attr-defined]
         found = source.config()
+        check_names(found)
         check_literal(found, source.module_names)
         try:
             config: PeftConfig = super().from_pretrained(  # type: ignore[misc]
