@@ -241,7 +241,6 @@ class ZooConfig(TrainedConfig, PeftConfig):
         return resolved
 
     def _check_shared(self) -> None:
-        self.require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
         biases = ("none", "all", f"zoo_{self.method_name}_only")
         self.require(self.bias in biases, "bias", f"use one of {', '.join(map(repr, biases))}")
         self.require(not isinstance(self.target_parameters, str), "target_parameters", "use a list of parameter names")

@@ -82,7 +82,7 @@ def _inspect_adapter(folder: Path, found: Inspection) -> None:
         with found.check():
             check_literal(fields, source.module_names)
         with found.check():
-            made_config(config_cls, fields) if hasattr(config_cls, "r") else config_cls(**fields)
+            made_config(config_cls, fields)
     if not getattr(config_cls, "trainable", True):
         found.facts["holds"] = f"a recipe of type {kind}, without weights of its own"
         return

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.base.restore import restored_afterwards, restored_on_error
 from peft_zoo.adapters.base.source import (
-    FLOATS,
     AdapterSource,
     check_adapter_name,
     check_finite,
@@ -28,7 +27,7 @@ from peft_zoo.io.digest import DIGEST, check_digest
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_ranks import CHANGES_BASE
 from peft_zoo.io.lora_settings import check_names
-from peft_zoo.io.safetensors import TensorFile
+from peft_zoo.io.safetensors import FLOATS, TensorFile
 from peft_zoo.registration import NAMESPACE
 
 #: Attribute of a configuration with which an adapter is only added on trial, to see what tensors it has.
@@ -46,6 +45,24 @@ _BY_BAD_VALUES = (
     ImportError,
     RecursionError,
 )
+
+
+class FileRules:
+    """What a tuner says of the tensors in the files of its adapters; a method that stores base weights overrides it."""
+
+    @staticmethod
+    def is_base_tensor(key: str) -> bool:
+        """Whether a tensor of the base model belongs to the adapter's file."""
+        return False
+
+    @staticmethod
+    def is_optional(key: str) -> bool:
+        """Whether a file may lack a tensor of a layer, or have one that the layer does not need."""
+        return False
+
+    @staticmethod
+    def check_values(config: Any, file: TensorFile) -> None:
+        """Raises a ValueError if tensors of the file contradict the configuration."""
 
 
 def load_adapter(
@@ -107,7 +124,7 @@ def load_adapter(
             "onto a model of its own."
         )
     tuner: Any = owner.base_model if owner is not None else None
-    check_saved(source, config, adapter_name, base, tuner, trust_base_weights)
+    check_saved(source, config, adapter_name, base, tuner)
     where: Any = {"subfolder": subfolder, **hub}
     with restored_on_error(base):
         if owner is None:
@@ -176,17 +193,15 @@ def check_saved(
     adapter_name: str,
     model: nn.Module,
     tuner: BaseTuner | None = None,
-    trust_base_weights: bool = False,
 ) -> None:
     """Raises a ValueError unless the weights of a saved adapter belong to the configuration and fit the model.
 
     Args:
-        source: Where the weights are.
+        source: Folder or repository with the weights file.
         config: The adapter's configuration.
         adapter_name: Name that the adapter will have.
         model: Base model, or the `PeftModel` that will get the adapter.
         tuner: The model's tuner, if it has one already.
-        trust_base_weights: As in `load_adapter`.
     """
     weights = source.weights()
     check_digest({DIGEST: getattr(config, DIGEST, None)}, weights)
@@ -198,16 +213,15 @@ def check_saved(
         _check_trained_modules(config, file.tensors, model)
         check_finite(file)
         expected, found = _tensors_on_trial(file.tensors, config, adapter_name, model, tuner)
-        tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-        is_checked_later = getattr(tuner_cls, "is_checked_later", lambda key: False)
-        check_values = getattr(tuner_cls, "check_values", lambda config, file: None)
-        _compare(found, {key: info for key, info in expected.items() if not is_checked_later(key)})
+        tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        rules = tuner_cls if issubclass(tuner_cls, FileRules) else FileRules
+        _compare(found, {key: info for key, info in expected.items() if not rules.is_optional(key)})
         layers = {key.rpartition(".")[0] for key in expected}
         for key in sorted(found.keys() - expected.keys()):
-            if is_checked_later(key) and key.rpartition(".")[0] in layers:
+            if rules.is_optional(key) and key.rpartition(".")[0] in layers:
                 continue
-            _check_embedding(key, file, model, trust_base_weights, expected)
-        check_values(config, file)
+            _check_embedding(key, file, model, bool(vars(config).get(TRUSTS_BASE_WEIGHTS)), expected)
+        rules.check_values(config, file)
 
 
 def _check_trained_modules(config: Any, keys: Collection[str], model: nn.Module) -> None:

@@ -34,14 +34,10 @@ class ZooLoraConfig(TrainedConfig, LoraConfig):
     """Base of a configuration with every field of peft's `LoraConfig`; a method adds fields and checks.
 
     Raises:
-        ValueError: If `r` is not an int of at least 1.
+        ValueError: If a number is out of bounds, such as an `r` below 1.
     """
 
     loads_in_diffusers: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(type(self.r) is int and self.r > 0, "r", "use an integer of at least 1")
 
     def as_plain_lora(self) -> LoraConfig:
         """Returns the same adapter as a `LoraConfig` of peft, without the method's own fields."""
@@ -53,26 +49,19 @@ class ZooLoraModel(MethodTuner, LoraModel):
     """Base of a tuner that is found under the type of a `ZooLoraConfig` and uses peft's LoRA layers."""
 
     def _create_and_replace(  # type: ignore[override]
-        self,
-        lora_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
+        self, lora_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: Any, **place: Any
     ) -> None:
         """Creates a layer as peft does; patterns match the module's name without wrappers.
 
         A base layer that accelerate offloads is loaded meanwhile: peft puts an adapter on the device of its weight.
         """
-        name, base = plain_name(current_key), getattr(target, "get_base_layer", lambda: target)()
+        name, base = plain_name(place.pop("current_key")), getattr(target, "get_base_layer", lambda: target)()
         rank = lora_config.rank_pattern.get(get_pattern_key(lora_config.rank_pattern.keys(), name), lora_config.r)
         weight = getattr(base, "weight", None)
         shape = (0,) if weight is None else tuple(weight.shape)
         check_rank(lora_config, rank, shape[0], math.prod(shape[1:]))
         with loaded(base):
-            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, name, **kwargs)
+            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, name, **place)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:

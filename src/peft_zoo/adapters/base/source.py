@@ -8,22 +8,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from peft_zoo.common.checks import check, is_number
 from peft_zoo.io.folder import check_regular
-from peft_zoo.io.safetensors import TensorFile
+from peft_zoo.io.lora_settings import MAX_RANK
+from peft_zoo.io.safetensors import FLOATS, TensorFile
 from peft_zoo.io.strict_json import read_json
 
 #: Attribute of a configuration that was loaded, with its `AdapterSource`; it is no field and never saved.
 SOURCE = "_source"
-MAX_RANK = 1 << 16
 MAX_NUMBER = 1e9  # of a scale, rate or count; only seeds may be larger
 MAX_ENTRIES = 100_000  # of a list or dictionary
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _NAME = r"\^?(?:[\w.\-]|\\[.\-_])*\$?"  # also what `re.escape` makes of the name of a module
 _LITERAL = re.compile(rf"{_NAME}(?:\|{_NAME})*")  # names and alternatives are matched in linear time
@@ -114,7 +112,7 @@ class AdapterSource:
 def check_numbers(config: Any) -> None:
     """Raises a ValueError that names the first field of a configuration with a number or size out of bounds.
 
-    Numbers are finite and at most 1e9, also inside of lists and dictionaries; ranks at most 65,536.
+    Numbers are finite and at most 1e9, also inside of lists and dictionaries; ranks at most 65,536. A recipe has none.
     """
     owner = type(config).__name__
     for item in fields(config):
@@ -131,8 +129,9 @@ def check_numbers(config: Any) -> None:
             check(valid, f"{owner}: {item.name}", value, "use a dict from module name to value")
             for key, number in (value or {}).items():
                 check(is_number(number), f"{owner}: {item.name}[{key!r}]", number, "use a number")
-    patterns = getattr(config, "rank_pattern", None) or {}
-    for name, rank in (("r", config.r), *((f"rank_pattern[{key!r}]", value) for key, value in patterns.items())):
+    ranks = [("r", config.r)] if hasattr(config, "r") else []
+    ranks += [(f"rank_pattern[{key!r}]", rank) for key, rank in (getattr(config, "rank_pattern", None) or {}).items()]
+    for name, rank in ranks:
         is_rank = type(rank) is int and 1 <= rank <= MAX_RANK
         check(is_rank, f"{owner}: {name}", rank, f"use an integer from 1 to {MAX_RANK}")
 
@@ -189,9 +188,8 @@ def module_names(keys: Iterable[str]) -> set[str]:
 
 
 def check_finite(file: TensorFile) -> None:
-    """Raises a ValueError that names the first floating-point tensor with a value that is NaN or infinite."""
+    """Raises a ValueError that names the first tensor with 8-bit floats, or with a value that is NaN or infinite."""
     for key, info in file.tensors.items():
         if info.dtype.is_floating_point and info.dtype not in FLOATS:
             raise ValueError(f"{file.path}: {key} has dtype {info.dtype}; save the adapter again in a wider one.")
-        if info.dtype.is_floating_point and not torch.isfinite(file.read(key)).all():
-            raise ValueError(f"{file.path}: {key} has values that are not finite; train the adapter again.")
+        file.read_finite(key)

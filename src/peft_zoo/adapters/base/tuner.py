@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_zoo.adapters.base.loading import TRIAL, TRUSTS_BASE_WEIGHTS, check_saved, same_values
+from peft_zoo.adapters.base.loading import TRIAL, TRUSTS_BASE_WEIGHTS, FileRules, check_saved, same_values
 from peft_zoo.adapters.base.mixed_batch import adapter_names_passed
 from peft_zoo.adapters.base.offload import fill_offloaded
 from peft_zoo.adapters.base.restore import restored_on_error
@@ -25,7 +25,7 @@ from peft_zoo.adapters.base.wrapped import PlainView
 from peft_zoo.common.modules import WRAPPERS, plain_name
 
 
-class MethodTuner(BaseTuner):
+class MethodTuner(FileRules, BaseTuner):
     """Mixin for a tuner: each adapter gets its own copy of its configuration, and files never name wrappers.
 
     If adding an adapter fails or is interrupted, the model stays as it was.
@@ -45,7 +45,8 @@ class MethodTuner(BaseTuner):
         is_new = not _has_adapter(self.model, adapter_name)
         own: Any = _own_copy(given)
         self.peft_config[adapter_name] = own
-        own.is_for_diffusers = hasattr(model, "save_lora_adapter") and getattr(model, "_hf_peft_config_loaded", False)
+        if hasattr(model, "save_lora_adapter") and getattr(model, "_hf_peft_config_loaded", False):
+            own.is_for_diffusers = True
         try:
             with restored_on_error(self):
                 if source is not None:
@@ -141,11 +142,6 @@ class MethodTuner(BaseTuner):
         if not vars(config).get(TRUSTS_BASE_WEIGHTS):
             cls._refuse_base_weights(view.model, adapter_name, mapped)
         return view.restore(mapped)
-
-    @staticmethod
-    def is_base_tensor(key: str) -> bool:
-        """Whether a key without the adapter's name belongs to its file all the same; a method may override it."""
-        return False
 
     @classmethod
     def _refuse_base_weights(cls, model: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:

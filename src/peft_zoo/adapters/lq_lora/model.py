@@ -146,23 +146,17 @@ class LqLoraModel(ZooLoraModel):
         return configs
 
     def _create_and_replace(  # type: ignore[override]
-        self,
-        lora_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
+        self, lora_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: Any, **place: Any
     ) -> None:
+        current_key = place["current_key"]
         listed = (lora_config.qconfig_map or {}).get(current_key)
         is_new, factors = lora_config.lq_state == "new" and lora_config.init_lora_weights, None
         if isinstance(target, LqLinear):
             factors = self._initial_factors(target) if is_new else None
-        elif listed is not None and not isinstance(target, LoraLayer) and kwargs.get("parameter_name") is None:
+        elif listed is not None and not isinstance(target, LoraLayer) and place.get("parameter_name") is None:
             target, factors = self._quantized(lora_config, nf_config(listed), target, current_key, is_new)
             setattr(parent, target_name, target)
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **place)
         if factors is not None:
             getattr(parent, target_name).set_factors(adapter_name, factors)
 
@@ -320,7 +314,7 @@ class LqLoraModel(ZooLoraModel):
 
     # ---- files ----
 
-    is_checked_later, is_base_tensor = staticmethod(is_initial_factor), staticmethod(is_base_tensor)
+    is_optional, is_base_tensor = staticmethod(is_initial_factor), staticmethod(is_base_tensor)
     check_values = staticmethod(check_file)
 
     @classmethod
