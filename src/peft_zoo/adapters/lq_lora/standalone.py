@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -42,6 +42,7 @@ from peft_zoo.adapters.lq_lora.convertible import METHOD, check_standalone, own_
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, empty_nf_linear
 from peft_zoo.adapters.lq_lora.peft_backend import dequantize_model, quantized_layers
+from peft_zoo.adapters.lq_lora.stored import StoredNormalFloat
 from peft_zoo.common.checks import require
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,9 @@ class NFkConfig(QuantizationConfigMixin):
     modules: dict[str, list[Any]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     quant_method: str = METHOD  # type: ignore[assignment]
+
+    #: How tools that work on files read the matrices, see `peft_zoo.io.stored_format`.
+    stored_format: ClassVar[type[StoredNormalFloat]] = StoredNormalFloat
 
     def __post_init__(self) -> None:
         require(self.quant_method == METHOD, self, "quant_method", f"it is always {METHOD!r}")
@@ -184,9 +188,9 @@ class NFkHfQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config = _config(layers)
         return {**model.state_dict(), **_guards(model, layers)}, {"needs": "peft_zoo"}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Implements `model.dequantize()` of transformers."""
-        return dequantize_model(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Implements `model.dequantize()` of transformers, which passes a name once the model has been saved."""
+        return dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
         """Returns True."""

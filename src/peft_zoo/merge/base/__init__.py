@@ -1,0 +1,1 @@
+"""What the tools for checkpoints share: models without weights, names of tensors, streaming, quantized bases."""
