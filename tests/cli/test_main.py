@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import peft_zoo
+from peft_zoo.cli import main as cli_main
 from peft_zoo.cli.main import SHELLS, load_commands, main
-from peft_zoo.cli.shared import Group
+from peft_zoo.cli.shared import Command, Group, Result
+from peft_zoo.common.settings import setting
 from peft_zoo.registration import methods
 from tests.cli.conftest import Mistake
 
@@ -110,6 +113,27 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     text = capsys.readouterr().out
     assert all(part in text for part in ("--batch-size N", "--set KEY=VALUE", "--preset NAME", "train --preset demo"))
+
+
+@dataclass(frozen=True)
+class Several:
+    first: str = setting("one", positional=True, required=True, metavar="ONE")
+    rest: list[str] = setting("others", positional=True, required=True, metavar="OTHER")
+    output: str = setting("a folder", "out")
+    table: dict[str, str] = setting("pairs", dict, example="a=1")
+
+
+def test_the_last_positional_argument_can_be_several(monkeypatch: pytest.MonkeyPatch, mistake: Mistake) -> None:
+    seen: list[Several] = []
+
+    def run(flags: Several) -> Result:
+        seen.append(flags)
+        return Result("", {})
+
+    monkeypatch.setattr(cli_main, "load_commands", lambda: {"several": Command("take several", run, Several)})
+    assert main(["several", "a", "--output", "o", "b", "--table", "k=v", "c,d"]) == 0
+    assert seen == [Several("a", ["b", "c,d"], "o", {"k": "v"})]
+    assert "OTHER" in mistake(["several", "a"])
 
 
 def test_methods_lists_every_registered_method_with_its_costs(capsys: pytest.CaptureFixture[str]) -> None:

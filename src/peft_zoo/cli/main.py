@@ -108,8 +108,10 @@ def _add_flags(parser: _Parser, command: Command) -> None:
         text = item.metadata["help"] + (f" (default {item.default})" if type(item.default) in (int, float, str) else "")
         options: dict[str, Any] = {"dest": item.name, "help": text.replace("%", "%%")}
         if item.metadata.get("positional"):
-            usage.append(metavar if item.metadata.get("required") else f"[{metavar}]")
-            parser.add_argument(item.name, nargs="?", metavar=metavar, help=options["help"])
+            several = typing.get_origin(hints[item.name]) is list
+            shown = f"{metavar}..." if several else metavar
+            usage.append(shown if item.metadata.get("required") else f"[{shown}]")
+            parser.add_argument(item.name, nargs="*" if several else "?", metavar=metavar, help=options["help"])
             continue
         if item.metadata.get("required"):
             usage.append(f"{written(item)} {metavar}")
@@ -193,9 +195,11 @@ def _layers(command: Command, given: dict[str, Any]) -> Iterable[Layer]:
         yield read_settings_file(command.presets[preset], command.flags)
     if config is not None:
         yield read_settings_file(config, command.flags)
-    tables = {item.name: item for item in setting_fields(command.flags) if isinstance(given[item.name], list)}
-    pairs = {name: _pairs(given[name], item) for name, item in tables.items()}
-    yield {name: value for name, value in given.items() if value is not None} | pairs
+    hints = typing.get_type_hints(command.flags)
+    given = {name: value for name, value in given.items() if value is not None and value != []}
+    tables = {item.name: item for item in setting_fields(command.flags) if is_table(hints[item.name])}
+    pairs = {name: _pairs(given[name], item) for name, item in tables.items() if name in given}
+    yield given | pairs
 
 
 def _pairs(words: Sequence[str], item: dataclasses.Field[Any]) -> dict[str, str]:

@@ -24,7 +24,8 @@ def setting(help: str, default: Any = None, **metadata: Any) -> Any:
     Args:
         help: One line for `--help`.
         default: Default value; of a table (`dict[str, str]`) always an empty one.
-        **metadata: `metavar`: Placeholder of the value in `--help`. `positional=True`: An argument without a flag.
+        **metadata: `metavar`: Placeholder of the value in `--help`. `positional=True`: An argument without a flag;
+            a field of type `list` takes several.
             `required=True`: The user must give a value. `flag`: Name of the flag if it is not that of the field.
             `example`: Example of a KEY=VALUE pair of a table. `unique=True`: No key of a table may be given twice.
             `task`: The one task that the setting belongs to.
