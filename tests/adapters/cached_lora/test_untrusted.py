@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DModel
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_zoo import CachedLoraConfig
 from peft_zoo.adapters.cached_lora.layers import load_adapters, lora_names, restored_on_error
+from tests.adapters.cached_lora.samples import KINDS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.down_blocks.0.resnets.0"
@@ -27,6 +30,21 @@ PREFIX = "base_model.model.down_blocks.0.resnets.0"
 def unet() -> UNet2DModel:
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     return UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=2, layers_per_block=1, **blocks)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Folders by the id of the repository that a Hub has, in the place of the one in the network."""
+    folders: dict[str, Path] = {}
+
+    def download(repo_id: str, filename: str, subfolder: str | None = None, **_: Any) -> str:
+        path = folders.get(repo_id, Path("nowhere")) / (subfolder or "") / filename
+        if not path.is_file():
+            raise EntryNotFoundError(filename)
+        return str(path)
+
+    monkeypatch.setattr("peft_zoo.adapters.base.source.hf_hub_download", download)
+    return folders
 
 
 @pytest.fixture
@@ -75,27 +93,69 @@ PAIR = {
         (configured(r=10**6), "r=1000000"),
         (configured(lora_alpha=1e308), "lora_alpha="),
         (configured(target_modules=[3]), r"target_modules=\[3\]"),
-        (configured(alpha_pattern={"(a+)+": 2}), r"alpha_pattern\['\(a\+\)\+'\]"),
+        (configured(alpha_pattern={"(a+)+": 2}), r"alpha_pattern='\(a\+\)\+'"),
         (configured(peft_type="ZOO_SNELL"), "give a LoRA"),
         (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), WEIGHTS),
         (replaced_by_pipe(CONFIG), f"{CONFIG}: not a regular file"),
         (replaced_by_pipe(WEIGHTS), f"{WEIGHTS}: not a"),
         (stored(lambda state: state[f"{PREFIX}.conv1.lora_A.weight"].fill_(torch.inf)), "non-finite values"),
-        (stored(lambda state: [state.pop(key) for key in [*state] if PREFIX in key]), "the file has no tensors of"),
-        (stored(lambda state: state.update(PAIR)), r"tensors of '\S+conv3'"),
+        (stored(lambda state: [state.pop(key) for key in [*state] if PREFIX in key]), rf"lacks '{PREFIX}"),
+        (stored(lambda state: state.update(PAIR)), r"resnets.0.conv3"),
         (
             stored(lambda state: state.update({"base_model.model.conv_in.weight": torch.zeros(8)})),
             "conv_in.weight",
         ),
     ],
 )
-def test_broken_loras_leave_the_model_as_it_was(change: Callable[[Path], Any], words: str, lora: Path) -> None:
+def test_broken_loras_leave_the_model_as_it_was(
+    change: Callable[[Path], Any], words: str, lora: Path, hub: dict[str, Path]
+) -> None:
+    hub["org/broken"] = lora
     change(lora)
     model = unet()
     before = dict(model.state_dict())
-    with pytest.raises(ValueError, match=words), restored_on_error(model):
-        load_adapters(model, {"a": str(lora)})
-    assert not lora_names(model) and model.state_dict().keys() == before.keys()
+    has_pipe = any(file.is_fifo() for file in lora.iterdir())  # no Hub has pipes
+    for source in (str(lora), *(() if has_pipe else ("org/broken",))):
+        with pytest.raises(ValueError, match=words), restored_on_error(model):
+            load_adapters(model, {"a": source})
+        assert not lora_names(model) and model.state_dict().keys() == before.keys()
+
+
+def test_loras_on_the_hub_are_downloaded_once_and_loaded_as_those_in_folders(lora: Path, hub: dict[str, Path]) -> None:
+    hub["org/good"] = lora
+    expected, model = unet(), unet()
+    load_adapters(expected, {"a": str(lora), "b": str(lora)})
+    load_adapters(model, {"a": "org/good", "b": "org/good"})
+    names = [name for name in expected.state_dict() if "lora_" in name]
+    assert names and all(torch.equal(model.state_dict()[name], expected.state_dict()[name]) for name in names)
+    with pytest.raises(ValueError, match=r"'org/none'.*adapter_config\.json"):
+        load_adapters(unet(), {"a": "org/none"})
+
+
+def test_what_a_file_of_diffusers_holds_is_what_is_loaded(tmp_path: Path, hub: dict[str, Path]) -> None:
+    """diffusers ignores an alpha, a module that the model lacks and other tensors, in part without a word."""
+    plain = KINDS["sd"].make()
+    name = next(name for name, _ in plain.named_modules() if name.endswith("attn1.to_q"))
+    rows, columns = plain.get_submodule(name).weight.shape
+    good = {f"unet.{name}.lora_A.weight": torch.randn(2, columns), f"unet.{name}.lora_B.weight": torch.randn(rows, 2)}
+    hub["org/style"] = tmp_path
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    for extra, words in (
+        ({}, None),
+        ({f"unet.{name}.alpha": torch.tensor(1.0)}, "scale 0.5"),
+        ({key.replace("attn1", "attn9"): value.clone() for key, value in good.items()}, "attn9"),
+        ({"unet.conv_in.weight": torch.zeros(8)}, "conv_in"),
+    ):
+        save_file({**good, **extra}, file)
+        for source in (str(file), str(tmp_path), "org/style"):
+            model = copy.deepcopy(plain)
+            if words is None:
+                load_adapters(model, {"a": source})
+                assert lora_names(model) == ["a"]
+                continue
+            with pytest.raises(ValueError, match=words), restored_on_error(model):
+                load_adapters(model, {"a": source})
+            assert not lora_names(model)
 
 
 def test_an_expression_of_a_file_is_not_run(lora: Path) -> None:

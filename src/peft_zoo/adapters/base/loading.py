@@ -22,6 +22,7 @@ from peft_zoo.adapters.base.source import (
     check_finite,
     check_literal,
     check_numbers,
+    expressions,
 )
 from peft_zoo.io.digest import DIGEST, check_digest
 from peft_zoo.io.header import TensorInfo
@@ -111,13 +112,20 @@ def load_adapter(
         ['default']
     """
     check_adapter_name(adapter_name)
+    source = AdapterSource(str(path_or_id), subfolder, hub)
+    config = read_config(source, trust_patterns)
+    vars(config)[TRUSTS_BASE_WEIGHTS] = trust_base_weights
+    return load_saved(source, config, base, adapter_name, is_trainable)
+
+
+def load_saved(
+    source: AdapterSource, config: Any, base: nn.Module, adapter_name: str, is_trainable: bool = False
+) -> PeftModel:
+    """Loads a saved adapter, with the configuration that `read_config` made of its file, as `load_adapter` does."""
     owner = base if isinstance(base, PeftModel) else None
     if owner is not None and adapter_name in owner.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is an adapter of the model already; give another name.")
-    source = AdapterSource(str(path_or_id), subfolder, hub)
-    config = read_config(source, trust_patterns)
     config.inference_mode = not is_trainable
-    vars(config)[TRUSTS_BASE_WEIGHTS] = trust_base_weights
     if owner is not None and config.peft_type != owner.peft_type:
         raise ValueError(
             f"peft_type={config.peft_type.value!r} is not that of the model's adapters, {owner.peft_type!r}; load it "
@@ -125,18 +133,24 @@ def load_adapter(
         )
     tuner: Any = owner.base_model if owner is not None else None
     check_saved(source, config, adapter_name, base, tuner)
-    where: Any = {"subfolder": subfolder, **hub}
+    folder = str(source.local_folder())  # peft loads the files that were checked, and downloads none
     with restored_on_error(base):
         if owner is None:
-            return PeftModel.from_pretrained(base, source.path, adapter_name, is_trainable, config, **where)
+            return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable, config)
         owner.add_adapter(adapter_name, config)
-        owner.load_adapter(source.path, adapter_name, is_trainable, **where)
+        owner.load_adapter(folder, adapter_name, is_trainable)
         owner.set_adapter(adapter_name, inference_mode=not is_trainable)
         return owner
 
 
-def read_config(source: AdapterSource, trust_patterns: bool = False) -> Any:
+def read_config(source: AdapterSource, trust_patterns: bool = False, *, targets_of_file: bool = False) -> Any:
     """Returns the configuration of a saved adapter, a LoRA of peft or a type of peft-zoo, with valid values.
+
+    Args:
+        source: Folder or repository with the configuration.
+        trust_patterns: Whether expressions in the file may be run later.
+        targets_of_file: Whether to put the modules that the weights file has tensors for in the place of expressions
+            in `target_modules` and `exclude_modules`, which are refused otherwise.
 
     Raises:
         ValueError: If the file, a field or a value is invalid; unknown fields are.
@@ -150,6 +164,9 @@ def read_config(source: AdapterSource, trust_patterns: bool = False) -> Any:
     if not getattr(config_cls, "trainable", True):
         raise ValueError(f"peft_type={kind!r} is a recipe without weights; load it with {config_cls.__name__}.")
     check_fields(found, config_cls)
+    unclear = {name for name, _ in expressions(found)} & {"target_modules", "exclude_modules"}
+    if targets_of_file and unclear:
+        found |= {"target_modules": sorted(source.module_names()), "exclude_modules": None}
     if not trust_patterns:
         check_literal(found, source.module_names)
     return made_config(config_cls, found)

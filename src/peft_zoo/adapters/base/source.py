@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -49,10 +50,20 @@ class AdapterSource:
     subfolder: str | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        known = inspect.signature(hf_hub_download).parameters
+        for name, value in self.hub.items():
+            check(name in known, name, value, "it is no argument of `huggingface_hub.hf_hub_download`; remove it")
+
     @property
     def folder(self) -> Path:
         """The local folder; it does not exist for a repository."""
         return Path(self.path, self.subfolder or "")
+
+    @property
+    def _where(self) -> str:
+        """The place, for messages; the Hub answers alike if it has no such file and if there is no network."""
+        return str(self.folder) if Path(self.path).exists() else f"{self.folder} (on the Hub, as far as it is reached)"
 
     def file(self, name: str) -> Path | None:
         """Returns the path of a file of the adapter, downloaded if necessary; None if there is none.
@@ -84,15 +95,26 @@ class AdapterSource:
             pickle = Path(self.path).exists() and (self.folder / WEIGHTS_NAME).exists()
             found = f"only {WEIGHTS_NAME}, a pickle that can run code" if pickle else "no weights"
             raise ValueError(
-                f"{self.folder if Path(self.path).exists() else self.path} has {found}; save the adapter again as "
-                f"{SAFETENSORS_WEIGHTS_NAME} (`safe_serialization=True`, the default)."
+                f"{self._where} has {found}; save the adapter again as {SAFETENSORS_WEIGHTS_NAME} "
+                "(`safe_serialization=True`, the default)."
             )
         return path
 
+    def local_folder(self) -> Path:
+        """Returns the folder of this machine that has configuration and weights, downloaded if necessary.
+
+        Raises:
+            ValueError: If one is missing, or the repository has changed between the two downloads.
+        """
+        weights, config = self.weights(), self.file(CONFIG_NAME)
+        if config is None or config.parent != weights.parent:
+            raise ValueError(f"{CONFIG_NAME} and {weights.name} of {self.path} are of two revisions; load it again.")
+        return weights.parent
+
     def module_names(self) -> set[str]:
-        """Returns the modules that a local weights file has tensors for; empty if there is no valid one."""
+        """Returns the modules that the weights file has tensors for; empty if there is no valid one."""
         try:
-            with TensorFile(self.folder / SAFETENSORS_WEIGHTS_NAME) as file:
+            with TensorFile(self.weights()) as file:
                 return module_names(file.tensors)
         except ValueError:
             return set()
@@ -105,7 +127,7 @@ class AdapterSource:
         """
         path = self.file(CONFIG_NAME)
         if path is None:
-            raise ValueError(f"{self.folder} has no {CONFIG_NAME}; give the folder or repository of an adapter.")
+            raise ValueError(f"{self._where} has no {CONFIG_NAME}; give the folder or repository of an adapter.")
         return read_json(path)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import os
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,14 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_zoo.io import open_adapter
-from peft_zoo.io.strict_json import read_json
+from peft_zoo.adapters.base.loading import load_saved, read_config
+from peft_zoo.adapters.base.source import AdapterSource
+from peft_zoo.io import LoraAdapter, open_adapter
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -162,17 +163,17 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | None]) -> None:
     taken = [name for name in lora_names(model) if name in wanted]
     if taken:
         raise ValueError(f"adapters {taken} are on {type(model).__name__} already: give None as their path.")
-    first: PeftModel | None = None
+    first: nn.Module = model
     with warnings.catch_warnings():
         # peft warns about several adapters on one model, which is what is wanted here.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
-        warnings.filterwarnings("ignore", ".*Found missing adapter keys")  # an error below
         for name, source in wanted.items():
             try:
-                modules = check_lora(source) if os.path.lexists(source) else None
-                first = _load_lora(model, first, name, source, modules)
-                if modules is not None:
-                    _check_complete(model, name, modules)
+                file = _single_file(AdapterSource(source))
+                if file is not None:
+                    _load_single_file(model, name, file)
+                else:
+                    first = _load_saved(first, name, AdapterSource(source))
             except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ValueError(f"adapters[{name!r}]={source!r} cannot be loaded: {reason}") from error
@@ -211,77 +212,60 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def check_lora(source: str) -> list[str] | None:
-    """Raises a ValueError unless a folder or file holds a LoRA whose tensors are finite and fit its configuration.
+def _single_file(source: AdapterSource) -> Path | None:
+    """Returns the file in diffusers' format that a source is or has; None for an adapter in peft's format."""
+    path = Path(source.path)
+    if path.is_file():
+        return path
+    return None if source.file(CONFIG_NAME) is not None else source.file(DIFFUSERS_NAME)
 
-    Nothing of the file is run: patterns that are expressions are refused. Returns the names of its modules, None for
-    a file in diffusers' format, whose names are not those of the model.
+
+def _load_saved(model: nn.Module, name: str, source: AdapterSource) -> PeftModel:
+    """Loads a LoRA in peft's format as `peft_zoo.load_adapter` does; `model` is a `PeftModel` after the first one.
+
+    Where its configuration has a regular expression for the names of modules, those of the file are used instead.
     """
-    path = Path(source)
-    single = path / DIFFUSERS_NAME
-    is_peft = path.is_dir() and not (os.path.lexists(single) and not os.path.lexists(path / CONFIG_NAME))
-    if is_peft:
-        kind = read_json(path / CONFIG_NAME, path).get("peft_type")
-        if kind != "LORA":
-            raise ValueError(f"peft_type={kind!r} in {CONFIG_NAME}; give a LoRA (`LoraConfig`).")
-    with open_adapter(path if is_peft or path.is_file() else single) as adapter:
-        if adapter.other_keys:
-            raise ValueError(f"the tensor {adapter.other_keys[0]!r} is no part of a LoRA; remove it.")
-        for name in adapter.modules:
-            adapter.factors(name)  # reads and checks the values
-        return list(adapter.modules) if is_peft else None
+    kind = source.config().get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"peft_type={kind!r} in {CONFIG_NAME}; give a LoRA (`LoraConfig`).")
+    return load_saved(source, read_config(source, targets_of_file=True), model, name)
 
 
-def _check_complete(model: nn.Module, name: str, modules: Collection[str]) -> None:
-    """Raises a ValueError unless the layers of adapter `name` are exactly the modules of its file."""
-    layers = {
-        path for path, module in model.named_modules() if isinstance(module, LoraLayer) and name in module.scaling
-    }
-    if lost := sorted(layers.difference(modules)):
-        raise ValueError(f"the file has no tensors of {lost[0]!r}, which target_modules names; get it again.")
-    if extra := sorted(set(modules).difference(layers)):
-        close = difflib.get_close_matches(extra[0], layers, n=1)
-        nearest = f"; the nearest one is {close[0]!r}" if close else ""
-        raise ValueError(f"the file has tensors of {extra[0]!r}, which is no target module{nearest}.")
-
-
-def _load_lora(
-    model: nn.Module, first: PeftModel | None, name: str, source: str, modules: Collection[str] | None
-) -> PeftModel | None:
-    """Loads one LoRA; takes and returns the PeftModel made by the first LoRA in peft's format, None before it.
-
-    `modules` are the names of the modules in its file, if known: an expression in `target_modules` is not run then.
-    """
-    try:
-        config: Any = PeftConfig.from_pretrained(source)
-    except ValueError:  # no config: a file in diffusers' format, or nothing at all, which its loader reports
-        _load_diffusers_lora(model, name, source)
-        return first
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"it is a {type(config).__name__}; give a LoRA (`LoraConfig`).")
-    if modules is not None and (isinstance(config.target_modules, str) or config.exclude_modules):
-        config.target_modules, config.exclude_modules = list(modules), None
-    config.inference_mode = True
-    if first is None:
-        return PeftModel.from_pretrained(model, source, adapter_name=name, config=config)
-    # A second from_pretrained could warn about missing keys, because it takes those of other adapters for its own.
-    first.add_adapter(name, config)
-    first.load_adapter(source, adapter_name=name)
-    return first
-
-
-def _load_diffusers_lora(model: nn.Module, name: str, source: str) -> None:
-    """Loads the denoiser's part of a LoRA file in diffusers' format."""
+def _load_single_file(model: nn.Module, name: str, path: Path) -> None:
+    """Loads the denoiser's part of a LoRA file in diffusers' format; raises unless every factor and scale arrives."""
     loader: Any = getattr(model, "load_lora_adapter", None)
     if loader is None:
-        raise ValueError(f"there is no adapter_config.json, and {type(model).__name__} loads only folders of peft.")
-    if source.endswith(PICKLES):
+        raise ValueError(f"there is no {CONFIG_NAME}, and {type(model).__name__} loads only folders of peft.")
+    if path.name.endswith(PICKLES):
         raise ValueError("a pickle runs code when it is opened; save the LoRA with safetensors.")
-    loader(
-        source, use_safetensors=True, prefix="unet" if hasattr(model, "up_blocks") else "transformer", adapter_name=name
-    )
-    if name not in lora_names(model):
+    part = "unet" if hasattr(model, "up_blocks") else "transformer"
+    with open_adapter(path) as adapter:
+        if adapter.other_keys:
+            raise ValueError(f"the tensor {adapter.other_keys[0]!r} is no part of a LoRA; remove it.")
+        for module in adapter.modules:
+            adapter.factors(module)  # reads and checks the values, before the model is changed
+        loader(str(path), use_safetensors=True, prefix=part, adapter_name=name)
+        if name not in lora_names(model):
+            raise ValueError(
+                f"it has no tensors for {type(model).__name__}: call pipe.load_lora_weights(), which converts more "
+                "formats, and compose() by name."
+            )
+        layers = dict(model.named_modules())
+        for module in (module for module in adapter.modules if module.startswith(f"{part}.")):
+            _check_loaded(layers.get(module.removeprefix(f"{part}.")), name, adapter, module)
+
+
+def _check_loaded(layer: Any, name: str, adapter: LoraAdapter, module: str) -> None:
+    """Raises a ValueError unless a layer has the factors and the scale of a module in the file."""
+    if not isinstance(layer, LoraLayer) or name not in layer.scaling:
+        raise ValueError(f"the file has tensors of {module!r}, which is no layer of the model that can have a LoRA.")
+    scale = adapter.modules[module].scale
+    if not math.isclose(layer.scaling[name], scale, rel_tol=1e-6):
         raise ValueError(
-            f"it has no tensors for {type(model).__name__}: call pipe.load_lora_weights(), which converts more "
-            "formats, and compose() by name."
+            f"{module} has the scale {scale:g} in the file, and {layer.scaling[name]:g} as diffusers loads it: call "
+            "pipe.load_lora_weights(), and compose() by name."
         )
+    pair: Any = (layer.lora_B[name].weight, layer.lora_A[name].weight)
+    for factor, weight in zip(adapter.factors(module), pair, strict=True):
+        if not torch.equal(factor.reshape(weight.shape).to(weight), weight):
+            raise ValueError(f"the file's factors of {module!r} are not those that diffusers loads; save it again.")
