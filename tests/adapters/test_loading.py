@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -208,6 +209,18 @@ def test_a_damaged_adapter_is_refused_on_each_route(
         with unchanged(adapted), pytest.raises(ValueError, match=message):
             load_adapter(str(broken), adapted, "second")
         assert list(adapted.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("ranks", [{"r": 32}, {"r": 64, "rank_pattern": {"0": 2}}], ids=["r", "rank_pattern"])
+@pytest.mark.parametrize("kind", ["lora", *KINDS])
+def test_a_rank_may_be_larger_than_the_layer(kind: str, ranks: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 16)
+    model = get_peft_model(nn.Sequential(copy.deepcopy(layer)), make(kind, target_modules=["0"], **ranks)).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 4)
+    for load in (load_adapter, lambda path, model: PeftModel.from_pretrained(model, path)):
+        assert torch.equal(load(str(tmp_path), nn.Sequential(copy.deepcopy(layer)))(x), model(x))
 
 
 @pytest.mark.parametrize("kind", ["lora", *KINDS])
