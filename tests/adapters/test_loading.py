@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import peft_zoo
 from peft_zoo import load_adapter, save_adapter
+from peft_zoo.io import open_adapter
 from tests.adapters.models import unchanged
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -240,6 +241,28 @@ def test_another_scale_is_another_valid_adapter(folder: Callable[[str], Path]) -
     one = load_adapter(str(changed), base())(x)
     edit(changed, lora_alpha=80)
     assert not torch.allclose(load_adapter(str(changed), base())(x), one, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", *KINDS])
+def test_a_missing_field_is_named_on_each_route(kind: str, folder: Callable[[str], Path]) -> None:
+    """A default of the class could be another value than the one that the adapter was trained with."""
+    incomplete = folder(kind)
+    whole = json.loads((incomplete / CONFIG).read_text())
+    own = [name for name in ("kernel", "basis_shape", "keep_init", "mode", "num_bits") if name in whole]
+    routes: list[Callable[[nn.Module], object]] = [lambda model: load_adapter(str(incomplete), model)]
+    if kind == "lora":  # what peft alone reads is not ours
+        own = ["use_rslora", "alpha_pattern"]
+        routes.append(lambda model: open_adapter(incomplete))
+    else:
+        routes.append(lambda model: PeftModel.from_pretrained(model, str(incomplete)))
+        routes.append(lambda model: PeftConfig.from_pretrained(str(incomplete)))
+    assert own
+    for name in ("r", scale(incomplete), *own):
+        (incomplete / CONFIG).write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        for route in routes:
+            model = base()
+            with unchanged(model), pytest.raises(ValueError, match=rf"\b{name}\b"):
+                route(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,6 +34,10 @@ _ALLOWED = {
 }
 _REFUSED = ("layer_replication", "target_parameters", "ensure_weight_tying")
 
+#: Fields of a LoRA without which an update would have another value; those that old versions of peft lack last.
+NEEDED = ("r", "lora_alpha")
+NEEDED_OF_VERSION = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
 _SPECIAL = frozenset("*+?()[]{}|^$")
 
 T = TypeVar("T", int, float)
@@ -88,6 +92,7 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     """
     _check_kind(config)
     check_names(config)
+    check_present(config, needed_fields(config))
     rslora = config.get("use_rslora", False)
     if not isinstance(rslora, bool):
         raise ValueError(f"use_rslora={reprlib.repr(rslora)}: write true or false.")
@@ -126,6 +131,22 @@ def diffusers_settings(metadata: Mapping[str, str]) -> Callable[[str], ModuleSet
         return settings[""].of(module) if "" in settings else None
 
     return of
+
+
+def needed_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the fields that a LoRA's `adapter_config.json` must have: more if a version of peft is recorded in it."""
+    return NEEDED + (NEEDED_OF_VERSION if config.get("peft_version") else ())
+
+
+def check_present(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises a ValueError for a field that a configuration lacks: its default may not be what was trained with."""
+    missing = [name for name in names if name not in config]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{missing[0]!r}{more} is missing in adapter_config.json, and a default could differ from the value that "
+            "the adapter was trained with; write the value into the file, or get the file again."
+        )
 
 
 def check_names(config: Mapping[str, Any]) -> None:

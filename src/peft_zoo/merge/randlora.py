@@ -34,7 +34,7 @@ from peft_zoo.common.checks import check_int
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.extra_keys import is_named
 from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME, open_weights
-from peft_zoo.io.lora_settings import MAX_RANK, check_names, check_targeted, read_settings
+from peft_zoo.io.lora_settings import MAX_RANK, check_names, check_present, check_targeted, read_settings
 from peft_zoo.io.safetensors import FLOATS
 from peft_zoo.kernels.random_matrix.basis import unit
 from peft_zoo.kernels.random_matrix.shared import BasisKey, shared_basis
@@ -160,7 +160,8 @@ def _config(folder: Path, kind: type[Any]) -> Any:
     found, wanted = content.pop("peft_type", None), kind().peft_type.value
     if found != wanted:
         raise ValueError(f"{folder}: peft_type={found!r} cannot be converted; give an adapter of type {wanted!r}.")
-    check_int("r", content.get("r"), 1, MAX_RANK)
+    check_present(content, ("r", "randlora_alpha", "projection_prng_key"))
+    check_int("r", content["r"], 1, MAX_RANK)
     check_names(content)
     known = {field.name for field in fields(kind) if field.init}
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,20 +20,24 @@ from peft_zoo.adapters.base.source import SOURCE, AdapterSource, check_literal, 
 from peft_zoo.common import checks
 from peft_zoo.common.atomic import replaced_file
 from peft_zoo.io.digest import DIGEST, sha256_of
-from peft_zoo.io.lora_settings import check_names
+from peft_zoo.io.lora_settings import check_names, check_present, needed_fields
 
 Config = TypeVar("Config", bound="MethodConfig")
 
+#: Metadata entry of a field: whether each saved configuration has it.
+IS_NEEDED = "is_needed"
 
-def option(default: Any, help_text: str) -> Any:
+
+def option(default: Any, help_text: str, *, is_new: bool = False) -> Any:
     """Returns a dataclass field with help text.
 
     Args:
         default: Default value; a callable such as `dict` is called to make a new value for each instance.
         help_text: One or two sentences for the docstring, the documentation page and `peft-zoo`.
+        is_new: Whether files of earlier versions lack the field; the default is then what they mean.
     """
     kind = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**kind, metadata={"help": help_text})
+    return field(**kind, metadata={"help": help_text, IS_NEEDED: not is_new})
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,19 @@ class MethodConfig:
 class TrainedConfig(MethodConfig):
     """Mixin for the configuration of a method with weights: loading checks the file, saving binds it to its weights."""
 
-    weights_sha256: str | None = option(None, "SHA-256 of the saved weights file; filled in by saving.")
+    weights_sha256: str | None = option(None, "SHA-256 of the saved weights file; filled in by saving.", is_new=True)
+
+    def __new__(cls, *args: Any, **values: Any) -> TrainedConfig:
+        """Refuses the fields of a file that lacks one: they have the `peft_type`, on each way in which peft reads them.
+
+        Raises:
+            ValueError: Naming the field.
+        """
+        kind: Any = cls
+        if "peft_type" in values and values["peft_type"] == registration.peft_type_of(kind):
+            own = [item.name for item in fields(cls) if item.metadata.get(IS_NEEDED)]
+            check_present(values, [*own, *(needed_fields(values) if issubclass(cls, LoraConfig) else ())])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ from peft_zoo.adapters.base.source import (
 from peft_zoo.io.digest import DIGEST, check_digest
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_ranks import CHANGES_BASE
-from peft_zoo.io.lora_settings import check_names
+from peft_zoo.io.lora_settings import check_names, check_present, needed_fields
 from peft_zoo.io.safetensors import FLOATS, TensorFile
 from peft_zoo.registration import NAMESPACE
 
@@ -184,7 +184,7 @@ def made_config(config_cls: type[PeftConfig], found: Mapping[str, Any]) -> Any:
 
 
 def check_fields(found: Mapping[str, Any], config_cls: type[PeftConfig]) -> None:
-    """Raises a ValueError for fields that are unknown or of a wrong type, or that would change the base model."""
+    """Raises a ValueError for fields that are unknown, missing or of a wrong type, or would change the base model."""
     known = {item.name for item in dataclasses.fields(config_cls)} | {"runtime_config"}
     for name, value in found.items():
         if name not in known and value:
@@ -193,6 +193,8 @@ def check_fields(found: Mapping[str, Any], config_cls: type[PeftConfig]) -> None
                 "for another type. Update, or remove the field if it does not matter."
             )
     check_names(found)
+    if found.get("peft_type") == "LORA":  # the classes of our types see for themselves
+        check_present(found, needed_fields(found))
     for name in ("layer_replication", "megatron_config"):
         if found.get(name):
             raise ValueError(f"{name}={found[name]!r} would change the base model; remove it, or use peft itself.")

@@ -149,7 +149,9 @@ class LqLoraConfig(ZooLoraConfig):
         "for float32, or False: disabling raises an error.",
     )
     save_base: str = option(
-        "quantized", "Base weights saved with the adapter: 'quantized', or 'none': loading decomposes again."
+        "quantized",
+        "Base weights saved with the adapter: 'quantized', or 'none': loading decomposes again.",
+        is_new=True,
     )
     lq_state: str = option(
         "new", "Whether the base is still to be quantized: 'new', or 'decomposed' in saved adapters."
@@ -160,6 +162,7 @@ class LqLoraConfig(ZooLoraConfig):
     made_with: dict[str, Any] | None = option(
         None,
         "What the bits depend on: torch version, device, dtype, threads; filled in for the model's copy, saved.",
+        is_new=True,
     )
 
     def __post_init__(self) -> None:

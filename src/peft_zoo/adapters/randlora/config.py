@@ -64,6 +64,7 @@ class RandLoraConfig(ZooConfig):
         None,
         "Whether a ternary basis has a non-zero entry for every feature, without which the feature is never trained; "
         "filled in with True for a new adapter. None in files from before this field: with the entries as drawn.",
+        is_new=True,
     )
     save_projection: bool | None = option(
         None,
