@@ -26,14 +26,19 @@ def keeps_rslora(modules: Mapping[str, RankAndScale]) -> bool:
 
 
 def write_config(
-    folder: Path, old: Mapping[str, Any], modules: Mapping[str, RankAndScale], before: Iterable[str]
+    folder: Path,
+    old: Mapping[str, Any],
+    modules: Mapping[str, RankAndScale],
+    before: Iterable[str],
+    default: str | None = None,
 ) -> None:
     """Writes `adapter_config.json` of a plain LoRA with these ranks and scales by module.
 
     `old` is the content of the source adapter's file, and `before` are the names of all its modules. The rank and alpha
-    of routed experts are the defaults, since peft ignores patterns for them.
+    of routed experts are the defaults, since peft ignores patterns for them; else those of the module `default`, or the
+    most common ones.
     """
-    default = next((name for name in modules if is_expert(name)), None)
+    default = next((name for name in modules if is_expert(name)), default)
     check_plain_names(modules)
     known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
     is_lora = old.get("peft_type") == "LORA"

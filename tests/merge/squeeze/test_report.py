@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from peft_zoo.calibration.moments import calibrate
+from peft_zoo.common.tables import align, shorten
 from peft_zoo.merge.squeeze.api import rank_report, squeeze_adapter
-from peft_zoo.merge.squeeze.report import ModuleReport, RankReport, SqueezeReport, align, shorten
+from peft_zoo.merge.squeeze.report import ModuleReport, RankReport, SqueezeReport
 from tests.merge.conftest import Original
 from tests.merge.samples import ALL, TOKENS, R, adapted, kohya, same_state, single, state
 

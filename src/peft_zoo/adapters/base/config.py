@@ -19,6 +19,7 @@ from peft_zoo.adapters.base.saving import with_exact_names
 from peft_zoo.adapters.base.source import SOURCE, AdapterSource, check_literal, check_numbers
 from peft_zoo.common import checks
 from peft_zoo.common.atomic import replaced_file
+from peft_zoo.io import LoraAdapter, TensorFile
 from peft_zoo.io.digest import DIGEST, sha256_of
 from peft_zoo.io.lora_settings import check_names, check_present, needed_fields
 
@@ -69,6 +70,8 @@ class MethodConfig:
     loads_in_diffusers: ClassVar[bool] = False
     #: Whether a model of diffusers holds the configuration, after its own `add_adapter`; set on the tuner's copy.
     is_for_diffusers: ClassVar[bool] = False
+    #: How well `export_lora` writes an adapter as a plain LoRA: "exact", "approximate", "with_base" or "no".
+    exportable: ClassVar[str] = "approximate"
     #: Arguments with which a new adapter leaves the output unchanged; empty if the defaults do.
     identity: ClassVar[dict[str, Any]] = {}
     #: Initial learning rate to try with AdamW; None if rates that suit LoRA do.
@@ -80,6 +83,21 @@ class MethodConfig:
         config: Any = self  # a PeftConfig too, which follows this mixin in a subclass
         super().__post_init__()  # type: ignore[misc]
         config.peft_type = registration.peft_type_of(type(config))
+
+    @classmethod
+    def open_factors(cls, file: TensorFile, config: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
+        """Returns the factors in the file of a saved adapter; None if `export_lora` has to make its layers.
+
+        Args:
+            file: The open weights file.
+            config: Content of `adapter_config.json`.
+            has_base: Whether the LoRA is for a base model that was given.
+        """
+        return None
+
+    def sizes_in_file(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        """Returns the sizes `(out, in)` of a layer by the shapes of its adapter's tensors; None if they do not tell."""
+        return None
 
     def as_plain_lora(self) -> LoraConfig:
         """Returns the same adapter as a `LoraConfig` of peft; only for methods with `loads_in_diffusers`."""

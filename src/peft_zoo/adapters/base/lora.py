@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from peft_zoo.adapters.base.weighted import (
     write,
 )
 from peft_zoo.common.modules import plain_name
+from peft_zoo.io import LoraAdapter, TensorFile
 
 
 class ZooLoraConfig(TrainedConfig, LoraConfig):
@@ -38,6 +40,12 @@ class ZooLoraConfig(TrainedConfig, LoraConfig):
     """
 
     loads_in_diffusers: ClassVar[bool] = True
+    exportable: ClassVar[str] = "exact"
+
+    @classmethod
+    def open_factors(cls, file: TensorFile, config: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
+        """Returns the factors in the file of a saved adapter, which is a plain LoRA but for its type."""
+        return LoraAdapter(file, {**config, "peft_type": "LORA"})
 
     def as_plain_lora(self) -> LoraConfig:
         """Returns the same adapter as a `LoraConfig` of peft, without the method's own fields."""

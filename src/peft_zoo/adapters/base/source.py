@@ -151,7 +151,8 @@ def check_numbers(config: Any) -> None:
             check(valid, f"{owner}: {item.name}", value, "use a dict from module name to value")
             for key, number in (value or {}).items():
                 check(is_number(number), f"{owner}: {item.name}[{key!r}]", number, "use a number")
-    ranks = [("r", config.r)] if hasattr(config, "r") else []
+    default = next((item.default for item in fields(config) if item.name == "r"), None)
+    ranks = [("r", config.r)] if hasattr(config, "r") and config.r != default else []  # OFT's default 0 is no rank
     ranks += [(f"rank_pattern[{key!r}]", rank) for key, rank in (getattr(config, "rank_pattern", None) or {}).items()]
     for name, rank in ranks:
         is_rank = type(rank) is int and 1 <= rank <= MAX_RANK

@@ -71,6 +71,7 @@ class CachedLoraConfig(MethodConfig, PeftConfig):
 
     method_name: ClassVar[str] = "cached_lora"
     trainable: ClassVar[bool] = False
+    exportable: ClassVar[str] = "no"  # the adapters take turns
 
     adapters: dict[str, str | None] | list[str] | None = option(
         None,

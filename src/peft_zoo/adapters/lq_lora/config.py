@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 from peft_zoo.adapters.base import Conformance, ZooLoraConfig, option
+from peft_zoo.io import LoraAdapter, TensorFile
 from peft_zoo.kernels.low_rank.quantized import Codebook, DecomposeOptions, Svd
 from peft_zoo.kernels.normal_float.quantize import NFConfig
 from peft_zoo.kernels.planning.bits import GRIDS
@@ -185,6 +186,16 @@ class LqLoraConfig(ZooLoraConfig):
         valid = isinstance(self.init_lora_weights, bool)
         self.require(valid, "init_lora_weights", "use True, or False for random factors on an unquantized base")
         self._normalize_qconfigs()
+
+    @classmethod
+    def open_factors(cls, file: TensorFile, config: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
+        """Returns the trained change, a LoRA for the model before quantization; None with a base model.
+
+        Then the update is exact: `Q + s B A - W`, of full rank.
+        """
+        from peft_zoo.adapters.lq_lora.change import TrainedChange
+
+        return None if has_base else TrainedChange(file, config)
 
     def check_save_base(self) -> None:
         """Raises a ValueError if `save_base` does not fit, also after the field was changed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -111,6 +112,11 @@ class SnellConfig(ZooConfig):
         """Returns a copy with `total_step=steps` if `target_sparsity` needs one, else the configuration itself."""
         is_complete = self.target_sparsity is None or self.total_step is not None
         return self if is_complete else dataclasses.replace(self, total_step=steps)
+
+    def sizes_in_file(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        """Returns the sizes `(out, in)` of a layer, those of B (G, out, r/G) and A (G, in, r/G)."""
+        A, B = shapes["zoo_snell_A"], shapes["zoo_snell_B"]
+        return B[1], A[1]
 
     @property
     def spec(self) -> KernelSpec:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import transformers
 
 from peft_zoo.io.strict_json import read_json
+from peft_zoo.merge.base.child import MARK, run_in_child
 
 SCRIPT = "import peft_zoo; from peft_zoo.merge.lq_lora.verify import print_missing; print_missing()"
-MARK = "peft-zoo loaded: "
-LONGEST = 500  # characters of a reason
 
 
 def verify_folder(folder: Path) -> None:
@@ -30,18 +26,7 @@ def verify_folder(folder: Path) -> None:
 
 def missing_in_child(folder: Path) -> list[str]:
     """Returns what `missing_tensors` does in a new process; a ValueError with the reason if the model does not load."""
-    # The network is not needed, and a GPU may be too small for the model.
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    how: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "check": False}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], input=str(folder), env=environment, **how)
-    report = next((line for line in reversed(done.stdout.splitlines()) if line.startswith(MARK)), None)
-    if report is not None:
-        return list(json.loads(report.removeprefix(MARK)))
-    lines = done.stderr.strip().splitlines()
-    reason = lines[-1][:LONGEST] if lines else f"its process ended with status {done.returncode}"
-    memory = "; if memory ran out, use verify=False" if done.returncode < 0 else ""
-    raise ValueError(f"the quantized model does not load, so nothing was written: {reason}{memory}.")
+    return list(run_in_child(SCRIPT, str(folder), "the quantized model does not load"))
 
 
 def missing_tensors(folder: Path) -> list[str]:

@@ -1,0 +1,160 @@
+r"""Writes any adapter as a plain LoRA that peft, vLLM and other programs load without peft-zoo.
+
+An update that is a product of two factors is written as it is; any other one becomes its best approximation of a rank,
+
+    Delta W ~ B A = U_r S_r V_r^T        error |Delta W - B A|_F / |Delta W|_F, computed from the stored factors
+
+by the theorem of Eckart and Young, for the rank, error, energy or size that the caller asks for. Nothing is
+approximated without being asked for. The scale is multiplied into B, so alpha equals the rank in every module, and
+programs that ignore patterns use the right scale.
+
+Cost: one module in memory at a time, and the new factors. An update without factors is formed as a matrix; sides above
+512 are decomposed by `peft_zoo.kernels.low_rank.certified` in some products with thin blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peft_zoo.common.atomic import check_new_folder, new_folder
+from peft_zoo.common.progress import Progress, silent
+from peft_zoo.io import TensorInfo, TensorWriter
+from peft_zoo.io.expert_names import check_plain_names
+from peft_zoo.io.lora_config import write_config
+from peft_zoo.io.lora_file import WEIGHTS_NAME
+from peft_zoo.merge.export.fit import Fit, fit_all
+from peft_zoo.merge.export.opening import open_source
+from peft_zoo.merge.export.options import EXTRAS, ExportOptions
+from peft_zoo.merge.export.report import ExportReport
+from peft_zoo.merge.export.source import UpdateSource
+from peft_zoo.merge.export.verify import verify_with_stock_peft
+from peft_zoo.merge.export.vllm import DEFAULT_RANK, check_vllm, needed_rank
+
+KEPT = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type")
+"""Fields of the adapter's configuration that the LoRA's has too."""
+
+
+def export_lora(
+    adapter: str | Path | nn.Module,
+    out: str | Path,
+    *,
+    base: nn.Module | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: int | str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ExportReport:
+    """Writes an adapter as a plain LoRA for stock peft or vLLM.
+
+    Args:
+        adapter: Folder of a saved adapter, or a `PeftModel` whose active adapter is exported.
+        out: A folder that does not exist or is empty; it appears complete or not at all.
+        base: The base model, for a type whose update or sizes depend on it; it stays as it is.
+        rank: Largest rank of a module. At most one of `rank`, `energy`, `max_error` and `budget` is given; none: the
+            updates are exact.
+        energy: Share of the squared singular values that every module keeps, in (0, 1].
+        max_error: Largest relative error of an update in the Frobenius norm, in [0, 1).
+        budget: Total of all factors: an int in parameters, or a size such as `"24MB"`.
+        progress: Wraps the loop over module names, such as a progress bar; None shows nothing.
+        **options: Other fields of `ExportOptions`: `per_layer`, `rank_multiple_of`, `dtype`, `target`, `drop`,
+            `moments`, `verify`, `trust_patterns`.
+
+    Returns:
+        Rank and error of every module.
+
+    Raises:
+        ValueError: If an argument or file is invalid, the update has no exact LoRA and no rank was asked for, or the
+            adapter has what a LoRA cannot hold and `drop` does not name it. Nothing is written then.
+        NotImplementedError: If the adapter's type changes no weights of layers.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from peft import PeftModel, get_peft_model
+        >>> from peft_zoo import SnellConfig
+        >>> config = SnellConfig(r=4, target_modules=["0"], init_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 16)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/snell")
+        ...     report = export_lora(f"{folder}/snell", f"{folder}/lora", rank=12, verify=False)
+        ...     lora = PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(32, 16)), f"{folder}/lora")
+        >>> lora.peft_config["default"].r, 0 < report.error < 0.5
+        (12, True)
+    """
+    chosen = _options(rank=rank, energy=energy, max_error=max_error, budget=budget, **options)
+    target = Path(os.path.abspath(out))
+    check_new_folder(target, "out")
+    with open_source(adapter, base, chosen) as source:
+        names = _modules(source, chosen)
+        fits = fit_all(source, names, chosen, progress or silent)
+        with new_folder(target, "out") as work:
+            _write(work, source, fits)
+            notes = [*source.notes, *_check_target(work, chosen, max(fit.row.rank for fit in fits.values()))]
+            if chosen.verify:
+                verify_with_stock_peft(work, source.modules, fits)
+    rows = tuple(fit.row for fit in fits.values())
+    dropped = tuple(sorted({*source.extras, *(set(source.modules) - set(names))}))
+    return ExportReport(source.peft_type, chosen.target, rows, dropped, tuple(notes), chosen.verify)
+
+
+def _options(**given: Any) -> ExportOptions:
+    """Makes the options of keyword arguments; an unknown one is a ValueError."""
+    unknown = sorted(given.keys() - ExportOptions.__dataclass_fields__.keys())
+    if unknown:
+        known = ", ".join(ExportOptions.__dataclass_fields__)
+        raise ValueError(f"{unknown[0]}={given[unknown[0]]!r} is unknown; use {known}.")
+    return ExportOptions(**given)
+
+
+def _modules(source: UpdateSource, options: ExportOptions) -> list[str]:
+    """Returns the modules to export; raises for what a LoRA cannot hold and `drop` does not name."""
+    names = [name for name in source.modules if not options.drops(name)]
+    for entry in options.drop:
+        if entry not in EXTRAS and not any(name == entry or name.endswith(f".{entry}") for name in source.modules):
+            raise ValueError(f"drop={entry!r} is neither a module of the adapter nor one of {', '.join(EXTRAS)}.")
+    for extra, key in source.extras.items():
+        if extra not in options.drop:
+            raise ValueError(
+                f"{key}: a plain LoRA of layers cannot hold it; pass drop=[{extra!r}] to leave it out, or merge the "
+                "adapter."
+            )
+    if not names:
+        raise ValueError(f"drop={list(options.drop)!r} leaves no module; leave some out of it.")
+    check_plain_names(names)
+    nested = next((name for name in names if ".base_layer." in name), None)
+    if nested is not None:
+        raise NotImplementedError(f"{nested}: a layer inside of an adapted attention layer is not supported; drop it.")
+    return names
+
+
+def _write(folder: Path, source: UpdateSource, fits: Mapping[str, Fit]) -> None:
+    """Writes weights and configuration."""
+    tensors = {
+        key: tensor for name, fit in fits.items() for key, tensor in source.modules[name].stored(fit.B, fit.A).items()
+    }
+    infos = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
+    with TensorWriter(folder / WEIGHTS_NAME, infos, {"format": "pt"}) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+    plain = {"bias": "none", "inference_mode": True, "modules_to_save": None, "use_dora": False, "lora_bias": False}
+    plain |= {"peft_type": "LORA", "fan_in_fan_out": source.fan_in_fan_out, "lora_dropout": 0.0}
+    old = {**{name: source.config[name] for name in KEPT if name in source.config}, **plain}
+    largest = max(fits, key=lambda name: len(fits[name].A))
+    write_config(folder, old, {name: fit.plan for name, fit in fits.items()}, source.modules, largest)
+
+
+def _check_target(folder: Path, options: ExportOptions, rank: int) -> list[str]:
+    """Checks the rules of the program that the LoRA is for; returns what its user must do. `rank` is the largest."""
+    if options.target != "vllm":
+        return []
+    problems = check_vllm(folder)
+    if problems:
+        raise ValueError(f"target='vllm': {problems[0]}")
+    needed = needed_rank(rank)
+    return [f"start vLLM with --max-lora-rank {needed}"] if needed is not None and needed > DEFAULT_RANK else []

@@ -1,0 +1,186 @@
+"""Opens an adapter for export: its factors from the file, or its layers on a model without weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from peft_zoo.adapters.base.loading import check_saved, made_config
+from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal
+from peft_zoo.io import LoraAdapter, TensorFile
+from peft_zoo.io.extra_keys import EMBEDDINGS
+from peft_zoo.io.lora_file import open_weights
+from peft_zoo.io.lora_settings import check_names
+from peft_zoo.merge.export.exportable import READS_BASE, exportable
+from peft_zoo.merge.export.factors import FILE_SIZES
+from peft_zoo.merge.export.hollow import hollow_copy, hollow_linears
+from peft_zoo.merge.export.layers import LayerSource
+from peft_zoo.merge.export.options import ExportOptions
+from peft_zoo.merge.export.source import PREFIX, FileSource, UpdateSource, extra_of, extras
+from peft_zoo.registration import NAMESPACE
+
+NAME = "default"
+UNSEEN = "without base= every adapted layer is taken for a linear one; pass it if some are embeddings or convolutions"
+
+
+@contextmanager
+def open_source(
+    adapter: str | Path | nn.Module, base: nn.Module | None, options: ExportOptions
+) -> Iterator[UpdateSource]:
+    """Opens the updates of an adapter, a folder or a model with an active adapter.
+
+    Raises:
+        ValueError: If a file is invalid, or `base` is missing and needed.
+        NotImplementedError: If the adapter's type changes no weights of layers.
+    """
+    if isinstance(adapter, nn.Module):
+        yield _of_model(adapter)
+        return
+    if Path(adapter).is_file():
+        raise ValueError(f"adapter={str(adapter)!r} is a single file; convert it to a folder of peft first.")
+    source = AdapterSource(str(adapter))
+    config = _config(source, options)
+    with open_weights(source.weights().parent, source.config()) as file:
+        plain = _file_factors(file, source.config(), config, base, options)
+        yield plain if plain is not None else _of_folder(source, config, base, file)
+
+
+def _config(source: AdapterSource, options: ExportOptions) -> Any:
+    """Returns the configuration of a saved adapter; expressions are refused unless they are trusted."""
+    found = source.config()
+    check_names(found)
+    if not options.trust_patterns:
+        check_literal(found, source.module_names)
+    kind = found.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"peft_type={kind!r} is no registered type; give the folder of an adapter.")
+    _refuse_no(kind)
+    return made_config(PEFT_TYPE_TO_CONFIG_MAPPING[kind], found)  # type: ignore[index]
+
+
+def _refuse_no(kind: str) -> None:
+    """Raises a NotImplementedError for a type that changes no weights of layers."""
+    if exportable(kind) == "no":
+        raise NotImplementedError(
+            f"peft_type={kind!r} changes no weights, or not by the same matrix for every input, so no LoRA replaces "
+            "it; use an adapter of another type."
+        )
+
+
+def _file_factors(
+    file: TensorFile, found: Mapping[str, Any], config: Any, base: nn.Module | None, options: ExportOptions
+) -> FileSource | None:
+    """Returns the factors in the file of a LoRA, or of a method that stores its adapters as one; None for others."""
+    kind = str(found["peft_type"])
+    if exportable(config) == "with_base" and "magnitude" not in options.drop:
+        return None
+    if kind == "LORA":
+        return FileSource(LoraAdapter(file, dict(found)), found)
+    opened = config.open_factors(file, found, base is not None) if kind.startswith(NAMESPACE) else None
+    return None if opened is None else FileSource(opened, found)
+
+
+def _of_model(model: nn.Module) -> LayerSource:
+    """Returns the updates of a model's active adapter."""
+    configs, name = getattr(model, "peft_config", {}), getattr(model, "active_adapter", None)
+    if not isinstance(name, str) or name not in configs:
+        raise ValueError(f"active_adapter={name!r}: give a PeftModel with one active adapter, or a folder.")
+    merged = [path for path, layer in model.named_modules() if getattr(layer, "merged_adapters", None)]
+    if merged:
+        raise ValueError(f"{merged[0]} is merged; call unmerge_adapter() first.")
+    config = configs[name]
+    _refuse_no(str(config.peft_type.value))
+    found = LayerSource(model, name, config, exportable(config))
+    saved = {extra: extra for extra in ("modules_to_save", "trainable_token_indices") if getattr(config, extra, None)}
+    if getattr(config, "bias", "none") != "none":
+        saved["bias"] = "bias"
+    if getattr(config, "lora_bias", False):
+        saved["lora_bias"] = "lora_bias"
+    found.extras = saved
+    return found
+
+
+def _of_folder(source: AdapterSource, config: Any, base: nn.Module | None, file: TensorFile) -> LayerSource:
+    """Loads a saved adapter onto a model without weights, and returns the updates of its layers."""
+    kind, needs = str(config.peft_type.value), exportable(config)
+    if kind.startswith(NAMESPACE) and needs == "exact":  # its file has exact factors, but not for this base model
+        needs = "with_base"
+    if needs == "with_base" and base is None:
+        raise ValueError(f"peft_type={kind!r}: the update depends on the base weights; pass base=, the base model.")
+    own = [key for key in file.tensors if extra_of(key, source.config()) is None]
+    if base is None:
+        target = hollow_linears(_sizes(kind, config, file, own))
+    else:
+        target = copy.deepcopy(base) if kind in READS_BASE else hollow_copy(base)
+    if kind.startswith(NAMESPACE):
+        check_saved(source, config, NAME, target)
+    check_finite(file)
+    model = _load(target, config, {key: file.read(key) for key in own})
+    values = None if base is None else dict(base.named_parameters(remove_duplicate=False)).__getitem__
+    floats = [file.tensors[key].dtype for key in own if file.tensors[key].dtype.is_floating_point]
+    dtype = max(set(floats), key=floats.count, default=None)
+    found = LayerSource(model, NAME, config, needs, values, dtype)
+    found.extras, found.notes = extras(sorted(file.tensors.keys() - set(own)), source.config())
+    if base is None:
+        found.notes = (*found.notes, UNSEEN)
+    return found
+
+
+def _sizes(kind: str, config: Any, file: TensorFile, keys: list[str]) -> dict[str, tuple[int, int]]:
+    """Returns the sizes of the adapted layers, if the file alone tells them; only linear layers are possible then."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    for key in keys:
+        module, _, part = key.removeprefix(PREFIX).partition(f".{prefix}")
+        if key.startswith(PREFIX):
+            shapes.setdefault(module, {})[f"{prefix}{part}".removesuffix(".weight")] = file.tensors[key].shape
+    of_file = FILE_SIZES.get(kind, lambda found, config: getattr(config, "sizes_in_file", lambda _: None)(found))
+    sizes = {}
+    for name, found in (shapes or {"every layer": {}}).items():
+        try:
+            last = name.rpartition(".")[2]
+            size = None if last in EMBEDDINGS or "embed" in last else of_file(found, config)
+        except (KeyError, IndexError):
+            size = None
+        if size is None:
+            raise ValueError(
+                f"peft_type={kind!r}: the file does not say how large {name} is; pass base=, the base model."
+            )
+        sizes[name] = size
+    return sizes
+
+
+def _load(target: nn.Module, config: Any, tensors: dict[str, Tensor]) -> PeftModel:
+    """Adds an adapter to a model and loads its tensors, all of which must find their place."""
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    for name, value in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
+        if hasattr(config, name):
+            setattr(config, name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = PeftModel(target, config, NAME)
+            set_peft_model_state_dict(model, tensors, NAME)
+        except (RuntimeError, AttributeError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"the adapter does not fit the base model ({reason}); give its own.") from error
+        state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    odd = sorted(state.keys() ^ tensors.keys())
+    if odd:
+        where = "lacks" if odd[0] in state else "has the unknown"
+        raise ValueError(f"the weights file {where} {odd[0]!r}; load it onto its own base model, or save it again.")
+    for key, tensor in tensors.items():
+        if state[key].shape != tensor.shape or not torch.equal(state[key], tensor.to(state[key].dtype)):
+            raise ValueError(f"{key} was not loaded as it is in the file; give the adapter's own base model.")
+    return model.eval()
