@@ -109,6 +109,23 @@ def test_mistakes_write_nothing(words: str, parts: list[str], here: Path, mistak
     assert not (here / "out").exists()
 
 
+def test_another_process_that_is_faster_wins_whole(
+    here: Path, mistake: Mistake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(images: torch.Tensor) -> Image.Image:
+        (here / "out").mkdir()
+        (here / "out" / "theirs").touch()
+        return grid(images)
+
+    monkeypatch.setattr("peft_zoo.tasks.diffusion.composition.grid", slow)
+    assert "--output='" in mistake(WORDS)
+    assert [path.name for path in (here / "out").iterdir()] == ["theirs"]
+    assert not [path for path in here.iterdir() if path.name.startswith(".")]
+    before = sorted(here.iterdir())
+    assert "--output='" in mistake(WORDS), "nor is a folder replaced that was there before"
+    assert sorted(here.iterdir()) == before
+
+
 def test_no_adapter_is_a_mistake(here: Path, mistake: Mistake) -> None:
     assert "--adapter is missing" in mistake(["compose", "--model", "base"])
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_zoo.cli.shared import Command, Facts, Result, table
-from peft_zoo.common.atomic import replaced_file
+from peft_zoo.cli.shared import Command, Facts, Result, mistakes_as_sentences, table
+from peft_zoo.common.atomic import check_new_folder, new_folder
 from peft_zoo.common.settings import flag, setting
 from peft_zoo.common.values import SettingError, needs_extra
 
@@ -57,7 +56,7 @@ class Flags:
     seed: int = setting("seed of the initial noise", 0)
     profile: bool = setting("measure the frequencies of each adapter first, and order them by these", False)
     options: dict[str, str] = setting("a field of the recipe; repeatable", dict, flag="set", example="switch_every=1")
-    output: str = setting("folder for the results", "composition", metavar="DIR")
+    output: str = setting("new folder for the results", "composition", metavar="DIR")
 
 
 def _check(flags: Flags) -> None:
@@ -68,8 +67,8 @@ def _check(flags: Flags) -> None:
     for name, folder in flags.adapters.items():
         if not Path(folder).is_dir():
             raise SettingError(f"--adapter cannot be '{name}={folder}': give NAME=DIR with the folder of a saved LoRA.")
-    if os.path.lexists(flags.output) and not Path(flags.output).is_dir():
-        raise SettingError(f"--output {flags.output!r} is not a folder: give the name of one.")
+    with mistakes_as_sentences((ValueError,)):
+        check_new_folder(Path(flags.output), "--output")
     if "method" in flags.options:
         method = flags.options["method"]
         raise SettingError(f"--set cannot be 'method={method}': give --policy {method}.")
@@ -97,7 +96,6 @@ def _run(flags: Flags) -> Result:
         from peft_zoo.tasks.diffusion import model_folder
         from peft_zoo.tasks.diffusion.composition import draw, grid, load_adapters, measure
         from peft_zoo.tasks.diffusion.pipeline import load_pipeline
-    from peft_zoo.tasks.base.training import output_folder
 
     pipe = load_pipeline(model_folder(flags.model, flags.data))
     labels, known = flags.labels or LABELS, pipe.unet.config.num_class_embeds
@@ -108,13 +106,11 @@ def _run(flags: Flags) -> Result:
     profile = measure(pipe, list(flags.adapters), asked, flags.steps, flags.seed) if flags.profile else None
     config = config if profile is None else profile.store(config)
     images, trace = draw(pipe, config, asked, flags.steps, flags.seed)
-    output = output_folder(flags.output)
-    with replaced_file(output / "grid.png") as draft:
-        grid(images).save(draft, "png")
-    steps = [asdict(step) for step in trace]
-    with replaced_file(output / "trace.json") as draft:
-        draft.write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
-    config.save_pretrained(str(output))
+    with new_folder(flags.output, "--output") as output:
+        grid(images).save(output / "grid.png")
+        steps = json.dumps([asdict(step) for step in trace], indent=1)
+        (output / "trace.json").write_text(f"{steps}\n", encoding="utf-8")
+        config.save_pretrained(str(output))
     return _result(config.method, profile, trace, flags)
 
 

@@ -428,6 +428,33 @@ def test_without_finalize_the_tensors_keep_their_size() -> None:
     assert {pair.size for pair in lora_pairs(model, "default")} == {2}
 
 
+@pytest.mark.parametrize(
+    ("config_cls", "how"),
+    [(SqueezeLoraConfig, "in place"), (LoraConfig, "in place"), (LoraConfig, "as another adapter")],
+)
+def test_the_plain_lora_names_its_modules(config_cls: type[LoraConfig], how: str, tmp_path: Path) -> None:
+    """An expression of a file is run by nobody; a lin that has no adapter is excluded by name."""
+    fields = {"target_modules": r"(emb|layers\.1\.lin)", "rank_pattern": {"e.b": 6}, "init_lora_weights": False}
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"emb": nn.Embedding(20, 8), "lin": nn.Linear(8, 8)})
+    plain["layers"] = nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(8, 8)}) for _ in range(2))
+    model = get_peft_model(copy.deepcopy(plain), config_cls(r=4, **fields))
+    wanted, name = updates(model), "default"
+    if how == "in place":
+        finalize_squeeze(model)
+    else:
+        squeeze_model(model, rank=5, into=(name := "small"))
+        wanted = updates(model, name)
+    model.save_pretrained(tmp_path, selected_adapters=[name])
+    folder = tmp_path / ("" if name == "default" else name)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert sorted(saved["target_modules"]) == ["emb", "layers.1.lin"] and saved["peft_type"] == "LORA"
+    found = updates(peft_zoo.load_adapter(str(folder), plain))
+    assert found.keys() == wanted.keys() == {"emb", "layers.1.lin"}
+    for module, update in wanted.items():
+        torch.testing.assert_close(found[module], update, rtol=0, atol=1e-5)
+
+
 def test_without_a_target_it_is_the_lora_it_began_as() -> None:
     model = adapted()
     drive(SqueezeCallback(), model, steps=2)

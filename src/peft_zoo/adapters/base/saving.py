@@ -109,6 +109,13 @@ def exact_names(config: Any, model: nn.Module, adapter_name: str) -> ExactNames 
     return ExactNames(targets, surplus)
 
 
+def named_exactly(config: Any, model: nn.Module, adapter_name: str) -> Any:
+    """Returns a copy of an adapter's configuration with names instead of expressions, for a type that saves both."""
+    named = copy.copy(config)
+    vars(named)[NAMES] = exact_names(config, model, adapter_name)
+    return with_exact_names(named)
+
+
 def with_exact_names(config: PeftConfig) -> PeftConfig:
     """Returns a copy of a configuration to save: names of modules replace its regular expressions."""
     found = vars(config).get(NAMES)

@@ -9,11 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from peft_zoo.adapters.base.saving import named_exactly
 from peft_zoo.adapters.squeeze_lora.factors import LoraPair, drop_zero_directions, lora_pairs, write_factors
 from peft_zoo.io.expert_names import moved_module
 from peft_zoo.io.lora_ranks import CHANGES_BASE, RankAndScale, rank_fields
@@ -62,8 +64,9 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
             pair.layer.use_rslora[adapter_name] = False
         drop_zero_directions(pair, None if keep else 1.0)
     moved = moved_module(ranks, (name for name, _ in model.named_modules()))
-    if moved is None:  # peft's own class, without the fields of initializations
-        values = {item.name: getattr(configs[adapter_name], item.name) for item in fields(LoraConfig) if item.init}
+    if moved is None:  # peft's own class, without the fields of initializations; it saves no exact names by itself
+        config = named_exactly(configs[adapter_name], _adapted(model, configs), adapter_name)
+        values = {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init}
         configs[adapter_name] = LoraConfig(**{**values, "init_lora_weights": True, "peft_type": None})
     else:
         warnings.warn(
@@ -73,6 +76,17 @@ def finalize_squeeze(model: nn.Module, adapter_name: str = "default", scaling: s
         )
     write_ranks(model, adapter_name, pairs)
     return ranks
+
+
+def _adapted(model: nn.Module, configs: dict[str, Any]) -> nn.Module:
+    """Returns the base model that has the adapters with these configurations, without what is around it."""
+    owner: Any = next(m for m in model.modules() if not isinstance(m, PeftModel) and _configs(m) is configs)
+    return owner.model if isinstance(owner, BaseTuner) else owner
+
+
+def _configs(module: nn.Module) -> Any:
+    """Returns the configurations of the adapters that a module keeps; None if it keeps none."""
+    return getattr(module, "peft_config", None)
 
 
 def write_ranks(model: nn.Module, adapter_name: str, pairs: Sequence[LoraPair]) -> None:
@@ -92,7 +106,7 @@ def config_table(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     loading it with another rank would not undo.
     """
     for module in model.modules():
-        table = getattr(module, "peft_config", None)
+        table = _configs(module)
         if isinstance(table, dict) and isinstance(table.get(adapter_name), LoraConfig):
             start = table[adapter_name].init_lora_weights
             if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):

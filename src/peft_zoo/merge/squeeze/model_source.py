@@ -16,6 +16,7 @@ from peft.utils import PeftWarning
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from peft_zoo.adapters.base.saving import named_exactly
 from peft_zoo.adapters.squeeze_lora.factors import LoraPair, lora_pairs, scale_bias, write_factors
 from peft_zoo.adapters.squeeze_lora.finalize import config_table, write_ranks
 from peft_zoo.io.lora_config import INITIALIZATION_FIELDS, keeps_rslora
@@ -98,7 +99,7 @@ class ModelSource:
     ) -> None:
         """Adds an adapter with the new factors and all other tensors and fields of the old one."""
         model: PeftModel = self.model  # type: ignore[assignment]
-        old: Any = model.peft_config[self.adapter_name]
+        old = named_exactly(model.peft_config[self.adapter_name], model.get_base_model(), self.adapter_name)
         kept = (item.name for item in fields(LoraConfig) if item.init and item.name not in INITIALIZATION_FIELDS)
         values = {name: copy.deepcopy(getattr(old, name)) for name in kept}
         rslora = bool(old.use_rslora) and keeps_rslora(modules)
