@@ -119,7 +119,8 @@ def _add_flags(parser: _Parser, command: Command) -> None:
             options |= {"action": "store_const", "const": "true"}
         else:
             options |= {"metavar": metavar, "action": "append" if is_table(hints[item.name]) else "store"}
-        parser.add_argument(written(item), **options)
+        short = [item.metadata["short"]] if "short" in item.metadata else []
+        parser.add_argument(*short, written(item), **options)
     if command.presets:
         names = ", ".join(command.presets)
         parser.add_argument("--preset", metavar="NAME", help=f"settings that ship with the package: {names}")

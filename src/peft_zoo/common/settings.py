@@ -27,6 +27,7 @@ def setting(help: str, default: Any = None, **metadata: Any) -> Any:
         **metadata: `metavar`: Placeholder of the value in `--help`. `positional=True`: An argument without a flag;
             a field of type `list` takes several.
             `required=True`: The user must give a value. `flag`: Name of the flag if it is not that of the field.
+            `short`: One-letter form of the flag, such as `-o`.
             `example`: Example of a KEY=VALUE pair of a table. `unique=True`: No key of a table may be given twice.
             `task`: The one task that the setting belongs to.
     """

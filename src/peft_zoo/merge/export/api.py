@@ -43,7 +43,7 @@ def export_lora(
     adapter: str | Path | nn.Module,
     out: str | Path,
     *,
-    base: nn.Module | None = None,
+    base: str | Path | nn.Module | None = None,
     rank: int | None = None,
     energy: float | None = None,
     max_error: float | None = None,
@@ -56,7 +56,8 @@ def export_lora(
     Args:
         adapter: Folder of a saved adapter, or a `PeftModel` whose active adapter is exported.
         out: A folder that does not exist or is empty; it appears complete or not at all.
-        base: The base model, for a type whose update or sizes depend on it; it stays as it is.
+        base: The base model, or its folder, for a type whose update or the sizes of whose layers depend on it. Weights
+            are read only if the update depends on them, one module at a time.
         rank: Largest rank of a module. At most one of `rank`, `energy`, `max_error` and `budget` is given; none: the
             updates are exact.
         energy: Share of the squared singular values that every module keeps, in (0, 1].
@@ -101,6 +102,36 @@ def export_lora(
     rows = tuple(fit.row for fit in fits.values())
     dropped = tuple(sorted({*source.extras, *(set(source.modules) - set(names))}))
     return ExportReport(source.peft_type, chosen.target, rows, dropped, tuple(notes), chosen.verify)
+
+
+def export_plan(
+    adapter: str | Path | nn.Module,
+    out: str | Path,
+    *,
+    base: str | Path | nn.Module | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Checks everything that `export_lora` checks before it computes, and says what it would export; writes nothing.
+
+    Arguments and errors are those of `export_lora`.
+
+    Returns:
+        Type of the adapter, what can be exported, number of modules, and what sets the ranks.
+    """
+    chosen = _options(**options)
+    check_new_folder(Path(os.path.abspath(out)), "out")
+    with open_source(adapter, base, chosen) as source:
+        names = _modules(source, chosen)
+        dropped = sorted({*source.extras, *(set(source.modules) - set(names))})
+        unasked = "those of the adapter" if source.exact else "none: give rank, energy, max_error or budget"
+        return {
+            "type": source.peft_type,
+            "exact": source.exact,
+            "modules": len(names),
+            "ranks": f"{chosen.chosen}={getattr(chosen, chosen.chosen)}" if chosen.chosen else unasked,
+            "dropped": dropped,
+            "notes": list(source.notes),
+        }
 
 
 def _options(**given: Any) -> ExportOptions:

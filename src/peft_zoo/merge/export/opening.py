@@ -21,9 +21,10 @@ from peft_zoo.io import LoraAdapter, TensorFile
 from peft_zoo.io.extra_keys import EMBEDDINGS
 from peft_zoo.io.lora_file import open_weights
 from peft_zoo.io.lora_settings import check_names
+from peft_zoo.merge.export.base_model import BaseModel, open_base
 from peft_zoo.merge.export.exportable import READS_BASE, exportable
 from peft_zoo.merge.export.factors import FILE_SIZES
-from peft_zoo.merge.export.hollow import hollow_copy, hollow_linears
+from peft_zoo.merge.export.hollow import hollow_linears
 from peft_zoo.merge.export.layers import LayerSource
 from peft_zoo.merge.export.options import ExportOptions
 from peft_zoo.merge.export.source import PREFIX, FileSource, UpdateSource, extra_of, extras
@@ -35,7 +36,7 @@ UNSEEN = "without base= every adapted layer is taken for a linear one; pass it i
 
 @contextmanager
 def open_source(
-    adapter: str | Path | nn.Module, base: nn.Module | None, options: ExportOptions
+    adapter: str | Path | nn.Module, base: str | Path | nn.Module | None, options: ExportOptions
 ) -> Iterator[UpdateSource]:
     """Opens the updates of an adapter, a folder or a model with an active adapter.
 
@@ -50,9 +51,9 @@ def open_source(
         raise ValueError(f"adapter={str(adapter)!r} is a single file; convert it to a folder of peft first.")
     source = AdapterSource(str(adapter))
     config = _config(source, options)
-    with open_weights(source.weights().parent, source.config()) as file:
-        plain = _file_factors(file, source.config(), config, base, options)
-        yield plain if plain is not None else _of_folder(source, config, base, file)
+    with open_weights(source.weights().parent, source.config()) as file, open_base(base) as model:
+        plain = _file_factors(file, source.config(), config, base is not None, options)
+        yield plain if plain is not None else _of_folder(source, config, model, file)
 
 
 def _config(source: AdapterSource, options: ExportOptions) -> Any:
@@ -78,7 +79,7 @@ def _refuse_no(kind: str) -> None:
 
 
 def _file_factors(
-    file: TensorFile, found: Mapping[str, Any], config: Any, base: nn.Module | None, options: ExportOptions
+    file: TensorFile, found: Mapping[str, Any], config: Any, has_base: bool, options: ExportOptions
 ) -> FileSource | None:
     """Returns the factors in the file of a LoRA, or of a method that stores its adapters as one; None for others."""
     kind = str(found["peft_type"])
@@ -86,7 +87,7 @@ def _file_factors(
         return None
     if kind == "LORA":
         return FileSource(LoraAdapter(file, dict(found)), found)
-    opened = config.open_factors(file, found, base is not None) if kind.startswith(NAMESPACE) else None
+    opened = config.open_factors(file, found, has_base) if kind.startswith(NAMESPACE) else None
     return None if opened is None else FileSource(opened, found)
 
 
@@ -110,7 +111,7 @@ def _of_model(model: nn.Module) -> LayerSource:
     return found
 
 
-def _of_folder(source: AdapterSource, config: Any, base: nn.Module | None, file: TensorFile) -> LayerSource:
+def _of_folder(source: AdapterSource, config: Any, base: BaseModel | None, file: TensorFile) -> LayerSource:
     """Loads a saved adapter onto a model without weights, and returns the updates of its layers."""
     kind, needs = str(config.peft_type.value), exportable(config)
     if kind.startswith(NAMESPACE) and needs == "exact":  # its file has exact factors, but not for this base model
@@ -121,15 +122,14 @@ def _of_folder(source: AdapterSource, config: Any, base: nn.Module | None, file:
     if base is None:
         target = hollow_linears(_sizes(kind, config, file, own))
     else:
-        target = copy.deepcopy(base) if kind in READS_BASE else hollow_copy(base)
+        target = base.whole() if kind in READS_BASE else base.hollow()
     if kind.startswith(NAMESPACE):
         check_saved(source, config, NAME, target)
     check_finite(file)
     model = _load(target, config, {key: file.read(key) for key in own})
-    values = None if base is None else dict(base.named_parameters(remove_duplicate=False)).__getitem__
     floats = [file.tensors[key].dtype for key in own if file.tensors[key].dtype.is_floating_point]
     dtype = max(set(floats), key=floats.count, default=None)
-    found = LayerSource(model, NAME, config, needs, values, dtype)
+    found = LayerSource(model, NAME, config, needs, None if base is None else base.value, dtype)
     found.extras, found.notes = extras(sorted(file.tensors.keys() - set(own)), source.config())
     if base is None:
         found.notes = (*found.notes, UNSEEN)

@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_zoo.adapters.lq_lora.ties import config_path
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint
 from peft_zoo.io.model_config import check_model_config
-from peft_zoo.merge.lq_lora.tensor_names import TensorNames
+from peft_zoo.merge.base.tensor_names import TensorNames
 
 
 def empty_model(source: Checkpoint) -> Any:
