@@ -39,7 +39,7 @@ def write_config(
     most common ones.
     """
     default = next((name for name in modules if is_expert(name)), default)
-    check_plain_names(modules)
+    check_plain_names(modules, old)
     known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
     is_lora = old.get("peft_type") == "LORA"
     new = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from peft_zoo import LqLoraConfig
 from peft_zoo.merge.lq_lora.export import to_lora
 from tests.adapters.lq_lora.samples import adapted, base, layers, logits, train, without_checksum_of_the_file
+from tests.merge import models
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -50,6 +55,62 @@ def test_stock_peft_loads_what_was_learned(fields: dict[str, Any], tmp_path: Pat
         wanted.lm_head = model.base_model.model.lm_head.modules_to_save["default"]
     torch.testing.assert_close(logits(loaded), logits(wanted), rtol=1e-4, atol=1e-4)
     assert (logits(loaded) - logits(base())).abs().max() > 0.1
+
+
+NORMAL_FLOAT = [4, 8, "fp32", 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (models.llama, "all-linear"),
+        (models.gpt2, r".*\.(c_attn|c_fc|c_proj)"),
+        (models.mixtral, "all-linear"),
+        (models.qwen, "all-linear"),
+        (models.deepseek, ["q_a_proj", "kv_a_proj_with_mqa", "o_proj"]),
+        (models.t5, "all-linear"),
+    ],
+)
+def test_stock_peft_loads_it_onto_each_kind_of_model(make: Callable[[], Any], targets: Any, tmp_path: Path) -> None:
+    plain = make()
+    config = LqLoraConfig(r=2, target_modules=targets, qconfig=NORMAL_FLOAT, num_iterations=1)
+    config.fan_in_fan_out = make is models.gpt2
+    model = get_peft_model(copy.deepcopy(plain), config)
+    wanted, changed = copy.deepcopy(plain), layers(model)
+    for name, layer in changed.items():
+        for factor in layer.adapter_weights("default"):
+            factor.data += torch.randn_like(factor) * 0.1
+        linear: Any = wanted.get_submodule(name.removeprefix("base_model.model."))
+        (B, A), (first_B, first_A) = layer.factors("default"), layer.quantized.initial
+        update = B @ A - first_B @ first_A
+        linear.weight.data += update.T if isinstance(linear, Conv1D) else update
+    model.save_pretrained(tmp_path / "lq")
+    loaded = PeftModel.from_pretrained(plain, to_lora(tmp_path / "lq", tmp_path / "lora"))
+    loras = {name for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
+    assert loras == changed.keys() and type(loaded.peft_config["default"]) is LoraConfig
+    ids = torch.arange(10)[None]
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if make is models.t5 else {})}
+    with torch.no_grad():
+        outputs = loaded(**inputs).logits
+        torch.testing.assert_close(outputs, wanted(**inputs).logits, rtol=1e-5, atol=1e-5)
+        with loaded.disable_adapter():
+            assert (loaded(**inputs).logits - outputs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("targets", [["down_proj"], ["layers.0.mlp.down_proj"]])
+def test_layers_that_stock_peft_takes_for_experts_are_refused(
+    targets: list[str], task_type: str | None, tmp_path: Path
+) -> None:
+    """The dense layers of such a model have the names of the experts; a folder of the model tells, too."""
+    base = models.deepseek()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    config = LqLoraConfig(r=2, target_modules=targets, qconfig=NORMAL_FLOAT, num_iterations=1, task_type=task_type)
+    get_peft_model(base, config).save_pretrained(tmp_path / "lq")
+    with pytest.raises(NotImplementedError, match=r"layers\.0\.mlp\.down_proj"):
+        to_lora(tmp_path / "lq", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_exported_lora_differs_by_the_quantization_error_only(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
     Raises:
         ValueError: If the adapter is of another type, its file lacks the initial factors, or the file does not match
             its configuration.
+        NotImplementedError: If stock peft would load the LoRA into other modules, as some of models with routed
+            experts, or an update is not `s * B A`.
 
     Examples:
         >>> import tempfile
@@ -91,7 +93,7 @@ def to_lora(folder: str | Path, out_dir: str | Path) -> Path:
         )
     with open_weights(source, config) as file:
         adapter = LoraAdapter(file, {**config, "peft_type": "LORA"}, NFLinear.ALL)
-        check_plain_names(adapter.modules)
+        check_plain_names(adapter.modules, config)
         modules = {name: _new_rank_and_scale(adapter, name) for name in adapter.modules}
         with new_folder(out_dir) as new:
             _write_tensors(new / WEIGHTS_NAME, adapter, modules)

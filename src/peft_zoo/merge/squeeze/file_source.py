@@ -39,7 +39,7 @@ class FileSource:
             )
         if adapter.config is not None:
             check_new_folder(target)
-            check_plain_names(self.names)
+            check_plain_names(self.names, adapter.config)
         elif target.exists():
             raise ValueError(f"out_dir={str(target)!r} exists; give a new name.")
 
