@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.adapters.base.config import ZooConfig, check_rank
 from peft_zoo.adapters.base.factors import BufferDict, FactorDict
-from peft_zoo.adapters.base.layout import SUPPORTED, Layout, backend_of, layout_of
+from peft_zoo.adapters.base.layout import SUPPORTED, Layout, LinearLayout, backend_of, layout_of
 from peft_zoo.adapters.base.offload import offload_hook, refuse_training
 from peft_zoo.adapters.base.parameter import ParameterTarget
 from peft_zoo.adapters.base.snapshot import Snapshot
@@ -273,8 +273,11 @@ class ZooLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether peft may approximate the update by a LoRA; True unless a method overrides it."""
-        return True
+        """Whether peft's `save_as_lora` may approximate the update: it knows linear layers only.
+
+        `peft_zoo.merge.export_lora` exports the other kinds too, and says how large the error is.
+        """
+        return isinstance(self.layout, LinearLayout)
 
     # ---- helpers ----
 

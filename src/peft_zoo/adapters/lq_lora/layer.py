@@ -158,7 +158,7 @@ class LqLinear(LoraLinear):
         return name if plain and not self.residual_coefficient(active) else None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Returns False: a plain LoRA is for the unquantized base model, this one for Q; `to_lora` converts it."""
+        """Returns False: a plain LoRA is for the unquantized base model, this one for Q; `export_lora` converts it."""
         return False
 
     # ---- merging ----

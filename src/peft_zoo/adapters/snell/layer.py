@@ -75,10 +75,6 @@ class SnellLayer(ZooLayer):
         frozen = {"weight": self.layout.to_base(base.weight), "bias": base.bias}
         return kernelized_linear(x, *self._arguments(name), **frozen, last=self._last(name))
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Returns False: the update has high rank by design."""
-        return False
-
     def _arguments(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, KernelSpec]:
         """Arguments of the SNELL operators for an adapter: A, B, kernel parameters, number of kept entries, spec."""
         A, B = self.factor("zoo_snell_A", name), self.factor("zoo_snell_B", name)
