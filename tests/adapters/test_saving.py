@@ -175,6 +175,18 @@ def test_transformers_own_adapter_methods(method: Method, base_folder: Path, tmp
     assert not any(method.tuner_cls.prefix in key for key in other.state_dict())
 
 
+def test_transformers_own_saving_into_one_folder_twice(method: Method, tmp_path: Path) -> None:
+    """It writes the configuration before the weights, so no checksum of the earlier ones may get into it."""
+    model = fresh("llama")
+    model.add_adapter(config(method, target_modules=["q_proj"]))
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert torch.equal(output(PeftModel.from_pretrained(fresh("llama"), tmp_path), "llama"), output(model, "llama"))
+        for key, parameter in model.named_parameters():
+            if method.tuner_cls.prefix in key:
+                parameter.data *= 1.5
+
+
 @pytest.mark.parametrize(("method", "name"), spread(["llama", "unet"]))
 def test_injection_and_state_dicts(method: Method, name: str) -> None:
     base = fresh(name)

@@ -15,6 +15,7 @@ from peft_zoo import LqLoraConfig
 from peft_zoo.adapters.lq_lora.layer import LqLinear
 
 TOKENS = torch.arange(24).view(2, 12) * 5 % 64
+WEIGHTS = "adapter_model.safetensors"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 GRID = [[bits, 4, "bf16", block, 64] for bits in (2, 3, 4, 8) for block in (16, 32)]
 """A small grid of quantization configs, for fast budgets."""

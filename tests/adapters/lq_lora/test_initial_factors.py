@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,7 +19,18 @@ from peft_zoo.adapters.lq_lora.layer import LqLinear
 from peft_zoo.adapters.lq_lora.nf_linear import NF8_CONFIG, pack_initial_factors, unpack_initial_factors
 from peft_zoo.kernels.normal_float.quantize import dequantize, quantize
 from peft_zoo.lq_lora import NFLinear, standalone
-from tests.adapters.lq_lora.samples import TARGETS, adapted, base, layers, logits, logits_of, train
+from tests.adapters.lq_lora.samples import (
+    TARGETS,
+    WEIGHTS,
+    adapted,
+    base,
+    layers,
+    logits,
+    logits_of,
+    train,
+    without_checksum_of_the_file,
+)
+from tests.adapters.models import unchanged
 
 WITHOUT = "ignore:An LQ-LoRA adapter contains the low-rank part:UserWarning"
 
@@ -48,6 +60,27 @@ def without(model: PeftModel) -> Tensor:
 
 def same(one: tuple[Tensor, ...] | None, other: tuple[Tensor, ...] | None) -> bool:
     return one is not None and other is not None and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("keep_init", [True, "nf8"])
+def test_damaged_initial_factors_are_refused_on_each_route(keep_init: bool | str, tmp_path: Path) -> None:
+    """Also where no checksum of the whole file is read; nobody notices them before the adapter is disabled."""
+    model = adapted(keep_init=keep_init)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    part = "initial_scales" if keep_init == "nf8" else "initial_B"
+    key = next(key for key in tensors if part in key)
+    tensors[key] = torch.roll(tensors[key], 1)
+    save_file(tensors, tmp_path / WEIGHTS)
+    without_checksum_of_the_file(tmp_path)
+    plain = base()
+    with unchanged(plain), pytest.raises(ValueError, match="initial_sha256"):
+        PeftModel.from_pretrained(plain, tmp_path)
+    with pytest.raises(ValueError, match="initial_sha256"):
+        set_peft_model_state_dict(model, tensors)
+    plain.load_adapter(str(tmp_path))
+    with pytest.raises(ValueError, match="initial_sha256"):
+        logits(plain)
 
 
 # ---- the packed form ----

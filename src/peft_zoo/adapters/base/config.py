@@ -72,6 +72,8 @@ class MethodConfig:
     is_for_diffusers: ClassVar[bool] = False
     #: How well `export_lora` writes an adapter as a plain LoRA: "exact", "approximate", "with_base" or "no".
     exportable: ClassVar[str] = "approximate"
+    #: Whether the configuration is saved before the weights, as a model of transformers with own adapters does.
+    is_saved_first: ClassVar[bool] = False
     #: Arguments with which a new adapter leaves the output unchanged; empty if the defaults do.
     identity: ClassVar[dict[str, Any]] = {}
     #: Initial learning rate to try with AdamW; None if rates that suit LoRA do.
@@ -195,7 +197,8 @@ class TrainedConfig(MethodConfig):
         folder.mkdir(parents=True, exist_ok=True)
         saved: Any = with_exact_names(self)  # type: ignore[arg-type]
         weights = folder / SAFETENSORS_WEIGHTS_NAME
-        saved.weights_sha256 = sha256_of(weights) if weights.is_file() else None
+        is_written = weights.is_file() and not self.is_saved_first  # else those of an earlier save
+        saved.weights_sha256 = sha256_of(weights) if is_written else None
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as work:
             super(TrainedConfig, saved).save_pretrained(work, **kwargs)  # type: ignore[misc]
             with replaced_file(folder / CONFIG_NAME) as new:

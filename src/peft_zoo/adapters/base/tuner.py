@@ -45,8 +45,9 @@ class MethodTuner(FileRules, BaseTuner):
         is_new = not _has_adapter(self.model, adapter_name)
         own: Any = _own_copy(given)
         self.peft_config[adapter_name] = own
-        if hasattr(model, "save_lora_adapter") and getattr(model, "_hf_peft_config_loaded", False):
-            own.is_for_diffusers = True
+        if getattr(model, "_hf_peft_config_loaded", False):  # the model's own `add_adapter`
+            own.is_saved_first = True
+            own.is_for_diffusers = hasattr(model, "save_lora_adapter")
         try:
             with restored_on_error(self):
                 if source is not None:

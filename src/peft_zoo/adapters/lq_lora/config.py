@@ -160,6 +160,11 @@ class LqLoraConfig(ZooLoraConfig):
     base_sha256: dict[str, str] | None = option(
         None, "SHA-256 of the quantized weight by module name; filled in for the model's copy and saved."
     )
+    initial_sha256: dict[str, str] | None = option(
+        None,
+        "SHA-256 of the initial factors by module name; filled in for the model's copy and saved.",
+        is_new=True,
+    )
     made_with: dict[str, Any] | None = option(
         None,
         "What the bits depend on: torch version, device, dtype, threads; filled in for the model's copy, saved.",
@@ -236,7 +241,7 @@ class LqLoraConfig(ZooLoraConfig):
             self.require(valid, "qconfig_grid", f"use a list, or one of {', '.join(map(repr, GRIDS))}")
             for each in grid:
                 self._check_qconfig("qconfig_grid", each)
-        for name in ("base_sha256", "made_with"):
+        for name in ("base_sha256", "initial_sha256", "made_with"):
             valid = getattr(self, name) is None or isinstance(getattr(self, name), dict)
             self.require(valid, name, "use a dict, or None")
         valid = self.qconfig_map is None or isinstance(self.qconfig_map, dict)
@@ -274,6 +279,5 @@ class LqLoraConfig(ZooLoraConfig):
         fields = super().to_dict()
         if self.base_sha256 is not None:
             fields["lq_state"] = "decomposed"
-        if self.made_with is None:  # as in files of versions that did not record it
-            fields.pop("made_with", None)
-        return fields
+        absent = {name for name in ("initial_sha256", "made_with") if getattr(self, name) is None}
+        return {name: value for name, value in fields.items() if name not in absent}  # as files of earlier versions

@@ -47,6 +47,8 @@ from peft_zoo.adapters.lq_lora.state import (
     check_names,
     check_saved,
     conditions,
+    expect_file,
+    initial_hashes,
     is_base_tensor,
     is_initial_factor,
     loaded_keys,
@@ -215,10 +217,11 @@ class LqLoraModel(ZooLoraModel):
         own = {name: layer.quantized for name, layer in _layers(model) if adapter_name in layer.lora_A}
         if config.lq_state == "new" and config.init_lora_weights:
             config.base_sha256 = {name: base_hash(layer) for name, layer in own.items()}
+            config.initial_sha256 = initial_hashes(own)
             config.made_with = conditions(next(iter(own.values()))) if own else None
-        elif config.lq_state == "decomposed":  # a loader that does not check the file may replace Q of every layer
-            for name, layer in own.items():
-                layer.expected_sha256 = (config.base_sha256 or {}).get(name, "")
+        elif config.lq_state == "decomposed":
+            shared = {name for name, layer in _layers(model) if name in own and len(layer.lora_A) > 1}
+            expect_file(config, own, shared)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Casts as peft does; without autocast, adapters get the dtype that the weight had before quantization."""

@@ -53,6 +53,7 @@ class NFLinear(nn.Linear):
     Attributes:
         weight: Packed codes, from which peft reads device and dtype. An integer dtype keeps adapters in float32.
         expected_sha256: Checksum of the Q that must be loaded from a file; None once it is verified.
+        expected_initial: Checksum of the initial factors that a file brings along with Q, if the file has one.
 
     Examples:
         >>> from peft_zoo.kernels.normal_float.quantize import NFConfig, quantize
@@ -88,6 +89,7 @@ class NFLinear(nn.Linear):
         self.out_features, self.in_features = shape
         self.config, self.dtype, self.transposed, self.use_initial = config, dtype, transposed, use_initial
         self.expected_sha256: str | None = None
+        self.expected_initial: str | None = None
         for name, part in zip(self.PARTS, weight, strict=True):
             self.register_buffer(name, part)
         names = self.INITIAL_NF8 if isinstance(initial, NFTensor) else self.INITIAL
@@ -137,6 +139,11 @@ class NFLinear(nn.Linear):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
+    def initial_hash(self) -> str | None:
+        """Returns the SHA-256 of the initial factors as they are stored; None if they are not kept."""
+        parts = [tensor for name, tensor in self.saved_tensors() if name not in self.PARTS]
+        return sha256(parts) if parts else None
+
     def verify_checksum(self) -> None:
         """Raises a ValueError unless Q matches `expected_sha256`; called before each use, checks only the first one.
 
@@ -153,7 +160,12 @@ class NFLinear(nn.Linear):
                 "must contain it. A configuration with lq_state='decomposed' is for loading; to quantize again, set "
                 "lq_state='new' and base_sha256=None."
             )
-        self.expected_sha256 = None
+        if self.expected_initial not in (None, self.initial_hash()):
+            raise ValueError(
+                f"initial factors of initial_sha256={self.expected_initial!r} missing or corrupted: load the adapter "
+                "again from the folder in which it was saved."
+            )
+        self.expected_sha256 = self.expected_initial = None
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns Q `(out, in)` in a floating-point dtype."""

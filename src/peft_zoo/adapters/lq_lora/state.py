@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,18 @@ def check_file(config: LqLoraConfig, file: TensorFile) -> None:
                 f"{name}: quantized weight does not match base_sha256={expected!r}; file and configuration do not "
                 "belong together, or the file is corrupted."
             )
+        parts = (f"{PREFIX}{name}.base_layer.{part}" for part in NFLinear.ALL if part not in NFLinear.PARTS)
+        _check_initial(config, name, [file.read(key) for key in parts if key in file.tensors])
+
+
+def _check_initial(config: LqLoraConfig, name: str, tensors: Sequence[Tensor]) -> None:
+    """Raises a ValueError if the initial factors that a file has for a layer are not those of the configuration."""
+    expected = (config.initial_sha256 or {}).get(name)
+    if tensors and expected not in (None, sha256(tensors)):
+        raise ValueError(
+            f"{name}: initial factors do not match initial_sha256={expected!r}; file and configuration do not belong "
+            "together, or the file is corrupted."
+        )
 
 
 def is_base_tensor(key: str) -> bool:
@@ -88,7 +100,9 @@ def check_saved(
             f"{name}: quantized weight does not match base_sha256={expected!r}; file and configuration do not belong "
             "together, or the file is corrupted."
         )
-    layer.expected_sha256 = None
+    if not shared:
+        _check_initial(config, name, [tensor for part, tensor in found.items() if part not in layer.PARTS])
+    layer.expected_sha256 = layer.expected_initial = None
     for key, part in keys.items():
         if key not in state_dict or part in layer.PARTS:
             continue
@@ -115,6 +129,26 @@ def saved_base(base: NFLinear, config: LqLoraConfig) -> list[tuple[str, Tensor]]
 def digest_of(layer: NFLinear) -> Tensor:
     """Returns `base_hash` as files hold it, uint8 of shape `(32,)`."""
     return torch.tensor([*bytes.fromhex(base_hash(layer))], dtype=torch.uint8)
+
+
+def initial_hashes(layers: Mapping[str, NFLinear]) -> dict[str, str] | None:
+    """Returns the checksums of the initial factors that layers keep, by name; None if no layer does."""
+    found = ((name, layer.initial_hash()) for name, layer in layers.items())
+    return {name: digest for name, digest in found if digest} or None
+
+
+def expect_file(config: LqLoraConfig, layers: Mapping[str, NFLinear], shared: Collection[str]) -> None:
+    """Makes layers refuse to compute before the tensors of `base_sha256` and `initial_sha256` have arrived.
+
+    A loader that does not check the file may replace them. Layers that are `shared` with other adapters keep their
+    initial factors, and the configuration gets the checksums of these.
+    """
+    expected = {name: digest for name, digest in (config.initial_sha256 or {}).items() if name not in shared}
+    for name, layer in layers.items():
+        layer.expected_sha256 = (config.base_sha256 or {}).get(name, "")
+        if config.save_base == "quantized":
+            layer.expected_initial = expected.get(name)
+    config.initial_sha256 = expected | (initial_hashes({name: layers[name] for name in shared}) or {}) or None
 
 
 def check_names(config: LqLoraConfig, quantized: Collection[str]) -> None:

@@ -286,7 +286,7 @@ class _Job:
         for name in sorted(self.importance.keys() & self.layers.keys()):
             for part in self.importance[name]:
                 digest.update(part.float().cpu().numpy().tobytes())
-        changed = ("runtime_config", "weights_sha256", "made_with")
+        changed = ("runtime_config", "weights_sha256", "initial_sha256", "made_with")
         fields = {key: value for key, value in asdict(self.config).items() if key not in changed}
         fields["keep_init"] = False  # files have the factors in float32 whatever it is
         return {
