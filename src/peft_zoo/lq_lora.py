@@ -6,7 +6,6 @@ from peft_zoo.adapters.lq_lora.nf_linear import NFLinear
 from peft_zoo.adapters.lq_lora.standalone import standalone
 from peft_zoo.calibration.fisher import ImportanceWeights, load_importance, save_importance
 from peft_zoo.merge.lq_lora.checkpoint import quantize_checkpoint, unquantized_summary
-from peft_zoo.merge.lq_lora.export import to_lora
 from peft_zoo.merge.lq_lora.requantize import merge_and_requantize
 
 __all__ = [
@@ -19,6 +18,5 @@ __all__ = [
     "quantize_checkpoint",
     "save_importance",
     "standalone",
-    "to_lora",
     "unquantized_summary",
 ]

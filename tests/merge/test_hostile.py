@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from peft_zoo import LqLoraConfig, RandLoraConfig
 from peft_zoo.cli.main import main
-from peft_zoo.merge.lq_lora.export import to_lora
+from peft_zoo.merge import export_lora
 from peft_zoo.merge.randlora import from_peft, to_peft
 from peft_zoo.merge.squeeze.api import rank_report, squeeze_adapter
 from peft_zoo.snell import import_snell_checkpoint
@@ -28,7 +29,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BOMB = r"(([a-z0-9_]+)+\.?)+!"
 TOOLS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "squeeze": (LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False), squeeze_adapter),
-    "to_lora": (LqLoraConfig(r=4, target_modules=["q", "v"], keep_init=True), to_lora),
+    "export": (LqLoraConfig(r=4, target_modules=["q", "v"], keep_init=True), partial(export_lora, verify=False)),
+    "export layers": (
+        peft.LoHaConfig(r=4, target_modules=["q", "v"], init_weights=False),
+        partial(export_lora, verify=False),
+    ),
     "to_peft": (RandLoraConfig(r=4, target_modules=["q", "v"], init_weights=False), to_peft),
     "from_peft": (peft.RandLoraConfig(r=4, target_modules=["q", "v"], init_weights=False), from_peft),
 }
@@ -59,7 +64,8 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
 
 def spoil_first(value: float) -> Callable[[dict[str, torch.Tensor]], Any]:
     def apply(found: dict[str, torch.Tensor]) -> None:
-        first = next(key for key in sorted(found) if key.endswith(("q.lora_A.weight", "q.randlora_lambda", "lambda")))
+        ends = ("q.lora_A.weight", "q.randlora_lambda", "lambda", "q.hada_w1_a")
+        first = next(key for key in sorted(found) if key.endswith(ends))
         found[first].view(-1)[0] = value
 
     return apply

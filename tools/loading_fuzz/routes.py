@@ -197,9 +197,8 @@ def reported(prepared: Prepared, folder: Path, _: Path) -> Any:
 
 def as_lora(prepared: Prepared, folder: Path, out: Path) -> Any:
     """A LoRA of the trained change of an LQ-LoRA."""
-    from peft_zoo.lq_lora import to_lora
-
-    return to_lora(folder, out)
+    peft_zoo.merge.export_lora(folder, out, verify=False)
+    return out
 
 
 def to_peft(prepared: Prepared, folder: Path, out: Path) -> Any:
@@ -272,7 +271,7 @@ def right_spectrum(prepared: Prepared, folder: Path, report: Any) -> None:
 
 
 def trained_change(prepared: Prepared, folder: Path, out: Path) -> None:
-    """Compares `to_lora` with s B A - B0 A0 of the file."""
+    """Compares `export_lora` with s B A - B0 A0 of the file."""
     config = reading.read_config(folder / ADAPTER[0])
     tensors = reading.bare_keys(reading.read_tensors(folder / ADAPTER[1]))
     reading.check_digest(config, folder / ADAPTER[1])
@@ -348,7 +347,7 @@ TRANSFORMERS = Route("transformers load_adapter", by_transformers, same_output, 
 STRICT = Route("peft_zoo.load_adapter", strict, same_output, base_unchanged)
 SQUEEZE = Route("squeeze_adapter", squeezed, best_ranks, nothing_written)
 RANK_REPORT = Route("rank_report", reported, right_spectrum, nothing_written)
-TO_LORA = Route("to_lora", as_lora, trained_change, nothing_written)
+EXPORT = Route("export_lora", as_lora, trained_change, nothing_written)
 TO_PEFT = Route("to_peft", to_peft, converted, nothing_written)
 FROM_PEFT = Route("from_peft", from_peft, converted, nothing_written)
 QUANTIZED = Route("quantized folder", quantized, model_output, nothing_written)
@@ -379,7 +378,7 @@ def pairs(root: Path, with_recipe: bool = True) -> list[Pair]:
     if hasattr(peft_zoo, "load_adapter"):
         table.append((STRICT, [lora, *ours]))
     table += [(SQUEEZE, [lora, plain["squeeze_lora"]]), (RANK_REPORT, [lora, plain["squeeze_lora"]])]
-    table += [(TO_LORA, [variants["lq_lora_kept"]]), (TO_PEFT, [plain["randlora"]])]
+    table += [(EXPORT, [variants["lq_lora_kept"]]), (TO_PEFT, [plain["randlora"]])]
     table += [(FROM_PEFT, [variants["peft_randlora"]]), (QUANTIZED, [Prepared.of(samples.quantized_model(root))])]
     if with_recipe:
         table.append((RECIPE, [Prepared.of(samples.recipe(root))]))

@@ -12,7 +12,7 @@ from peft_zoo.common.settings import method_options, setting
 
 if TYPE_CHECKING:
     from peft_zoo.merge.lq_lora.checkpoint import UnquantizedSummary
-    from peft_zoo.merge.lq_lora.export import QuantizedMatrix
+    from peft_zoo.merge.lq_lora.matrix import QuantizedMatrix
 
 EPILOG = """examples:
   peft-zoo quantize Llama-3-8B Llama-3-8B-2.75bit --budget-bits 2.75

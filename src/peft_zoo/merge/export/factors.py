@@ -14,7 +14,9 @@ Each function reads the parameters of one adapter in a layer and returns B `(out
     LoKr       B = B1 (x) B2                         A = A1 (x) A2                  R = rank(W1) rank(W2)
     GraLoRA    B = diag(B_1, ..., B_k)               A = [A_1; ...; A_k]            R = k r, and the hybrid's own
 
-Kernels of convolutions are flattened: columns are input channels times kernel.
+Kernels of convolutions are flattened: columns are input channels times kernel. LoHa and LoKr have no factors here if
+their rank is above 256 and above a quarter of both sizes, where forming the matrix is cheaper; nor has a LoKr with a
+whole W2 for a one-dimensional convolution.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST = 256  # rank up to which a product of ranks is always formed
 Factors = tuple[Tensor, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -78,7 +81,7 @@ def _unilora(layer: Any, name: str) -> Factors:
     return theta[layer.unilora_indices_B[name]] * layer.unilora_scales_B[name].double(), A
 
 
-def _loha(layer: Any, name: str) -> Factors:
+def _loha(layer: Any, name: str) -> Factors | None:
     pairs = []
     for part in ("1", "2"):
         up, down = (getattr(layer, f"hada_w{part}_{side}")[name].double() for side in "ab")
@@ -88,15 +91,19 @@ def _loha(layer: Any, name: str) -> Factors:
             up, down = up.mT, core.flatten(1)
         pairs.append((up, down))
     (B1, A1), (B2, A2) = pairs
+    if _is_too_large(len(A1) * len(A2), len(B1), A1.shape[1]):
+        return None
     B = (B1[:, :, None] * B2[:, None, :]).flatten(1)
     return B * layer.scaling[name], (A1[:, None] * A2[None]).flatten(0, 1)
 
 
-def _lokr(layer: Any, name: str) -> Factors:
+def _lokr(layer: Any, name: str) -> Factors | None:
     if name in layer.lokr_w1:
         first = _split(layer.lokr_w1[name])
     else:
         first = layer.lokr_w1_a[name].double(), layer.lokr_w1_b[name].double()
+    if name in layer.lokr_w2 and layer.lokr_w2[name].ndim == 3:
+        return None  # peft's Kronecker product of a matrix and a kernel of one dimension is none of matrices
     if name in layer.lokr_w2:
         second = _split(layer.lokr_w2[name].flatten(1))
     elif name in layer.lokr_t2:
@@ -104,8 +111,16 @@ def _lokr(layer: Any, name: str) -> Factors:
         second = layer.lokr_w2_a[name].double().mT, core.flatten(1)
     else:
         second = layer.lokr_w2_a[name].double(), layer.lokr_w2_b[name].double()
+    (B1, A1), (B2, A2) = first, second
+    if _is_too_large(len(A1) * len(A2), len(B1) * len(B2), A1.shape[1] * A2.shape[1]):
+        return None
     B, A = (torch.kron(one.contiguous(), two.contiguous()) for one, two in zip(first, second, strict=True))
     return B * layer.scaling[name], A
+
+
+def _is_too_large(rank: int, rows: int, columns: int) -> bool:
+    """Whether a matrix is better formed than kept as factors of a rank."""
+    return rank > max(MOST, min(rows, columns) // 4)
 
 
 def _split(matrix: Tensor) -> Factors:
@@ -131,7 +146,7 @@ def _gralora(layer: Any, name: str) -> Factors:
     return new_B * layer.scaling[name], new_A
 
 
-LAYER_FACTORS: dict[str, Callable[[Any, str], Factors]] = {
+LAYER_FACTORS: dict[str, Callable[[Any, str], Factors | None]] = {
     "ADALORA": _adalora,
     "DELORA": _delora,
     "GRALORA": _gralora,
@@ -143,7 +158,7 @@ LAYER_FACTORS: dict[str, Callable[[Any, str], Factors]] = {
     "VBLORA": _vblora,
     "VERA": _vera,
 }
-"""Functions from a layer and the name of an adapter to its exact factors, by type."""
+"""Functions from a layer and the name of an adapter to its exact factors, None if it has no useful ones, by type."""
 
 
 def _lora_sizes(shapes: Shapes, prefix: str) -> tuple[int, int]:

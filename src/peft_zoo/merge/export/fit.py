@@ -76,8 +76,9 @@ def fit_all(source: UpdateSource, names: list[str], options: ExportOptions, prog
     found: dict[str, Fit] = {}
     for name in progress(names, "export"):
         update = source.update(name)
-        if options.chosen is None and update.factors is not None and len(update.factors[1]) > MOST_EXACT:
-            why = f"{name} has an exact LoRA of rank {len(update.factors[1])} only"
+        rank = None if update.factors is None else len(update.factors[1])
+        if options.chosen is None and (rank is None or rank > MOST_EXACT):
+            why = f"{name} has no exact LoRA of a rank up to {MOST_EXACT}"
             raise ValueError(_no_exact(source, names, options, progress, why))
         found[name] = _fit(source, name, update, ranks.get(name), scale, options)
     experts = [name for name in names if is_expert(name)]

@@ -72,8 +72,9 @@ class LayerSource:
         """Computes the update of one module."""
         layer = self._layers[name]
         with torch.no_grad():
-            if self._read is not None:
-                return Update(*self._read(layer, self._name))
+            factors = None if self._read is None else self._read(layer, self._name)
+            if factors is not None:
+                return Update(*factors)
             matrix = self._merged(name, layer)
         used = matrix.any(0).nonzero()[:, 0] if self.modules[name].kind == "embedding" else ()
         if 0 < len(used) <= SELECTED:  # trained tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from peft_zoo.adapters.base.loading import check_saved, made_config
-from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal
+from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_saved, made_config
+from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, expressions
 from peft_zoo.io import LoraAdapter, TensorFile
 from peft_zoo.io.extra_keys import EMBEDDINGS
 from peft_zoo.io.lora_file import open_weights
@@ -27,7 +27,7 @@ from peft_zoo.merge.export.factors import FILE_SIZES
 from peft_zoo.merge.export.hollow import hollow_linears
 from peft_zoo.merge.export.layers import LayerSource
 from peft_zoo.merge.export.options import ExportOptions
-from peft_zoo.merge.export.source import PREFIX, FileSource, UpdateSource, extra_of, extras
+from peft_zoo.merge.export.source import EMBEDDING, PREFIX, FileSource, UpdateSource, extra_of, extras
 from peft_zoo.registration import NAMESPACE
 
 NAME = "default"
@@ -50,18 +50,16 @@ def open_source(
     if Path(adapter).is_file():
         raise ValueError(f"adapter={str(adapter)!r} is a single file; convert it to a folder of peft first.")
     source = AdapterSource(str(adapter))
-    config = _config(source, options)
+    config = _config(source)
     with open_weights(source.weights().parent, source.config()) as file, open_base(base) as model:
         plain = _file_factors(file, source.config(), config, base is not None, options)
-        yield plain if plain is not None else _of_folder(source, config, model, file)
+        yield plain if plain is not None else _of_folder(source, config, model, file, options)
 
 
-def _config(source: AdapterSource, options: ExportOptions) -> Any:
-    """Returns the configuration of a saved adapter; expressions are refused unless they are trusted."""
+def _config(source: AdapterSource) -> Any:
+    """Returns the configuration of a saved adapter, whose expressions are not run."""
     found = source.config()
     check_names(found)
-    if not options.trust_patterns:
-        check_literal(found, source.module_names)
     kind = found.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"peft_type={kind!r} is no registered type; give the folder of an adapter.")
@@ -111,7 +109,9 @@ def _of_model(model: nn.Module) -> LayerSource:
     return found
 
 
-def _of_folder(source: AdapterSource, config: Any, base: BaseModel | None, file: TensorFile) -> LayerSource:
+def _of_folder(
+    source: AdapterSource, config: Any, base: BaseModel | None, file: TensorFile, options: ExportOptions
+) -> LayerSource:
     """Loads a saved adapter onto a model without weights, and returns the updates of its layers."""
     kind, needs = str(config.peft_type.value), exportable(config)
     if kind.startswith(NAMESPACE) and needs == "exact":  # its file has exact factors, but not for this base model
@@ -119,31 +119,64 @@ def _of_folder(source: AdapterSource, config: Any, base: BaseModel | None, file:
     if needs == "with_base" and base is None:
         raise ValueError(f"peft_type={kind!r}: the update depends on the base weights; pass base=, the base model.")
     own = [key for key in file.tensors if extra_of(key, source.config()) is None]
+    if not options.trust_patterns:
+        _replace_expressions(config, source.config(), _shapes(config, file, own))
     if base is None:
         target = hollow_linears(_sizes(kind, config, file, own))
     else:
         target = base.whole() if kind in READS_BASE else base.hollow()
     if kind.startswith(NAMESPACE):
+        vars(config)[TRUSTS_BASE_WEIGHTS] = True  # embeddings in the file are not loaded
         check_saved(source, config, NAME, target)
     check_finite(file)
     model = _load(target, config, {key: file.read(key) for key in own})
     floats = [file.tensors[key].dtype for key in own if file.tensors[key].dtype.is_floating_point]
     dtype = max(set(floats), key=floats.count, default=None)
     found = LayerSource(model, NAME, config, needs, None if base is None else base.value, dtype)
-    found.extras, found.notes = extras(sorted(file.tensors.keys() - set(own)), source.config())
+    others = sorted(file.tensors.keys() - set(own))
+    if base is not None:
+        others = [key for key in others if not _is_of_base(key, file, base)]
+    found.extras, found.notes = extras(others, source.config())
     if base is None:
         found.notes = (*found.notes, UNSEEN)
     return found
 
 
-def _sizes(kind: str, config: Any, file: TensorFile, keys: list[str]) -> dict[str, tuple[int, int]]:
-    """Returns the sizes of the adapted layers, if the file alone tells them; only linear layers are possible then."""
+def _is_of_base(key: str, file: TensorFile, base: BaseModel) -> bool:
+    """Whether a tensor is an embedding of the base model, with its values, which peft saves beside the adapter."""
+    if extra_of(key, {}) != EMBEDDING:
+        return False
+    value = base.value(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    return value.shape == file.tensors[key].shape and torch.equal(file.read(key).to(value.dtype), value)
+
+
+def _replace_expressions(config: Any, found: Mapping[str, Any], modules: Collection[str]) -> None:
+    """Replaces an expression for the adapted modules by their names in the file; raises for any other expression."""
+    targets = {name for name, _ in expressions(found)} & {"target_modules", "exclude_modules"}
+    check_literal({name: value for name, value in found.items() if name not in targets}, lambda: modules)
+    if targets and not modules:
+        check_literal(found, lambda: modules)
+    if targets:
+        config.target_modules = set(modules)
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if hasattr(config, name):
+                setattr(config, name, None)
+
+
+def _shapes(config: Any, file: TensorFile, keys: Iterable[str]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Returns the shapes of the tensors of each module by their names without that of the module."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     for key in keys:
-        module, _, part = key.removeprefix(PREFIX).partition(f".{prefix}")
-        if key.startswith(PREFIX):
+        module, dot, part = key.removeprefix(PREFIX).partition(f".{prefix}")
+        if key.startswith(PREFIX) and dot:
             shapes.setdefault(module, {})[f"{prefix}{part}".removesuffix(".weight")] = file.tensors[key].shape
+    return shapes
+
+
+def _sizes(kind: str, config: Any, file: TensorFile, keys: list[str]) -> dict[str, tuple[int, int]]:
+    """Returns the sizes of the adapted layers, if the file alone tells them; only linear layers are possible then."""
+    shapes = _shapes(config, file, keys)
     of_file = FILE_SIZES.get(kind, lambda found, config: getattr(config, "sizes_in_file", lambda _: None)(found))
     sizes = {}
     for name, found in (shapes or {"every layer": {}}).items():

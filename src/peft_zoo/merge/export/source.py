@@ -90,6 +90,8 @@ class FileSource:
             for role, extra in ((Role.BIAS, "lora_bias"), (Role.MAGNITUDE, "magnitude")):
                 if role in module.keys:
                     self.extras.setdefault(extra, module.keys[role])
+        if "magnitude" in self.extras:
+            self.notes = (*self.notes, "the magnitudes of DoRA are left out, which changes every output of its layers")
 
     def update(self, name: str) -> Update:
         """Reads the factors of one module."""

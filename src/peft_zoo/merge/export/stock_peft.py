@@ -1,7 +1,7 @@
 """Run as a script by `verify`: loads a LoRA with stock peft onto layers without weights and compares its outputs.
 
-Reads a JSON object with `folder`, `outputs` and `modules` from the standard input, and prints the relative difference
-of each module's outputs. It imports nothing of peft_zoo, and sees to it that nothing else does.
+Reads a JSON object with `folder`, `outputs` and `modules` from the standard input, and prints the difference of each
+module's outputs. It imports nothing of peft_zoo, and sees to it that nothing else does.
 """
 
 import json
@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.modules["peft_zoo"] = None  # type: ignore[assignment]  # importing it is an ImportError now
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -27,6 +27,7 @@ class ZeroLinear(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(()).expand(rows, columns), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns zeros."""
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
@@ -44,7 +45,7 @@ def layer(kind: str, inner: list[int], rows: int) -> nn.Module:
 
 
 def compare(job: dict[str, Any]) -> dict[str, float]:
-    """Returns the relative difference of the outputs by module."""
+    """Returns by module the difference of the outputs, relative to the size of their terms."""
     outputs = load_file(job["outputs"])
     model: Any = nn.Module()
     for name, module in job["modules"].items():
@@ -55,14 +56,16 @@ def compare(job: dict[str, Any]) -> dict[str, float]:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         owner.add_module(last, layer(module["kind"], module["inner"], len(outputs[f"{name}|y"])))
-    model = PeftModel.from_pretrained(model, job["folder"]).eval().base_model.model
+    config = PeftConfig.from_pretrained(job["folder"])
+    config.task_type = None  # the layers alone are no model of a task
+    model = PeftModel.from_pretrained(model, job["folder"], config=config).eval().base_model.model
     found = {}
     with torch.no_grad():
         for name, module in job["modules"].items():
             x, y = outputs[f"{name}|x"], outputs[f"{name}|y"]
             x = x if module["kind"] == "embedding" else x.T.reshape(-1, *module["inner"])
             z = model.get_submodule(name)(x).reshape(len(x), -1).T
-            size = y.norm().item()
+            size = outputs[f"{name}|size"].item()
             found[name] = (z.float() - y).norm().item() / size if size else z.norm().item()
     return found
 

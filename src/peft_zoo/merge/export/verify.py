@@ -17,7 +17,7 @@ from peft_zoo.merge.export.source import Module
 
 SCRIPT = Path(__file__).with_name("stock_peft.py")
 TOLERANCE = 1e-4
-"""Largest relative difference of an output: peft computes in float32."""
+"""Largest difference of an output, relative to the size of its terms: peft computes in float32."""
 
 
 def verify_with_stock_peft(folder: Path, modules: Mapping[str, Module], fits: Mapping[str, Fit]) -> None:
@@ -38,7 +38,8 @@ def verify_with_stock_peft(folder: Path, modules: Mapping[str, Module], fits: Ma
 def expected_outputs(modules: Mapping[str, Module], fits: Mapping[str, Fit]) -> dict[str, Tensor]:
     """Returns random inputs of every module, and its update applied to them, computed from the stored factors.
 
-    The inputs of an embedding are indices; all others are columns of `probes`.
+    The inputs of an embedding are indices; all others are columns of `probes`. The third tensor of each module is the
+    norm of its outputs with all terms positive, which bounds rounding errors: factors may cancel each other.
     """
     found: dict[str, Tensor] = {}
     for name, fit in fits.items():
@@ -50,4 +51,5 @@ def expected_outputs(modules: Mapping[str, Module], fits: Mapping[str, Fit]) -> 
             inputs = probes(name, columns)
             outputs = A @ inputs.double()
         found[f"{name}|x"], found[f"{name}|y"] = inputs, (B @ outputs).float()
+        found[f"{name}|size"] = (B.abs() @ outputs.abs()).norm()
     return found

@@ -46,7 +46,7 @@ from peft_zoo.kernels.normal_float.quantize import packed_bits
 from peft_zoo.kernels.planning.bits import BitChoice, MatrixErrors
 from peft_zoo.merge.base.empty_model import check_shapes, empty_model, finite_pieces, path_in_config, untied
 from peft_zoo.merge.base.tensor_names import TensorNames
-from peft_zoo.merge.lq_lora.export import QuantizedMatrix
+from peft_zoo.merge.lq_lora.matrix import QuantizedMatrix
 from peft_zoo.merge.lq_lora.verify import verify_folder
 
 STATE, LOCK = "state.json", "lock"

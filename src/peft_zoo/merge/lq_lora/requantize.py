@@ -24,7 +24,7 @@ from peft_zoo.adapters.lq_lora.standalone import standalone, standalone_layer
 from peft_zoo.adapters.lq_lora.targets import check_values
 from peft_zoo.common.checks import check
 from peft_zoo.kernels.normal_float.quantize import packed_bits
-from peft_zoo.merge.lq_lora.export import QuantizedMatrix
+from peft_zoo.merge.lq_lora.matrix import QuantizedMatrix
 
 
 def merge_and_requantize(
