@@ -35,6 +35,15 @@ def trained(folder: Path, **fields: Any) -> PeftModel:
     return model
 
 
+def without_checksums(folder: Path) -> None:
+    """Removes the checksums of the file and of the initial factors, with which a change would be refused."""
+    without_checksum_of_the_file(folder)
+    with pytest.raises(ValueError, match="initial_sha256"):
+        export_lora(folder, folder / "out")
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, "initial_sha256": None}))
+
+
 def expected(model: PeftModel) -> Any:
     """The base model with `s B A - B0 A0` added to its weights."""
     plain = base()
@@ -151,7 +160,7 @@ def test_refuses_and_writes_nothing(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "damaged" / WEIGHTS)
     key = next(key for key in tensors if key.endswith("initial_B"))
     save_file({**tensors, key: tensors[key][:, 1:].contiguous()}, tmp_path / "damaged" / WEIGHTS)
-    without_checksum_of_the_file(tmp_path / "damaged")
+    without_checksums(tmp_path / "damaged")
     with pytest.raises(ValueError, match=r"initial_B \(64, 7\) does not fit its LoRA"):
         exported(tmp_path / "damaged", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -187,7 +196,7 @@ def test_damaged_factors_in_8_bits(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "lq" / WEIGHTS)
     key = next(key for key in tensors if key.endswith("initial_codes"))
     save_file({**tensors, key: tensors[key][:-1].contiguous()}, tmp_path / "lq" / WEIGHTS)
-    without_checksum_of_the_file(tmp_path / "lq")
+    without_checksums(tmp_path / "lq")
     with pytest.raises(ValueError, match=r"initial_codes .* does not fit its LoRA"):
         exported(tmp_path / "lq", tmp_path / "out")
     del tensors[key]

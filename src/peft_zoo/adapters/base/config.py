@@ -86,13 +86,12 @@ class MethodConfig:
         super().__post_init__()  # type: ignore[misc]
         config.peft_type = registration.peft_type_of(type(config))
 
-    @classmethod
-    def open_factors(cls, file: TensorFile, config: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
+    def open_factors(self, file: TensorFile, fields: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
         """Returns the factors in the file of a saved adapter; None if `export_lora` has to make its layers.
 
         Args:
             file: The open weights file.
-            config: Content of `adapter_config.json`.
+            fields: Content of `adapter_config.json`.
             has_base: Whether the LoRA is for a base model that was given.
         """
         return None

@@ -42,10 +42,9 @@ class ZooLoraConfig(TrainedConfig, LoraConfig):
     loads_in_diffusers: ClassVar[bool] = True
     exportable: ClassVar[str] = "exact"
 
-    @classmethod
-    def open_factors(cls, file: TensorFile, config: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
+    def open_factors(self, file: TensorFile, fields: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
         """Returns the factors in the file of a saved adapter, which is a plain LoRA but for its type."""
-        return LoraAdapter(file, {**config, "peft_type": "LORA"})
+        return LoraAdapter(file, {**fields, "peft_type": "LORA"})
 
     def as_plain_lora(self) -> LoraConfig:
         """Returns the same adapter as a `LoraConfig` of peft, without the method's own fields."""

@@ -192,15 +192,18 @@ class LqLoraConfig(ZooLoraConfig):
         self.require(valid, "init_lora_weights", "use True, or False for random factors on an unquantized base")
         self._normalize_qconfigs()
 
-    @classmethod
-    def open_factors(cls, file: TensorFile, config: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
+    def open_factors(self, file: TensorFile, fields: Mapping[str, Any], has_base: bool) -> LoraAdapter | None:
         """Returns the trained change, a LoRA for the model before quantization; None with a base model.
 
         Then the update is exact: `Q + s B A - W`, of full rank.
         """
         from peft_zoo.adapters.lq_lora.change import TrainedChange
+        from peft_zoo.adapters.lq_lora.state import check_file
 
-        return None if has_base else TrainedChange(file, config)
+        if has_base:
+            return None
+        check_file(self, file)
+        return TrainedChange(file, fields)
 
     def check_save_base(self) -> None:
         """Raises a ValueError if `save_base` does not fit, also after the field was changed."""
