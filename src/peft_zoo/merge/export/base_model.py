@@ -56,6 +56,7 @@ class SavedModel:
     def __init__(self, source: Checkpoint) -> None:
         self._source, self._model = source, empty_model(source)
         self._names = TensorNames(source.folder, self._model, source.tensors)
+        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
 
     def hollow(self) -> nn.Module:
         """Returns a model without memory."""
@@ -69,8 +70,8 @@ class SavedModel:
 
     def value(self, name: str) -> Tensor:
         """Reads one parameter; that of a tied one under its other name."""
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        tied = (other for other, value in parameters.items() if value is parameters[name] and other in self._names)
+        wanted = self._parameters.get(name)
+        tied = (other for other, value in self._parameters.items() if value is wanted and other in self._names)
         key = name if name in self._names else next(tied, None)
         if key is None:
             raise ValueError(

@@ -58,8 +58,8 @@ def _pvera(layer: Any, name: str) -> Factors:
 
 def _miss(layer: Any, name: str) -> Factors:
     block = layer.miss_block[name].double()
-    columns = torch.arange(layer.in_features)
-    A = torch.zeros(len(block), layer.in_features, dtype=torch.float64)
+    columns = torch.arange(layer.in_features, device=block.device)
+    A = torch.zeros(len(block), layer.in_features, dtype=torch.float64, device=block.device)
     A[columns % len(block), columns] = 1.0
     return block.repeat(1, layer.out_features // block.shape[1]).mT, A
 
@@ -135,7 +135,7 @@ def _gralora(layer: Any, name: str) -> Factors:
     rank = A.shape[-1]  # A (k, in/k, r), B (k, r, out/k)
     # Rank block i of input block j goes to output block i: as peft permutes the activations.
     parts = A.reshape(k, -1, k, rank // k)
-    rows = torch.zeros(k, k, rank // k, A.shape[1] * k, dtype=torch.float64)  # (output block, input block, rank, in)
+    rows = A.new_zeros(k, k, rank // k, A.shape[1] * k)  # (output block, input block, rank, in)
     for source in range(k):
         columns = slice(source * A.shape[1], (source + 1) * A.shape[1])
         rows[:, source, :, columns] = parts[source].permute(1, 2, 0)

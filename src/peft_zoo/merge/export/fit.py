@@ -113,7 +113,7 @@ def _fit(
         parameters=len(A) * (len(B) + A.shape[1]),
         output_error=None if moment is None else error_of(update, B, A, new_scale, moment),
     )
-    return Fit(row, B, A, new_scale)
+    return Fit(row, B.cpu(), A.cpu(), new_scale)
 
 
 def _norm(update: Update) -> float:

@@ -78,8 +78,7 @@ class LayerSource:
             matrix = self._merged(name, layer)
         used = matrix.any(0).nonzero()[:, 0] if self.modules[name].kind == "embedding" else ()
         if 0 < len(used) <= SELECTED:  # trained tokens
-            rows = torch.zeros(len(used), matrix.shape[1])
-            rows[torch.arange(len(used)), used] = 1.0
+            rows = nn.functional.one_hot(used, matrix.shape[1]).float()
             return Update(matrix[:, used], rows)
         return Update(dense=matrix)
 
@@ -103,8 +102,8 @@ class LayerSource:
     def _start(self, name: str, part: str, value: Tensor) -> Tensor:
         """Returns the values with which a parameter of the base layer is merged."""
         if not self._needs_base:
-            return torch.zeros(value.shape)
-        return (value if self._values is None else self._values(f"{name}.{part}")).detach().float()
+            return torch.zeros(value.shape, device=value.device)
+        return (value if self._values is None else self._values(f"{name}.{part}")).detach().to(value.device).float()
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> Any:

@@ -91,8 +91,8 @@ def decompose(
     """
     if update.factors is not None and len(update.factors[1]) <= min(update.shape):
         return _Factored(update, factored_svd(*update.factors, scale=update.scale, method="qr", input_moment=moment))
-    root = None if moment is None else _root(moment)
     matrix = update.matrix()
+    root = None if moment is None else _root(moment.to(matrix.device))
     weighted = matrix if root is None else matrix.double() * root if root.ndim == 1 else matrix.double() @ root
     rank = None if rank is None else min(rank, *matrix.shape)
     return _Dense(certified_svd(weighted, rank, error=error), root)
@@ -165,7 +165,7 @@ def _root(moment: Tensor) -> Tensor:
     ridge = RIDGE * (wide if wide.ndim == 1 else wide.diagonal()).mean()
     if wide.ndim == 1:
         return (wide + ridge).sqrt()
-    return torch.linalg.cholesky(wide + ridge * torch.eye(len(wide), dtype=torch.float64))
+    return torch.linalg.cholesky(wide + ridge * torch.eye(len(wide)).to(wide))
 
 
 def error_of(update: Update, B: Tensor, A: Tensor, scale: float, moment: Tensor | None = None) -> float:
@@ -199,12 +199,12 @@ def _square(matrix: Tensor, moment: Tensor | None) -> float:
     """Squared Frobenius norm of a matrix, or the mean of that of its outputs."""
     if moment is None:
         return matrix.square().sum().item()
-    C = moment.double()
+    C = moment.to(matrix)
     return ((matrix * C if C.ndim == 1 else matrix @ C) * matrix).sum().item()
 
 
 def _square_of_product(B: Tensor, A: Tensor, moment: Tensor | None) -> float:
     """Squared norm of a product, without forming it."""
-    C = None if moment is None else moment.double()
+    C = None if moment is None else moment.to(A)
     weighted = A if C is None else A * C if C.ndim == 1 else A @ C
     return ((B.mT @ B) * (weighted @ A.mT)).sum().item()
