@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -124,6 +125,25 @@ def test_another_process_that_is_faster_wins_whole(
     before = sorted(here.iterdir())
     assert "--output='" in mistake(WORDS), "nor is a folder replaced that was there before"
     assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("unet/config.json", {"freq_shift": None}),  # fails in the first step
+        ("scheduler/scheduler_config.json", {"steps_offset": []}),
+        ("scheduler/scheduler_config.json", {"beta_end": "x"}),  # a message of several lines
+        ("scheduler/scheduler_config.json", {"beta_end": 1e30}),  # images of NaN
+    ],
+)
+def test_a_base_that_draws_no_images_is_a_mistake(
+    file: str, fields: dict[str, object], here: Path, mistake: Mistake
+) -> None:
+    shutil.copytree(here / "base", here / "other")
+    path = here / "other" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    assert "other" in mistake([*WORDS, "--model", "other"])
+    assert not (here / "out").exists()
 
 
 def test_no_adapter_is_a_mistake(here: Path, mistake: Mistake) -> None:

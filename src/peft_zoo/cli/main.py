@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except SettingError as error:
-        sys.stderr.write(f"peft-zoo: {error}\n")
+        sys.stderr.write(f"peft-zoo: {' '.join(str(error).split())}\n")  # others' messages have several lines
         return 2
 
 

@@ -437,6 +437,7 @@ def test_two_calls_with_one_target_do_not_mix(tmp_path: Path) -> None:
         ({"hidden_size": "wide"}, "no LlamaForCausalLM can be built from it"),
         ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM'"),
         ({"architectures": [["a"]]}, "architectures="),
+        ({"model_type": ["llama"]}, "model_type="),
     ],
 )
 def test_a_configuration_that_takes_memory_or_fits_no_model(change: Any, words: str, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ def empty_model(source: Checkpoint) -> Any:
     kind = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"{source.folder}: architectures={names!r} names no model of transformers; correct it.")
+    model_type = source.config.get("model_type", "")
+    if not isinstance(model_type, str):
+        raise ValueError(f"{source.folder / CONFIG}: model_type={model_type!r} is no name of a model; correct it.")
     check_model_config(source.config, str(source.folder / CONFIG), len(source.tensors))
     configuration: Any = kind.config_class
     try:

@@ -67,7 +67,22 @@ def load_pipeline(folder: str | Path) -> ClassConditionalPipeline:
         raise SettingError(f"{flag} takes no class labels: give a UNet2DModel with num_class_embeds.")
     if type(config.sample_size) is not int or not 1 <= config.sample_size <= MOST_PIXELS:
         raise SettingError(f"{flag}: sample_size={config.sample_size!r} must be from 1 to {MOST_PIXELS} pixels.")
-    return ClassConditionalPipeline(unet, scheduler)
+    pipeline = ClassConditionalPipeline(unet, scheduler)
+    _check_runs(pipeline, flag)
+    return pipeline
+
+
+def _check_runs(pipeline: ClassConditionalPipeline, flag: str) -> None:
+    """Raises a SettingError if an image takes an error or becomes NaN: diffusers checks few values of a configuration.
+
+    Two steps are the first and the last of a generation.
+    """
+    try:
+        image = pipeline([0], 2, torch.Generator().manual_seed(0))
+    except Exception as error:  # of any kind
+        raise SettingError(f"{flag} draws no image ({_short(error)}); save it again.") from error
+    if not image.isfinite().all():
+        raise SettingError(f"{flag} draws an image with values that are not finite; save it again.")
 
 
 def _scheduler(folder: Path) -> DDIMScheduler:
@@ -77,6 +92,9 @@ def _scheduler(folder: Path) -> DDIMScheduler:
     try:
         return DDIMScheduler.from_config(found)
     except Exception as error:  # it checks few of its values
-        raise SettingError(
-            f"{folder}: no DDIMScheduler can be made of it ({error}); save the pipeline again."
-        ) from error
+        raise SettingError(f"{folder}: no DDIMScheduler can be made of it ({_short(error)}); save it again.") from error
+
+
+def _short(error: Exception) -> str:
+    """Returns the beginning of another package's message, of which some list everything that a function takes."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
