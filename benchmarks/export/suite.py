@@ -4,6 +4,7 @@
     python -m benchmarks.export --quick    the same with small sizes, in seconds; writes nothing
     python -m benchmarks.export --model    trains SNELL as `make demo` does, prints the perplexity of its exports, and
                                            writes benchmarks/results/export_snell.json; some minutes
+    python -m benchmarks.export --markdown writes the saved results into docs/export.md
 
 An error that is above the optimum of its rank by more than a thousandth is no result: nothing is saved, and the exit
 status is 1. The optimum comes from the singular values of the whole update.
@@ -12,6 +13,7 @@ status is 1. The optimum comes from the singular values of the whole update.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,11 +29,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.export.model import run_model
+from benchmarks.export import model as real
 from peft_zoo import SnellConfig
 from peft_zoo.merge import export_lora
 
 CPU = torch.device("cpu")
+PAGE = common.ROOT / "docs" / "export.md"
+MODEL_RESULT, LAYER_RESULT = common.RESULTS / "export_snell.json", common.result_path("export", "cpu")
 OURS, PEER = "export_lora", "convert_to_lora (peft)"
 
 
@@ -128,23 +132,36 @@ def table(rows: list[dict[str, Any]], form: Callable[..., str]) -> str:
     return form(header, cells)
 
 
+def write_page() -> None:
+    """Writes the tables of the saved results into the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, path, form in (("snell", MODEL_RESULT, real.table), ("layers", LAYER_RESULT, table)):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        content = f"{form(result['rows'], common.markdown)}\n\n{common.describe(result['machine'])}"
+        text = common.replace_block(text, name, content)
+    PAGE.write_text(text, encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing unless --json says where")
     parser.add_argument("--model", action="store_true", help="the real model instead of single layers")
+    parser.add_argument("--markdown", action="store_true", help="write the saved results into docs/export.md")
     parser.add_argument("--adapter", type=Path, help="with --model: a folder of `peft-zoo train`, instead of training")
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--threads", type=int, help="threads of torch")
     given = parser.parse_args(arguments)
+    if given.markdown:
+        write_page()
+        return 0
     if given.threads:
         torch.set_num_threads(given.threads)
     facts = common.machine(CPU)
     print(common.describe(facts))
     if given.model:
-        rows = run_model(given.adapter)
-        path = given.json or common.RESULTS / "export_snell.json"
-        return common.finish(path, {"machine": facts, "rows": rows}, [])
+        rows = real.run_model(given.adapter)
+        return common.finish(given.json or MODEL_RESULT, {"machine": facts, "rows": rows}, [])
     sizes = QUICK if given.quick else Sizes()
     rows = [row for name in CASES for row in measure(name, sizes)]
     print(table(rows, common.aligned))

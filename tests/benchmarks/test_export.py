@@ -21,6 +21,14 @@ def test_every_update_is_measured_with_both_methods(tmp_path: Path, monkeypatch:
         assert row["error"] == pytest.approx(row["optimum"], abs=1e-5) and row["seconds"] > 0
 
 
+def test_the_page_has_the_saved_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "export.md"
+    page.write_text(suite.PAGE.read_text())
+    monkeypatch.setattr(suite, "PAGE", page)
+    assert suite.main(["--markdown"]) == 0
+    assert page.read_text() == (suite.common.ROOT / "docs" / "export.md").read_text()
+
+
 def test_an_error_above_the_optimum_is_no_result(tmp_path: Path) -> None:
     row = {"update": "SNELL", "method": suite.OURS, "error": 0.52, "optimum": 0.5}
     (said,) = suite.wrong_rows([row, {**row, "method": suite.PEER}, {**row, "error": 0.5001}])

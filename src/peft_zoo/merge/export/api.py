@@ -123,7 +123,7 @@ def export_plan(
     with open_source(adapter, base, chosen) as source:
         names = _modules(source, chosen)
         dropped = sorted({*source.extras, *(set(source.modules) - set(names))})
-        unasked = "those of the adapter" if source.exact else "none: give rank, energy, max_error or budget"
+        unasked = "those of the adapter" if source.exact else "not given: give rank, energy, max_error or budget"
         return {
             "type": source.peft_type,
             "exact": source.exact,

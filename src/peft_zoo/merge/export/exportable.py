@@ -56,13 +56,15 @@ def exportable(kind: str | PeftConfig) -> Exportable:
         known = config_cls is not None
         fix = "add it to the table" if known else "import peft_zoo, or the package that registers it, first"
         raise ValueError(f"peft_type={name!r} is {'not known to export' if known else 'no registered type'}; {fix}.")
-    if isinstance(kind, PeftConfig) and found != "no" and _needs_base(kind):
+    if isinstance(kind, PeftConfig) and found != "no" and dependence(kind):
         return "with_base"
     answer: Exportable = found
     return answer
 
 
-def _needs_base(config: PeftConfig) -> bool:
-    """Whether the fields of a configuration make the update depend on the base weights."""
+def dependence(config: PeftConfig) -> str | None:
+    """Returns the field and value that make the update of an otherwise exact type depend on the base weights."""
+    if getattr(config, "use_dora", False):
+        return "use_dora=True"
     bat = config.peft_type == "MISS" and getattr(config, "init_weights", None) == "bat"
-    return bool(getattr(config, "use_dora", False)) or bat
+    return "init_weights='bat'" if bat else None

@@ -69,31 +69,42 @@ def fit_all(source: UpdateSource, names: list[str], options: ExportOptions, prog
     Raises:
         ValueError: If nothing sets the ranks and an update has no exact factors; it lists the errors of some ranks.
     """
-    if options.chosen is None and not source.exact:
-        raise ValueError(_no_exact(source, names, options, progress, f"a {source.peft_type} has no exact LoRA"))
     ranks = _shared_ranks(source, names, options, progress)
     scale = _kept_scale(source, names, options)
     found: dict[str, Fit] = {}
     for name in progress(names, "export"):
         update = source.update(name)
-        rank = None if update.factors is None else len(update.factors[1])
-        if options.chosen is None and (rank is None or rank > MOST_EXACT):
-            why = f"{name} has no exact LoRA of a rank up to {MOST_EXACT}"
-            raise ValueError(_no_exact(source, names, options, progress, why))
-        found[name] = _fit(source, name, update, ranks.get(name), scale, options)
+        rank = ranks.get(name)
+        if options.chosen is None:
+            rank = _exact_rank(update)
+            if rank is None:
+                owner = f"{name} of a {source.label}" if source.exact else f"a {source.label}"
+                raise ValueError(_no_exact(source, names, progress, f"{owner} has no exact LoRA"))
+        found[name] = _fit(source, name, update, rank, scale, options)
     experts = [name for name in names if is_expert(name)]
     most = max((len(found[name].A) for name in experts), default=0)
     return {name: fit.padded(most) if name in experts else fit for name, fit in found.items()}
 
 
+def _exact_rank(update: Update) -> int | None:
+    """Returns the rank of an update that is a product of factors, or a matrix of at most half the full rank."""
+    if update.factors is not None:
+        rank = len(update.factors[1])
+        return rank if rank <= MOST_EXACT else None
+    most = min(LISTED[-1], max(1, min(update.shape) // 2))
+    found = decompose(update, most)
+    rank = found.rank(update.noise)
+    return rank if rank <= most and found.error(rank) <= update.noise else None
+
+
 def _fit(
     source: UpdateSource, name: str, update: Update, rank: int | None, scale: float | None, options: ExportOptions
 ) -> Fit:
-    """Finds the factors of one module; `rank` None: those of the options' error, or exact ones."""
+    """Finds the factors of one module; `rank` None: those of the options' error."""
     moment, module = options.moment(name), source.modules[name]
     dtype = module.dtype if options.dtype == "adapter" else DTYPES[options.dtype]
-    exact = update.factors if source.exact else None
-    if exact is not None and (options.chosen is None or (rank is not None and len(exact[1]) <= rank)):
+    exact = update.factors
+    if exact is not None and rank is not None and len(exact[1]) <= rank:
         (B, A), method = exact, "exact"
         factor, new_scale = (1.0, scale) if scale is not None else (update.scale, 1.0)
         B = B if factor == 1 else B.double() * factor
@@ -191,7 +202,7 @@ def _least_parameters(spectra: Mapping[str, Spectrum], totals: Mapping[str, floa
     return ranks
 
 
-def _no_exact(source: UpdateSource, names: list[str], options: ExportOptions, progress: Progress, why: str) -> str:
+def _no_exact(source: UpdateSource, names: list[str], progress: Progress, why: str) -> str:
     """Returns the sentence that lists the errors of some ranks for all updates together."""
     lost, total = [0.0] * len(LISTED), 0.0
     for name in progress(names, "decompose"):

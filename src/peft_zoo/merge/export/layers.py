@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.common.modules import plain_name
 from peft_zoo.io.lora_file import LayerKind
-from peft_zoo.merge.export.exportable import Exportable
+from peft_zoo.merge.export.exportable import Exportable, dependence
 from peft_zoo.merge.export.factors import LAYER_FACTORS
 from peft_zoo.merge.export.source import PREFIX, Module
 from peft_zoo.merge.export.updates import Update
@@ -22,6 +22,8 @@ from peft_zoo.merge.export.updates import Update
 Values = Callable[[str], Tensor]
 """Function from the name of a parameter of the base model to its values."""
 
+EPSILON = 2.0**-22  # relative error of a merged float32 weight
+MOST_NOISE = 1e-4  # largest relative error of an update that counts as rounding
 SELECTED = 256  # columns of an embedding's update up to which it is a product with rows of the identity matrix
 
 
@@ -54,6 +56,8 @@ class LayerSource:
         """
         self.config: Mapping[str, Any] = config.to_dict()
         self.peft_type = str(getattr(config.peft_type, "value", config.peft_type))
+        why = dependence(config)
+        self.label = f"{self.peft_type} with {why}" if why else self.peft_type
         self._name, self._values, self._needs_base = adapter_name, values, kind == "with_base"
         self._read = None if self._needs_base else LAYER_FACTORS.get(self.peft_type)
         self.exact = self._read is not None
@@ -75,15 +79,15 @@ class LayerSource:
             factors = None if self._read is None else self._read(layer, self._name)
             if factors is not None:
                 return Update(*factors)
-            matrix = self._merged(name, layer)
-        used = matrix.any(0).nonzero()[:, 0] if self.modules[name].kind == "embedding" else ()
-        if 0 < len(used) <= SELECTED:  # trained tokens
+            matrix, size = self._merged(name, layer)
+        used = matrix.any(0).nonzero()[:, 0]
+        if self.modules[name].kind == "embedding" and 0 < len(used) <= SELECTED:  # trained tokens
             rows = nn.functional.one_hot(used, matrix.shape[1]).float()
             return Update(matrix[:, used], rows)
-        return Update(dense=matrix)
+        return Update(dense=matrix, noise=min(MOST_NOISE, 1e-6 + EPSILON * size / (matrix.norm().item() or 1.0)))
 
-    def _merged(self, name: str, layer: Any) -> Tensor:
-        """Merges a copy of a layer and returns the change of its weight as a matrix, in float32."""
+    def _merged(self, name: str, layer: Any) -> tuple[Tensor, float]:
+        """Merges a copy of a layer; returns the change of its weight as a matrix, in float32, and the weight's norm."""
         base = layer.get_base_layer()
         old = {part: self._start(name, part, value) for part, value in base.named_parameters(recurse=False)}
         memo = {
@@ -97,7 +101,7 @@ class LayerSource:
         for part, value in new.named_parameters(recurse=False):
             if part != "weight" and not torch.equal(value.float(), old[part].float()):
                 raise ValueError(f"{name}: the adapter also changes the {part}, which a LoRA cannot hold; merge it.")
-        return _matrix(new, new.weight.float() - old["weight"])
+        return _matrix(new, new.weight.float() - old["weight"]), old["weight"].norm().item()
 
     def _start(self, name: str, part: str, value: Tensor) -> Tensor:
         """Returns the values with which a parameter of the base layer is merged."""

@@ -8,6 +8,9 @@ from typing import Any
 
 from peft_zoo.common.tables import align, shorten
 
+ROUNDING = 1e-5
+"""Relative errors below are those of weights in float32, of which an update is a small part."""
+
 
 @dataclass(frozen=True)
 class ExportedModule:
@@ -73,8 +76,8 @@ class ExportReport:
 
     @property
     def exact(self) -> bool:
-        """Whether every update is the adapter's but for the rounding of its factors."""
-        return all(module.method == "exact" for module in self.modules)
+        """Whether every update is the adapter's but for rounding, of its factors or of the merged weights."""
+        return all(module.method == "exact" or module.error < ROUNDING for module in self.modules)
 
     @property
     def error(self) -> float:

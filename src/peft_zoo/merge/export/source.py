@@ -55,6 +55,7 @@ class UpdateSource(Protocol):
     Attributes:
         config: Fields of the adapter's configuration.
         peft_type: Its type.
+        label: What messages call it.
         modules: Modules by name, in the order of the adapter.
         exact: Whether the updates are products of factors that a formula gives.
         extras: Entries of `options.EXTRAS` that the adapter has, each with the name of a tensor.
@@ -64,6 +65,7 @@ class UpdateSource(Protocol):
 
     config: Mapping[str, Any]
     peft_type: str
+    label: str
     modules: dict[str, Module]
     exact: bool
     extras: dict[str, str]
@@ -79,7 +81,7 @@ class FileSource:
 
     def __init__(self, adapter: LoraAdapter, config: Mapping[str, Any]) -> None:
         self.adapter, self.config, self.peft_type = adapter, config, str(config["peft_type"])
-        self.exact = True
+        self.exact, self.label = True, self.peft_type
         self.modules = {
             name: Module(name, module.kind, module.shape_A[1:], module.dtype, module.rank, module.scale)
             for name, module in adapter.modules.items()

@@ -24,12 +24,14 @@ class Update:
         A: Factor `(R, columns)`; None if the matrix is dense.
         scale: Scale of the product.
         dense: The matrix, if it is no known product.
+        noise: Relative error of the dense matrix, from the rounding of weights.
     """
 
     B: Tensor | None = None
     A: Tensor | None = None
     scale: float = 1.0
     dense: Tensor | None = None
+    noise: float = 1e-6
 
     @property
     def factors(self) -> tuple[Tensor, Tensor] | None:
