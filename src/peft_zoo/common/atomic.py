@@ -63,7 +63,7 @@ def replaced_folder(target: str | os.PathLike[str], field: str = "folder") -> It
     work = _unfinished_path(target)
     try:
         if target.exists():
-            shutil.copytree(target, work, symlinks=True, copy_function=_link)
+            shutil.copytree(target, work, symlinks=True, copy_function=link)
         else:
             work.mkdir()
         yield work
@@ -74,7 +74,7 @@ def replaced_folder(target: str | os.PathLike[str], field: str = "folder") -> It
     _sync(target.parent)
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Links a file, or copies it where the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)

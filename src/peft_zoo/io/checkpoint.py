@@ -21,7 +21,15 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5
 
 
 class Checkpoint(ClosedOnExit):
-    """Open folder of transformers, a context manager: the content of `config.json`, and `tensors` by name."""
+    """Open folder of transformers, a context manager: the content of `config.json`, and `tensors` by name.
+
+    Attributes:
+        folder: The folder.
+        config: Content of `config.json`.
+        tensors: Dtype and shape of each tensor by name.
+        weights_name: Name of the weights file of a checkpoint that is not sharded.
+        index: Content of the index of the shards; None if there is one file.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Opens `model.safetensors`, or its shards by their index, and validates the headers; reads no tensor."""
@@ -29,10 +37,12 @@ class Checkpoint(ClosedOnExit):
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}: not a folder; give one that transformers saved.")
         self.config = read_json(self.folder / CONFIG, self.folder)
+        self.weights_name = WEIGHTS
+        self.index: dict[str, Any] | None = None
         self._files: dict[str, TensorFile] = {}
         self._owner: dict[str, TensorFile] = {}
         try:
-            index = self._index()
+            index = self._weight_map()
             for name in sorted(set(index.values())) if index is not None else [WEIGHTS]:
                 self._files[name] = TensorFile(self.folder / name, self.folder)
                 self._owner.update(dict.fromkeys(self._files[name].tensors, self._files[name]))
@@ -44,13 +54,14 @@ class Checkpoint(ClosedOnExit):
             raise
         self.tensors: dict[str, TensorInfo] = {key: file.tensors[key] for key, file in self._owner.items()}
 
-    def _index(self) -> dict[str, str] | None:
+    def _weight_map(self) -> dict[str, str] | None:
         """File name of each tensor, which does not lead out of the folder; None for a checkpoint of one file."""
         if os.path.lexists(self.folder / WEIGHTS):
             return None
         if not os.path.lexists(self.folder / INDEX):
             raise ValueError(f"{self.folder}: has no {WEIGHTS}; save the model with safetensors, pickles are not read.")
-        index = read_json(self.folder / INDEX, self.folder).get("weight_map")
+        self.index = read_json(self.folder / INDEX, self.folder)
+        index = self.index.get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
             raise ValueError(f"{self.folder / INDEX}: weight_map must map tensors to files; download it again.")
         for name in index.values():
@@ -58,8 +69,13 @@ class Checkpoint(ClosedOnExit):
                 raise ValueError(f"{self.folder / INDEX}: {name!r} is no file of this folder; download it again.")
         return index
 
+    @property
+    def shards(self) -> dict[str, TensorFile]:
+        """The open files by name, in the order of their names."""
+        return self._files
+
     def read(self, key: str) -> Tensor:
-        """Reads one tensor into new memory."""
+        """Reads one tensor into new memory; several threads may read at a time."""
         return self._owner[key].read(key)
 
     def pieces(self, key: str) -> Iterator[Tensor]:

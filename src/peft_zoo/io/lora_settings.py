@@ -233,7 +233,7 @@ def _patterns(name: str, config: Mapping[str, Any], check: Callable[[str, object
 
 def _module_name(shown: str, key: str) -> str:
     """Module name (or end of a name) that a pattern key matches; `shown` names the key in the error."""
-    letters = iter(key.removeprefix("^").removesuffix("$"))
+    letters = iter(key.removeprefix("^").removeprefix(r".*\.").removesuffix("$"))
     name = ""
     for letter in letters:
         escaped = letter == "\\"

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PIECE = 1 << 26  # bytes copied at a time
+_SEEKING = threading.Lock()
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of factors and weights."""
 
@@ -88,12 +91,19 @@ class TensorFile(ClosedOnExit):
 
     def _fill(self, buffer: memoryview, start: int) -> None:
         """Fills the buffer with the bytes from `start` on; one read may return fewer bytes than asked for."""
-        self._file.seek(start)
+        if self._file.closed:
+            raise ValueError(f"{self.path}: read of a closed file; read it before the context ends.")
         while len(buffer):
-            count = self._file.readinto(buffer)
+            count = _read_at(self._file, buffer, start)
             if not count:
                 raise ValueError(f"{self.path}: became shorter while it was read; download it again.")
-            buffer = buffer[count:]
+            buffer, start = buffer[count:], start + count
+
+    def header_bytes(self) -> bytes:
+        """Returns the bytes of the file before those of its tensors."""
+        data = bytearray(min(self._starts.values(), default=os.fstat(self._file.fileno()).st_size))
+        self._fill(memoryview(data), 0)
+        return bytes(data)
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor of `tensors` into new memory."""
@@ -117,6 +127,15 @@ class TensorFile(ClosedOnExit):
     def close(self) -> None:
         """Closes the file; nothing can be read afterwards."""
         self._file.close()
+
+
+def _read_at(file: FileIO, buffer: memoryview, start: int) -> int:
+    """Reads into a buffer from a place of a file, and returns the number of bytes; several threads may read."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [buffer], start)
+    with _SEEKING:  # Windows and macOS
+        file.seek(start)
+        return file.readinto(buffer) or 0
 
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "peft_zoo.merge.export.api": ["export_lora"],
-        "peft_zoo.merge.export.exportable": ["exportable"],
+        "peft_zoo.merge.base.exportable": ["exportable"],
         "peft_zoo.merge.export.report": ["ExportReport", "ExportedModule"],
         "peft_zoo.merge.export.vllm": ["check_vllm"],
+        "peft_zoo.merge.checkpoint.api": ["merge_checkpoint"],
+        "peft_zoo.merge.checkpoint.report": ["MergeReport", "TensorReport"],
         "peft_zoo.merge.squeeze.api": ["rank_report", "squeeze_adapter", "squeeze_model"],
         "peft_zoo.merge.squeeze.html": ["squeeze_html"],
         "peft_zoo.merge.squeeze.report": ["ModuleReport", "RankReport", "SqueezeReport"],

@@ -72,18 +72,24 @@ def test_any_adapters(
     assert (found is weight) == inplace and (inplace or torch.equal(weight, expected[0]))
 
 
-def test_one_product_is_used_only_for_equal_scales_in_float32() -> None:
-    weight, A, B, _ = make((9, 7), (2, 3), torch.float32, torch.float32)
-    half = [f.bfloat16() for f in A], [f.bfloat16() for f in B]
-    assert module._is_one_product(weight, A, B, [0.5, 0.5], None)
-    for arguments in [
-        (weight, A, B, [0.5, 0.6], None),
-        (weight, A, B, [0.5, 0.5], 1),
-        (weight, *half, [0.5, 0.5], None),
-        (weight.bfloat16(), *half, [0.5, 0.5], None),  # a library may round 16-bit products before it adds them
-        (weight, [], [], [], None),
-    ]:
-        assert not module._is_one_product(*arguments)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_cpu_gives_the_bits_of_the_definition(
+    dtype: torch.dtype, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1000)
+    torch.manual_seed(0)
+    A, B = [torch.randn(3, 64), torch.randn(5, 64)], [torch.randn(96, 3), torch.randn(96, 5)]
+    weight = torch.randn(96, 64).to(dtype)
+    wanted = merge_lora_reference(weight, A, B, [0.3, 1.7])
+    weight = weight.mT.contiguous().mT if transposed else weight
+    assert torch.equal(merge_lora(weight, A, B, [0.3, 1.7]), wanted)
+    assert torch.equal(merge_lora(weight.clone(), A[:1], B[:1], [0.3], inplace=True), weight_plus(weight, A, B))
+
+
+def weight_plus(weight: Tensor, A: list[Tensor], B: list[Tensor]) -> Tensor:
+    """What peft's merge of a weight with a LoRA in float32 gives."""
+    return (weight.float() + B[0] @ A[0] * 0.3).to(weight.dtype)
 
 
 def test_one_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_zoo.merge import export_lora, exportable
-from peft_zoo.merge.export.exportable import PEFT_TYPES
+from peft_zoo.merge.base.exportable import PEFT_TYPES
 from tests.merge import samples
 from tests.merge.export.adapters import CONFIGS, adapted, base, saved, updates
 

@@ -309,9 +309,13 @@ def _check_embedding(
 ) -> None:
     """Raises a ValueError for a tensor that is not the adapter's, unless it is an embedding with the model's values.
 
-    peft saves embeddings with an adapter that targets them.
+    peft saves embeddings with an adapter that targets them, and those of a model whose tokens have grown: twice if the
+    module is one of `modules_to_save`, and once more as it was before training.
     """
-    bare = key.removeprefix(f"{_PREFIX}model.").replace(".base_layer.", ".")
+    again = key.replace(".modules_to_save.", ".")
+    if again != key and again in file.tensors and same_values(file.read(key), file.read(again)):
+        return
+    bare = key.removeprefix(f"{_PREFIX}model.").replace(".base_layer.", ".").replace(".original_module.", ".")
     parameters = {
         name.removeprefix(f"{_PREFIX}model.").replace(".base_layer.", "."): value
         for name, value in model.named_parameters(remove_duplicate=False)

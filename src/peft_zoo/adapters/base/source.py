@@ -24,7 +24,8 @@ SOURCE = "_source"
 MAX_NUMBER = 1e9  # of a scale, rate or count; only seeds may be larger
 MAX_ENTRIES = 100_000  # of a list or dictionary
 
-_NAME = r"\^?(?:[\w.\-]|\\[.\-_])*\$?"  # also what `re.escape` makes of the name of a module
+# Also what `re.escape` makes of the name of a module, and peft's own way to write the end of one.
+_NAME = r"(?:\^|\.\*\\\.)?(?:[\w.\-]|\\[.\-_])*\$?"
 _LITERAL = re.compile(rf"{_NAME}(?:\|{_NAME})*")  # names and alternatives are matched in linear time
 _ADAPTER_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 _SHORTHANDS = ("all-linear", "dummy-target-modules")

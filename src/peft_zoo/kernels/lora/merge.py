@@ -30,7 +30,7 @@ from peft_zoo.kernels.random_matrix.philox import philox
 _SMALLEST_HALF = 0x33800000  # float32 bit pattern of 2^-24, the smallest positive float16
 ROUNDING = 2  # third counter word of philox, reserved for rounding
 
-_CHUNK_ELEMENTS = 2**18  # in the torch path's 32-bit scratch, which replaces a 32-bit copy of the weight
+_CHUNK_ELEMENTS = 2**17  # in each of the torch path's 32-bit scratches, which replace a 32-bit copy of the weight
 _CHUNK_ELEMENTS_CUDA = 2**22  # the same on a GPU, where each block is a few launches
 
 
@@ -194,14 +194,18 @@ def _merge_into(
     length, width = weight.shape[::-1] if columns_first else weight.shape
     step = max(1, (_CHUNK_ELEMENTS_CUDA if weight.is_cuda else _CHUNK_ELEMENTS) // max(1, width))
     everything = torch.arange(width, device=weight.device)
+    scratch = torch.empty(2, min(step, length) * width, dtype=wide, device=weight.device)
     for start in range(0, length, step):
         block = slice(start, min(start + step, length))
         i, j = (slice(None), block) if columns_first else (block, slice(None))
-        total = weight[i, j].to(wide, copy=True)
+        shape = (width, block.stop - start) if columns_first else (block.stop - start, width)
+        total, update = (part[: math.prod(shape)].view(shape) for part in scratch)
+        total.copy_(weight[i, j])
         for a, b, scale in zip(A, B, scales, strict=True):
-            total.addmm_(b[i].to(wide), a[:, j], alpha=scale)
+            # Not addmm: its sums differ from the definition's, which are peft's too, in the last bit.
+            total += torch.mm(b[i].to(wide), a[:, j], out=update).mul_(scale)
         if seed is None:
-            out[i, j] = total.to(out.dtype)
+            out[i, j] = total
             continue
         here = torch.arange(block.start, block.stop, device=weight.device)
         rows, columns = (everything, here) if columns_first else (here, everything)
@@ -209,12 +213,14 @@ def _merge_into(
 
 
 def _is_one_product(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> bool:
-    """Whether one `addmm` computes the definition: one dtype, one scale, sums of at least 32 bits."""
+    """Whether one `addmm` on a GPU computes the definition: one dtype, one scale, sums of at least 32 bits."""
     if not A or seed is not None or len(set(scales)) > 1 or any(t.dtype != weight.dtype for t in (*A, *B)):
         return False
-    if weight.dtype.itemsize < 4:  # a library may add 16-bit products in 16 bits, or round them before the sum
+    if (
+        not weight.is_cuda or weight.dtype.itemsize < 4
+    ):  # a library may add 16-bit products in 16 bits, or round them before the sum
         return False
-    return not weight.is_cuda or torch.get_float32_matmul_precision() == "highest"
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 @_merge.register_fake

@@ -1,25 +1,25 @@
-"""Builds a checkpoint's model without weights, and edits its configuration."""
+"""Builds a checkpoint's model without weights, and checks its tensors."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from peft_zoo.adapters.lq_lora.ties import config_path
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint
 from peft_zoo.io.model_config import check_model_config
 from peft_zoo.merge.base.tensor_names import TensorNames
 
 
-def empty_model(source: Checkpoint) -> Any:
-    """Returns the checkpoint's model on the meta device; its class must be in transformers, and not quantized."""
-    if "quantization_config" in source.config:
-        raise ValueError(f"{source.folder}: the model is quantized already; give it in floating-point.")
+def empty_model(source: Checkpoint, changes: Mapping[str, Any] | None = None) -> Any:
+    """Returns the checkpoint's model on the meta device, without its quantization; its class must be in transformers.
+
+    `changes` are new values of fields of its configuration by path, such as `"text_config.vocab_size"`.
+    """
     names = source.config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else None
     kind = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
@@ -31,8 +31,14 @@ def empty_model(source: Checkpoint) -> Any:
     check_model_config(source.config, str(source.folder / CONFIG), len(source.tensors))
     configuration: Any = kind.config_class
     try:
+        config = configuration.from_pretrained(source.folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        for path, value in (changes or {}).items():
+            owner, _, field = path.rpartition(".")
+            setattr(functools.reduce(getattr, owner.split(".") if owner else [], config), field, value)
         with torch.device("meta"):
-            return kind(configuration.from_pretrained(source.folder))
+            return kind(config)
     except Exception as error:  # of any kind: every model has checks of its own, or none
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{source.folder / CONFIG}: no {architecture} can be built from it ({reason}).") from error
@@ -56,25 +62,3 @@ def finite_pieces(key: str, source: Checkpoint) -> Iterator[Tensor]:
         if dtype.is_floating_point and dtype.itemsize > 1 and not piece.view(dtype).isfinite().all():
             raise ValueError(f"{key} has values that are not finite; repair the base model first.")
         yield piece
-
-
-def path_in_config(source: Checkpoint, model: Any, wanted: Any) -> list[str]:
-    """Returns the keys in `config.json` that lead to one of the model's configurations."""
-    path = config_path(model.config, wanted)
-    if path is None:
-        raise ValueError(
-            f"{source.folder / CONFIG}: a {type(model).__name__} ties weights of target layers in a configuration "
-            "that is not saved; leave these layers out of target_modules."
-        )
-    return path
-
-
-def untied(config: Mapping[str, Any], paths: Iterable[Sequence[str]]) -> dict[str, Any]:
-    """Returns a copy of the content of `config.json` with `tie_word_embeddings=False` below each path of keys."""
-    content = copy.deepcopy(dict(config))
-    for path in paths:
-        part = content
-        for key in path:
-            part = part.setdefault(key, {})
-        part["tie_word_embeddings"] = False
-    return content

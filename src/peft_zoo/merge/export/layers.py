@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.common.modules import plain_name
 from peft_zoo.io.lora_file import LayerKind
-from peft_zoo.merge.export.exportable import Exportable, dependence
+from peft_zoo.merge.base.exportable import Exportable, dependence
 from peft_zoo.merge.export.factors import LAYER_FACTORS
 from peft_zoo.merge.export.source import PREFIX, Module
 from peft_zoo.merge.export.updates import Update

@@ -21,8 +21,8 @@ from peft_zoo.io import LoraAdapter, TensorFile
 from peft_zoo.io.extra_keys import EMBEDDINGS
 from peft_zoo.io.lora_file import open_weights
 from peft_zoo.io.lora_settings import check_names
+from peft_zoo.merge.base.exportable import READS_BASE, exportable
 from peft_zoo.merge.export.base_model import BaseModel, open_base
-from peft_zoo.merge.export.exportable import READS_BASE, exportable
 from peft_zoo.merge.export.factors import FILE_SIZES
 from peft_zoo.merge.export.hollow import hollow_linears
 from peft_zoo.merge.export.layers import LayerSource

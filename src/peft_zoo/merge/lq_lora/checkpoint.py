@@ -44,9 +44,10 @@ from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint, write_shards
 from peft_zoo.kernels.normal_float.quantize import packed_bits
 from peft_zoo.kernels.planning.bits import BitChoice, MatrixErrors
-from peft_zoo.merge.base.empty_model import check_shapes, empty_model, finite_pieces, path_in_config, untied
+from peft_zoo.merge.base.empty_model import check_shapes, empty_model, finite_pieces
 from peft_zoo.merge.base.tensor_names import TensorNames
 from peft_zoo.merge.lq_lora.matrix import QuantizedMatrix
+from peft_zoo.merge.lq_lora.untie import path_in_config, untied
 from peft_zoo.merge.lq_lora.verify import verify_folder
 
 STATE, LOCK = "state.json", "lock"
@@ -217,6 +218,8 @@ class _Job:
         progress: Progress,
     ) -> None:
         self.source, self.importance, self.device, self.progress = source, importance, device, progress
+        if "quantization_config" in source.config:
+            raise ValueError(f"{source.folder}: the model is quantized already; give it in floating-point.")
         skeleton = empty_model(source)
         self.config = with_default_targets(config, skeleton)
         self.layers = dict(target_layers(self.config, skeleton, check_target_module_exists, loaded=False))

@@ -28,6 +28,9 @@ PEFT_TYPES: dict[str, Exportable] = {
 READS_BASE = ("ADAMSS", "DEFT", "FROD", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA")
 """Types whose layers read the base weights while they are added to a model."""
 
+DERIVED = ("ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA")
+"""Those of them that keep what they made of the base weights and do not store it in the adapter's file."""
+
 
 def exportable(kind: str | PeftConfig) -> Exportable:
     """Returns how well a type of adapter, or an adapter with a configuration, can be written as a plain LoRA.

@@ -1,0 +1,163 @@
+"""Where the tensors of a model are in its files: transformers renames, joins, splits and permutes some while loading.
+
+Which tensors belong together, and how they are converted, is decided by transformers' own rules for the model. All of
+them move values without changing them, so that an update of the model's tensor is moved to the files the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass
+class Group:
+    """Tensors of a model that are made of the same tensors of the files.
+
+    Attributes:
+        keys: Names in the files, in the order in which transformers joins them.
+        names: Names in the model.
+    """
+
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    _model: Any = field(repr=False, default=None)
+    _rule: WeightConverter | None = field(repr=False, default=None)
+    _patterns: tuple[str, ...] = field(repr=False, default=())
+    _reverse_renamings: list[Any] = field(repr=False, default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor of the model is the one of the files."""
+        return self._rule is None
+
+    def assemble(self, read: Read) -> dict[str, Tensor]:
+        """Returns the tensors of the model by name."""
+        if self._rule is None:
+            return {self.names[0]: read(self.keys[0])}
+        rule: Any = copy.deepcopy(self._rule)
+        first = self.names[0]
+        for key, pattern in zip(self.keys, self._patterns, strict=True):
+            rule.add_tensor(first, key, pattern, read(key))
+        return {name: _one(tensor) for name, tensor in rule.convert(first, self._model, self._model.config).items()}
+
+    def split(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors of the files by key, from all tensors of `names`.
+
+        Raises:
+            ValueError: If transformers cannot convert them back.
+        """
+        if self._rule is None:
+            return {self.keys[0]: tensors[self.names[0]]}
+        try:
+            rule: Any = self._rule.reverse_transform()
+        except NotImplementedError:
+            raise self._cannot() from None
+        target = ""
+        for name in sorted(self.names, key=dot_natural_key):
+            renamed, pattern = apply_converters(name, [rule])
+            if pattern is None:
+                raise self._cannot()
+            target = target or renamed
+            rule.add_tensor(target, name, pattern, tensors[name])
+        found = {
+            apply_renamings(name, self._reverse_renamings): _one(tensor)
+            for name, tensor in rule.convert(target, self._model, self._model.config).items()
+        }
+        for prefix in ("", f"{self._model.base_model_prefix}."):
+            for change in (prefix.__add__, lambda name, prefix=prefix: name.removeprefix(prefix)):
+                named = {change(name): tensor for name, tensor in found.items()}
+                if named.keys() == set(self.keys):
+                    return named
+        raise self._cannot()
+
+    def _cannot(self) -> ValueError:
+        return ValueError(
+            f"{self.names[0]}: transformers converts {self.keys[0]} while it loads the model, and cannot convert it "
+            "back; leave this module out of target_modules, or merge in memory."
+        )
+
+
+class Placements:
+    """Finds the tensors of the files by the names of those of a model.
+
+    Args:
+        model: Model without weights.
+        keys: Names of the tensors in the files.
+    """
+
+    def __init__(self, model: Any, keys: Iterable[str]) -> None:
+        rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        reverse = [
+            rule.reverse_transform()
+            for rule in get_model_conversion_mapping(model, add_legacy=False)[::-1]
+            if isinstance(rule, WeightRenaming)
+        ]
+        known = dict.fromkeys(model.state_dict(), True)
+        groups: dict[str, Group] = {}
+        for key in sorted(keys, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            rule = next((rule for rule in converters if pattern in rule.source_patterns), None)
+            if name not in known and key in known:
+                name, rule = key, None
+            if name not in known:
+                continue  # a tensor that the model does not have, such as those of a quantized format
+            if rule is None:
+                groups[name] = Group((key,), (name,))
+                continue
+            old = groups.get(name)
+            groups[name] = Group(
+                (*(old.keys if old else ()), key),
+                tuple(name.replace(rule.target_patterns[0], target) for target in rule.target_patterns),
+                model,
+                rule,
+                (*(old._patterns if old else ()), str(pattern)),
+                reverse,
+            )
+        self.groups: list[Group] = list(groups.values())
+        self._group = {name: group for group in self.groups for name in group.names}
+        self._known = known
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the files have a tensor of the model."""
+        return name in self._group
+
+    def group(self, name: str) -> Group:
+        """Returns the group of a tensor of the model.
+
+        Raises:
+            ValueError: If the files have none; names the nearest ones.
+        """
+        if name in self._group:
+            return self._group[name]
+        near = difflib.get_close_matches(name, self._group, n=3) or list(self._group)[:3]
+        raise ValueError(f"{name}: the base has no such tensor, the nearest are {', '.join(near)}; give its own base.")
+
+    @property
+    def absent(self) -> set[str]:
+        """Names of tensors of the model that the files do not have, such as tied ones."""
+        return self._known.keys() - self._group.keys()
+
+
+def _one(tensor: Any) -> Tensor:
+    """Returns the tensor; transformers returns some in a list of one."""
+    found: Tensor = tensor[0] if isinstance(tensor, list) else tensor
+    return found

@@ -1,0 +1,180 @@
+"""An adapter on a model without weights: the layers that it adapts, and the whole tensors that its file has."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_saved, made_config
+from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, expressions
+from peft_zoo.io.extra_keys import TRAINED_TOKENS
+from peft_zoo.io.header import TensorInfo
+from peft_zoo.io.lora_file import open_weights
+from peft_zoo.io.lora_settings import check_names
+from peft_zoo.io.safetensors import TensorFile
+from peft_zoo.merge.base.exportable import DERIVED
+from peft_zoo.merge.base.hollow import adapted_layers
+from peft_zoo.merge.checkpoint.options import WeightedAdapter
+from peft_zoo.merge.checkpoint.ties import tied_groups
+from peft_zoo.registration import NAMESPACE
+
+PREFIX = "base_model.model."
+NAME = "default"
+WHOLE = ("LN_TUNING", "TRAINABLE_TOKENS")
+"""Types whose files only have whole tensors or rows of the base model."""
+
+
+@dataclass
+class OpenAdapter:
+    """An adapter whose file is open.
+
+    Attributes:
+        given: Its name, path and weight.
+        config: Its configuration.
+        file: Its open weights file.
+        layers: Adapter layers of a model without weights, by the name of the parameter that each adapts.
+        whole: Keys of tensors that replace one of the base model, by its name.
+        rows: Keys of rows of an embedding that were trained, by its name, with their places.
+    """
+
+    given: WeightedAdapter
+    config: Any
+    file: TensorFile
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Its type as in `adapter_config.json`."""
+        return str(self.config.peft_type.value)
+
+    def info(self, key: str) -> TensorInfo:
+        """Dtype and shape of a tensor of the file."""
+        return self.file.tensors[key]
+
+
+def read_adapter(given: WeightedAdapter, trust_patterns: bool = False, in_memory: bool = False) -> OpenAdapter:
+    """Opens the files of an adapter and checks what needs no model.
+
+    Raises:
+        ValueError: If a file is invalid, the type is not registered or changes no weights.
+    """
+    source = AdapterSource(given.path)
+    found = source.config()
+    check_names(found)
+    kind = found.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"peft_type={kind!r} of {given.path} is no registered type; give the folder of an adapter.")
+    if kind in DERIVED and not in_memory:
+        raise NotImplementedError(
+            f"peft_type={kind!r}: its layers are made from the base weights while they are added, so it cannot be "
+            "merged from files; pass in_memory=True, which loads the whole base model."
+        )
+    if not trust_patterns:
+        check_literal({name: value for name, value in found.items() if name != "target_modules"}, source.module_names)
+        if any(name == "target_modules" for name, _ in expressions(found)):
+            found = {**found, "target_modules": sorted(source.module_names())}
+    config = made_config(PEFT_TYPE_TO_CONFIG_MAPPING[kind], found)  # type: ignore[index]
+    weights = open_weights(source.weights().parent, found)
+    return OpenAdapter(given, config, weights)
+
+
+def add_to_model(adapter: OpenAdapter, model: Any) -> None:
+    """Loads an opened adapter onto a hollow model, of its own, and finds its layers and whole tensors.
+
+    Raises:
+        ValueError: If the file does not fit the model; the adapter stays without layers then.
+    """
+    source = AdapterSource(adapter.given.path)
+    if adapter.kind == "LORA" or adapter.kind.startswith(NAMESPACE):
+        checked = copy.deepcopy(adapter.config)
+        vars(checked)[TRUSTS_BASE_WEIGHTS] = True  # the embeddings of the file become those of the result
+        check_saved(source, checked, NAME, model)
+    check_finite(adapter.file)
+    own, adapter.whole, adapter.rows = _sorted(adapter, model)
+    if adapter.kind in WHOLE:
+        if own:
+            raise ValueError(f"{own[0]}: the base has no such tensor; give the adapter's own base.")
+        return
+    loaded = _load(model, adapter.config, {key: adapter.file.read(key) for key in own})
+    adapter.layers = adapted_layers(loaded)
+
+
+def _sorted(
+    adapter: OpenAdapter, model: Any
+) -> tuple[list[str], dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Sorts the tensors of a file into those of the adapter's layers, whole tensors of the base model, and rows."""
+    own, whole, rows = [], {}, {}
+    names = set(model.state_dict())
+    for key in adapter.file.tensors:
+        if ".original_module." in key or key.replace(".modules_to_save.", ".") in adapter.file.tensors.keys() - {key}:
+            continue  # peft also saves a grown embedding from before training, and a second time
+        plain = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".ln_tuning_layers.", ".")
+        if key.endswith((TRAINED_TOKENS, ".trainable_tokens_delta")):
+            module = key.removeprefix(PREFIX).removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter")
+            rows[f"{module}.weight"] = (key, _tokens(adapter, module))
+        elif plain in names and key.startswith(PREFIX):
+            whole[plain] = key
+        else:
+            own.append(key)
+    # peft trains the rows of all tied embeddings, and saves them once; so it does with whole ones, if asked.
+    for source, others in tied_groups(model).items():
+        members = [source, *others]
+        _spread(rows, members)
+        if getattr(adapter.config, "ensure_weight_tying", False):
+            _spread(whole, members)
+    return own, whole, rows
+
+
+def _spread(found: dict[str, Any], names: list[str]) -> None:
+    """Gives the entry that one of several tied tensors has to all."""
+    first = next((found[name] for name in names if name in found), None)
+    if first is not None:
+        found.update({name: found.get(name, first) for name in names})
+
+
+def _tokens(adapter: OpenAdapter, module: str) -> tuple[int, ...]:
+    """Returns the places of trained rows of an embedding, which only the configuration has."""
+    found = (
+        adapter.config.trainable_token_indices if adapter.kind != "TRAINABLE_TOKENS" else adapter.config.token_indices
+    )
+    if isinstance(found, Mapping):
+        ends = [name for name in found if f".{module}".endswith(f".{name}")]
+        found = found[ends[0]] if ends else next(iter(found.values()))
+    return tuple(found)
+
+
+def _load(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> PeftModel:
+    """Adds an adapter to a model and loads its tensors, all of which must find their place."""
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    for name, value in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
+        if hasattr(config, name):
+            setattr(config, name, value)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True  # others decompose the weights, which are not there
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loaded = PeftModel(model, config, NAME)
+            result: Any = set_peft_model_state_dict(loaded, tensors, NAME)
+        except (RuntimeError, AttributeError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"the adapter does not fit the base model ({reason}); give its own.") from error
+        state = get_peft_model_state_dict(loaded, adapter_name=NAME, save_embedding_layers=False)
+    if result.unexpected_keys:
+        raise ValueError(f"{result.unexpected_keys[0]}: the base has no such module; give the adapter's own base.")
+    for key, tensor in tensors.items():
+        if key in state and not torch.equal(state[key], tensor.to(state[key].dtype)):
+            raise ValueError(f"{key} was not loaded as it is in the file; give the adapter's own base.")
+    return loaded.eval()

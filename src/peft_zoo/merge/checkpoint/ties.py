@@ -1,0 +1,105 @@
+"""Tied tensors of a model: whether they are still equal after a merge, and what the files and the configuration need.
+
+transformers ties a head to the input embedding where `tie_word_embeddings` is set and the files have only one of the
+two. A LoRA on one of them makes them differ, so that both must be in the files; other programs need the field changed
+too, or they tie again and lose the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from peft_zoo.common.checks import check
+
+
+@dataclass(frozen=True)
+class TiePlan:
+    """What changes because tied tensors differ.
+
+    Attributes:
+        own: Tensors of the model that need values of their own in the files, by name, with the name of the tensor that
+            they equal before the merge.
+        shared: Tensors of the model that get the values of another one after the merge, by name.
+        untied: Whether `tie_word_embeddings` must become false.
+    """
+
+    own: Mapping[str, str]
+    shared: Mapping[str, str]
+    untied: bool
+
+
+def tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Returns the names of the tensors that are tied to another one, by the name of that one."""
+    groups: dict[str, list[str]] = {}
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        groups.setdefault(source, []).append(name)
+    return groups
+
+
+def plan_ties(
+    model: PreTrainedModel, changes: Mapping[str, Hashable], on_disk: Collection[str], policy: str = "auto"
+) -> TiePlan:
+    """Decides for each group of tied tensors whether they stay tied.
+
+    Args:
+        model: Model without weights, with the configuration of the base.
+        changes: What happens to each changed tensor of the model, by name; equal values mean equal results.
+        on_disk: Names of the tensors of the model that the files have.
+        policy: `"auto"`: tensors that differ get values of their own; `"share"`: what happens to one of them happens to
+            all; `"refuse"`: a ValueError.
+
+    Raises:
+        ValueError: If tensors would differ and `policy` is `"refuse"`, or is `"share"` and two of them change in
+            different ways.
+    """
+    own: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    untied = False
+    for source, others in tied_groups(model).items():
+        members = [source, *others]
+        results = {name: changes.get(name) for name in members}
+        if len(set(results.values())) == 1:
+            continue
+        changed = [name for name in members if results[name] is not None]
+        check(
+            policy != "refuse",
+            "tied",
+            policy,
+            f"{changed[0]} changes and is tied to {next(n for n in members if results[n] != results[changed[0]])}: use "
+            "'auto', which unties them",
+        )
+        if policy == "share":
+            kinds = {results[name] for name in changed}
+            check(len(kinds) == 1, "tied", policy, f"{' and '.join(changed)} change in different ways: use 'auto'")
+            shared.update({name: changed[0] for name in members if results[name] is None})
+            continue
+        stored = next((name for name in members if name in on_disk), source)
+        kept = _keeps_tie(model)
+        for name in members:
+            if name not in on_disk and not (kept and results[name] == results[source]):
+                own[name] = stored
+        untied = untied or not kept
+    return TiePlan(own, shared, untied)
+
+
+def _keeps_tie(model: PreTrainedModel) -> bool:
+    """Whether the configuration must still say that embeddings are tied: T5 and its like scale the head by that."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def untie(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the changes of `config.json`, by path, that untie: on top, and wherever the field stands below."""
+    found: dict[str, Any] = {"tie_word_embeddings": False}
+    pending = [("", config)]
+    while pending:
+        path, part = pending.pop()
+        for key, value in part.items():
+            if isinstance(value, dict):
+                pending.append((f"{path}{key}.", value))
+            elif key == "tie_word_embeddings" and value:
+                found[f"{path}{key}"] = False
+    return found
