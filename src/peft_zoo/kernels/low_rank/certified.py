@@ -91,7 +91,7 @@ def certified_svd(matrix: Tensor, rank: int | None = None, *, error: float | Non
     check(matrix.ndim == 2 and matrix.numel() > 0, "matrix", tuple(matrix.shape), "use a non-empty matrix")
     matrix = matrix.detach()
     smaller = min(matrix.shape)
-    norm = math.sqrt(sum(rows.square().sum().item() for rows in _wide_rows(matrix)))
+    norm = frobenius_norm(matrix)
     check(math.isfinite(norm), "matrix", norm, "its values are not finite; repair or retrain it")
     if smaller <= DENSE:
         return _exact(matrix, norm)
@@ -104,6 +104,17 @@ def certified_svd(matrix: Tensor, rank: int | None = None, *, error: float | Non
         if new <= PRECISION or (math.isfinite(old) and old - new < GAIN * new):
             break
     return found
+
+
+def frobenius_norm(matrix: Tensor) -> float:
+    """Computes the Frobenius norm of a matrix in float64, without a copy of the matrix.
+
+    Examples:
+        >>> import torch
+        >>> frobenius_norm(torch.ones(3, 3))
+        3.0
+    """
+    return math.sqrt(sum(rows.square().sum().item() for rows in _wide_rows(matrix)))
 
 
 def _progress(svd: CertifiedSvd, rank: int | None, error: float | None) -> float:

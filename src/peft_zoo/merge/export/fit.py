@@ -14,6 +14,7 @@ from peft_zoo.common.progress import Progress
 from peft_zoo.io.expert_names import is_expert
 from peft_zoo.io.lora_ranks import RankAndScale
 from peft_zoo.io.safetensors import check_finite
+from peft_zoo.kernels.low_rank.certified import frobenius_norm
 from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, plan_ranks
 from peft_zoo.merge.export.options import DTYPES, ExportOptions
 from peft_zoo.merge.export.report import ExportedModule
@@ -130,7 +131,7 @@ def _fit(
 def _norm(update: Update) -> float:
     """Frobenius norm of an update."""
     if update.factors is None:
-        return update.matrix().double().norm().item()
+        return frobenius_norm(update.matrix())
     B, A = (factor.double() for factor in update.factors)
     return abs(update.scale) * math.sqrt(max(0.0, ((B.mT @ B) * (A @ A.mT)).sum().item()))
 

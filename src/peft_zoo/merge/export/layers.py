@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_zoo.adapters.base import ZooLayer
 from peft_zoo.common.modules import plain_name
 from peft_zoo.io.lora_file import LayerKind
 from peft_zoo.merge.base.exportable import Exportable, dependence
@@ -30,9 +31,9 @@ SELECTED = 256  # columns of an embedding's update up to which it is a product w
 class LayerSource:
     """Updates of an adapter in a model.
 
-    The factors of a layer are read where a formula gives them. Any other layer is copied with float32 weights and
-    merged by its own method: with weights of zeros, which leaves the update, or with those of the base model, which are
-    subtracted afterwards. The model itself stays as it is.
+    The factors of a layer are read where a formula gives them, and our own layers are asked for the update. Any other
+    layer is copied with float32 weights and merged by its own method: with weights of zeros, which leaves the update,
+    or with those of the base model, which are subtracted afterwards. The model itself stays as it is.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class LayerSource:
     def _merged(self, name: str, layer: Any) -> tuple[Tensor, float]:
         """Merges a copy of a layer; returns the change of its weight as a matrix, in float32, and the weight's norm."""
         base = layer.get_base_layer()
+        if not self._needs_base and isinstance(layer, ZooLayer):
+            return _matrix(base, layer.get_delta_weight(self._name)), 0.0
         old = {part: self._start(name, part, value) for part, value in base.named_parameters(recurse=False)}
         memo = {
             id(value): nn.Parameter(old[part].clone(), False) for part, value in base.named_parameters(recurse=False)
