@@ -58,6 +58,7 @@ EXPECTED = (
     ("PeftModel.*", RAW, "*unhashable type*", UNPARSED),
     ("PeftModel.*", MEMORY, "*config_large*", UNPARSED),
     ("PeftModel.*", WRONG, "*peft_type*", STOCK),
+    ("PeftModel.*", MEMORY, "*peft_type*", STOCK),
     ("recipe: *", RAW, "*config_t*", UNPARSED),
     ("recipe: *", RAW, "*peft_type*", UNPARSED),
     ("recipe: *", RAW, "*HFValidationError*", "peft looks on the Hub for weights that a folder lacks"),
