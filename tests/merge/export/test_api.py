@@ -96,6 +96,16 @@ def test_the_smallest_ranks_of_an_error(snell: Path, per_layer: bool, tmp_path: 
     assert [row.rank for row in energy.modules] == [row.rank for row in report.modules] or not per_layer
 
 
+def test_an_error_that_the_dtype_does_not_allow(snell: Path, tmp_path: Path) -> None:
+    report = export_lora(snell, tmp_path / "out", max_error=0.1, dtype="bfloat16", verify=False)
+    assert report.worst.error <= 0.1 and load_file(tmp_path / "out" / WEIGHTS).popitem()[1].dtype is torch.bfloat16
+    with pytest.raises(ValueError, match=r"max_error=0\.001: the error is 0\.0.* in torch\.bfloat16"):
+        export_lora(snell, tmp_path / "no", max_error=0.001, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"max_error=0\.001.*dtype"):
+        export_lora(snell, tmp_path / "no", max_error=0.001, dtype="bfloat16", per_layer=False)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_budget_and_multiples(snell: Path, tmp_path: Path) -> None:
     report = export_lora(snell, tmp_path / "out", budget=20 * 192, rank_multiple_of=4, verify=False)
     assert report.parameters <= 20 * 192 and all(row.rank % 4 == 0 for row in report.modules)

@@ -14,9 +14,9 @@ from peft_zoo.common.progress import Progress
 from peft_zoo.io.expert_names import is_expert
 from peft_zoo.io.lora_ranks import RankAndScale
 from peft_zoo.io.safetensors import check_finite
-from peft_zoo.kernels.low_rank.certified import frobenius_norm
+from peft_zoo.kernels.low_rank.certified import PRECISION, frobenius_norm
 from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, plan_ranks
-from peft_zoo.merge.export.options import DTYPES, ExportOptions
+from peft_zoo.merge.export.options import ExportOptions
 from peft_zoo.merge.export.report import ExportedModule
 from peft_zoo.merge.export.source import UpdateSource
 from peft_zoo.merge.export.updates import Update, decompose, error_of
@@ -24,6 +24,7 @@ from peft_zoo.merge.export.updates import Update, decompose, error_of
 LISTED = (8, 16, 32, 64)  # ranks whose errors a refusal lists
 MOST_EXACT = 256  # largest rank that is exported exactly without being asked for
 PLANNED = 256  # largest rank that a shared budget or error considers
+MOST_TRIES = 4  # ranks tried if rounding makes an error larger than it was asked to be
 PROBES = 4  # random inputs of each module with which the result is checked
 
 
@@ -82,9 +83,23 @@ def fit_all(source: UpdateSource, names: list[str], options: ExportOptions, prog
                 owner = f"{name} of a {source.label}" if source.exact else f"a {source.label}"
                 raise ValueError(_no_exact(source, names, progress, f"{owner} has no exact LoRA"))
         found[name] = _fit(source, name, update, rank, scale, options)
+    _check_shared_error(found, options)
     experts = [name for name in names if is_expert(name)]
     most = max((len(found[name].A) for name in experts), default=0)
     return {name: fit.padded(most) if name in experts else fit for name, fit in found.items()}
+
+
+def _check_shared_error(fits: Mapping[str, Fit], options: ExportOptions) -> None:
+    """Raises a ValueError if rounding has made the error of all updates together larger than it may be."""
+    if options.max_error is None or options.per_layer or options.moments is not None:
+        return
+    rows = [fit.row for fit in fits.values()]
+    lost, total = math.hypot(*(row.lost for row in rows)), math.hypot(*(row.norm for row in rows))
+    if lost > options.max_error * total * (1 + 1e-3) + PRECISION * total:
+        raise ValueError(
+            f"max_error={options.max_error}: the error of all updates together is {lost / total:.2g} in the dtype of "
+            "the factors; pass dtype='float32', or allow a larger one."
+        )
 
 
 def _exact_rank(update: Update) -> int | None:
@@ -102,30 +117,46 @@ def _fit(
     source: UpdateSource, name: str, update: Update, rank: int | None, scale: float | None, options: ExportOptions
 ) -> Fit:
     """Finds the factors of one module; `rank` None: those of the options' error."""
-    moment, module = options.moment(name), source.modules[name]
-    dtype = module.dtype if options.dtype == "adapter" else DTYPES[options.dtype]
     exact = update.factors
     if exact is not None and rank is not None and len(exact[1]) <= rank:
-        (B, A), method = exact, "exact"
         factor, new_scale = (1.0, scale) if scale is not None else (update.scale, 1.0)
-        B = B if factor == 1 else B.double() * factor
-    else:
-        found = decompose(update, rank, error=None if rank is not None else options.error, moment=moment)
-        wanted = rank if rank is not None else found.rank(options.error or 0.0)
-        step = options.rank_multiple_of
-        B, A = found.factors(min(math.ceil(wanted / step) * step, update.limit, len(found.singular_values)))
-        method, new_scale = found.method, 1.0
+        B = exact[0] if factor == 1 else exact[0].double() * factor
+        return _stored(source, name, update, (B, exact[1], new_scale, "exact"), options)
+    bound = None if rank is not None else options.error
+    found = decompose(update, rank, error=bound, moment=options.moment(name))
+    wanted = rank if rank is not None else found.rank(options.error or 0.0)
+    step, most = options.rank_multiple_of, min(update.limit, len(found.singular_values))
+    tried = range(min(math.ceil(wanted / step) * step, most), most + 1, step)
+    for tries, new_rank in enumerate(tried, 1):  # rounding to the dtype may need some more directions
+        fit = _stored(source, name, update, (*found.factors(new_rank), 1.0, found.method), options)
+        error = fit.row.error if fit.row.output_error is None else fit.row.output_error
+        if bound is None or error <= bound + PRECISION:
+            return fit
+        if tries == MOST_TRIES:
+            break
+    raise ValueError(
+        f"{name}: {options.chosen}={getattr(options, options.chosen or '')}: the error is {error:.2g} in "
+        f"{fit.B.dtype}, whatever the rank; pass dtype='float32', or allow a larger one."
+    )
+
+
+def _stored(
+    source: UpdateSource, name: str, update: Update, found: tuple[Tensor, Tensor, float, str], options: ExportOptions
+) -> Fit:
+    """Rounds B and A to the dtype of the LoRA and computes their error; `found` has their scale and method too."""
+    B, A, scale, method = found
+    moment, dtype = options.moment(name), options.dtype_of(source.modules[name].dtype)
     B, A = check_finite(f"{name}: B", B.to(dtype)), check_finite(f"{name}: A", A.to(dtype))
     row = ExportedModule(
         name=name,
         rank=len(A),
-        error=error_of(update, B, A, new_scale),
+        error=error_of(update, B, A, scale),
         norm=_norm(update),
         method=method,
         parameters=len(A) * (len(B) + A.shape[1]),
-        output_error=None if moment is None else error_of(update, B, A, new_scale, moment),
+        output_error=None if moment is None else error_of(update, B, A, scale, moment),
     )
-    return Fit(row, B.cpu(), A.cpu(), new_scale)
+    return Fit(row, B.cpu(), A.cpu(), scale)
 
 
 def _norm(update: Update) -> float:
@@ -166,10 +197,11 @@ def _shared_ranks(
     for name in progress(names, "decompose"):
         update, module = source.update(name), source.modules[name]
         limit = min(update.limit, PLANNED)
-        values = decompose(update, limit, moment=options.moment(name)).singular_values[:limit]
-        dtype = module.dtype if options.dtype == "adapter" else DTYPES[options.dtype]
-        spectra[name] = Spectrum(values, max(1, len(values)), sum(update.shape), dtype.itemsize)
-        totals[name] = _norm(update) ** 2
+        found = decompose(update, limit, moment=options.moment(name))
+        values = found.singular_values[:limit]
+        itemsize = options.dtype_of(module.dtype).itemsize
+        spectra[name] = Spectrum(values, max(1, len(values)), sum(update.shape), itemsize)
+        totals[name] = found.norm**2
     if options.budget is not None:
         target = RankTarget(budget=options.budget, rank_multiple_of=options.rank_multiple_of)
         return plan_ranks(spectra, target)
@@ -208,8 +240,8 @@ def _no_exact(source: UpdateSource, names: list[str], progress: Progress, why: s
     lost, total = [0.0] * len(LISTED), 0.0
     for name in progress(names, "decompose"):
         update = source.update(name)
-        found, square = decompose(update, min(LISTED[-1], update.limit)), _norm(update) ** 2
-        total += square
-        lost = [one + square * found.error(rank) ** 2 for one, rank in zip(lost, LISTED, strict=True)]
+        found = decompose(update, min(LISTED[-1], update.limit))
+        total += found.norm**2
+        lost = [one + found.norm**2 * found.error(rank) ** 2 for one, rank in zip(lost, LISTED, strict=True)]
     errors = "/".join(f"{math.sqrt(one / total) if total else 0.0:.2g}" for one in lost)
     return f"rank=None: {why}; errors at r={'/'.join(map(str, LISTED))}: {errors}; pass rank=, max_error= or energy=."

@@ -90,6 +90,10 @@ class ExportOptions:
             return math.sqrt(1 - self.energy)
         return self.max_error if self.per_layer else None
 
+    def dtype_of(self, stored: torch.dtype) -> torch.dtype:
+        """Returns the dtype of the factors of a module whose adapter is stored in another one."""
+        return stored if self.dtype == "adapter" else DTYPES[self.dtype]
+
     def moment(self, name: str) -> Tensor | None:
         """Second moment of a module's inputs; None without moments."""
         if self.moments is None:

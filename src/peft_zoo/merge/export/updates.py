@@ -69,6 +69,10 @@ class Decomposition(Protocol):
     def singular_values(self) -> Tensor:
         """Singular values that are known, `(k,)`, float64, descending."""
 
+    @property
+    def norm(self) -> float:
+        """Norm of the whole update."""
+
     def error(self, rank: int) -> float:
         """Returns the relative error of the approximation of a rank."""
 
@@ -115,6 +119,10 @@ class _Factored:
     def singular_values(self) -> Tensor:
         return self.svd.singular_values
 
+    @property
+    def norm(self) -> float:
+        return self.svd.singular_values.norm().item()
+
     def error(self, rank: int) -> float:
         return self.svd.error(rank)
 
@@ -142,6 +150,10 @@ class _Dense:
     @property
     def singular_values(self) -> Tensor:
         return self.svd.S
+
+    @property
+    def norm(self) -> float:
+        return self.svd.norm
 
     def error(self, rank: int) -> float:
         return self.svd.error(rank)
