@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -333,6 +334,17 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         save_file({f"layer.{key}": tensor.contiguous()}, path, metadata={"counts": '{"layer": 1}'})
         with pytest.raises(ValueError, match=r"file: 'layer\.\w+' is torch.float"):
             load_moments(path)
+    for values, reason in (([1, -1], "negative mean squares"), ([1, torch.inf], "not|non-finite")):
+        save_file(
+            {"layer.inputs": torch.tensor(values, dtype=torch.float32)}, path, metadata={"counts": '{"layer": 1}'}
+        )
+        with pytest.raises(ValueError, match=rf"layer\.inputs.*{reason}"):
+            load_moments(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="named pipe"):
+        load_moments(path)
+    path.unlink()
     path.write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="file was not written by save_moments"):
         load_moments(path)

@@ -49,6 +49,9 @@ def test_a_file_takes_flag_names_with_either_dash(tmp_path: Path) -> None:
     settings = resolve_settings(Flags, {"source": "a"}, layer)
     assert settings == Flags("a", 4, 1e-3, True, ["q", "v"], {"r": "16", "bias": "none"})
     assert read_settings_file(write(tmp_path / "run.yaml", "batch-size: null"), Flags) == {}
+    date = read_settings_file(write(tmp_path / "run.yaml", "batch-size: 2020-01-01"), Flags)
+    with pytest.raises(SettingError, match=r"--batch-size.*2020-01-01"):
+        resolve_settings(Flags, {"source": "a"}, date)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,10 @@ def test_a_file_takes_flag_names_with_either_dash(tmp_path: Path) -> None:
         ("- quick", ["no mapping"]),
         ("a: [", ["is not YAML"]),
         ("set: 3", ["set cannot be 3"]),
+        ("a: " + "[" * 5000, ["is not YAML"]),
+        ("batch-size: " + "9" * 5000, ["is not YAML"]),
+        ("quick: true\nquick: false", ["'quick' twice"]),
+        ("#" * (1 << 20) + "\nquick: true", ["1048576 characters"]),
         (None, ["cannot be read"]),
     ],
 )

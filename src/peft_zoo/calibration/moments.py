@@ -27,14 +27,16 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_zoo.calibration.collector import Hook, Sums, adapted_layers, forward_hooks, full_precision
 from peft_zoo.calibration.rows import convolution_patches, linear_rows, select_rows
 from peft_zoo.common.atomic import replaced_file
+from peft_zoo.common.checks import check
 from peft_zoo.common.modules import evaluation_mode
+from peft_zoo.io.safetensors import TensorFile
+from peft_zoo.io.strict_json import parse_json
 
 Kind = Literal["diagonal", "full"]
 FIELDS = ("inputs", "outputs")
@@ -346,7 +348,7 @@ def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
         path: The file.
 
     Raises:
-        ValueError: If the file was not written by `save_moments`.
+        ValueError: If the file was not written by `save_moments`, or has values that moments cannot have.
 
     Examples:
         >>> import tempfile
@@ -356,17 +358,20 @@ def load_moments(path: str | os.PathLike[str]) -> dict[str, Moments]:
         tensor([1., 1., 1., 1.])
     """
     try:
-        with safe_open(os.fspath(path), "pt") as file:
-            listed = json.loads((file.metadata() or {})["counts"])
-            counts: dict[str, int] = {name: int(count) for name, count in listed.items()}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{os.fspath(path)} was not written by save_moments: {error!r}") from error
+        with TensorFile(Path(path)) as file:
+            counts: dict[str, int] = parse_json(file.metadata.get("counts", "").encode())
+            tensors = {key: file.read_finite(key) for key in file.tensors}
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} was not written by save_moments: {error}") from error
+    for name, count in counts.items():
+        check(type(count) is int and count >= 0, f"{os.fspath(path)}: count of {name}", count, "save a number of rows")
     for key, tensor in tensors.items():
         name, _, which = key.rpartition(".")
         square = tensor.dim() in (1, 2) and len(set(tensor.shape)) == 1
         if name not in counts or which not in FIELDS or tensor.dtype != torch.float32 or not square:
             shape = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"{os.fspath(path)}: {key!r} is {shape}; save float32 (n,) or (n, n) and the row count")
+        if ((tensor if tensor.dim() == 1 else tensor.diagonal()) < 0).any():
+            raise ValueError(f"{os.fspath(path)}: {key!r} has negative mean squares; calibrate again.")
     get = tensors.get
     return {name: Moments(get(f"{name}.inputs"), get(f"{name}.outputs"), count) for name, count in counts.items()}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from peft_zoo.common.values import SettingError, as_text, parse_value, unknown
 
+LONGEST_FILE = 1 << 20  # characters of a YAML file
 Layer = Mapping[str, Any]
 Settings = TypeVar("Settings")
 
@@ -88,18 +89,26 @@ def read_settings_file(path: str | Path, cls: type[Any]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST_FILE + 1)
+        if len(text) > LONGEST_FILE:
+            raise ValueError(f"it has more than {LONGEST_FILE} characters")
+        content = yaml.safe_load(text)
+        node: Any = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise SettingError(
             f"--config {str(path)!r} cannot be read: {error.strerror}; give an existing YAML file."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of bytes, numbers, nested lists
         reason = " ".join(str(error).split())
         raise SettingError(
             f"--config {str(path)!r} is not YAML ({reason}): write lines such as 'steps: 60'."
         ) from error
     if not isinstance(content, dict):
         raise SettingError(f"--config {str(path)!r} is no mapping: write lines such as 'steps: 60'.")
+    keys = [key.value for key, _ in node.value]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise SettingError(f"--config {str(path)!r} has the key {twice!r} twice: remove one.")
     hints = typing.get_type_hints(cls)
     valid = {written(item)[2:]: item.name for item in setting_fields(cls) if not item.metadata.get("positional")}
     layer: dict[str, Any] = {}

@@ -75,7 +75,7 @@ def parse_value(text: str, hint: Any, field: str) -> Any:
 
 def as_text(value: Any) -> str:
     """Returns a value from YAML or Python as the text that a user would write on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _kind(hint: Any) -> Any:
