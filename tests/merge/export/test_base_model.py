@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -10,7 +13,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from peft_zoo import SnellConfig
 from peft_zoo.merge import export_lora
+from tests.merge import models
 from tests.merge.samples import saved
 
 SMALL = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=16)
@@ -50,6 +55,39 @@ def test_sizes_and_weights_come_from_the_folder(kind: str, folder: Path, tmp_pat
     assert report.error < 1e-5
     plain = GPT2LMHeadModel.from_pretrained(folder)(TOKENS).logits
     assert (after(TOKENS).logits - plain).abs().max() > 0.01
+
+
+ARCHITECTURES = [
+    (models.mixtral, "all-linear"),
+    pytest.param(models.qwen, "all-linear", marks=pytest.mark.full),
+    (models.t5, "all-linear"),
+    pytest.param(models.gpt2, ["c_attn", "c_fc"], marks=pytest.mark.full),
+    (models.deepseek, ["q_a_proj", "o_proj"]),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("make", "targets"), ARCHITECTURES)
+def test_each_kind_of_model(make: Callable[[], Any], targets: Any, tmp_path: Path) -> None:
+    plain = make()
+    config = SnellConfig(r=4, target_modules=targets, init_weights=False)
+    model = get_peft_model(copy.deepcopy(plain), config).eval()
+    saved(tmp_path / "in", model)
+    plain.save_pretrained(tmp_path / "base")
+    export_lora(tmp_path / "in", tmp_path / "out", base=tmp_path / "base", rank=64, verify=False)
+    tokens = torch.arange(10)[None]
+    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if make is models.t5 else {})}
+    with torch.no_grad():
+        before, wanted = plain(**inputs).logits, model(**inputs).logits
+        found = PeftModel.from_pretrained(plain, tmp_path / "out")(**inputs).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted - before).abs().max() > 0.1
+
+
+def test_dense_layers_that_peft_takes_for_experts_are_refused(tmp_path: Path) -> None:
+    model = get_peft_model(models.deepseek(), SnellConfig(r=4, target_modules=["down_proj"], init_weights=False))
+    with pytest.raises(NotImplementedError, match=r"layers\.0\.mlp\.down_proj"):
+        export_lora(model, tmp_path / "out", rank=4)
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
