@@ -23,6 +23,8 @@ from peft_zoo.merge.export.updates import Update
 Values = Callable[[str], Tensor]
 """Function from the name of a parameter of the base model to its values."""
 
+UNFIT = (RuntimeError, AttributeError, TypeError, LookupError, AssertionError, ArithmeticError, ImportError)
+"""What peft raises for a configuration and tensors that do not fit a model, beside a ValueError."""
 EPSILON = 2.0**-22  # relative error of a merged float32 weight
 MOST_NOISE = 1e-4  # largest relative error of an update that counts as rounding
 SELECTED = 256  # columns of an embedding's update up to which it is a product with rows of the identity matrix
@@ -76,11 +78,15 @@ class LayerSource:
     def update(self, name: str) -> Update:
         """Computes the update of one module."""
         layer = self._layers[name]
-        with torch.no_grad():
-            factors = None if self._read is None else self._read(layer, self._name)
-            if factors is not None:
-                return Update(*factors)
-            matrix, size = self._merged(name, layer)
+        try:
+            with torch.no_grad():
+                factors = None if self._read is None else self._read(layer, self._name)
+                if factors is not None:
+                    return Update(*factors)
+                matrix, size = self._merged(name, layer)
+        except UNFIT as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{name}: the layer cannot be merged ({reason}); save the adapter again.") from error
         used = matrix.any(0).nonzero()[:, 0]
         if self.modules[name].kind == "embedding" and 0 < len(used) <= SELECTED:  # trained tokens
             rows = nn.functional.one_hot(used, matrix.shape[1]).float()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_saved, made_config
 from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, expressions
+from peft_zoo.common.checks import check
 from peft_zoo.io import LoraAdapter, TensorFile
 from peft_zoo.io.extra_keys import EMBEDDINGS
 from peft_zoo.io.lora_file import open_weights
@@ -25,12 +26,14 @@ from peft_zoo.merge.base.exportable import READS_BASE, exportable
 from peft_zoo.merge.export.base_model import BaseModel, open_base
 from peft_zoo.merge.export.factors import FILE_SIZES
 from peft_zoo.merge.export.hollow import hollow_linears
-from peft_zoo.merge.export.layers import LayerSource
+from peft_zoo.merge.export.layers import UNFIT, LayerSource
 from peft_zoo.merge.export.options import ExportOptions
 from peft_zoo.merge.export.source import EMBEDDING, PREFIX, FileSource, UpdateSource, extra_of, extras
 from peft_zoo.registration import NAMESPACE
 
 NAME = "default"
+ALLOCATED = ("r", "init_r", "rank_pattern", "n_frequency", "n_frequency_pattern", "num_vectors", "theta_d_length", "u")
+"""Fields of peft's configurations whose numbers are sizes of tensors."""
 UNSEEN = "without base= every adapted layer is taken for a linear one; pass it if some are embeddings or convolutions"
 
 
@@ -119,6 +122,7 @@ def _of_folder(
     if needs == "with_base" and base is None:
         raise ValueError(f"peft_type={kind!r}: the update depends on the base weights; pass base=, the base model.")
     own = [key for key in file.tensors if extra_of(key, source.config()) is None]
+    _check_sizes(config, file)
     if not options.trust_patterns:
         _replace_expressions(config, source.config(), _shapes(config, file, own))
     if base is None:
@@ -148,6 +152,16 @@ def _is_of_base(key: str, file: TensorFile, base: BaseModel) -> bool:
         return False
     value = base.value(key.removeprefix(PREFIX).replace(".base_layer.", "."))
     return value.shape == file.tensors[key].shape and torch.equal(file.read(key).to(value.dtype), value)
+
+
+def _check_sizes(config: Any, file: TensorFile) -> None:
+    """Raises a ValueError for a size in the configuration that would take memory and that no tensor of the file has."""
+    largest = max((info.numel for info in file.tensors.values()), default=0)
+    for name in ALLOCATED:
+        value = getattr(config, name, None)
+        for number in value.values() if isinstance(value, dict) else [value]:
+            small = not isinstance(number, (int, float)) or number <= max(1024, largest)
+            check(small, name, number, f"the largest tensor of the file has {largest} elements")
 
 
 def _replace_expressions(config: Any, found: Mapping[str, Any], modules: Collection[str]) -> None:
@@ -205,7 +219,7 @@ def _load(target: nn.Module, config: Any, tensors: dict[str, Tensor]) -> PeftMod
         try:
             model = PeftModel(target, config, NAME)
             set_peft_model_state_dict(model, tensors, NAME)
-        except (RuntimeError, AttributeError, TypeError, KeyError) as error:
+        except UNFIT as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the adapter does not fit the base model ({reason}); give its own.") from error
         state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
