@@ -200,7 +200,14 @@ def test_damaged_and_misplaced_adapters(snell: Path, tmp_path: Path) -> None:
     (tmp_path / "loha" / CONFIG).write_text(json.dumps({**fields, "rank_pattern": {"(a+)+b": 3}}))
     with pytest.raises(ValueError, match="regular expression"):
         export_lora(tmp_path / "loha", tmp_path / "out")
-    for wrong in ({"r": 60_000}, {"r": "4"}, {"alpha": None}, {"rank_pattern": {"a": 60_000}}, {"rank_pattern": 3}):
+    for wrong in (
+        {"r": 60_000},
+        {"r": "4"},
+        {"alpha": None},
+        {"rank_pattern": {"a": 60_000}},
+        {"rank_pattern": 3},
+        {"new": 1},
+    ):
         (tmp_path / "loha" / CONFIG).write_text(json.dumps({**fields, **wrong}))
         with pytest.raises(ValueError, match=rf"{next(iter(wrong))}|adapter"):
             export_lora(tmp_path / "loha", tmp_path / "out")

@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_saved, made_config
+from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_fields, check_saved, made_config
 from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, expressions
 from peft_zoo.common.checks import check
 from peft_zoo.io import LoraAdapter, TensorFile
@@ -67,6 +67,7 @@ def _config(source: AdapterSource) -> Any:
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"peft_type={kind!r} is no registered type; give the folder of an adapter.")
     _refuse_no(kind)
+    check_fields(found, PEFT_TYPE_TO_CONFIG_MAPPING[kind])  # type: ignore[index]
     return made_config(PEFT_TYPE_TO_CONFIG_MAPPING[kind], found)  # type: ignore[index]
 
 
