@@ -275,14 +275,33 @@ def _todays_keys(
     """Returns the tensors of a file as peft converts them if transformers has changed the model's layers since."""
     if config.peft_type != "LORA":
         return dict(infos)
+    tensors = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()}
+    converted = todays_tensors(tensors, config, adapter_name, tuner)
+    return {key: TensorInfo.of(tensor) for key, tensor in converted.items()}
+
+
+def todays_tensors(
+    tensors: Mapping[str, Tensor], config: Any, adapter_name: str, tuner: BaseTuner
+) -> dict[str, Tensor]:
+    """Returns the tensors of a LoRA's file by the keys that the model has today.
+
+    If transformers has changed the model's layers since the file was saved, peft renames and joins tensors while it
+    loads them.
+
+    Args:
+        tensors: Tensors by key, as in the file.
+        config: Configuration of the adapter.
+        adapter_name: Name of the adapter in the model.
+        tuner: The model's tuner.
+    """
+    if config.peft_type != "LORA":
+        return dict(tensors)
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
 
-    tensors = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()}
-    converted = convert(tuner.model, config, tensors, adapter_name)
     strip = type(tuner)._remove_adapter_name_from_key
     return {
-        key if key in infos else f"{_PREFIX}model.{strip(key, adapter_name)}": TensorInfo.of(t)
-        for key, t in converted.items()
+        key if key in tensors else f"{_PREFIX}model.{strip(key, adapter_name)}": tensor
+        for key, tensor in convert(tuner.model, config, dict(tensors), adapter_name).items()
     }
 
 
@@ -320,9 +339,10 @@ def _check_embedding(
         name.removeprefix(f"{_PREFIX}model.").replace(".base_layer.", "."): value
         for name, value in model.named_parameters(remove_duplicate=False)
     }
-    is_embedding = any(part in EMBEDDING_LAYER_NAMES for part in bare.split("."))
-    value = parameters.get(bare) if is_embedding and key in file.tensors else None
-    if value is not None and value.shape == file.tensors[key].shape:
+    value = parameters.get(bare) if key in file.tensors else None
+    is_named = any(part in EMBEDDING_LAYER_NAMES for part in bare.split("."))
+    is_embedding = value is not None and (is_named or id(value) in _embeddings(model))
+    if value is not None and is_embedding and value.shape == file.tensors[key].shape:
         if trust_base_weights or same_values(file.read(key), value):
             return
         raise ValueError(
@@ -332,6 +352,19 @@ def _check_embedding(
     near = difflib.get_close_matches(key, expected, 1)
     hint = f"; the nearest name that is: {near[0]!r}" if near else ""
     raise ValueError(f"{key!r} in the weights file is no tensor of this adapter in this model{hint}.")
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """Returns the ids of the parameters of a model's embeddings, which have other names in some models."""
+    found: set[int] = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, name)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(module, nn.Module):
+            found.update(id(parameter) for parameter in module.parameters())
+    return found
 
 
 def same_values(tensor: Tensor, value: Tensor) -> bool:

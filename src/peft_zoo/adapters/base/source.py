@@ -174,12 +174,12 @@ def _numbers(value: Any, name: str, depth: int = 0) -> Iterator[int | float]:
 def expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields field and text of each regular expression in a configuration, other than names of modules.
 
-    peft uses as expressions: `target_modules` and `exclude_modules` if they are a text, `layers_pattern`, the entries
-    of `modules_to_save`, and the keys of every field that ends in `_pattern`.
+    peft uses as expressions: `target_modules`, `exclude_modules` and `feedforward_modules` if they are a text,
+    `layers_pattern`, the entries of `modules_to_save`, and the keys of every field that ends in `_pattern`.
     """
     for name, value in config.items():
         texts: Iterable[Any] = ()
-        if name in ("target_modules", "exclude_modules"):
+        if name in ("target_modules", "exclude_modules", "feedforward_modules"):
             texts = [value] if isinstance(value, str) and value not in _SHORTHANDS else ()
         elif name.endswith("_pattern") or name == "modules_to_save":
             texts = value or () if isinstance(value, (Mapping, list, tuple, set)) else [] if value is None else [value]

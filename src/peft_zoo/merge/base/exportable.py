@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
@@ -28,8 +29,28 @@ PEFT_TYPES: dict[str, Exportable] = {
 READS_BASE = ("ADAMSS", "DEFT", "FROD", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA")
 """Types whose layers read the base weights while they are added to a model."""
 
-DERIVED = ("ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA")
+DERIVED = ("ADAMSS", "FROD", "OSF", "PSOFT")
 """Those of them that keep what they made of the base weights and do not store it in the adapter's file."""
+
+
+def derived_by(fields: Mapping[str, Any]) -> str | None:
+    """Returns the field because of which the layers of an adapter are made from the base weights; None if none is.
+
+    Such an adapter needs the whole base model: its file does not have what its layers made of the weights.
+
+    Args:
+        fields: Fields of `adapter_config.json`.
+
+    Examples:
+        >>> derived_by({"peft_type": "OSF"}), derived_by({"peft_type": "LORA"})
+        ("peft_type='OSF'", None)
+    """
+    kind = str(fields.get("peft_type"))
+    if kind in DERIVED:
+        return f"peft_type={kind!r}"
+    if kind == "SUPERTUNING" and not fields.get("save_precomputed_indices", True):
+        return "save_precomputed_indices=False"
+    return None
 
 
 def exportable(kind: str | PeftConfig) -> Exportable:

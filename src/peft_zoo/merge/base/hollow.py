@@ -7,6 +7,7 @@ read values of the base while they are injected, see `exportable.DERIVED`; they 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,28 @@ def make_hollow(model: nn.Module, dtype: Callable[[str, Tensor], torch.dtype] | 
                     new = hollow_like(tensor, wanted)
                     made[id(tensor)] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
                 own[name] = made[id(tensor)]
+
+
+def hollow_copy(model: nn.Module) -> Any:
+    """Returns a copy of a model, possibly on the meta device, whose parameters and buffers take no memory."""
+    memo: dict[int, Any] = {id(buffer): hollow_like(buffer) for buffer in model.buffers()}
+    memo |= {id(parameter): nn.Parameter(hollow_like(parameter), False) for parameter in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def hollow_linears(sizes: Mapping[str, tuple[int, int]]) -> nn.Module:
+    """Returns a model of linear layers without memory, from their names and sizes `(out, in)`."""
+    model = nn.Module()
+    for name, (rows, columns) in sizes.items():
+        *parents, last = name.split(".")
+        owner = model
+        for part in parents:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.add_module(last, nn.Linear(columns, rows, bias=False, device="meta"))
+    make_hollow(model)
+    return model
 
 
 def hollow_model(source: Checkpoint, changes: Mapping[str, Any] | None = None, dtype: Any = None) -> Any:

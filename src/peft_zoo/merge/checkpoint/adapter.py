@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
-
-from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_saved, made_config
-from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, expressions
+from peft_zoo.adapters.base.source import AdapterSource
 from peft_zoo.io.extra_keys import TRAINED_TOKENS
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_file import open_weights
-from peft_zoo.io.lora_settings import check_names
 from peft_zoo.io.safetensors import TensorFile
-from peft_zoo.merge.base.exportable import DERIVED
 from peft_zoo.merge.base.hollow import adapted_layers
+from peft_zoo.merge.base.skeleton import (
+    PREFIX,
+    check_files,
+    checked_fields,
+    configuration,
+    load_layers,
+    refuse_derived,
+)
 from peft_zoo.merge.checkpoint.options import WeightedAdapter
 from peft_zoo.merge.checkpoint.ties import tied_groups
-from peft_zoo.registration import NAMESPACE
 
-PREFIX = "base_model.model."
 NAME = "default"
 WHOLE = ("LN_TUNING", "TRAINABLE_TOKENS")
 """Types whose files only have whole tensors or rows of the base model."""
@@ -70,23 +65,15 @@ def read_adapter(given: WeightedAdapter, trust_patterns: bool = False, in_memory
         ValueError: If a file is invalid, the type is not registered or changes no weights.
     """
     source = AdapterSource(given.path)
-    found = source.config()
-    check_names(found)
-    kind = found.get("peft_type")
-    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"peft_type={kind!r} of {given.path} is no registered type; give the folder of an adapter.")
-    if kind in DERIVED and not in_memory:
-        raise NotImplementedError(
-            f"peft_type={kind!r}: its layers are made from the base weights while they are added, so it cannot be "
-            "merged from files; pass in_memory=True, which loads the whole base model."
-        )
-    if not trust_patterns:
-        check_literal({name: value for name, value in found.items() if name != "target_modules"}, source.module_names)
-        if any(name == "target_modules" for name, _ in expressions(found)):
-            found = {**found, "target_modules": sorted(source.module_names())}
-    config = made_config(PEFT_TYPE_TO_CONFIG_MAPPING[kind], found)  # type: ignore[index]
+    found = checked_fields(source)
+    if not in_memory:
+        refuse_derived(found)
     weights = open_weights(source.weights().parent, found)
-    return OpenAdapter(given, config, weights)
+    try:
+        return OpenAdapter(given, configuration(found, weights.tensors, trust_patterns), weights)
+    except BaseException:
+        weights.close()
+        raise
 
 
 def add_to_model(adapter: OpenAdapter, model: Any) -> None:
@@ -96,18 +83,13 @@ def add_to_model(adapter: OpenAdapter, model: Any) -> None:
         ValueError: If the file does not fit the model; the adapter stays without layers then.
     """
     source = AdapterSource(adapter.given.path)
-    if adapter.kind == "LORA" or adapter.kind.startswith(NAMESPACE):
-        checked = copy.deepcopy(adapter.config)
-        vars(checked)[TRUSTS_BASE_WEIGHTS] = True  # the embeddings of the file become those of the result
-        check_saved(source, checked, NAME, model)
-    check_finite(adapter.file)
+    check_files(source, adapter.config, NAME, model, adapter.file)
     own, adapter.whole, adapter.rows = _sorted(adapter, model)
     if adapter.kind in WHOLE:
         if own:
             raise ValueError(f"{own[0]}: the base has no such tensor; give the adapter's own base.")
         return
-    loaded = _load(model, adapter.config, {key: adapter.file.read(key) for key in own})
-    adapter.layers = adapted_layers(loaded)
+    adapter.layers = adapted_layers(load_layers(model, adapter.config, adapter.file, own, NAME))
 
 
 def _sorted(
@@ -152,29 +134,3 @@ def _tokens(adapter: OpenAdapter, module: str) -> tuple[int, ...]:
         ends = [name for name in found if f".{module}".endswith(f".{name}")]
         found = found[ends[0]] if ends else next(iter(found.values()))
     return tuple(found)
-
-
-def _load(model: nn.Module, config: Any, tensors: dict[str, Tensor]) -> PeftModel:
-    """Adds an adapter to a model and loads its tensors, all of which must find their place."""
-    config = copy.deepcopy(config)
-    config.inference_mode = True
-    for name, value in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
-        if hasattr(config, name):
-            setattr(config, name, value)
-    if isinstance(getattr(config, "init_lora_weights", None), str):
-        config.init_lora_weights = True  # others decompose the weights, which are not there
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            loaded = PeftModel(model, config, NAME)
-            result: Any = set_peft_model_state_dict(loaded, tensors, NAME)
-        except (RuntimeError, AttributeError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"the adapter does not fit the base model ({reason}); give its own.") from error
-        state = get_peft_model_state_dict(loaded, adapter_name=NAME, save_embedding_layers=False)
-    if result.unexpected_keys:
-        raise ValueError(f"{result.unexpected_keys[0]}: the base has no such module; give the adapter's own base.")
-    for key, tensor in tensors.items():
-        if key in state and not torch.equal(state[key], tensor.to(state[key].dtype)):
-            raise ValueError(f"{key} was not loaded as it is in the file; give the adapter's own base.")
-    return loaded.eval()

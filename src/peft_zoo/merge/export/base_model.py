@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from peft_zoo.io.checkpoint import Checkpoint
 from peft_zoo.merge.base.empty_model import empty_model
+from peft_zoo.merge.base.hollow import hollow_copy
 from peft_zoo.merge.base.tensor_names import TensorNames
-from peft_zoo.merge.export.hollow import hollow_copy
 
 
 class BaseModel(Protocol):

@@ -16,6 +16,7 @@ from peft_zoo.adapters.base import ZooLayer
 from peft_zoo.common.modules import plain_name
 from peft_zoo.io.lora_file import LayerKind
 from peft_zoo.merge.base.exportable import Exportable, dependence
+from peft_zoo.merge.base.skeleton import UNFIT
 from peft_zoo.merge.export.factors import LAYER_FACTORS
 from peft_zoo.merge.export.source import PREFIX, Module
 from peft_zoo.merge.export.updates import Update
@@ -23,8 +24,6 @@ from peft_zoo.merge.export.updates import Update
 Values = Callable[[str], Tensor]
 """Function from the name of a parameter of the base model to its values."""
 
-UNFIT = (RuntimeError, AttributeError, TypeError, LookupError, AssertionError, ArithmeticError, ImportError)
-"""What peft raises for a configuration and tensors that do not fit a model, beside a ValueError."""
 EPSILON = 2.0**-22  # relative error of a merged float32 weight
 MOST_NOISE = 1e-4  # largest relative error of an update that counts as rounding
 SELECTED = 256  # columns of an embedding's update up to which it is a product with rows of the identity matrix

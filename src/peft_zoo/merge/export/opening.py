@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_fields, check_saved, made_config
 from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, expressions
-from peft_zoo.common.checks import check
 from peft_zoo.io import LoraAdapter, TensorFile
 from peft_zoo.io.extra_keys import EMBEDDINGS
 from peft_zoo.io.lora_file import open_weights
 from peft_zoo.io.lora_settings import check_names
 from peft_zoo.merge.base.exportable import READS_BASE, exportable
+from peft_zoo.merge.base.hollow import hollow_linears
+from peft_zoo.merge.base.skeleton import check_sizes, load_layers
 from peft_zoo.merge.export.base_model import BaseModel, open_base
 from peft_zoo.merge.export.factors import FILE_SIZES
-from peft_zoo.merge.export.hollow import hollow_linears
-from peft_zoo.merge.export.layers import UNFIT, LayerSource
+from peft_zoo.merge.export.layers import LayerSource
 from peft_zoo.merge.export.options import ExportOptions
 from peft_zoo.merge.export.source import EMBEDDING, PREFIX, FileSource, UpdateSource, extra_of, extras
 from peft_zoo.registration import NAMESPACE
 
 NAME = "default"
-ALLOCATED = ("r", "init_r", "rank_pattern", "n_frequency", "n_frequency_pattern", "num_vectors", "theta_d_length", "u")
-"""Fields of peft's configurations whose numbers are sizes of tensors."""
 UNSEEN = "without base= every adapted layer is taken for a linear one; pass it if some are embeddings or convolutions"
 
 
@@ -123,7 +117,7 @@ def _of_folder(
     if needs == "with_base" and base is None:
         raise ValueError(f"peft_type={kind!r}: the update depends on the base weights; pass base=, the base model.")
     own = [key for key in file.tensors if extra_of(key, source.config()) is None]
-    _check_sizes(config, file)
+    check_sizes(config, file)
     if not options.trust_patterns:
         _replace_expressions(config, source.config(), _shapes(config, file, own))
     if base is None:
@@ -134,7 +128,7 @@ def _of_folder(
         vars(config)[TRUSTS_BASE_WEIGHTS] = True  # embeddings in the file are not loaded
         check_saved(source, config, NAME, target)
     check_finite(file)
-    model = _load(target, config, {key: file.read(key) for key in own})
+    model = load_layers(target, config, file, own, NAME)
     floats = [file.tensors[key].dtype for key in own if file.tensors[key].dtype.is_floating_point]
     dtype = max(set(floats), key=floats.count, default=None)
     found = LayerSource(model, NAME, config, needs, None if base is None else base.value, dtype)
@@ -153,16 +147,6 @@ def _is_of_base(key: str, file: TensorFile, base: BaseModel) -> bool:
         return False
     value = base.value(key.removeprefix(PREFIX).replace(".base_layer.", "."))
     return value.shape == file.tensors[key].shape and torch.equal(file.read(key).to(value.dtype), value)
-
-
-def _check_sizes(config: Any, file: TensorFile) -> None:
-    """Raises a ValueError for a size in the configuration that would take memory and that no tensor of the file has."""
-    largest = max((info.numel for info in file.tensors.values()), default=0)
-    for name in ALLOCATED:
-        value = getattr(config, name, None)
-        for number in value.values() if isinstance(value, dict) else [value]:
-            small = not isinstance(number, (int, float)) or number <= max(1024, largest)
-            check(small, name, number, f"the largest tensor of the file has {largest} elements")
 
 
 def _replace_expressions(config: Any, found: Mapping[str, Any], modules: Collection[str]) -> None:
@@ -206,29 +190,3 @@ def _sizes(kind: str, config: Any, file: TensorFile, keys: list[str]) -> dict[st
             )
         sizes[name] = size
     return sizes
-
-
-def _load(target: nn.Module, config: Any, tensors: dict[str, Tensor]) -> PeftModel:
-    """Adds an adapter to a model and loads its tensors, all of which must find their place."""
-    config = copy.deepcopy(config)
-    config.inference_mode = True
-    for name, value in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
-        if hasattr(config, name):
-            setattr(config, name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model = PeftModel(target, config, NAME)
-            set_peft_model_state_dict(model, tensors, NAME)
-        except UNFIT as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"the adapter does not fit the base model ({reason}); give its own.") from error
-        state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
-    odd = sorted(state.keys() ^ tensors.keys())
-    if odd:
-        where = "lacks" if odd[0] in state else "has the unknown"
-        raise ValueError(f"the weights file {where} {odd[0]!r}; load it onto its own base model, or save it again.")
-    for key, tensor in tensors.items():
-        if state[key].shape != tensor.shape or not torch.equal(state[key], tensor.to(state[key].dtype)):
-            raise ValueError(f"{key} was not loaded as it is in the file; give the adapter's own base model.")
-    return model.eval()
