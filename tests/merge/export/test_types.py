@@ -33,6 +33,15 @@ def test_the_table_knows_every_type_and_no_other() -> None:
         exportable("NEW")
 
 
+def test_the_page_names_every_type_that_leaves() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+    for how in ("exact", "approximate", "with_base"):
+        (row,) = (line for line in page.splitlines() if line.startswith(f'| `"{how}"`'))
+        named = "".join(letter for letter in row.upper() if letter.isalnum())
+        for kind in (kind for kind, found in PEFT_TYPES.items() if found == how):
+            assert {"TRAINABLE_TOKENS": "TRAINEDTOKENS"}.get(kind, kind) in named, kind
+
+
 @pytest.mark.parametrize("kind", [row for row in ROWS if row.values[0] != "ZOO_LQ_LORA"])
 def test_the_lora_has_the_update_that_merging_gives(kind: str, tmp_path: Path) -> None:
     if kind == "FROD":

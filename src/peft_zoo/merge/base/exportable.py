@@ -26,11 +26,8 @@ PEFT_TYPES: dict[str, Exportable] = {
 }
 """The types of peft; those of peft-zoo are asked by `exportable` of their configuration class."""
 
-READS_BASE = ("ADAMSS", "DEFT", "FROD", "OSF", "PSOFT", "SUPERTUNING", "TINYLORA")
-"""Types whose layers read the base weights while they are added to a model."""
-
 DERIVED = ("ADAMSS", "FROD", "OSF", "PSOFT")
-"""Those of them that keep what they made of the base weights and do not store it in the adapter's file."""
+"""Types whose layers are made from the base weights while they are added, and are not in the adapter's file."""
 
 
 def derived_by(fields: Mapping[str, Any]) -> str | None:

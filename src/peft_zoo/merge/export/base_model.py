@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_zoo.io.checkpoint import Checkpoint
 from peft_zoo.merge.base.empty_model import empty_model
 from peft_zoo.merge.base.hollow import hollow_copy
-from peft_zoo.merge.base.tensor_names import TensorNames
+from peft_zoo.merge.base.placement import Placements
 
 
 class BaseModel(Protocol):
@@ -55,7 +55,7 @@ class SavedModel:
 
     def __init__(self, source: Checkpoint) -> None:
         self._source, self._model = source, empty_model(source)
-        self._names = TensorNames(source.folder, self._model, source.tensors)
+        self._placements = Placements(self._model, source.tensors)
         self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
 
     def hollow(self) -> nn.Module:
@@ -71,14 +71,9 @@ class SavedModel:
     def value(self, name: str) -> Tensor:
         """Reads one parameter; that of a tied one under its other name."""
         wanted = self._parameters.get(name)
-        tied = (other for other, value in self._parameters.items() if value is wanted and other in self._names)
-        key = name if name in self._names else next(tied, None)
-        if key is None:
-            raise ValueError(
-                f"{self._source.folder}: has no tensor that becomes {name} as it is; load the model with transformers "
-                "and pass it as base=."
-            )
-        return self._source.read(self._names.key(key))
+        tied = (other for other, value in self._parameters.items() if value is wanted and other in self._placements)
+        found = name if name in self._placements else next(tied, name)
+        return self._placements.group(found).assemble(self._source.read)[found]
 
 
 @contextmanager

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
-from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_fields, check_saved, made_config
-from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, expressions
+from peft_zoo.adapters.base.source import AdapterSource
 from peft_zoo.io import LoraAdapter, TensorFile
 from peft_zoo.io.extra_keys import EMBEDDINGS
 from peft_zoo.io.lora_file import open_weights
-from peft_zoo.io.lora_settings import check_names
-from peft_zoo.merge.base.exportable import READS_BASE, exportable
+from peft_zoo.merge.base.exportable import derived_by, exportable
 from peft_zoo.merge.base.hollow import hollow_linears
-from peft_zoo.merge.base.skeleton import check_sizes, load_layers
+from peft_zoo.merge.base.skeleton import check_files, checked_fields, configuration, load_layers
 from peft_zoo.merge.export.base_model import BaseModel, open_base
 from peft_zoo.merge.export.factors import FILE_SIZES
 from peft_zoo.merge.export.layers import LayerSource
@@ -47,26 +45,15 @@ def open_source(
     if Path(adapter).is_file():
         raise ValueError(f"adapter={str(adapter)!r} is a single file; convert it to a folder of peft first.")
     source = AdapterSource(str(adapter))
-    config = _config(source)
-    with open_weights(source.weights().parent, source.config()) as file, open_base(base) as model:
-        plain = _file_factors(file, source.config(), config, base is not None, options)
-        yield plain if plain is not None else _of_folder(source, config, model, file, options)
-
-
-def _config(source: AdapterSource) -> Any:
-    """Returns the configuration of a saved adapter, whose expressions are not run."""
-    found = source.config()
-    check_names(found)
-    kind = found.get("peft_type")
-    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"peft_type={kind!r} is no registered type; give the folder of an adapter.")
-    _refuse_no(kind)
-    check_fields(found, PEFT_TYPE_TO_CONFIG_MAPPING[kind])  # type: ignore[index]
-    return made_config(PEFT_TYPE_TO_CONFIG_MAPPING[kind], found)  # type: ignore[index]
+    _refuse_no(str(source.config().get("peft_type")))
+    found = checked_fields(source)
+    with open_weights(source.weights().parent, found) as file, open_base(base) as model:
+        plain = _file_factors(file, found, base is not None, options)
+        yield plain if plain is not None else _of_folder(source, found, model, file, options)
 
 
 def _refuse_no(kind: str) -> None:
-    """Raises a NotImplementedError for a type that changes no weights of layers."""
+    """Raises a NotImplementedError for a type that changes no weights of layers, a ValueError for an unknown one."""
     if exportable(kind) == "no":
         raise NotImplementedError(
             f"peft_type={kind!r} changes no weights, or not by the same matrix for every input, so no LoRA replaces "
@@ -75,15 +62,15 @@ def _refuse_no(kind: str) -> None:
 
 
 def _file_factors(
-    file: TensorFile, found: Mapping[str, Any], config: Any, has_base: bool, options: ExportOptions
+    file: TensorFile, found: Mapping[str, Any], has_base: bool, options: ExportOptions
 ) -> FileSource | None:
     """Returns the factors in the file of a LoRA, or of a method that stores its adapters as one; None for others."""
-    kind = str(found["peft_type"])
+    config = configuration(found, file.tensors, trust_patterns=True)  # no expression is run: the keys name the modules
     if exportable(config) == "with_base" and "magnitude" not in options.drop:
         return None
-    if kind == "LORA":
+    if config.peft_type == "LORA":
         return FileSource(LoraAdapter(file, dict(found)), found)
-    opened = config.open_factors(file, found, has_base) if kind.startswith(NAMESPACE) else None
+    opened = config.open_factors(file, found, has_base) if hasattr(config, "open_factors") else None
     return None if opened is None else FileSource(opened, found)
 
 
@@ -108,37 +95,36 @@ def _of_model(model: nn.Module) -> LayerSource:
 
 
 def _of_folder(
-    source: AdapterSource, config: Any, base: BaseModel | None, file: TensorFile, options: ExportOptions
+    source: AdapterSource,
+    found: Mapping[str, Any],
+    base: BaseModel | None,
+    file: TensorFile,
+    options: ExportOptions,
 ) -> LayerSource:
     """Loads a saved adapter onto a model without weights, and returns the updates of its layers."""
+    own = [key for key in file.tensors if extra_of(key, found) is None]
+    config = configuration(found, own, options.trust_patterns)
     kind, needs = str(config.peft_type.value), exportable(config)
     if kind.startswith(NAMESPACE) and needs == "exact":  # its file has exact factors, but not for this base model
         needs = "with_base"
     if needs == "with_base" and base is None:
         raise ValueError(f"peft_type={kind!r}: the update depends on the base weights; pass base=, the base model.")
-    own = [key for key in file.tensors if extra_of(key, source.config()) is None]
-    check_sizes(config, file)
-    if not options.trust_patterns:
-        _replace_expressions(config, source.config(), _shapes(config, file, own))
     if base is None:
         target = hollow_linears(_sizes(kind, config, file, own))
     else:
-        target = base.whole() if kind in READS_BASE else base.hollow()
-    if kind.startswith(NAMESPACE):
-        vars(config)[TRUSTS_BASE_WEIGHTS] = True  # embeddings in the file are not loaded
-        check_saved(source, config, NAME, target)
-    check_finite(file)
+        target = base.whole() if derived_by(found) else base.hollow()
+    check_files(source, config, NAME, target, file)
     model = load_layers(target, config, file, own, NAME)
     floats = [file.tensors[key].dtype for key in own if file.tensors[key].dtype.is_floating_point]
     dtype = max(set(floats), key=floats.count, default=None)
-    found = LayerSource(model, NAME, config, needs, None if base is None else base.value, dtype)
+    updates = LayerSource(model, NAME, config, needs, None if base is None else base.value, dtype)
     others = sorted(file.tensors.keys() - set(own))
     if base is not None:
         others = [key for key in others if not _is_of_base(key, file, base)]
-    found.extras, found.notes = extras(others, source.config())
+    updates.extras, updates.notes = extras(others, found)
     if base is None:
-        found.notes = (*found.notes, UNSEEN)
-    return found
+        updates.notes = (*updates.notes, UNSEEN)
+    return updates
 
 
 def _is_of_base(key: str, file: TensorFile, base: BaseModel) -> bool:
@@ -147,19 +133,6 @@ def _is_of_base(key: str, file: TensorFile, base: BaseModel) -> bool:
         return False
     value = base.value(key.removeprefix(PREFIX).replace(".base_layer.", "."))
     return value.shape == file.tensors[key].shape and torch.equal(file.read(key).to(value.dtype), value)
-
-
-def _replace_expressions(config: Any, found: Mapping[str, Any], modules: Collection[str]) -> None:
-    """Replaces an expression for the adapted modules by their names in the file; raises for any other expression."""
-    targets = {name for name, _ in expressions(found)} & {"target_modules", "exclude_modules"}
-    check_literal({name: value for name, value in found.items() if name not in targets}, lambda: modules)
-    if targets and not modules:
-        check_literal(found, lambda: modules)
-    if targets:
-        config.target_modules = set(modules)
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            if hasattr(config, name):
-                setattr(config, name, None)
 
 
 def _shapes(config: Any, file: TensorFile, keys: Iterable[str]) -> dict[str, dict[str, tuple[int, ...]]]:
