@@ -168,7 +168,7 @@ def flipped(draft: Draft, rng: random.Random) -> None:
 
     def change(content: bytes) -> bytes:
         new = bytearray(content)
-        for share, value in spots:
+        for share, value in spots if new else ():  # another mutation may have emptied the file
             new[min(len(new) - 1, int(share * len(new)))] = value
         return bytes(new)
 
