@@ -139,6 +139,12 @@ def scale(folder: Path) -> str:
     return next(name for name in ("lora_alpha", "randlora_alpha", "kernel_scale") if name in config)
 
 
+def dropout(folder: Path) -> str:
+    """Name of the field with the dropout of the update."""
+    config = json.loads((folder / CONFIG).read_text())
+    return next(name for name in config if name.endswith("dropout"))
+
+
 def link_away(folder: Path) -> None:
     """Replaces the weights file by a link to a file outside of the folder."""
     other = folder.parent / "elsewhere.safetensors"
@@ -166,6 +172,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "rank of a million": (lambda f: edit(f, r=10**6), r"\br="),
     "rank of another file": (lambda f: edit(f, r=8), r"\[4, 16\]|\br=|shape"),
     "rank pattern": (lambda f: edit(f, rank_pattern={"q_proj": 10**6}), "rank_pattern"),
+    "a probability above one": (lambda f: edit(f, **{dropout(f): 1.5}), "dropout"),
     "text for a rank": (lambda f: edit(f, r="4"), r"\br="),
     "expression": (lambda f: edit(f, target_modules=r"(([a-z]+)+\.?)+!"), "target_modules.*layers.0.o_proj"),
     "expression in a pattern": (lambda f: edit(f, rank_pattern={"(a+)+!": 4}), "rank_pattern"),

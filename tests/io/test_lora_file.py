@@ -222,6 +222,11 @@ def test_tensors_that_are_no_lora_are_listed(tmp_path: Path) -> None:
             open_adapter(peft_folder(tmp_path, {**pair(), key: extra[key]}))
 
 
+def test_trained_tokens_that_the_file_lacks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        open_adapter(peft_folder(tmp_path, pair(), trainable_token_indices=[1]))
+
+
 @pytest.mark.parametrize("prefix", ["diffusion_model.blocks.0.", "lycoris_blocks_0_", "lora_unet_0_", "lora_te1_0_"])
 @pytest.mark.parametrize("end", ["norm.w_norm", "norm.b_norm", "x.diff_b", "y.diff", "x.scalar", "lm_head.weight"])
 def test_extra_tensors_are_known_by_their_ends(tmp_path: Path, prefix: str, end: str) -> None:

@@ -174,7 +174,7 @@ def check_fields(config: dict[str, Any], base: nn.Module, good: dict[str, Any]) 
             usual = (getattr(defaults, name), good.get(name), None, False)
             is_usual = any(config[name] is v or (type(config[name]) is type(v) and config[name] == v) for v in usual)
             is_unset = name.endswith("_config") and not config[name]
-            need(is_usual or is_unset or config[name] in ([], {}, ""), f"{name}={config[name]!r:.40} is not supported")
+            need(is_usual or is_unset or not config[name], f"{name}={config[name]!r:.40} is not supported")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
         raise Unjudged(f"init_lora_weights={start!r:.40}")

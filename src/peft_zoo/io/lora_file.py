@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from peft_zoo.io.digest import check_digest
-from peft_zoo.io.extra_keys import check_extra_key
+from peft_zoo.io.extra_keys import TRAINED_TOKENS, check_extra_key
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.lora_keys import FORMATS, Role, detect_format, make_key, parse_key
 from peft_zoo.io.lora_ranks import alpha_of
@@ -122,6 +122,10 @@ class LoraAdapter(ClosedOnExit):
         groups, self.other_keys = _group(self.format, file.tensors)
         for key in self.other_keys:
             check_extra_key(self.format, key, config, groups.keys(), base_parts)
+        tokens = (config or {}).get("trainable_token_indices")
+        if tokens and not any(key.endswith(TRAINED_TOKENS) for key in file.tensors):
+            shown = f"trainable_token_indices={reprlib.repr(tokens)}"
+            raise ValueError(f"{shown}: the weights file has no trained tokens; remove the field.")
         self.modules = {name: self._module(name, keys) for name, keys in groups.items()}
         check_targeted(config or {}, self.modules)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_zoo.io.checkpoint import Checkpoint
@@ -232,3 +233,35 @@ def load_factors(adapter: Path) -> dict[str, torch.Tensor]:
             B, A = opened.factors(name)
             found[name] = module.scale * (B @ A)
         return found
+
+
+def test_a_base_as_a_qlora_saw_it(made: Made, tmp_path: Path) -> None:
+    base = made.base("llama", torch.bfloat16, hidden_size=64, intermediate_size=128)
+    adapter = made.adapter(base, LoraConfig(**LORA))
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    dense = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16).dequantize()
+    factors = load_factors(adapter)
+    merge_checkpoint(base, adapter, tmp_path / "out", quantized="simulate:nf4")
+    for key, tensor in tensors(tmp_path / "out").items():
+        update = factors.get(key.removesuffix(".weight"), torch.zeros(()))
+        assert torch.equal(tensor, (dense.state_dict()[key].float() + update).to(torch.bfloat16)), key
+
+
+def test_formats_without_a_reader_are_refused_where_they_matter(made: Made, tmp_path: Path) -> None:
+    base = made.base("llama")
+    adapter = made.adapter(base, LoraConfig(**LORA))
+    packed = {"model.layers.0.self_attn.q_proj.weight": "refused", "model.layers.0.mlp.up_proj.weight": "copied"}
+    for key, outcome in packed.items():
+        state = tensors(base)
+        state[key] = state[key].to(torch.int8)
+        folder = tmp_path / outcome
+        folder.mkdir()
+        save_file(state, folder / "model.safetensors")
+        config = json.loads((base / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+        if outcome == "refused":
+            with pytest.raises(NotImplementedError, match=r"q_proj.*gptq"):
+                merge_checkpoint(folder, adapter, tmp_path / "out")
+        else:
+            merge_checkpoint(folder, adapter, tmp_path / "out")
+            assert torch.equal(tensors(tmp_path / "out")[key], state[key])

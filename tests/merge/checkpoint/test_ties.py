@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_zoo.merge.checkpoint.ties import TiePlan, plan_ties, tied_groups, untie
+from peft_zoo.merge.checkpoint.ties import TiePlan, Ties, plan_ties, untie
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,34 +48,34 @@ ON_DISK = {EMBEDDING}
     ],
 )
 def test_tensors_that_differ_get_values_of_their_own(changes: dict[str, str], wanted: TiePlan) -> None:
-    assert plan_ties(llama(), changes, ON_DISK) == wanted
+    assert plan_ties(Ties.of(llama()), changes, ON_DISK) == wanted
 
 
 def test_both_in_the_files_need_only_the_configuration() -> None:
-    assert plan_ties(llama(), {HEAD: "a"}, {EMBEDDING, HEAD}) == TiePlan({}, {}, True)
+    assert plan_ties(Ties.of(llama()), {HEAD: "a"}, {EMBEDDING, HEAD}) == TiePlan({}, {}, True)
 
 
 def test_nothing_is_tied_without_the_field() -> None:
-    assert plan_ties(llama(tied=False), {HEAD: "a"}, {EMBEDDING, HEAD}) == NOTHING
+    assert plan_ties(Ties.of(llama(tied=False)), {HEAD: "a"}, {EMBEDDING, HEAD}) == NOTHING
 
 
 def test_share_gives_both_what_happens_to_one() -> None:
-    assert plan_ties(llama(), {EMBEDDING: "a"}, ON_DISK, "share") == TiePlan({}, {HEAD: EMBEDDING}, False)
+    assert plan_ties(Ties.of(llama()), {EMBEDDING: "a"}, ON_DISK, "share") == TiePlan({}, {HEAD: EMBEDDING}, False)
     with pytest.raises(ValueError, match=rf"tied='share'.*{HEAD}"):
-        plan_ties(llama(), {EMBEDDING: "a", HEAD: "b"}, ON_DISK, "share")
+        plan_ties(Ties.of(llama()), {EMBEDDING: "a", HEAD: "b"}, ON_DISK, "share")
 
 
 def test_refuse_names_both() -> None:
     with pytest.raises(ValueError, match=rf"tied='refuse'.*{HEAD}.*{EMBEDDING}"):
-        plan_ties(llama(), {HEAD: "a"}, ON_DISK, "refuse")
+        plan_ties(Ties.of(llama()), {HEAD: "a"}, ON_DISK, "refuse")
 
 
 def test_an_encoder_and_decoder_keep_the_field_and_the_tensors_that_are_equal() -> None:
     model = t5()
     others = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD]
-    assert set(tied_groups(model)["shared.weight"]) == set(others)
-    assert plan_ties(model, {HEAD: "a"}, {"shared.weight"}) == TiePlan({HEAD: "shared.weight"}, {}, False)
-    found = plan_ties(model, {"shared.weight": "a"}, {"shared.weight"})
+    assert set(Ties.of(model).groups["shared.weight"]) == set(others)
+    assert plan_ties(Ties.of(model), {HEAD: "a"}, {"shared.weight"}) == TiePlan({HEAD: "shared.weight"}, {}, False)
+    found = plan_ties(Ties.of(model), {"shared.weight": "a"}, {"shared.weight"})
     assert found == TiePlan(dict.fromkeys(others, "shared.weight"), {}, False)
 
 
@@ -83,7 +83,7 @@ def test_biases_may_be_tied_too() -> None:
     with torch.device("meta"):
         model = BertForMaskedLM(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16))
     bias = "cls.predictions.bias"
-    assert bias in {name for source, names in tied_groups(model).items() for name in (source, *names)}
+    assert bias in {name for members in Ties.of(model).members for name in members}
 
 
 def test_untie_reaches_inner_configurations() -> None:

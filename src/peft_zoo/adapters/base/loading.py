@@ -225,11 +225,10 @@ def check_saved(
     weights = source.weights()
     check_digest({DIGEST: getattr(config, DIGEST, None)}, weights)
     with TensorFile(weights) as file:
-        _check_trained_modules(config, file.tensors, model)
+        check_trained_modules(config, file.tensors, model)
         check_finite(file)
         expected, found = _tensors_on_trial(file.tensors, config, adapter_name, model, tuner)
-        tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-        rules = tuner_cls if issubclass(tuner_cls, FileRules) else FileRules
+        rules = rules_of(config)
         _compare(found, {key: info for key, info in expected.items() if not rules.is_optional(key)})
         layers = {key.rpartition(".")[0] for key in expected}
         for key in sorted(found.keys() - expected.keys()):
@@ -239,7 +238,13 @@ def check_saved(
         rules.check_values(config, file)
 
 
-def _check_trained_modules(config: Any, keys: Collection[str], model: nn.Module) -> None:
+def rules_of(config: Any) -> type[FileRules]:
+    """Returns what the tuner of a configuration says of the files of its adapters."""
+    tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    return tuner_cls if issubclass(tuner_cls, FileRules) else FileRules
+
+
+def check_trained_modules(config: Any, keys: Collection[str], model: nn.Module) -> None:
     """Raises a ValueError if `modules_to_save` names modules that the file has no values for: they are copied."""
     modules = [name for name, _ in model.named_modules()]
     for name in getattr(config, "modules_to_save", None) or ():

@@ -147,6 +147,8 @@ def check_numbers(config: Any) -> None:
             most = 2**64 if is_seed else MAX_NUMBER
             valid = is_number(number) and abs(number) <= most
             check(valid, f"{owner}: {item.name}", number, f"use a number of at most {most:g}")
+        if item.name.endswith("dropout") and is_number(value):
+            check(0 <= value <= 1, f"{owner}: {item.name}", value, "use a probability from 0 to 1")
         if item.name.endswith("_pattern") and item.name != "layers_pattern":
             valid = value is None or isinstance(value, Mapping)
             check(valid, f"{owner}: {item.name}", value, "use a dict from module name to value")

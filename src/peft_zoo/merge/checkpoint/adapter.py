@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
 from peft_zoo.adapters.base.source import AdapterSource
 from peft_zoo.io.extra_keys import TRAINED_TOKENS
 from peft_zoo.io.header import TensorInfo
-from peft_zoo.io.lora_file import open_weights
+from peft_zoo.io.lora_file import LoraAdapter, open_weights
+from peft_zoo.io.lora_keys import Role
 from peft_zoo.io.safetensors import TensorFile
 from peft_zoo.merge.base.hollow import adapted_layers
 from peft_zoo.merge.base.skeleton import (
@@ -21,9 +25,10 @@ from peft_zoo.merge.base.skeleton import (
     refuse_derived,
 )
 from peft_zoo.merge.checkpoint.options import WeightedAdapter
-from peft_zoo.merge.checkpoint.ties import tied_groups
+from peft_zoo.merge.checkpoint.ties import Ties
 
 NAME = "default"
+FACTORS = {Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B}
 WHOLE = ("LN_TUNING", "TRAINABLE_TOKENS")
 """Types whose files only have whole tensors or rows of the base model."""
 
@@ -84,7 +89,7 @@ def add_to_model(adapter: OpenAdapter, model: Any) -> None:
     """
     source = AdapterSource(adapter.given.path)
     check_files(source, adapter.config, NAME, model, adapter.file)
-    own, adapter.whole, adapter.rows = _sorted(adapter, model)
+    own = sort_tensors(adapter, model)
     if adapter.kind in WHOLE:
         if own:
             raise ValueError(f"{own[0]}: the base has no such tensor; give the adapter's own base.")
@@ -92,11 +97,49 @@ def add_to_model(adapter: OpenAdapter, model: Any) -> None:
     adapter.layers = adapted_layers(load_layers(model, adapter.config, adapter.file, own, NAME))
 
 
-def _sorted(
-    adapter: OpenAdapter, model: Any
-) -> tuple[list[str], dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Sorts the tensors of a file into those of the adapter's layers, whole tensors of the base model, and rows."""
-    own, whole, rows = [], {}, {}
+@dataclass(frozen=True)
+class FileLora:
+    """LoRA of one linear, convolutional or embedding module in an open file, in the place of peft's layer.
+
+    Attributes:
+        source: The file, read as a LoRA.
+        name: Name of the module in the file.
+        transposed: Whether `B A` is the transpose of the module's weight.
+    """
+
+    source: LoraAdapter
+    name: str
+    transposed: bool
+
+
+def plain_layers(adapter: OpenAdapter, model: Any) -> dict[str, FileLora] | None:
+    """Returns the layers of a plain LoRA by the name of the weight that each adapts, without adding them to the model.
+
+    None if the adapter is of another type, has more than factors, or does not fit the model by its own names: peft
+    and transformers may convert it then, or say what is wrong.
+    """
+    try:
+        source = LoraAdapter(adapter.file, AdapterSource(adapter.given.path).config())
+    except (ValueError, NotImplementedError):
+        return None
+    found, modules = {}, dict(model.named_modules())
+    for name, module in source.modules.items():
+        base = modules.get(name)
+        weight = getattr(base, "weight", None)
+        transposed = module.kind == "embedding" or isinstance(base, Conv1D)
+        if not isinstance(weight, Tensor) or set(module.keys) - FACTORS or getattr(base, "groups", 1) != 1:
+            return None
+        if tuple(weight.flatten(1).shape) != (module.sizes[::-1] if transposed else module.sizes):
+            return None
+        found[f"{name}.weight"] = FileLora(source, name, transposed)
+    return found
+
+
+def sort_tensors(adapter: OpenAdapter, model: Any) -> list[str]:
+    """Finds the whole tensors and rows of the base model in a file; returns the keys of the adapter's layers."""
+    own: list[str] = []
+    whole: dict[str, str] = {}
+    rows: dict[str, tuple[str, tuple[int, ...]]] = {}
     names = set(model.state_dict())
     for key in adapter.file.tensors:
         if ".original_module." in key or key.replace(".modules_to_save.", ".") in adapter.file.tensors.keys() - {key}:
@@ -110,12 +153,12 @@ def _sorted(
         else:
             own.append(key)
     # peft trains the rows of all tied embeddings, and saves them once; so it does with whole ones, if asked.
-    for source, others in tied_groups(model).items():
-        members = [source, *others]
+    for members in Ties.of(model).members:
         _spread(rows, members)
         if getattr(adapter.config, "ensure_weight_tying", False):
             _spread(whole, members)
-    return own, whole, rows
+    adapter.whole, adapter.rows = whole, rows
+    return own
 
 
 def _spread(found: dict[str, Any], names: list[str]) -> None:

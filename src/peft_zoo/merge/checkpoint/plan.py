@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
+from peft_zoo.adapters.base.loading import check_trained_modules
 from peft_zoo.io.checkpoint import Checkpoint
 from peft_zoo.io.header import TensorInfo
-from peft_zoo.io.stored_format import DenseTensor, StoredFormat
-from peft_zoo.merge.base.hollow import hollow_model
+from peft_zoo.merge.base.hollow import hollow_model, make_hollow
 from peft_zoo.merge.base.placement import Group, Placements
 from peft_zoo.merge.base.pump import Change
-from peft_zoo.merge.base.stored_formats import stored_format
-from peft_zoo.merge.checkpoint.adapter import OpenAdapter, add_to_model
+from peft_zoo.merge.checkpoint.adapter import FileLora, OpenAdapter, add_to_model, plain_layers, sort_tensors
 from peft_zoo.merge.checkpoint.options import MergeOptions
+from peft_zoo.merge.checkpoint.quantized import QUANTIZATION, QuantizedBase
 from peft_zoo.merge.checkpoint.report import Action, TensorReport
-from peft_zoo.merge.checkpoint.ties import plan_ties, tied_groups, untie
+from peft_zoo.merge.checkpoint.ties import Ties, plan_ties, untie
 from peft_zoo.merge.checkpoint.updates import ModuleMerge, low_rank_update
 from peft_zoo.merge.checkpoint.vocabulary import adapter_vocabulary, embedding_names, resized
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTIZATION = "quantization_config"
+SAMPLED = 64  # rows of a tensor from which the report's figures come
 
 
 @dataclass
@@ -68,10 +66,10 @@ class Planner:
         self.model = hollow_model(source)
         self._fit_vocabulary()
         self.placements = Placements(self.model, source.tensors)
-        self.stored = self._stored_format()
-        for adapter in adapters:
-            own = hollow_model(source, self._training_vocabulary, self._layer_dtype)
-            add_to_model(adapter, own)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        self.quantized = QuantizedBase(source, self.model, self.placements, options)
+        self.ties = Ties.of(self.model)
+        self._add_adapters()
         self.modules = self._modules()
 
     def build(self) -> MergePlan:
@@ -79,10 +77,31 @@ class Planner:
         self._tie()
         for group, modules in self._groups():
             self.plan.changes.append(self._change(group, modules))
-        self._dequantize_others()
+        self.plan.removed |= self.quantized.superfluous
+        merged = {key for change in self.plan.changes for key in change.infos}
+        for key, change in self.quantized.dense_changes(FLOATS.get(self.options.dtype), merged):
+            self.plan.changes.append(change)
+            dtype = str(change.infos[key].dtype).removeprefix("torch.")
+            self.plan.rows[key] = TensorReport(key, "converted", dtype)
+        if self.quantized.is_dequantized and QUANTIZATION in self.source.config:
+            self.plan.config_changes[QUANTIZATION] = None
         return self.plan
 
     # ---- reading the inputs ----
+
+    def _add_adapters(self) -> None:
+        """Finds the layers of all adapters: in the files of plain LoRAs, else in models of their own."""
+        plain = [plain_layers(adapter, self.model) for adapter in self.adapters]
+        if self.options.arithmetic == "exact" and None not in plain:
+            for adapter, layers in zip(self.adapters, plain, strict=True):
+                sort_tensors(adapter, self.model)
+                check_trained_modules(adapter.config, adapter.file.tensors, self.model)
+                adapter.layers = layers or {}
+            return
+        for place, adapter in enumerate(self.adapters):
+            model = self.model if place == 0 else hollow_model(self.source, self._training_vocabulary)
+            make_hollow(model, self._layer_dtype)
+            add_to_model(adapter, model)
 
     def _fit_vocabulary(self) -> None:
         """Builds the model with the number of tokens of the adapters."""
@@ -112,25 +131,8 @@ class Planner:
         group = self.placements.group(name) if name in self.placements else None
         return self.source.tensors[group.keys[0]].dtype if group is not None else tensor.dtype
 
-    def _stored_format(self) -> StoredFormat | None:
-        config = self.source.config.get(QUANTIZATION)
-        if not isinstance(config, Mapping):
-            return None
-        transposed = {f"{path}.weight" for path, module in self.model.named_modules() if isinstance(module, Conv1D)}
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        dtype = FLOATS.get(str(self.source.config.get("dtype") or self.source.config.get("torch_dtype")), torch.float32)
-        dense = {
-            group.keys[0]: DenseTensor(
-                TensorInfo(dtype, shapes[group.names[0]]), group.names[0], group.names[0] in transposed
-            )
-            for group in self.placements.groups
-            if group.is_plain
-        }
-        return stored_format(config, self.source.tensors, dense, self.source.read)
-
     def _modules(self) -> dict[str, ModuleMerge]:
         """Returns what happens to each module of the model that an adapter changes, by its path."""
-        known = self.model.state_dict()
         weights: dict[str, list[str]] = {}
         for adapter in self.adapters:
             for name in (*adapter.layers, *adapter.whole, *adapter.rows):
@@ -140,7 +142,7 @@ class Planner:
             layers = [(adapter, adapter.layers.get(name)) for adapter in self.adapters]
             names = [name]
             bias = f"{name.rpartition('.')[0]}.bias"
-            if bias in known and any(layer is not None and _changes_bias(layer) for _, layer in layers):
+            if bias in self.shapes and any(layer is not None and _changes_bias(layer) for _, layer in layers):
                 names.append(bias)
             modules[name] = ModuleMerge(name, tuple(names), layers, self.options)
         both = {name for module in modules.values() for name in module.names[1:]}
@@ -151,8 +153,8 @@ class Planner:
     def _tie(self) -> None:
         """Gives tied tensors that differ after the merge values of their own."""
         results = {name: self._signature(module) for name, module in self.modules.items()}
-        on_disk = {name for name in self.model.state_dict() if name in self.placements}
-        ties = plan_ties(self.model, results, on_disk, self.options.tied)
+        on_disk = {name for name in self.shapes if name in self.placements}
+        ties = plan_ties(self.ties, results, on_disk, self.options.tied)
         for name, origin in ties.shared.items():
             old = self.modules[origin]
             self.modules[name] = ModuleMerge(name, (name,), old.adapters, self.options)
@@ -160,7 +162,7 @@ class Planner:
         if ties.untied:
             self.plan.config_changes.update(untie(self.source.config))
         # Tensors that stay tied are in the files once, under the name of another one.
-        tied = {name for source, others in tied_groups(self.model).items() for name in (source, *others)}
+        tied = {name for members in self.ties.members for name in members}
         for name in tied & self.modules.keys() - on_disk - self._own.keys():
             del self.modules[name]
         for name in self._own:
@@ -210,14 +212,13 @@ class Planner:
         """Returns the tensors of the files for one of the model, also one that the files lack."""
         if name in self.placements:
             return self.placements.group(name)
-        if name not in self._own and name not in self.model.state_dict():
+        if name not in self._own and name not in self.shapes:
             return self.placements.group(name)  # raises
         return Group((name,), (name,))
 
     def _change(self, group: Group, modules: Sequence[ModuleMerge]) -> Change:
         """Returns the computation of a group of tensors."""
         dtypes, infos = {}, {}
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         for key in group.keys:
             old = self._old_info(key, group)
             infos[key] = TensorInfo(FLOATS.get(self.options.dtype, old.dtype), old.shape)
@@ -226,9 +227,11 @@ class Planner:
         if group.is_plain or len(group.keys) == len(group.names):
             for key, name in zip(group.keys, group.names, strict=True):
                 if self._resizes(name):
-                    infos[key] = TensorInfo(infos[key].dtype, shapes[name])
+                    infos[key] = TensorInfo(infos[key].dtype, self.shapes[name])
         compute = self._compute(group, modules, dtypes)
-        return self._requantized(group, compute) if self._is_requantized(group) else Change(infos, compute)
+        if self.quantized.is_requantized(group):
+            return self.quantized.requantized(group, compute, self.plan.rows)
+        return Change(infos, compute)
 
     def _resizes(self, name: str) -> bool:
         """Whether a tensor gets the shape of an adapter's, which has more tokens or is to be taken as it is."""
@@ -236,8 +239,8 @@ class Planner:
 
     def _old_info(self, key: str, group: Group) -> TensorInfo:
         """Returns dtype and shape of a tensor of the files before the merge, dequantized."""
-        if self.stored is not None and key in self.stored.matrices:
-            return self.stored.matrices[key].info
+        if key in self.quantized:
+            return self.quantized.info(key)
         if key in self.source.tensors:
             return self.source.tensors[key]
         origin = self._own.get(key)
@@ -250,8 +253,8 @@ class Planner:
 
     def _read(self, key: str) -> Tensor:
         """Reads a tensor of the base, dequantized; one that the files lack is the one that it was tied to."""
-        if self.stored is not None and key in self.stored.matrices:
-            return self.stored.dequantize(key)
+        if key in self.quantized:
+            return self.quantized.read(key)
         if key in self.source.tensors:
             return self.source.read(key)
         origin = self._own.get(key)
@@ -265,100 +268,36 @@ class Planner:
     ) -> Callable[[], Mapping[str, Tensor]]:
         def compute() -> Mapping[str, Tensor]:
             old = {key: self._read(key) for key in group.keys}
-            before = {key: tensor.clone() for key, tensor in old.items()}
+            before = {key: (tensor.shape, sample(tensor).clone()) for key, tensor in old.items()}
             values = _assembled(group, old)
             for module in modules:
                 values.update(module.merged({name: values[name] for name in module.names}, dtypes))
             new = _split(group, {name: value.to(dtypes[name]) for name, value in values.items()})
             for key, tensor in new.items():
-                self.plan.rows[key] = self._row(key, before[key], tensor, modules)
+                self.plan.rows[key] = self._row(key, *before[key], tensor, modules)
             return new
 
         return compute
 
-    def _row(self, key: str, old: Tensor, new: Tensor, modules: Sequence[ModuleMerge]) -> TensorReport:
-        """Reports what became of one tensor."""
+    def _row(
+        self, key: str, shape: tuple[int, ...], old: Tensor, new: Tensor, modules: Sequence[ModuleMerge]
+    ) -> TensorReport:
+        """Reports what became of one tensor, from its shape and sample before and its values after the merge."""
         adapters = tuple(dict.fromkeys(a.given.name for module in modules for a in _contributors(module)))
         action: Action = "merged" if any(layer is not None for m in modules for _, layer in m.adapters) else "replaced"
         action = action if key in self.source.tensors else "added"
         dtype = str(new.dtype).removeprefix("torch.")
-        if old.shape != new.shape:
+        if shape != new.shape:
             return TensorReport(key, action, dtype, adapters)
-        size = float(torch.linalg.vector_norm(old, dtype=torch.float32))
-        change = float(torch.linalg.vector_norm(new.float() - old.float()))
-        unchanged = float((new == old).float().mean()) if new.dtype == old.dtype else None
+        now = sample(new)
+        size, change = float(old.float().norm()), float((now.float() - old.float()).norm())
+        unchanged = float((now == old).float().mean()) if now.dtype == old.dtype else None
         return TensorReport(key, action, dtype, adapters, change / size if size else None, unchanged)
 
-    # ---- quantized bases ----
 
-    def _is_requantized(self, group: Group) -> bool:
-        """Whether a group is quantized again; raises a ValueError if it is quantized and no option says what to do."""
-        quantized = [key for key in group.keys if self._is_quantized(key)]
-        if not quantized:
-            return False
-        method = self.source.config[QUANTIZATION].get("quant_method")
-        if self.stored is None:
-            raise NotImplementedError(
-                f"quantization_config: {quantized[0]} is quantized by {method!r}, which cannot be dequantized here; "
-                "merge into the model that was quantized, and quantize it again."
-            )
-        if self.options.quantized not in ("dequantize", "requantize"):
-            raise ValueError(
-                f"quantization_config: {quantized[0]} is quantized by {method!r}; pass quantized='dequantize' for a "
-                "result in 16 bits or more, or 'requantize', which can erase small updates."
-            )
-        return self.options.quantized == "requantize"
-
-    def _is_quantized(self, key: str) -> bool:
-        if self.stored is not None:
-            return key in self.stored.matrices
-        return (
-            QUANTIZATION in self.source.config
-            and key in self.source.tensors
-            and not (self.source.tensors[key].dtype.is_floating_point and self.source.tensors[key].dtype.itemsize > 1)
-        )
-
-    def _requantized(self, group: Group, compute: Callable[[], Mapping[str, Tensor]]) -> Change:
-        """Returns a change that stores the merged matrices in the format of the base."""
-        stored = self.stored
-        assert stored is not None
-        parts = {part: self.source.tensors[part] for key in group.keys for part in stored.matrices[key].parts}
-
-        def quantized() -> Mapping[str, Tensor]:
-            found: dict[str, Tensor] = {}
-            for key, matrix in compute().items():
-                new = stored.quantize(key, matrix)
-                found.update(new)
-                self.plan.rows[key] = replace(self.plan.rows[key], erased=_erased(stored, key, matrix, new))
-            return found
-
-        return Change(parts, quantized)
-
-    def _dequantize_others(self) -> None:
-        """Dequantizes the matrices that no adapter changes, if the result is not to be quantized."""
-        if self.stored is None or self.options.quantized != "dequantize":
-            return
-        changed = {key for change in self.plan.changes for key in change.infos}
-        for key, matrix in self.stored.matrices.items():
-            self.plan.removed.update(set(matrix.parts) - {key})
-            if key in changed:
-                continue
-            info = TensorInfo(FLOATS.get(self.options.dtype, matrix.info.dtype), matrix.info.shape)
-            self.plan.changes.append(Change({key: info}, _dequantized(self.stored, key, info.dtype)))
-            self.plan.rows[key] = TensorReport(key, "converted", str(info.dtype).removeprefix("torch."))
-        self.plan.config_changes[QUANTIZATION] = None
-
-
-def _erased(stored: StoredFormat, key: str, merged: Tensor, new: Mapping[str, Tensor]) -> float | None:
-    """Returns the part of an update that quantizing again lost; None if there was no update."""
-    again = copy.copy(stored)
-    again.read = lambda name: new[name] if name in new else stored.read(name)
-    update = (merged.float() - stored.dequantize(key).float()).norm()
-    return float((again.dequantize(key).float() - merged.float()).norm() / update) if update else None
-
-
-def _dequantized(stored: StoredFormat, key: str, dtype: torch.dtype) -> Callable[[], Mapping[str, Tensor]]:
-    return lambda: {key: stored.dequantize(key).to(dtype)}
+def sample(tensor: Tensor) -> Tensor:
+    """Returns at most `SAMPLED` rows of a tensor, evenly spaced."""
+    return tensor if tensor.dim() < 2 else tensor[:: max(1, -(-len(tensor) // SAMPLED))]
 
 
 def _assembled(group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -383,4 +322,6 @@ def _contributors(module: ModuleMerge) -> list[OpenAdapter]:
 
 def _changes_bias(layer: Any) -> bool:
     """Whether merging a layer may change the bias of its module."""
+    if isinstance(layer, FileLora):
+        return False
     return low_rank_update(layer) is None or any(getattr(layer, "lora_bias", {}).values())

@@ -22,8 +22,9 @@ class TensorReport:
             no such tensor; `"removed"`; `"converted"`: only dtype or quantization changed; `"copied"`.
         dtype: Dtype in the result; that in the base for a removed tensor.
         adapters: Names of the adapters that changed it.
-        relative_update: Frobenius norm of the change divided by that of the base weight; None unless merged.
-        unchanged: Share of elements that the rounding left as they were, in [0, 1]; None unless merged.
+        relative_update: Frobenius norm of the change divided by that of the base weight, of at most 64 evenly spaced
+            rows; None unless merged.
+        unchanged: Share of elements of these rows that the rounding left as they were, in [0, 1]; None unless merged.
         erased: Part of the update that quantizing again lost, `|Q(W') - W'| / |W' - W|`; None unless requantized.
     """
 

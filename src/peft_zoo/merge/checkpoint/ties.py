@@ -32,21 +32,38 @@ class TiePlan:
     untied: bool
 
 
-def tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Returns the names of the tensors that are tied to another one, by the name of that one."""
-    groups: dict[str, list[str]] = {}
-    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        groups.setdefault(source, []).append(name)
-    return groups
+@dataclass(frozen=True)
+class Ties:
+    """Tied tensors of a model.
+
+    Attributes:
+        groups: Names of the tensors that are tied to another one, by the name of that one.
+        is_kept: Whether the configuration must say that they are tied also if they are not: T5 and its like scale the
+            head by that field.
+    """
+
+    groups: Mapping[str, list[str]]
+    is_kept: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Ties:
+        """Returns the ties of a model without weights, with the configuration of the base."""
+        groups: dict[str, list[str]] = {}
+        for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            groups.setdefault(source, []).append(name)
+        return cls(groups, bool(getattr(model.config, "is_encoder_decoder", False)))
+
+    @property
+    def members(self) -> list[list[str]]:
+        """The names of each group."""
+        return [[source, *others] for source, others in self.groups.items()]
 
 
-def plan_ties(
-    model: PreTrainedModel, changes: Mapping[str, Hashable], on_disk: Collection[str], policy: str = "auto"
-) -> TiePlan:
+def plan_ties(ties: Ties, changes: Mapping[str, Hashable], on_disk: Collection[str], policy: str = "auto") -> TiePlan:
     """Decides for each group of tied tensors whether they stay tied.
 
     Args:
-        model: Model without weights, with the configuration of the base.
+        ties: Tied tensors of the base.
         changes: What happens to each changed tensor of the model, by name; equal values mean equal results.
         on_disk: Names of the tensors of the model that the files have.
         policy: `"auto"`: tensors that differ get values of their own; `"share"`: what happens to one of them happens to
@@ -59,7 +76,7 @@ def plan_ties(
     own: dict[str, str] = {}
     shared: dict[str, str] = {}
     untied = False
-    for source, others in tied_groups(model).items():
+    for source, others in ties.groups.items():
         members = [source, *others]
         results = {name: changes.get(name) for name in members}
         if len(set(results.values())) == 1:
@@ -78,17 +95,12 @@ def plan_ties(
             shared.update({name: changed[0] for name in members if results[name] is None})
             continue
         stored = next((name for name in members if name in on_disk), source)
-        kept = _keeps_tie(model)
+        kept = ties.is_kept
         for name in members:
             if name not in on_disk and not (kept and results[name] == results[source]):
                 own[name] = stored
         untied = untied or not kept
     return TiePlan(own, shared, untied)
-
-
-def _keeps_tie(model: PreTrainedModel) -> bool:
-    """Whether the configuration must still say that embeddings are tied: T5 and its like scale the head by that."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def untie(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_zoo.kernels.lora.merge import merge_lora, stochastic_round
 from peft_zoo.merge.base.exportable import exportable
 from peft_zoo.merge.base.hollow import merged_values
-from peft_zoo.merge.checkpoint.adapter import NAME, OpenAdapter
+from peft_zoo.merge.checkpoint.adapter import NAME, FileLora, OpenAdapter
 from peft_zoo.merge.checkpoint.options import MergeOptions
 from peft_zoo.merge.checkpoint.vocabulary import with_padding
 
@@ -162,6 +162,10 @@ def _parameters(layer: Any) -> Mapping[str, Any]:
 
 def low_rank_update(layer: Any) -> LowRankUpdate | None:
     """Returns the factors of a LoRA layer of peft or of peft-zoo; None for layers whose update is something else."""
+    if isinstance(layer, FileLora):
+        return LowRankUpdate(
+            *layer.source.factors(layer.name), layer.source.modules[layer.name].scale, layer.transposed
+        )
     if not isinstance(layer, LoraLayer) or NAME not in layer.scaling or layer.lora_variant.get(NAME) is not None:
         return None
     found: Any = layer
