@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo.merge.base import exportable as exportable_module
+from peft_zoo.merge.base import skeleton
+from peft_zoo.merge.base.child import run_in_child
 from peft_zoo.merge.base.exportable import DERIVED, exportable
 from peft_zoo.merge.base.hollow import is_hollow, make_hollow, merged_values
 from peft_zoo.merge.base.skeleton import HollowAdapter, load_on_hollow
@@ -185,6 +188,53 @@ def test_every_kind_of_layer(kind: str, arithmetic: str, tmp_path: Path) -> None
     changed = differing(old, wanted)
     assert {name for name in adapter.layers if name in wanted} <= changed.keys()
     assert not differing(engine(folder, make, arithmetic), wanted)
+
+
+def test_a_large_adapter_is_loaded_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path, base, CONFIGS["LORA"]())
+    monkeypatch.setattr(skeleton, "PORTION", 1000)
+    assert not differing(engine(folder, base, "exact"), in_memory(folder, base))
+    change(folder, lambda tensors: tensors.pop(floating(tensors)))
+    with pytest.raises(ValueError, match="lacks"):
+        on_hollow(folder, base, "exact")
+
+
+@pytest.mark.full
+def test_memory_and_time_for_eight_billion_parameters(tmp_path: Path) -> None:
+    """A model of Llama's shape needs the memory of the adapter and 60 MB, and less than 10 s."""
+    sizes = {"q_proj": (4096, 4096), "k_proj": (4096, 1024), "v_proj": (4096, 1024), "o_proj": (4096, 4096)}
+    sizes |= {"gate_proj": (4096, 14336), "up_proj": (4096, 14336), "down_proj": (14336, 4096)}
+    file = {}
+    for layer, (name, (columns, rows)) in itertools.product(range(32), sizes.items()):
+        path = f"base_model.model.model.layers.{layer}.{'mlp' if 14336 in (columns, rows) else 'self_attn'}.{name}"
+        file[f"{path}.lora_A.weight"], file[f"{path}.lora_B.weight"] = torch.ones(16, columns), torch.ones(rows, 16)
+    save_file(file, tmp_path / WEIGHTS)
+    fields = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": sorted(sizes)}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    script = f"""
+import time, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from peft_zoo.merge.base.child import MARK
+from peft_zoo.merge.base.hollow import make_hollow
+from peft_zoo.merge.base.skeleton import load_on_hollow
+
+def most():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+before, began = most(), time.perf_counter()
+with torch.device("meta"):
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
+    ))
+make_hollow(model)
+layers = load_on_hollow(model, {str(tmp_path)!r}).layers
+print(MARK + str([len(layers), most() - before, time.perf_counter() - began]))
+"""
+    count, memory, seconds = run_in_child(script, "", "the adapter does not load")
+    assert count == 224
+    assert memory < (tmp_path / WEIGHTS).stat().st_size + 60e6
+    assert seconds < 10
 
 
 def test_values_for_the_base_are_left_in_the_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,7 @@ from peft_zoo.registration import NAMESPACE
 PREFIX = "base_model.model."
 UNFIT = (RuntimeError, AttributeError, TypeError, LookupError, AssertionError, ArithmeticError, ImportError)
 """What peft raises for a configuration and tensors that do not fit a model, beside a ValueError."""
+PORTION = 2**24  # bytes of a file that are loaded at a time
 ALLOCATED = ("r", "init_r", "rank_pattern", "n_frequency", "n_frequency_pattern", "num_vectors", "theta_d_length", "u")
 """Fields of peft's configurations whose numbers are sizes of tensors."""
 
@@ -233,18 +234,38 @@ def load_layers(
             for tensor in (*adapted.parameters(), *adapted.buffers()):
                 if id(tensor) not in base and is_hollow(tensor):  # a copy of a tensor of the base model
                     tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-            tensors = {key: file.read(key) for key in keys}
-            set_peft_model_state_dict(adapted, tensors, adapter_name)
+            portions = [list(keys)]
+            if config.peft_type == "LORA":  # tensors of some other types need each other, and those that peft converts
+                state = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
+                portions = list(_portions(file, keys)) if state.keys() >= set(keys) else portions
+            for portion in portions:
+                set_peft_model_state_dict(adapted, {key: file.read(key) for key in portion}, adapter_name)
         except UNFIT as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{file.path}: the adapter does not fit the base ({reason}); give its own.") from error
         state = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
-    for key, tensor in todays_tensors(tensors, config, adapter_name, cast(Any, adapted.base_model)).items():
-        now = state.pop(key, None)
-        if now is None:
-            raise ValueError(f"{key}: the base has no such module; give the adapter's own base model.")
-        if now.shape != tensor.shape or not torch.equal(now, tensor.to(now.dtype)):
-            raise ValueError(f"{key} was not loaded as it is in the file; give the adapter's own base model.")
+    for portion in portions:
+        tensors = {key: file.read(key) for key in portion}
+        for key, tensor in todays_tensors(tensors, config, adapter_name, cast(Any, adapted.base_model)).items():
+            now = state.pop(key, None)
+            if now is None:
+                raise ValueError(f"{key}: the base has no such module; give the adapter's own base model.")
+            if now.shape != tensor.shape or not torch.equal(now, tensor.to(now.dtype)):
+                raise ValueError(f"{key} was not loaded as it is in the file; give the adapter's own base model.")
     if state:
         raise ValueError(f"{file.path}: lacks {next(iter(state))!r}; load it onto its own base model, or save it.")
     return adapted.eval()
+
+
+def _portions(file: TensorFile, keys: Collection[str]) -> Iterator[list[str]]:
+    """Yields keys of a file whose tensors are loaded at a time, so that a large adapter is in memory once."""
+    portion: list[str] = []
+    size = 0
+    for key in keys:
+        portion.append(key)
+        size += file.tensors[key].nbytes
+        if size >= PORTION:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
