@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from peft_zoo.common.atomic import new_file, new_folder
+from peft_zoo.common import atomic
+from peft_zoo.common.atomic import new_file, new_folder, replaced_folder
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, tensor_writer
 
 TENSOR = torch.arange(6.0).reshape(2, 3)
@@ -75,6 +76,35 @@ def test_a_failure_leaves_no_new_folders(tmp_path: Path) -> None:
         with pytest.raises(KeyError), new(tmp_path / "a" / "b" / "out"):
             raise KeyError
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("looks", [1, 2])
+def test_of_two_that_replace_a_folder_one_wins_whole(
+    looks: int, exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one says so, also if it is overtaken between its last look at the folder and the exchange."""
+    target, look = tmp_path / "out", atomic._identity
+
+    def save(text: str) -> None:
+        with replaced_folder(target, "folder") as work:
+            (work / "name").unlink(missing_ok=True)
+            (work / "name").write_text(text)
+
+    def overtaken(path: Path) -> Any:
+        nonlocal looks
+        found, looks = look(path), looks - 1
+        if looks == 0:
+            save("first")
+        return found
+
+    if exists:
+        save("old")
+    monkeypatch.setattr(atomic, "_identity", overtaken)
+    with pytest.raises(ValueError, match=r"folder='.*another process"):
+        save("second")
+    assert (target / "name").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_permissions_are_ordinary(tmp_path: Path) -> None:

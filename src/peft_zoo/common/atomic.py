@@ -54,13 +54,14 @@ def replaced_folder(target: str | os.PathLike[str], field: str = "folder") -> It
     the old folder as `.unfinished-…`.
 
     Raises:
-        ValueError: If `target` is no folder; it names the caller's argument `field`.
+        ValueError: If `target` is no folder, or another process has replaced it in the meantime, whose folder then
+            stays; it names the caller's argument `field`.
     """
     target = Path(os.path.abspath(target))
     if os.path.lexists(target) and not target.is_dir():
         raise ValueError(f"{field}={str(target)!r} is not a folder; give the name of one.")
     target = target.resolve()  # a link stays, the folder that it leads to is replaced
-    work = _unfinished_path(target)
+    work, before = _unfinished_path(target), _identity(target)
     try:
         if target.exists():
             shutil.copytree(target, work, symlinks=True, copy_function=link)
@@ -68,10 +69,38 @@ def replaced_folder(target: str | os.PathLike[str], field: str = "folder") -> It
             work.mkdir()
         yield work
         _sync_tree(work)
-        _exchange(work, target)
+        _exchange_if(before, work, target, field)
     finally:
         shutil.rmtree(work, ignore_errors=True)  # the old folder, or after a failure the new one
     _sync(target.parent)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns what tells a folder from another one of the same name; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _exchange_if(before: tuple[int, int] | None, work: Path, target: Path, field: str) -> None:
+    """Gives `work` the name `target` unless that is not the folder `before` any more: then a ValueError is raised."""
+    is_same = _identity(target) == before
+    try:
+        if is_same and before is None:
+            os.replace(work, target)
+        elif is_same:
+            _exchange(work, target)
+            if is_other := _identity(work) != before:  # it has been replaced since the last look
+                _exchange(work, target)
+            is_same = not is_other
+    except OSError:
+        if before is not None or _identity(target) is None:
+            raise
+        is_same = False  # it has been created since the last look
+    if not is_same:
+        raise ValueError(f"{field}={str(target)!r} was written by another process in the meantime; save again.")
 
 
 def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -83,10 +112,8 @@ def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
 
 
 def _exchange(work: Path, target: Path) -> None:
-    """Gives `work` the name `target`; a folder of that name gets the name `work`."""
-    if not target.exists():
-        os.replace(work, target)
-    elif not _exchanged(work, target):
+    """Gives `work` the name `target`, and the folder of that name the name `work`."""
+    if not _exchanged(work, target):
         old = _unfinished_path(target)
         os.replace(target, old)
         os.replace(work, target)

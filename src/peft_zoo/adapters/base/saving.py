@@ -36,7 +36,8 @@ def save_adapter(model: PeftModel, folder: str, adapter_name: str | None = None,
         kwargs: Further arguments of `PeftModel.save_pretrained`, such as `state_dict`.
 
     Raises:
-        ValueError: If the model has no such adapter, several adapters are active, or `folder` is a file.
+        ValueError: If the model has no such adapter, several adapters are active, `folder` is a file, or another
+            process has replaced it in the meantime: of several processes, only one saves.
 
     Examples:
         >>> import os, tempfile, torch
