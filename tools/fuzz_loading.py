@@ -61,6 +61,9 @@ EXPECTED = (
     ("PeftModel.*", MEMORY, "*peft_type*", STOCK),
     ("recipe: *", RAW, "*config_t*", UNPARSED),
     ("recipe: *", RAW, "*peft_type*", UNPARSED),
+    ("recipe: *", RAW, "*KeyError*", UNPARSED),
+    ("recipe: *", RAW, "*JSONDecodeError*", UNPARSED),
+    ("recipe: *", MEMORY, "*config_large*", UNPARSED),
     ("recipe: *", RAW, "*HFValidationError*", "peft looks on the Hub for weights that a folder lacks"),
     ("squeeze_adapter: *", WRONG, "*modules_to_save=*not supported*", "only the base model knows its modules"),
     ("export_lora: *", WRONG, "*modules_to_save=*not supported*", "only the base model knows its modules"),
@@ -70,6 +73,10 @@ EXPECTED = (
     ("quantized folder: *", RAW, "*OSError*", TRANSFORMERS),
     ("quantized folder: *", RAW, "*UnpicklingError*", TRANSFORMERS),
     ("quantized folder: *", RAW, "*ignore_mismatched_sizes*", TRANSFORMERS),
+    ("quantized folder: *", RAW, "*config_text*", TRANSFORMERS),
+    ("quantized folder: *", RAW, "*unhashable type*", TRANSFORMERS),
+    ("quantized folder: *", HANG, "*config_large*", TRANSFORMERS),
+    ("quantized folder: *", WRONG, "*config_large*", TRANSFORMERS),
     ("quantized folder: *", "*", "config_*", TRANSFORMERS),
 )
 

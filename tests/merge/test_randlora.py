@@ -249,3 +249,13 @@ def test_sparse_and_very_sparse_at_once_are_refused(tmp_path: Path) -> None:
     edit(tmp_path / "peft", very_sparse=True)
     with pytest.raises(ValueError, match="sparse=True and very_sparse=True"):
         from_peft(tmp_path / "peft", tmp_path / "ours")
+
+
+@pytest.mark.parametrize(("field", "value"), [("bias", 2.5), ("randlora_alpha", None), ("randlora_dropout", 7)])
+def test_values_of_a_wrong_kind_are_named(field: str, value: Any, tmp_path: Path) -> None:
+    saved(theirs(), tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=field):
+        from_peft(tmp_path / "peft", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()

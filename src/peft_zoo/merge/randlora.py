@@ -27,10 +27,11 @@ import peft
 import torch
 from torch import Tensor
 
+from peft_zoo.adapters.base.source import check_numbers
 from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import draw
 from peft_zoo.common.atomic import new_folder
-from peft_zoo.common.checks import check_int
+from peft_zoo.common.checks import check, check_int, is_number
 from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.extra_keys import is_named
 from peft_zoo.io.lora_file import CONFIG_NAME, WEIGHTS_NAME, open_weights
@@ -165,9 +166,14 @@ def _config(folder: Path, kind: type[Any]) -> Any:
     check_names(content)
     known = {field.name for field in fields(kind) if field.init}
     try:
-        return kind(**{name: value for name, value in content.items() if name in known})
+        made = kind(**{name: value for name, value in content.items() if name in known})
     except (AttributeError, OverflowError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME}: a field has a value of a wrong type: {error}.") from error
+    check_numbers(made)
+    check(isinstance(made.bias, str), "bias", made.bias, "use 'none', 'all' or the name of a type and '_only'")
+    if kind is peft.RandLoraConfig:
+        check(is_number(made.randlora_alpha), "randlora_alpha", made.randlora_alpha, "use a number")
+    return made
 
 
 def _peft_config(config: RandLoraConfig, modules: list[str]) -> peft.RandLoraConfig:

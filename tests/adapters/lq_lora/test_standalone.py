@@ -379,6 +379,22 @@ def test_a_damaged_configuration_is_refused(change: Any, message: str, folder: P
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_file_with_more_than_the_configuration_is_refused(folder: Path) -> None:
+    """Factors that the configuration does not list would be left out, and a whole number taken for a weight."""
+    config = json.loads((folder / "config.json").read_text())
+    ranks = config["quantization_config"].pop("ranks")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"ranks.*initial_B"):
+        LlamaForCausalLM.from_pretrained(folder)
+    config["quantization_config"]["ranks"] = ranks
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"norm\.weight.*int8"):
+        LlamaForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("part", ["codes", "levels", "initial_A"])
 def test_an_incomplete_file_is_refused(part: str, folder: Path) -> None:
     tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")

@@ -44,6 +44,7 @@ from peft_zoo.adapters.lq_lora.nf_linear import NFLinear, empty_nf_linear
 from peft_zoo.adapters.lq_lora.peft_backend import dequantize_model, quantized_layers
 from peft_zoo.adapters.lq_lora.stored import StoredNormalFloat
 from peft_zoo.common.checks import require
+from peft_zoo.io import TensorFile, TensorInfo
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class NFkHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Replaces the layers of the config by empty quantized ones; replaces none if the model lacks one."""
+        check_weights(kwargs.get("checkpoint_files") or (), self.quantization_config)
         modules = dict(model.named_modules())
         layers: dict[str, NFLinear] = {}
         for name, listed in self.quantization_config.modules.items():
@@ -211,6 +213,27 @@ def _keys(model: PreTrainedModel, name: str) -> list[str]:
 def _pattern(model: PreTrainedModel, name: str) -> str:
     """Returns the regular expression of a module's name, without the prefix that a model without a head lacks."""
     return re.escape(name.removeprefix(f"{model.base_model_prefix}."))
+
+
+def check_weights(files: Iterable[str], config: NFkConfig) -> None:
+    """Raises a ValueError for a weights file that is invalid, or has tensors that transformers would ignore or cast."""
+    with_factors: list[str] = []
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            continue
+        with TensorFile(path) as file:
+            for key, info in file.tensors.items():
+                part = key.rpartition(".")[2]
+                with_factors += [key] if part == NFLinear.INITIAL[0] else []
+                is_guard = info == TensorInfo.of(guard())
+                if part == "weight" and not info.dtype.is_floating_point and not is_guard:
+                    raise ValueError(f"{key} has dtype {info.dtype}; a weight has floating-point values: save again.")
+    listed = sum(rank > 0 for rank in config.ranks.values())
+    if len(with_factors) > listed:  # counted: transformers may rename modules while it loads them
+        raise ValueError(
+            f"NFkConfig: ranks lists {listed} layers, and the files have factors of {len(with_factors)}, the last "
+            f"{with_factors[-1]}; save the model again."
+        )
 
 
 def complete_card(path: Path) -> None:
