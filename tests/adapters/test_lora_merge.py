@@ -14,6 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from peft_zoo import SqueezeLoraConfig, WatermarkLoraConfig
+from peft_zoo.adapters.base import exact_merge
+from peft_zoo.kernels.lora.merge import merge_lora
 from tests.adapters.models import bits
 
 pytestmark = pytest.mark.filterwarnings(  # peft's: a Conv1D beside linear layers, a second merge
@@ -61,6 +63,32 @@ def two_adapters(config_cls: type = SqueezeLoraConfig, dtype: torch.dtype = torc
     return model
 
 
+SHAPES = [(16, 20), (12, 16), (12, 12), (6, 27), (6, 6), (6, 18), (2, 8)]
+"""Shapes `(out, in)` of the matrices of `Net`."""
+
+
+class Experts(nn.Module):
+    """Four experts of two matrices each; one stack is `(experts, out, in)`, as the other is by peft's default."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        torch.manual_seed(0)
+        self.stack = nn.Parameter(torch.randn(4, 24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def with_experts(dtype: torch.dtype) -> Any:
+    """A model of experts in both layouts, `(experts, out, in)` and `(experts, in, out)`, with an adapter of each."""
+    model = nn.Sequential(Experts(False), Experts(True)).to(dtype)
+    parameters = ["0.stack", "1.stack"]
+    config = SqueezeLoraConfig(r=3, target_modules=[], target_parameters=parameters, init_lora_weights=False)
+    torch.manual_seed(1)
+    return get_peft_model(model, config).eval()
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {key: bits(value) for key, value in model.state_dict().items()}
 
@@ -84,6 +112,34 @@ def test_unmerging_restores_the_bits_however_often(dtype: torch.dtype, use_dora:
         assert not torch.equal(model.base_model.model.lin.base_layer.weight, Net().lin.weight)
         model.unmerge_adapter()
     assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_factors_are_merged_by_the_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives the bits of a sum of updates in float32 that is rounded once."""
+    models, shapes = [two_adapters(dtype=dtype), with_experts(dtype)], []
+    merged = []
+    for model in models:
+        model.merge_adapter()
+        merged.append(weights(model))
+        model.unmerge_adapter()
+
+    def recorded(matrix: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        shapes.append(tuple(matrix.shape))
+        return merge_lora(matrix, *arguments, **options)
+
+    monkeypatch.setattr(exact_merge, "merge_lora", recorded)
+    for model, expected in zip(models, merged, strict=True):
+        model.merge_adapter()
+        assert_same_bits(model, expected)
+        model.unmerge_adapter()
+    assert sorted(shapes) == sorted([*SHAPES, *[(24, 16)] * 4, *[(16, 24)] * 4])
+    monkeypatch.setattr(exact_merge.ExactMerge, "_plus_products", lambda *_: None)
+    for model, expected in zip(models, merged, strict=True):
+        model.merge_adapter()
+        assert_same_bits(model, expected)
+        model.unmerge_adapter()
+    assert len(shapes) == len(SHAPES) + 8
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Merging for peft's LoRA layers: rounded once from float32, and unmerging restores the bits of the base layer.
 
-peft adds and subtracts the update in the dtype of the weights, so each cycle changes them for good.
+peft adds and subtracts the update in the dtype of the weights, so each cycle changes them for good. Updates that are
+products of factors are added by `kernels.lora.merge_lora`, which holds neither the update nor a float32 weight.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from peft_zoo.adapters.base.offload import loaded
 from peft_zoo.adapters.base.snapshot import Snapshot
+from peft_zoo.adapters.base.weighted import parameters_of
+from peft_zoo.kernels.lora.merge import merge_lora
 
 FLOATING = (Linear, Embedding, Conv1d, Conv2d, Conv3d, ParamWrapper)
 """peft's LoRA layers around floating-point weights; its other classes replace a quantized weight by a new one."""
@@ -105,11 +108,14 @@ class ExactMerge(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc] 
                 f"{type(base).__name__} has groups={base.groups}: peft does not merge a LoRA of a grouped convolution."
             )
         assert self._snapshot is not None
-        with self._in_float32(names, self._snapshot.weight()):
-            weight = self.get_base_weight()
-            for name in names:
-                weight = self._plus_update(name, weight)
-            added = [self.lora_B[name].bias * self.scaling[name] for name in names if self.lora_bias[name]]
+        original = self._snapshot.weight()
+        weight = self._plus_products(names, original)
+        if weight is None:
+            with self._in_float32(names, original):
+                weight = self.get_base_weight()
+                for name in names:
+                    weight = self._plus_update(name, weight)
+        added = [_wide(self.lora_B[name].bias) * self.scaling[name] for name in names if self.lora_bias[name]]
         if added and self._bias is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         bias = sum(added, start=self._bias.float()) if added and self._bias is not None else None
@@ -119,6 +125,39 @@ class ExactMerge(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc] 
         if bias is not None:
             base.bias.data.copy_(bias)
         self.merged_adapters = names
+
+    def _plus_products(self, names: list[str], original: Tensor) -> Tensor | None:
+        """Returns a copy of the weight with the updates of adapters; None if they are not products of their factors.
+
+        Those of variants of LoRA, such as DoRA, are not. Factors that are wider than the weight, and tensors of other
+        classes, such as sharded ones, are left to torch.
+        """
+        pairs = [tuple(factor.detach() for factor in parameters_of(self, name)) for name in names]
+        is_variant = any(self.lora_variant.get(name) is not None for name in names)
+        wide = torch.promote_types(original.dtype, torch.float32).itemsize
+        is_plain = all(type(f) is Tensor and f.dtype.itemsize <= wide for pair in pairs for f in (original, *pair))
+        if is_variant or not is_plain or (isinstance(self, ParamWrapper) and self.num_experts < original.dim() - 1):
+            return None
+        weight = original.clone(memory_format=torch.contiguous_format)
+        scales = [self.scaling[name] for name in names]
+        for matrix, factors in self._products(weight, pairs):
+            B, A = zip(*factors, strict=True)
+            merge_lora(matrix, A, B, scales, inplace=True)
+        return weight
+
+    def _products(self, weight: Tensor, pairs: list[Any]) -> Iterator[tuple[Tensor, list[Any]]]:
+        """Yields views of a weight as matrices `(out, in)`, with their factors B and A of each adapter."""
+        experts = getattr(self, "num_experts", 1)
+        if experts == 1:
+            is_transposed = isinstance(self, Embedding) or getattr(self, "fan_in_fan_out", False)
+            matrix = weight.mT if is_transposed else weight.flatten(1)
+            yield matrix, [(B.flatten(1), A.flatten(1)) for B, A in pairs]
+            return
+        stacked: Any = self
+        pairs = [(B.reshape(len(B), -1, experts), A.reshape(experts, -1, A.shape[1])) for B, A in pairs]
+        for expert, matrix in enumerate(weight):  # B is (out, r, experts), A (experts, r, in)
+            is_swapped = stacked._did_swap_in_out_features
+            yield matrix if is_swapped else matrix.mT, [(B[..., expert], A[expert]) for B, A in pairs]
 
     def _plus_update(self, name: str, weight: Tensor) -> Tensor:
         """Returns a weight with the update of one more adapter; DoRA scales what the weight has from others, too."""
@@ -142,7 +181,7 @@ class ExactMerge(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc] 
         try:
             weight.data, self.merged_adapters = original, []
             for parameter, _ in data:
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                parameter.data = _wide(parameter.data)
             self._cache_store("unmerged_base_weight", weight.data)
             yield
         finally:
@@ -163,6 +202,11 @@ class ExactMerge(LoraLayer if TYPE_CHECKING else object):  # type: ignore[misc] 
                 base.bias.data.copy_(self._bias)
         self._snapshot = self._bias = None
         self.merged_adapters.clear()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Returns a tensor in at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _parameters(container: Any, names: list[str]) -> Iterator[nn.Parameter]:
