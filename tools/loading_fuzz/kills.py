@@ -60,7 +60,8 @@ def fingerprint(path: Path) -> dict[str, str]:
     found = {}
     for file in files:
         name = "" if file == path else str(file.relative_to(path))
-        if not file.is_file() or name.endswith("README.md") or ".unfinished" in name:
+        is_unfinished = ".unfinished" in name or file.name.startswith(".tmp")  # the second is safetensors' own
+        if not file.is_file() or name.endswith("README.md") or is_unfinished:
             continue
         content = file.read_bytes()
         if name.endswith(".json"):

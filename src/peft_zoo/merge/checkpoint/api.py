@@ -83,7 +83,7 @@ def merge_checkpoint(
         >>> base = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     base.save_pretrained(f"{folder}/base")
-        ...     config = LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False)
+        ...     config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
         ...     get_peft_model(base, config).save_pretrained(f"{folder}/adapter")
         ...     report = merge_checkpoint(f"{folder}/base", f"{folder}/adapter", f"{folder}/merged")
         ...     merged = GPT2LMHeadModel.from_pretrained(f"{folder}/merged")

@@ -26,6 +26,11 @@ class TensorReport:
             rows; None unless merged.
         unchanged: Share of elements of these rows that the rounding left as they were, in [0, 1]; None unless merged.
         erased: Part of the update that quantizing again lost, `|Q(W') - W'| / |W' - W|`; None unless requantized.
+
+    Examples:
+        >>> from peft_zoo.merge import TensorReport
+        >>> TensorReport("lm_head.weight", "added", "bfloat16", ("default",)).unchanged is None
+        True
     """
 
     key: str
