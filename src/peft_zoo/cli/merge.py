@@ -47,7 +47,6 @@ class Flags:
         "what to do with a quantized base (default refuse)"
     )
     arithmetic: Literal["exact", "peft"] | None = setting("exact: float32, rounded once (default); peft: its bits")
-    in_memory: bool = setting("load the whole base, for types of adapters that need its weights", False)
     max_shard_bytes: int | None = setting("size of the files of the result (default: those of the base)")
     readers: int | None = setting("modules that are computed at a time (default 2)")
     all_tensors: bool = setting(

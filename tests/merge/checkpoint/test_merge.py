@@ -53,7 +53,7 @@ def test_types_that_derive_their_layers_from_the_base_are_refused(made: Made) ->
     indices = peft.SupertuningConfig(sparsity=0.8, save_precomputed_indices=False, target_modules=["q_proj"])
     configs = {"save_precomputed_indices": indices, **{kind: config_of(kind) for kind in set(CONFIGS) & set(DERIVED)}}
     for name, config in configs.items():
-        with pytest.raises(NotImplementedError, match=rf"{name}.*in_memory=True"):
+        with pytest.raises(NotImplementedError, match=rf"{name}.*merge_and_unload"):
             merge_checkpoint(base, made.adapter(base, config), made.new())
 
 

@@ -63,7 +63,7 @@ class OpenAdapter:
         return self.file.tensors[key]
 
 
-def read_adapter(given: WeightedAdapter, trust_patterns: bool = False, in_memory: bool = False) -> OpenAdapter:
+def read_adapter(given: WeightedAdapter, trust_patterns: bool = False) -> OpenAdapter:
     """Opens the files of an adapter and checks what needs no model.
 
     Raises:
@@ -71,8 +71,7 @@ def read_adapter(given: WeightedAdapter, trust_patterns: bool = False, in_memory
     """
     source = AdapterSource(given.path)
     found = checked_fields(source)
-    if not in_memory:
-        refuse_derived(found)
+    refuse_derived(found)
     weights = open_weights(source.weights().parent, found)
     try:
         return OpenAdapter(given, configuration(found, weights.tensors, trust_patterns), weights)

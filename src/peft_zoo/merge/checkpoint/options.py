@@ -26,7 +26,6 @@ class MergeOptions:
     vocab: str = "auto"
     quantized: str = "refuse"
     arithmetic: str = "exact"
-    in_memory: bool = False
     max_shard_bytes: int | None = None
     readers: int = 2
     resume: bool = True
