@@ -190,6 +190,37 @@ def test_every_kind_of_layer(kind: str, arithmetic: str, tmp_path: Path) -> None
     assert not differing(engine(folder, make, arithmetic), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys", "ignore:The following alpha_pattern keys")
+def test_factors_of_single_experts_are_stacked_as_peft_does(tmp_path: Path) -> None:
+    """transformers 4 had a module for each expert, of which peft makes one parameter while it loads."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "target_modules": ["w1", "w2", "w3", "q_proj"]}
+    experts = [f"block_sparse_moe.experts.{expert}.{name}" for expert in range(4) for name in ("w1", "w2", "w3")]
+    file = {}
+    for layer, module in itertools.product(range(2), [*experts, "self_attn.q_proj"]):
+        start = f"base_model.model.model.layers.{layer}.{module}"
+        file[f"{start}.lora_A.weight"], file[f"{start}.lora_B.weight"] = torch.randn(2, 32), torch.randn(32, 2)
+    save_file(file, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    wanted = in_memory(tmp_path, models.mixtral)
+    old = {name: parameter.detach() for name, parameter in models.mixtral().named_parameters()}
+    assert len(differing(old, wanted)) == 6
+    assert not differing(engine(tmp_path, models.mixtral, "exact"), wanted)
+
+
+class Attention(nn.Module):
+    """An attention of torch, whose layers are not called one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2)
+
+
+def test_attention_of_torch_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, Attention, LoraConfig(r=2, target_modules=["attn"], init_lora_weights=False))
+    with pytest.raises(NotImplementedError, match=r"attn: .*MultiheadAttention"):
+        on_hollow(tmp_path, Attention, "exact")
+
+
 def test_a_large_adapter_is_loaded_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, base, CONFIGS["LORA"]())
     monkeypatch.setattr(skeleton, "PORTION", 1000)

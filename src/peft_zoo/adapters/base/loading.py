@@ -303,9 +303,9 @@ def todays_tensors(
         return dict(tensors)
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
 
-    strip = type(tuner)._remove_adapter_name_from_key
+    strip, start = type(tuner)._remove_adapter_name_from_key, f"{_PREFIX}model."
     return {
-        key if key in tensors else f"{_PREFIX}model.{strip(key, adapter_name)}": tensor
+        key if key in tensors else f"{start}{strip(key, adapter_name).removeprefix(start)}": tensor
         for key, tensor in convert(tuner.model, config, dict(tensors), adapter_name).items()
     }
 

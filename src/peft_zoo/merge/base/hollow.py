@@ -98,6 +98,11 @@ def adapted_layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
         if isinstance(module, BaseTunerLayer):
             plain = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
             parameter = getattr(module, "parameter_name", None) or "weight"
+            if isinstance(module.get_base_layer(), nn.MultiheadAttention):  # peft merges two matrices of it at once
+                raise NotImplementedError(
+                    f"{plain}: a LoRA of an nn.MultiheadAttention cannot be merged layer by layer; load the model with "
+                    "peft and call merge_and_unload()."
+                )
             found.setdefault(f"{plain}.{parameter}" if plain else parameter, module)
     return found
 
