@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_zoo.kernels.base import operator as base
 from peft_zoo.kernels.base.operator import OPERATORS, all_operators
@@ -224,5 +225,6 @@ def test_refusals_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     many = (torch.randn(3, 5, 1), torch.randn(3, 4, 1), *SAMPLES["kernelized_merge"](torch.float32)[0][2:])
     assert OPERATORS["kernelized_merge"].why_not_triton(*many) == "3 groups: the kernels take up to 2"
     assert OPERATORS["merge_lora"].why_not_triton(torch.ones(2, 2), [], [], [], None) == "there is nothing to add"
-    one = [torch.ones(1, 2)], [torch.ones(2, 1)], [1.0], None
-    assert OPERATORS["merge_lora_"].why_not_triton(torch.ones(2, 2), *one) == "it is a single addmm"
+    with FakeTensorMode():  # a GPU's tensors without a GPU
+        weight, A, B = (torch.ones(shape, device="cuda") for shape in ((2, 2), (1, 2), (2, 1)))
+        assert OPERATORS["merge_lora_"].why_not_triton(weight, [A], [B], [1.0], None) == "it is a single addmm"

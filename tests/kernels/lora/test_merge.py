@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_zoo.kernels.lora import merge as module
 from peft_zoo.kernels.lora.merge import merge_lora, merge_lora_reference, stochastic_round
+from peft_zoo.kernels.random_matrix.philox import philox
 from tests.kernels.cases import in_turn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -24,6 +26,7 @@ Arguments = tuple[Tensor, list[Tensor], list[Tensor], list[float]]
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 500)
+    monkeypatch.setattr(module, "_ALIGNED", 1)
 
 
 def make(shape: tuple[int, int], ranks: tuple[int, ...], dtype: torch.dtype, factors: torch.dtype) -> Arguments:
@@ -77,10 +80,10 @@ def test_any_adapters(
 def test_a_cpu_gives_the_bits_of_the_definition(
     dtype: torch.dtype, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(module, "_ALIGNED", 64)  # in blocks that are multiples of this; one row or column would be left
     torch.manual_seed(0)
-    A, B = [torch.randn(3, 64), torch.randn(5, 64)], [torch.randn(96, 3), torch.randn(96, 5)]
-    weight = torch.randn(96, 64).to(dtype)
+    A, B = [torch.randn(3, 321), torch.randn(5, 321)], [torch.randn(193, 3), torch.randn(193, 5)]
+    weight = torch.randn(193, 321).to(dtype)
     wanted = merge_lora_reference(weight, A, B, [0.3, 1.7])
     weight = weight.mT.contiguous().mT if transposed else weight
     assert torch.equal(merge_lora(weight, A, B, [0.3, 1.7]), wanted)
@@ -130,7 +133,7 @@ def test_fewer_roundings_than_pefts_merge() -> None:
 def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(dtype: torch.dtype) -> None:
     values = torch.tensor([1.001, -1.001, 3.14159, 1e-3, 6e-8, -2e-6, 65000.0, 0.0])
     many = values.repeat(20_000, 1)
-    found = stochastic_round(many, dtype, 3, torch.arange(20_000), torch.arange(8)).double()
+    found = stochastic_round(many, dtype, 3).double()
     nearest = values.to(dtype)
     step = torch.maximum(
         (torch.nextafter(nearest, torch.full_like(nearest, float("inf"))) - nearest).double().abs(),
@@ -146,10 +149,36 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(dtype: to
 def test_what_the_dtype_holds_is_not_rounded(dtype: torch.dtype) -> None:
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = patterns[patterns.isfinite() & ((patterns.abs() > 2e-38) | (patterns == 0))].float()
-    found = stochastic_round(values[None], dtype, 9, torch.zeros(1, dtype=torch.int64), torch.arange(len(values)))
+    found = stochastic_round(values[None], dtype, 9)
     assert torch.equal(found.float()[0], values)
     special = torch.tensor([[float("inf"), -float("inf"), float("nan")]])
-    assert stochastic_round(special, dtype, 9, torch.zeros(1, dtype=torch.int64), torch.arange(3)).isfinite().sum() == 0
+    assert stochastic_round(special, dtype, 9).isfinite().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_is_its_definition_value_by_value(dtype: torch.dtype) -> None:
+    """Up if 24 bits of the value's own philox word are below the fraction that the dtype cannot hold."""
+    values = torch.randn(7, 21, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-9, 5).repeat(2)[:21]
+    found = stochastic_round(values, dtype, -5, first=(100, 3))
+    rows, columns = torch.arange(100, 107)[:, None], torch.arange(3, 24)
+    words = torch.stack(philox(-5, columns // 4, rows, 2), -1)
+    word = words.gather(-1, (columns % 4).expand(7, -1)[..., None])[..., 0]
+    nearest = values.to(dtype)
+    magnitude = (nearest.view(torch.int16) & 0x7FFF) - (nearest.double().abs() > values.double().abs()).short()
+    low, high = (bits.view(dtype).double() for bits in (magnitude, magnitude + 1))
+    chance = ((values.double().abs() - low) / (high - low) * 2**24).floor()
+    expected = torch.where((word & 0xFFFFFF) < chance, high, low).copysign(values.double())
+    assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "digest"), [(torch.bfloat16, "a874240dbe937f1b"), (torch.float16, "acecbfbb845e436e")], ids=str
+)
+def test_the_bits_never_change(dtype: torch.dtype, digest: str) -> None:
+    """Files that were merged with a seed can be made again."""
+    values = (torch.arange(33 * 130) % 1009 - 504).reshape(33, 130).float() / 7
+    found = stochastic_round(values, dtype, 2026)
+    assert hashlib.sha256(found.view(torch.int16).numpy().tobytes()).hexdigest()[:16] == digest
 
 
 def test_small_updates_survive_stochastic_rounding() -> None:

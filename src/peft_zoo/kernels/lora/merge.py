@@ -31,6 +31,7 @@ _SMALLEST_HALF = 0x33800000  # float32 bit pattern of 2^-24, the smallest positi
 ROUNDING = 2  # third counter word of philox, reserved for rounding
 
 _CHUNK_ELEMENTS = 2**17  # in each of the torch path's 32-bit scratches, which replace a 32-bit copy of the weight
+_ALIGNED = 64  # multiple of the tiles of CPU libraries, in rows and columns
 _CHUNK_ELEMENTS_CUDA = 2**22  # the same on a GPU, where each block is a few launches
 
 
@@ -93,33 +94,53 @@ def merge_lora_reference(
         total = total + s * (b.to(wide) @ a.to(wide))
     if seed is None:
         return total.to(weight.dtype)
-    rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape)
-    return stochastic_round(total, weight.dtype, seed, rows, columns)
+    return stochastic_round(total, weight.dtype, seed)
 
 
-def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
+def stochastic_round(values: Tensor, dtype: torch.dtype, seed: int, first: tuple[int, int] = (0, 0)) -> Tensor:
     """Rounds float32 `(m, n)` to neighbours in `dtype`, with probabilities that make the mean exact.
 
-    The random bits follow from `seed` and the indices of the values in the whole matrix: `rows`, int64 `(m,)`, and
-    `columns`, `(n,)`. Values that are not finite, and all if `dtype` does not have 16 bits, are converted as usual.
+    The random bits follow from `seed` and the indices of the values in the whole matrix, of which `first` are those of
+    `values[0, 0]`. Values that are not finite, and all if `dtype` does not have 16 bits, are converted as usual.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return values.to(dtype)
-    words = torch.stack(philox(seed, columns // 4, rows[:, None], ROUNDING), dim=-1)  # (m, n, 4)
-    word = words.gather(-1, (columns % 4).expand(len(rows), -1)[..., None])[..., 0]
-    bits = values.detach().view(torch.int32)
+    words = _random_words(seed, values, first)
+    bits = values.detach().contiguous().view(torch.int32)
+    if dtype == torch.bfloat16:
+        # The upper half plus a carry: it comes if the lower half is above 16 of the random bits.
+        rounded = ((words >> 8) & 0xFFFF).bitwise_xor_(0xFFFF).add_(bits).bitwise_right_shift_(16)
+        rounded = rounded.to(torch.int16).view(dtype)
+    else:
+        rounded = _stochastic_half(values, bits, words & 0xFFFFFF)
+    return torch.where(values.isfinite(), rounded, values.to(dtype))
+
+
+def _random_words(seed: int, values: Tensor, first: tuple[int, int]) -> Tensor:
+    """Returns the random 32 bits of each value, int32 of the shape of `values`; four columns share a call of philox."""
+    row, column = first
+    m, n = values.shape
+    quads = torch.arange(column // 4, -(-(column + n) // 4), device=values.device)
+    rows = torch.arange(row, row + m, device=values.device)[:, None]
+    words = torch.empty(m, len(quads), 4, dtype=torch.int32, device=values.device)
+    for k, word in enumerate(philox(seed, quads, rows, ROUNDING)):
+        words[..., k] = word
+    return words.flatten(1)[:, column % 4 :][:, :n]
+
+
+def _stochastic_half(values: Tensor, bits: Tensor, random: Tensor) -> Tensor:
+    """Rounds to float16 from the values' bits and 24 random bits for each."""
     # Number of the 23 fraction bits that the format lacks; it lacks more below its smallest normal number.
     exponent = (bits >> 23) & 0xFF
-    lost = torch.full_like(bits, 16) if dtype == torch.bfloat16 else 13 + (113 - exponent).clamp(0, 10)
+    lost = 13 + (113 - exponent).clamp(0, 10)
     unit = torch.ones_like(bits) << lost
-    tiny = (exponent < 103) if dtype == torch.float16 else torch.zeros_like(bits, dtype=torch.bool)  # below 2^-24
+    tiny = exponent < 103  # below 2^-24
     chance = torch.where(
         tiny, (torch.where(tiny, values.abs(), 0.0) * 2.0**48).to(torch.int32), (bits & (unit - 1)) << (24 - lost)
     )
     down = torch.where(tiny, bits & -(2**31), bits & ~(unit - 1))
     step = torch.where(tiny, _SMALLEST_HALF, unit)
-    rounded = (down + torch.where((word & 0xFFFFFF) < chance, step, 0)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(dtype)
+    return (down + torch.where(random < chance, step, 0)).view(torch.float32).to(torch.float16)
 
 
 def _check(weight: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scales: Sequence[float], seed: int | None) -> None:
@@ -192,13 +213,12 @@ def _merge_into(
     # Blocks along the dimension of larger stride, so that each is contiguous.
     columns_first = weight.stride(0) < weight.stride(1)
     length, width = weight.shape[::-1] if columns_first else weight.shape
-    step = max(1, (_CHUNK_ELEMENTS_CUDA if weight.is_cuda else _CHUNK_ELEMENTS) // max(1, width))
-    everything = torch.arange(width, device=weight.device)
-    scratch = torch.empty(2, min(step, length) * width, dtype=wide, device=weight.device)
-    for start in range(0, length, step):
-        block = slice(start, min(start + step, length))
+    blocks = _blocks(length, (_CHUNK_ELEMENTS_CUDA if weight.is_cuda else _CHUNK_ELEMENTS) // max(1, width))
+    largest = max((block.stop - block.start for block in blocks), default=0)
+    scratch = torch.empty(2, largest * width, dtype=wide, device=weight.device)
+    for block in blocks:
         i, j = (slice(None), block) if columns_first else (block, slice(None))
-        shape = (width, block.stop - start) if columns_first else (block.stop - start, width)
+        shape = (width, block.stop - block.start) if columns_first else (block.stop - block.start, width)
         total, update = (part[: math.prod(shape)].view(shape) for part in scratch)
         total.copy_(weight[i, j])
         for a, b, scale in zip(A, B, scales, strict=True):
@@ -207,9 +227,18 @@ def _merge_into(
         if seed is None:
             out[i, j] = total
             continue
-        here = torch.arange(block.start, block.stop, device=weight.device)
-        rows, columns = (everything, here) if columns_first else (here, everything)
-        out[i, j] = stochastic_round(total, out.dtype, seed, rows, columns)
+        out[i, j] = stochastic_round(total, out.dtype, seed, (0, block.start) if columns_first else (block.start, 0))
+
+
+def _blocks(length: int, wanted: int) -> list[slice]:
+    """Splits rows or columns into blocks of about `wanted`.
+
+    BLAS sums each element of a product as in the whole product if no block is narrow and all begin at multiples of its
+    tiles: so blocks are multiples of `_ALIGNED`, and the last one takes what would be left.
+    """
+    step = max(_ALIGNED, wanted // _ALIGNED * _ALIGNED)
+    starts = list(range(0, max(1, length - step + 1), step))
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length], strict=True)]
 
 
 def _is_one_product(weight: Tensor, A: list[Tensor], B: list[Tensor], scales: list[float], seed: int | None) -> bool:

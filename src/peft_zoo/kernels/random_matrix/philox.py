@@ -30,15 +30,11 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: int = 0, c3: int = 0) -> tuple
     c0, c1 = torch.broadcast_tensors(c0, c1)
     x2, x3 = torch.full_like(c0, c2), torch.full_like(c0, c3)
     for _ in range(_ROUNDS):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(x2, _MULTIPLIERS[1])
-        c0, c1, x2, x3 = high1 ^ c1 ^ k0, low1, high0 ^ x3 ^ k1, low0
+        # int64 products wrap around, so their bits are those of unsigned ones. The high halves of c1 and x3 are left
+        # in until the mask of the next round.
+        product0, product1 = c0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
+        c0 = (product1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        x2 = (product0 >> 32).bitwise_xor_(x3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, x3 = product1, product0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0, c1, x2, x3
-
-
-def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Returns high and low word of a 32-bit product; in 16-bit halves, as int64 cannot hold 64 unsigned bits."""
-    low = (x & 0xFFFF) * factor
-    high = (x >> 16) * factor + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    return c0, c1 & _WORD, x2, x3 & _WORD

@@ -146,8 +146,7 @@ class ModuleMerge:
         seed = self.options.rounding_seed
         if seed is None or value.dtype == dtype or value.dim() < 2:
             return value.to(dtype)
-        rows, columns = torch.arange(len(value)), torch.arange(value[0].numel())
-        return stochastic_round(value.flatten(1), dtype, seed, rows, columns).reshape(value.shape)
+        return stochastic_round(value.flatten(1), dtype, seed).reshape(value.shape)
 
 
 def depends_on_base(adapter: OpenAdapter, layer: Any) -> bool:
