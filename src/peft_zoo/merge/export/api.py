@@ -15,7 +15,6 @@ Cost: one module in memory at a time, and the new factors. An update without fac
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,15 @@ from torch import nn
 
 from peft_zoo.common.atomic import check_new_folder, new_folder
 from peft_zoo.common.progress import Progress, silent
-from peft_zoo.io import TensorInfo, TensorWriter
 from peft_zoo.io.expert_names import check_plain_names
-from peft_zoo.io.lora_config import write_config
-from peft_zoo.io.lora_file import WEIGHTS_NAME
-from peft_zoo.merge.export.fit import Fit, fit_all
+from peft_zoo.merge.base.plain_lora import check_drop, write_plain_lora
+from peft_zoo.merge.export.fit import fit_all
 from peft_zoo.merge.export.opening import open_source
-from peft_zoo.merge.export.options import EXTRAS, ExportOptions
+from peft_zoo.merge.export.options import ExportOptions
 from peft_zoo.merge.export.report import ExportReport
 from peft_zoo.merge.export.source import UpdateSource
 from peft_zoo.merge.export.verify import verify_with_stock_peft
 from peft_zoo.merge.export.vllm import DEFAULT_RANK, check_vllm, needed_rank
-
-KEPT = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type")
-"""Fields of the adapter's configuration that the LoRA's has too."""
 
 
 def export_lora(
@@ -95,7 +89,8 @@ def export_lora(
         names = _modules(source, chosen)
         fits = fit_all(source, names, chosen, progress or silent)
         with new_folder(target, "out") as work:
-            _write(work, source, fits)
+            factors = {name: fit.factors for name, fit in fits.items()}
+            write_plain_lora(work, source.config, source.modules, factors, source.fan_in_fan_out)
             notes = [*source.notes, *_check_target(work, chosen, max(fit.row.rank for fit in fits.values()))]
             if chosen.verify:
                 verify_with_stock_peft(work, source.modules, fits)
@@ -145,39 +140,13 @@ def _options(**given: Any) -> ExportOptions:
 
 def _modules(source: UpdateSource, options: ExportOptions) -> list[str]:
     """Returns the modules to export; raises for what a LoRA cannot hold and `drop` does not name."""
+    check_drop(options.drop, source.modules, source.extras)
     names = [name for name in source.modules if not options.drops(name)]
-    for entry in options.drop:
-        if entry not in EXTRAS and not any(name == entry or name.endswith(f".{entry}") for name in source.modules):
-            raise ValueError(f"drop={entry!r} is neither a module of the adapter nor one of {', '.join(EXTRAS)}.")
-    for extra, key in source.extras.items():
-        if extra not in options.drop:
-            raise ValueError(
-                f"{key}: a plain LoRA of layers cannot hold it; pass drop=[{extra!r}] to leave it out, or merge the "
-                "adapter."
-            )
-    if not names:
-        raise ValueError(f"drop={list(options.drop)!r} leaves no module; leave some out of it.")
     check_plain_names(names, source.config)
     nested = next((name for name in names if ".base_layer." in name), None)
     if nested is not None:
         raise NotImplementedError(f"{nested}: a layer inside of an adapted attention layer is not supported; drop it.")
     return names
-
-
-def _write(folder: Path, source: UpdateSource, fits: Mapping[str, Fit]) -> None:
-    """Writes weights and configuration."""
-    tensors = {
-        key: tensor for name, fit in fits.items() for key, tensor in source.modules[name].stored(fit.B, fit.A).items()
-    }
-    infos = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
-    with TensorWriter(folder / WEIGHTS_NAME, infos, {"format": "pt"}) as writer:
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
-    plain = {"bias": "none", "inference_mode": True, "modules_to_save": None, "use_dora": False, "lora_bias": False}
-    plain |= {"peft_type": "LORA", "fan_in_fan_out": source.fan_in_fan_out, "lora_dropout": 0.0}
-    old = {**{name: source.config[name] for name in KEPT if name in source.config}, **plain}
-    largest = max(fits, key=lambda name: len(fits[name].A))
-    write_config(folder, old, {name: fit.plan for name, fit in fits.items()}, source.modules, largest)
 
 
 def _check_target(folder: Path, options: ExportOptions, rank: int) -> list[str]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from peft_zoo.common.progress import Progress
 from peft_zoo.io.expert_names import is_expert
-from peft_zoo.io.lora_ranks import RankAndScale
 from peft_zoo.io.safetensors import check_finite
 from peft_zoo.kernels.low_rank.certified import PRECISION, frobenius_norm
 from peft_zoo.kernels.planning.ranks import RankTarget, Spectrum, plan_ranks
+from peft_zoo.merge.base.plain_lora import Factors
 from peft_zoo.merge.export.options import ExportOptions
 from peft_zoo.merge.export.report import ExportedModule
 from peft_zoo.merge.export.source import UpdateSource
@@ -30,7 +30,7 @@ PROBES = 4  # random inputs of each module with which the result is checked
 
 @dataclass(frozen=True)
 class Fit:
-    """Factors of one module as they are stored, and inputs and outputs to check them with.
+    """Factors of one module as they are stored.
 
     Attributes:
         row: Rank and error for the report.
@@ -45,18 +45,17 @@ class Fit:
     scale: float
 
     @property
-    def plan(self) -> RankAndScale:
-        """Rank and scale for the configuration."""
-        return RankAndScale(len(self.A), self.scale)
+    def factors(self) -> Factors:
+        """The factors without the report."""
+        return Factors(self.B, self.A, self.scale)
 
     def padded(self, rank: int) -> Fit:
         """Returns the same update with zeros in further columns of B and rows of A."""
-        more = rank - len(self.A)
-        if more <= 0:
+        if rank <= len(self.A):
             return self
-        B, A = torch.nn.functional.pad(self.B, (0, more)), torch.nn.functional.pad(self.A, (0, 0, 0, more))
-        parameters = rank * (len(B) + A.shape[1])
-        return replace(self, B=B, A=A, row=replace(self.row, rank=rank, parameters=parameters))
+        found = self.factors.padded(rank)
+        row = replace(self.row, rank=rank, parameters=found.B.numel() + found.A.numel())
+        return replace(self, B=found.B, A=found.A, row=row)
 
 
 def probes(name: str, columns: int) -> Tensor:

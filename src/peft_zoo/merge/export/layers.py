@@ -16,9 +16,9 @@ from peft_zoo.adapters.base import ZooLayer
 from peft_zoo.common.modules import plain_name
 from peft_zoo.io.lora_file import LayerKind
 from peft_zoo.merge.base.exportable import Exportable, dependence
+from peft_zoo.merge.base.plain_lora import PREFIX, Module
 from peft_zoo.merge.base.skeleton import UNFIT
 from peft_zoo.merge.export.factors import LAYER_FACTORS
-from peft_zoo.merge.export.source import PREFIX, Module
 from peft_zoo.merge.export.updates import Update
 
 Values = Callable[[str], Tensor]

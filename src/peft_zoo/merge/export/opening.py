@@ -17,12 +17,13 @@ from peft_zoo.io.extra_keys import EMBEDDINGS
 from peft_zoo.io.lora_file import open_weights
 from peft_zoo.merge.base.exportable import derived_by, exportable
 from peft_zoo.merge.base.hollow import hollow_linears
+from peft_zoo.merge.base.plain_lora import EMBEDDING, PREFIX, extra_of, extras
 from peft_zoo.merge.base.skeleton import check_files, checked_fields, configuration, load_layers
 from peft_zoo.merge.export.base_model import BaseModel, open_base
 from peft_zoo.merge.export.factors import FILE_SIZES
 from peft_zoo.merge.export.layers import LayerSource
 from peft_zoo.merge.export.options import ExportOptions
-from peft_zoo.merge.export.source import EMBEDDING, PREFIX, FileSource, UpdateSource, extra_of, extras
+from peft_zoo.merge.export.source import FileSource, UpdateSource
 from peft_zoo.registration import NAMESPACE
 
 NAME = "default"

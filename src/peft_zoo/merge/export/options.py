@@ -12,12 +12,11 @@ from torch import Tensor
 from peft_zoo.calibration.moments import Moments
 from peft_zoo.common.checks import check, check_choice, check_count, check_share, is_number
 from peft_zoo.kernels.planning.ranks import parse_budget
+from peft_zoo.merge.base.plain_lora import drops
 
 TARGETS = ("peft", "vllm")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUDGETS = ("rank", "energy", "max_error", "budget")
-EXTRAS = ("modules_to_save", "trainable_token_indices", "bias", "lora_bias", "magnitude")
-"""What an adapter may hold beside the updates of its modules; `drop` names what to leave out."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class ExportOptions:
         rank_multiple_of: Ranks are rounded up to a multiple of this; default 1.
         dtype: Dtype of the factors: `"adapter"` (default) as in the adapter, or one of `DTYPES`.
         target: `"peft"` (default), or `"vllm"`, whose rules are checked.
-        drop: What to leave out: entries of `EXTRAS`, and names of modules or their ends after a dot.
+        drop: What to leave out: entries of `plain_lora.EXTRAS`, and names of modules or their ends after a dot.
         moments: Second moments of inputs by module name, from `peft_zoo.calibration.calibrate`: ranks and factors then
             minimize the error of the outputs, which the report names too.
         verify: Whether stock peft loads the result in a process of its own before it appears; default True.
@@ -106,4 +105,4 @@ class ExportOptions:
 
     def drops(self, module: str) -> bool:
         """Whether a module is left out."""
-        return any(module == name or module.endswith(f".{name}") for name in self.drop if name not in EXTRAS)
+        return drops(module, self.drop)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_zoo.merge.base.child import run_in_child
+from peft_zoo.merge.base.plain_lora import Module
 from peft_zoo.merge.export.fit import Fit, probes
-from peft_zoo.merge.export.source import Module
 
 SCRIPT = Path(__file__).with_name("stock_peft.py")
 TOLERANCE = 1e-4

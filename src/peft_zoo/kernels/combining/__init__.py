@@ -1,0 +1,1 @@
+"""Combinations of several low-rank updates of one weight into one."""

@@ -1,0 +1,1 @@
+"""Combines several LoRAs into one, from their files and without the base model."""

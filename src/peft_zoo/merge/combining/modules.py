@@ -1,0 +1,121 @@
+"""Combines the updates of one module and lowers the rank of the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from peft_zoo.io.safetensors import check_finite
+from peft_zoo.kernels.combining.elementwise import combine_blocks, product_blocks
+from peft_zoo.kernels.combining.products import (
+    Product,
+    add_factors,
+    concatenate,
+    core,
+    inner_product,
+    iso,
+    knots,
+    norm,
+    orthogonal,
+    slerp,
+    tsv,
+)
+from peft_zoo.kernels.low_rank.certified import certified_svd
+from peft_zoo.kernels.low_rank.factored import factored_svd
+from peft_zoo.merge.base.plain_lora import Factors
+from peft_zoo.merge.combining.options import CombineOptions
+from peft_zoo.merge.combining.report import CombinedModule
+from peft_zoo.merge.combining.sources import Sources
+
+
+def global_cosine(sources: Sources) -> float:
+    """Returns the cosine of the angle between two adapters as a whole."""
+    product, sizes = 0.0, [0.0, 0.0]
+    for name in sources.modules:
+        one, other = sources.updates(name)
+        sizes = [
+            math.hypot(size, norm(u)) if u is not None else size for size, u in zip(sizes, (one, other), strict=True)
+        ]
+        product += inner_product(one, other) if one is not None and other is not None else 0.0
+    return product / (sizes[0] * sizes[1]) if all(sizes) else 0.0
+
+
+def combine_module(
+    sources: Sources, name: str, weights: Sequence[float], options: CombineOptions, angle: float | None
+) -> tuple[CombinedModule, Factors] | None:
+    """Combines one module; None if the result is zero because all weights are."""
+    found = sources.updates(name)
+    if options.method in ("slerp", "orthogonal"):  # in which places matter
+        shape = next((len(u.B), u.A.shape[1]) for u in found if u is not None)
+        pairs = [(_zero(*shape) if u is None else u, w) for u, w in zip(found, weights, strict=True)]
+    else:
+        votes = options.by_entry  # an adapter without weight still elects signs
+        pairs = [(u, w) for u, w in zip(found, weights, strict=True) if u is not None and (w or votes)]
+    if not any(w for _, w in pairs):
+        return None
+    updates, kept = [u for u, _ in pairs], [w for _, w in pairs]
+    if options.resolved_space == "delta" and options.by_entry:
+        blocks = [product_blocks(*(factor.float() for factor in u.wide())) for u in updates]
+        shape = len(updates[0].B), updates[0].A.shape[1]
+        svd = certified_svd(combine_blocks(blocks, kept, options.entries(), shape), options.rank)
+        wanted = min(options.rank or 1, len(svd.S))
+        root = svd.S[:wanted].sqrt()
+        B, A, size, lost = svd.U[:, :wanted] * root, root[:, None] * svd.Vh[:wanted], svd.norm, svd.error(wanted)
+    else:
+        exact = _product(updates, kept, options, angle)
+        B, A, size, lost = _of_rank(*exact, options)
+    return _rounded(sources, name, (B, A, size, lost), options)
+
+
+def _zero(rows: int, columns: int) -> Product:
+    return Product(torch.zeros(rows, 1), torch.zeros(1, columns))
+
+
+def _product(
+    updates: Sequence[Product], weights: Sequence[float], options: CombineOptions, angle: float | None
+) -> tuple[Tensor, Tensor]:
+    """Returns factors of the combination, before its rank is lowered."""
+    method, space = options.method, options.resolved_space
+    if method == "slerp":
+        return slerp(updates, weights[1], angle)
+    if method == "tsv":
+        return tsv(updates, weights, max(1, (options.rank or 1) // len(updates)))
+    if space == "factors":
+        return add_factors(updates, weights, options.entries() if options.by_entry else None)
+    if space == "knots":
+        return knots(updates, weights, options.entries())
+    if space == "core":
+        return core(updates, weights, options.entries(), options.rank if options.compress_first else None)
+    plain: dict[str, Callable[[Sequence[Product], Sequence[float]], tuple[Tensor, Tensor]]]
+    plain = {"cat": concatenate, "linear": concatenate, "orthogonal": orthogonal, "iso": iso}
+    return plain[method](updates, weights)
+
+
+def _of_rank(B: Tensor, A: Tensor, options: CombineOptions) -> tuple[Tensor, Tensor, float, float]:
+    """Lowers the rank of a product if it is asked for, or above that of any matrix of its size.
+
+    Returns the factors, the norm of the product, and the relative error.
+    """
+    svd = factored_svd(B, A, method="qr")
+    size = float(svd.singular_values.norm())
+    rank = min(options.rank or A.shape[0], A.shape[0], len(B), A.shape[1])
+    if rank == A.shape[0] and options.method in ("cat", "linear"):
+        return B, A, size, 0.0
+    low = svd.truncate(B, A, max(1, min(rank, svd.rank)))
+    return low.B, low.A, size, low.error
+
+
+def _rounded(
+    sources: Sources, name: str, found: tuple[Tensor, Tensor, float, float], options: CombineOptions
+) -> tuple[CombinedModule, Factors]:
+    """Rounds factors to their dtype; `found` has their norm and the relative error of their rank too."""
+    wide_B, wide_A, size, lost = found
+    dtype = options.dtype_of(sources.dtypes(name))
+    B, A = check_finite(f"{name}: B", wide_B.to(dtype)), check_finite(f"{name}: A", wide_A.to(dtype))
+    both = torch.cat([wide_B, -B.double()], 1), torch.cat([wide_A, A.double()])
+    rounding = float(factored_svd(*both, method="qr").singular_values.norm()) / size if size else 0.0
+    row = CombinedModule(name, sources.ranks(name), len(A), size, math.hypot(lost, rounding), B.numel() + A.numel())
+    return row, Factors(B, A)

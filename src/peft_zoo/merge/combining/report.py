@@ -1,0 +1,86 @@
+"""Reports of combined LoRAs: ranks and errors by module, and how similar the adapters are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft_zoo.common.tables import align, shorten
+
+
+@dataclass(frozen=True)
+class CombinedModule:
+    """Result for one module.
+
+    Attributes:
+        name: Name of the module.
+        ranks: Rank of each adapter; 0 where it does not change the module.
+        rank: Rank of the result.
+        norm: Frobenius norm of the combination.
+        error: Relative error of the written factors, of their rank and of rounding, in the Frobenius norm.
+        parameters: Number of values in the new factors.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    norm: float
+    error: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What `combine` wrote.
+
+    Attributes:
+        method: Name of the method.
+        space: Space in which it worked.
+        adapters: Names of the adapters.
+        modules: Results by module.
+        dropped: Modules and kinds of tensors that were left out.
+        warnings: What a user of the result should know.
+    """
+
+    method: str
+    space: str
+    adapters: tuple[str, ...]
+    modules: tuple[CombinedModule, ...]
+    dropped: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """Relative error of all modules together."""
+        total = math.hypot(*(module.norm for module in self.modules))
+        lost = math.hypot(*(module.norm * module.error for module in self.modules))
+        return lost / total if total else 0.0
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all new factors."""
+        return sum(module.parameters for module in self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        own = {"method": self.method, "space": self.space, "adapters": list(self.adapters)}
+        totals = {"error": self.error, "parameters": self.parameters}
+        lists = {"dropped": list(self.dropped), "warnings": list(self.warnings)}
+        return {**own, **totals, **lists, "modules": [asdict(module) for module in self.modules]}
+
+    def table(self, limit: int | None = None) -> str:
+        """Text table with a line for each module and the totals.
+
+        Args:
+            limit: Number of modules to show, those with the largest errors first; None shows all in order.
+        """
+        shown = self.modules if limit is None else sorted(self.modules, key=lambda m: -m.error)[:limit]
+        rows = [
+            (shorten(m.name), "+".join(map(str, m.ranks)), str(m.rank), f"{m.error:.1e}", f"{m.parameters:,}")
+            for m in shown
+        ]
+        hidden = len(self.modules) - len(shown)
+        more = [(f"and {hidden} more with smaller errors", "", "", "", "")] if hidden else []
+        total = ("all", "", str(max(m.rank for m in self.modules)), f"{self.error:.1e}", f"{self.parameters:,}")
+        return align([("module", "ranks", "rank", "error", "parameters"), *rows, *more, total])
