@@ -20,6 +20,10 @@ class CombinedModule:
         norm: Frobenius norm of the combination.
         error: Relative error of the written factors, of their rank and of rounding, in the Frobenius norm.
         parameters: Number of values in the new factors.
+
+    Examples:
+        >>> CombinedModule("q_proj", ranks=(8, 4), rank=12, norm=1.0, error=0.0, parameters=1536).rank
+        12
     """
 
     name: str
@@ -41,6 +45,11 @@ class CombineReport:
         modules: Results by module.
         dropped: Modules and kinds of tensors that were left out.
         warnings: What a user of the result should know.
+
+    Examples:
+        >>> module = CombinedModule("q_proj", ranks=(8, 4), rank=6, norm=2.0, error=0.25, parameters=768)
+        >>> CombineReport("cat", "delta", ("a", "b"), (module,), (), ()).error
+        0.25
     """
 
     method: str

@@ -28,6 +28,10 @@ class Similarity:
         overlap: Share of the smaller column space that lies in the larger one, from 0 to 1.
         sign_conflict: Share of entries in which the updates have opposite signs.
         norms: Frobenius norms of the updates.
+
+    Examples:
+        >>> Similarity("q_proj", ("a", "b"), 0.1, 0.2, 0.5, (1.0, 2.0)).cosine
+        0.1
     """
 
     module: str
@@ -44,6 +48,12 @@ class SimilarityReport:
 
     Attributes:
         pairs: One entry for each module and pair of adapters that both change it.
+
+    Examples:
+        >>> report = SimilarityReport((Similarity("q_proj", ("a", "b"), 0.1, 0.2, 0.5, (1.0, 2.0)),))
+        >>> print(report.table())
+        module  adapters  cosine  overlap  opposite signs
+        q_proj       a b  +0.100    0.200           0.500
     """
 
     pairs: tuple[Similarity, ...]
