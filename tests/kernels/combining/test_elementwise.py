@@ -106,6 +106,7 @@ def test_dropping_keeps_its_share_and_the_mean() -> None:
         ({"sign": "mean"}, "sign"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
+        ({"first": -1}, "first"),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, object], name: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_zoo.merge import analyze, combine
+from peft_zoo.merge.combining import api
+from peft_zoo.merge.combining.modules import combine_module
 from peft_zoo.merge.combining.options import CombineOptions
 from tests.merge.samples import ALL, adapted, config, content, kohya, layers, loaded, saved, single, train, updates
 
@@ -223,9 +226,81 @@ def test_experts_get_one_rank(tmp_path: Path) -> None:
     for name, targets in (("one", names), ("other", names[:1])):
         lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
         saved(tmp_path / name, get_peft_model(nn.ModuleDict({"layer": Experts()}), lora))
-    combine([tmp_path / "one", tmp_path / "other"], tmp_path / "out")
+    report = combine([tmp_path / "one", tmp_path / "other"], tmp_path / "out")
+    assert {(module.rank, module.parameters) for module in report.modules} == {(4, 64)}
     shapes = {tuple(tensor.shape) for tensor in content(tmp_path / "out")[0].values()}
     assert shapes == {(4, 8), (8, 4)} and config(tmp_path / "out")["rank_pattern"] == {}
+
+
+def untrained(folder: Path, **fields: Any) -> Path:
+    """A saved LoRA whose updates are zero."""
+    model = adapted(**fields)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "embedding_A" in name:
+            nn.init.zeros_(parameter)
+    return saved(folder, model)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"method": "ties", "density": 0.5, "space": space, "rank": 6} for space in ("core", "knots", "delta")]
+    + [{"method": "tsv", "rank": 6}, {"method": "iso"}, {"method": "cat"}],
+    ids=lambda how: " ".join(map(str, how.values())),
+)
+def test_an_update_of_zeros_is_none(how: dict[str, Any], tmp_path: Path) -> None:
+    """It has no vote and no directions; where all are zero, there is nothing to write."""
+    one, zero = made(tmp_path / "one", 5), untrained(tmp_path / "zero")
+    alone = combine([one], tmp_path / "alone", **how)
+    for index, pair in enumerate(([one, zero], [zero, one])):
+        report = combine(pair, tmp_path / str(index), **how)
+        assert [module.rank for module in report.modules] == [module.rank for module in alone.modules]
+        for name, update in deltas(tmp_path / "alone").items():
+            torch.testing.assert_close(deltas(tmp_path / str(index))[name], update, **CLOSE)
+    with pytest.raises(ValueError, match="zero in every module"):
+        combine([zero, zero], tmp_path / "none", **how)
+
+
+def test_updates_that_cancel_are_reported(tmp_path: Path) -> None:
+    one, linear = made(tmp_path / "one", 5), made(tmp_path / "linear", 6, target_modules=["linear"])
+    with pytest.raises(ValueError, match=r"weights.*zero in every module"):
+        combine([one, one], tmp_path / "out", weights=[1, -1])
+    report = combine([one, one, linear], tmp_path / "out", weights=[1, -1, 1])
+    assert [module.name for module in report.modules] == ["linear"] == list(deltas(tmp_path / "out"))
+    assert any("4 modules" in warning for warning in report.warnings) and report.error < 1e-6
+    tiny = {"method": "ties", "density": 0.001}
+    with pytest.raises(ValueError, match="density"):
+        combine([one], tmp_path / "tiny", **tiny)
+
+
+def test_dare_drops_other_entries_of_each_module(tmp_path: Path) -> None:
+    model = get_peft_model(
+        nn.ModuleDict({name: nn.Linear(8, 8) for name in ("a", "b")}), LoraConfig(r=4, target_modules=["a", "b"])
+    )
+    for layer in layers(model).values():
+        nn.init.eye_(layer.lora_A["default"].weight)  # type: ignore[arg-type, index, union-attr]
+        nn.init.ones_(layer.lora_B["default"].weight)  # type: ignore[arg-type, index, union-attr]
+    how = {"method": "dare_linear", "density": 0.5, "space": "delta", "rank": 8}
+    combine([saved(tmp_path / "one", model)], tmp_path / "out", **how)
+    model = PeftModel.from_pretrained(nn.ModuleDict({n: nn.Linear(8, 8) for n in ("a", "b")}), tmp_path / "out")
+    one, other = (layer.get_delta_weight("default") > 1 for layer in layers(model).values())  # type: ignore[operator]
+    assert not torch.equal(one, other) and 0 < int(one.sum()) < 32 > int(other.sum()) > 0
+
+
+def test_one_module_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def remembered(*args: Any) -> Any:
+        nonlocal most
+        most = max(most, sum(tensor() is not None for tensor in alive))
+        found = combine_module(*args)
+        assert found is not None
+        alive.append(weakref.ref(found[1].B))
+        return found
+
+    monkeypatch.setattr(api, "combine_module", remembered)
+    one = made(tmp_path / "one", 5)
+    assert len(combine([one, one], tmp_path / "out").modules) == len(alive) == 5 and most == 0
 
 
 def test_similarity(tmp_path: Path) -> None:

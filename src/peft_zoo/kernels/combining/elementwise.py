@@ -52,6 +52,7 @@ class Elementwise:
         density: Share of entries to keep, in (0, 1].
         sign: How signs are elected: `"total"` (default) or `"frequency"`.
         seed: Seed of dropped entries, from 0 to 2^63 - 1; default 0.
+        first: Number of the first matrix, at least 0; default 0. Matrices of other numbers drop other entries.
 
     Raises:
         ValueError: If a field is invalid.
@@ -65,6 +66,7 @@ class Elementwise:
     density: float
     sign: Sign = "total"
     seed: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, get_args(Rule))
@@ -72,6 +74,7 @@ class Elementwise:
         check_share("density", self.density)
         check_choice("sign", self.sign, get_args(Sign))
         check_int("seed", self.seed, 0, 2**63 - 1)
+        check_int("first", self.first, 0, 2**31)
 
     @property
     def is_random(self) -> bool:
@@ -120,8 +123,8 @@ def combine_blocks(
         The combined matrix `(m, n)`.
     """
     keep = [
-        _Dropping(how, index) if how.is_random else _Trimming(how, blocks, shape)
-        for index, blocks in enumerate(matrices)
+        _Dropping(how, number) if how.is_random else _Trimming(how, blocks, shape)
+        for number, blocks in enumerate(matrices, how.first)
     ]
     combined = None
     row = 0
@@ -191,12 +194,12 @@ class _Trimming:
 class _Dropping:
     """Keeps entries of one matrix at random and scales them up."""
 
-    def __init__(self, how: Elementwise, index: int) -> None:
-        self._how, self._index = how, index
+    def __init__(self, how: Elementwise, number: int) -> None:
+        self._how, self._number = how, number
 
     def __call__(self, part: Tensor, row: int) -> Tensor:
         m, n = part.shape
         quads = torch.arange(-(-n // 4), device=part.device)
         rows = torch.arange(row, row + m, device=part.device)[:, None]
-        words = torch.stack(philox(self._how.seed, quads, rows, DROPPING, self._index), -1).flatten(1)[:, :n]
+        words = torch.stack(philox(self._how.seed, quads, rows, DROPPING, self._number), -1).flatten(1)[:, :n]
         return torch.where(words < self._how.density * 2**32, part / self._how.density, 0.0)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from peft_zoo.kernels.low_rank.factored import factored_svd
 PARALLEL = 0.9995
 """Cosine above which two updates are interpolated on a line."""
 ZERO = 1e-9
-"""Singular values below this share of the largest one are rounding errors."""
+"""Singular values, and entries of small matrices, below this share of the largest one are rounding errors."""
 
 Factors = tuple[Tensor, Tensor]
 
@@ -55,6 +56,11 @@ class Product(NamedTuple):
     B: Tensor
     A: Tensor
     scale: float = 1.0
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether a factor or the scale is zero, as in a LoRA that was not trained."""
+        return not (self.scale and self.B.any() and self.A.any())
 
     def wide(self) -> tuple[Tensor, Tensor]:
         """Returns B and `scale * A` in float64."""
@@ -76,15 +82,18 @@ def concatenate(updates: Sequence[Product], weights: Sequence[float]) -> Factors
 
 
 def add_factors(updates: Sequence[Product], weights: Sequence[float], how: Elementwise | None = None) -> Factors:
-    """Returns sums of the factors themselves, or their combination by a rule; all ranks are equal."""
+    """Returns sums of the factors themselves, or their combination by a rule; all ranks are equal.
+
+    The entries that DARE drops of the A are not those that it drops of the B.
+    """
     scales = [weight * update.scale for weight, update in zip(weights, updates, strict=True)]
     sides = [[u.B.double() for u in updates], [u.A.double() for u in updates]]
     roots = [[math.sqrt(abs(s)) for s in scales], [math.copysign(math.sqrt(abs(s)), s) for s in scales]]
     B, A = (
         sum((c * f for c, f in zip(root, side, strict=True)), torch.zeros_like(side[0]))
         if how is None
-        else combine_entries(side, root, how)
-        for side, root in zip(sides, roots, strict=True)
+        else combine_entries(side, root, replace(how, first=first))
+        for side, root, first in zip(sides, roots, (0, len(updates)), strict=True)
     )
     return B, A
 
@@ -170,7 +179,7 @@ def knots(updates: Sequence[Product], weights: Sequence[float], how: Elementwise
     U, S, Vh = torch.linalg.svd(torch.cat(cores, 1), full_matrices=False)
     kept = ZERO * S[0] < S
     blocks = Vh[kept].split([core.shape[1] for core in cores], 1)
-    vectors = [block @ basis.Q.mT for block, basis in zip(blocks, bases, strict=True)]
+    vectors = [block @ basis.Q.mT for block, basis in zip(_without_noise(blocks), bases, strict=True)]
     return left @ (U[:, kept] * S[kept]), combine_entries(vectors, weights, how)
 
 
@@ -190,6 +199,7 @@ def core(
         columns = _largest_directions(sum(M.mT @ M for M in cores), compress)
         left, right = left @ rows, right @ columns
         cores = [rows.mT @ M @ columns for M in cores]
+    cores = _without_noise(cores)
     if how is None:
         small = sum((w * M for w, M in zip(weights, cores, strict=True)), torch.zeros_like(cores[0]))
     else:
@@ -211,6 +221,12 @@ def nearest_orthogonal(columns: Tensor) -> Tensor:
     """Returns the nearest matrix with orthonormal columns, `(m, k)` with k <= m; of more columns, orthonormal rows."""
     found = torch.linalg.svd(columns, full_matrices=False)
     return found.U @ found.Vh
+
+
+def _without_noise(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Returns matrices with zeros for rounding errors, which would elect signs."""
+    largest = max(float(matrix.abs().max()) for matrix in matrices)
+    return [torch.where(matrix.abs() > ZERO * largest, matrix, 0.0) for matrix in matrices]
 
 
 def _largest_directions(moment: Tensor | float, count: int) -> Tensor:

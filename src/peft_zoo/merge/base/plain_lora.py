@@ -92,21 +92,35 @@ def write_plain_lora(
         folder: Existing folder.
         config: Configuration of the adapter it was made of; only `KEPT` fields are used.
         modules: Modules of that adapter by name.
-        factors: Factors of the modules that are written.
+        factors: Factors of the modules that are written; each module's are asked for twice, so that a mapping that
+            reads them from disk has one module in memory.
         fan_in_fan_out: Whether all modules are `Conv1D` layers of transformers.
     """
-    tensors = {
-        key: tensor for name, found in factors.items() for key, tensor in modules[name].stored(found.B, found.A).items()
-    }
-    infos = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
-    with TensorWriter(folder / WEIGHTS_NAME, infos, {"format": "pt"}) as writer:
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
+    plans = write_factors(folder / WEIGHTS_NAME, modules, factors, {"format": "pt"})
     plain = {"bias": "none", "inference_mode": True, "modules_to_save": None, "use_dora": False, "lora_bias": False}
     plain |= {"peft_type": "LORA", "fan_in_fan_out": fan_in_fan_out, "lora_dropout": 0.0}
     old = {**{name: config[name] for name in KEPT if name in config}, **plain}
-    largest = max(factors, key=lambda name: len(factors[name].A))
-    write_config(folder, old, {name: found.plan for name, found in factors.items()}, modules, largest)
+    write_config(folder, old, plans, modules, max(plans, key=lambda name: plans[name].rank))
+
+
+def write_factors(
+    path: Path,
+    modules: Mapping[str, Module],
+    factors: Mapping[str, Factors],
+    metadata: Mapping[str, str],
+    fmt: str = "peft",
+) -> dict[str, RankAndScale]:
+    """Writes the tensors of a LoRA in a key format, one module after the other; returns ranks and scales by module."""
+    infos: dict[str, TensorInfo] = {}
+    plans = {}
+    for name, found in factors.items():
+        infos |= {key: TensorInfo.of(tensor) for key, tensor in modules[name].stored(found.B, found.A, fmt).items()}
+        plans[name] = found.plan
+    with TensorWriter(path, infos, metadata) as writer:
+        for name, found in factors.items():
+            for key, tensor in modules[name].stored(found.B, found.A, fmt).items():
+                writer.write(key, tensor)
+    return plans
 
 
 def drops(module: str, drop: Sequence[str]) -> bool:

@@ -9,23 +9,23 @@ factors of
 with ranks, targets, scales, rsLoRA and patterns that may differ from adapter to adapter. The result has alpha = r in
 every module, so that programs that ignore patterns use the right scale.
 
-Cost: the factors of one module and the new factors in memory; no matrix of the size of a weight, except with
-`space="delta"` for the methods that work entry by entry.
+Cost: the factors of one module in memory, new ones wait in a temporary file; no matrix of the size of a weight, except
+with `space="delta"` for the methods that work entry by entry.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft_zoo.common.atomic import check_new_folder, new_folder
 from peft_zoo.common.checks import check
 from peft_zoo.common.progress import Progress, silent
-from peft_zoo.io import TensorInfo, TensorWriter
 from peft_zoo.io.expert_names import is_expert
-from peft_zoo.merge.base.plain_lora import Factors, write_plain_lora
+from peft_zoo.merge.base.factor_file import FactorFile
+from peft_zoo.merge.base.plain_lora import Factors, write_factors, write_plain_lora
 from peft_zoo.merge.combining.modules import combine_module, global_cosine
 from peft_zoo.merge.combining.options import CombineOptions
 from peft_zoo.merge.combining.report import CombineReport
@@ -88,17 +88,20 @@ def combine(
         by_module.check_patterns(sources.modules)
         _check_ranks(sources, chosen)
         angle = global_cosine(sources) if chosen.global_angle else None
-        rows, factors = [], dict[str, Factors]()
-        for name in (progress or silent)(list(sources.modules), "combine"):
-            found = combine_module(sources, name, by_module.of(name), chosen, angle)
-            if found is not None:
-                row, factors[name] = found
-                rows.append(row)
-        check(bool(factors), "weights", list(by_module.default), "all updates are zero; use other weights")
-        _write(target, sources, _equal_experts(factors))
-        return CombineReport(
-            chosen.method, chosen.resolved_space, sources.names, tuple(rows), sources.dropped, sources.notes
-        )
+        rows = []
+        with FactorFile(target.parent) as factors:
+            for name in (progress or silent)(list(sources.modules), "combine"):
+                found = combine_module(sources, name, by_module.of(name), chosen, angle)
+                if found is not None:
+                    factors.add(name, found[1])
+                    rows.append(found[0])
+                del found  # one module in memory
+            notes = (*sources.notes, *_zero_notes(sources, [row.name for row in rows], chosen))
+            experts = [name for name in factors if is_expert(name)]
+            most = factors.pad(experts)  # peft demands one rank of all routed experts
+            rows = [row.padded(most) if row.name in experts else row for row in rows]
+            _write(target, sources, factors)
+        return CombineReport(chosen.method, chosen.resolved_space, sources.names, tuple(rows), sources.dropped, notes)
 
 
 def combine_plan(
@@ -184,10 +187,15 @@ def _check_ranks(sources: Sources, options: CombineOptions) -> None:
             raise ValueError(f"{name}: {shown}: space='factors' adds factors of one rank; use space='core'.")
 
 
-def _equal_experts(factors: dict[str, Factors]) -> dict[str, Factors]:
-    """Returns factors in which all routed experts have one rank, which peft demands; zeros are added."""
-    most = max((len(found.A) for name, found in factors.items() if is_expert(name)), default=0)
-    return {name: found.padded(most) if is_expert(name) else found for name, found in factors.items()}
+def _zero_notes(sources: Sources, written: Collection[str], options: CombineOptions) -> list[str]:
+    """Says which modules are left out because nothing is left of them; raises a ValueError if all are."""
+    zero = [name for name in sources.modules if name not in written]
+    cause = "by their weights, or because the updates are zero or cancel"
+    if options.by_entry:
+        cause += f", or because density={options.density:g} keeps none of few entries"
+    if not written:
+        raise ValueError(f"weights: the combination is zero in every module, {cause}; use others.")
+    return [f"{len(zero)} modules, such as {zero[0]}, are left out: their combination is zero, {cause}"] if zero else []
 
 
 def _write(target: Path, sources: Sources, factors: Mapping[str, Factors]) -> None:
@@ -198,13 +206,5 @@ def _write(target: Path, sources: Sources, factors: Mapping[str, Factors]) -> No
             write_plain_lora(folder, first.config, sources.modules, factors, sources.fan_in_fan_out)
         return
     # Without alphas every reader takes alpha = r, which the scale of 1 is.
-    tensors = {
-        key: tensor
-        for name, found in factors.items()
-        for key, tensor in sources.modules[name].stored(found.B, found.A, sources.format).items()
-    }
-    infos = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
     metadata = {"format": "pt", **{key: text for key, text in first.file.metadata.items() if key in METADATA}}
-    with TensorWriter(target, infos, metadata) as writer:
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
+    write_factors(target, sources.modules, factors, metadata, sources.format)

@@ -30,6 +30,9 @@ from peft_zoo.merge.combining.options import CombineOptions
 from peft_zoo.merge.combining.report import CombinedModule
 from peft_zoo.merge.combining.sources import Sources
 
+ROUNDING = 1e-13
+"""Norm of a product of float64 factors, relative to the product of their norms, below which its terms cancel."""
+
 
 def global_cosine(sources: Sources) -> float:
     """Returns the cosine of the angle between two adapters as a whole."""
@@ -46,27 +49,32 @@ def global_cosine(sources: Sources) -> float:
 def combine_module(
     sources: Sources, name: str, weights: Sequence[float], options: CombineOptions, angle: float | None
 ) -> tuple[CombinedModule, Factors] | None:
-    """Combines one module; None if the result is zero because all weights are."""
+    """Combines one module; None if the result is zero, as of weights of zero or of updates that cancel."""
     found = sources.updates(name)
+    if options.resolved_space != "factors":  # in which a zero B is multiplied by the A of others
+        found = [None if update is None or update.is_zero else update for update in found]
     if options.method in ("slerp", "orthogonal"):  # in which places matter
-        shape = next((len(u.B), u.A.shape[1]) for u in found if u is not None)
+        shape = next(((len(u.B), u.A.shape[1]) for u in found if u is not None), (1, 1))
         pairs = [(_zero(*shape) if u is None else u, w) for u, w in zip(found, weights, strict=True)]
     else:
         votes = options.by_entry  # an adapter without weight still elects signs
         pairs = [(u, w) for u, w in zip(found, weights, strict=True) if u is not None and (w or votes)]
-    if not any(w for _, w in pairs):
+    if not any(w for u, w in pairs if not u.is_zero):
         return None
     updates, kept = [u for u, _ in pairs], [w for _, w in pairs]
     if options.resolved_space == "delta" and options.by_entry:
         blocks = [product_blocks(*(factor.float() for factor in u.wide())) for u in updates]
         shape = len(updates[0].B), updates[0].A.shape[1]
-        svd = certified_svd(combine_blocks(blocks, kept, options.entries(), shape), options.rank)
+        svd = certified_svd(combine_blocks(blocks, kept, options.entries(name), shape), options.rank)
         wanted = min(options.rank or 1, len(svd.S))
         root = svd.S[:wanted].sqrt()
         B, A, size, lost = svd.U[:, :wanted] * root, root[:, None] * svd.Vh[:wanted], svd.norm, svd.error(wanted)
     else:
-        exact = _product(updates, kept, options, angle)
+        exact = _product(name, updates, kept, options, angle)
         B, A, size, lost = _of_rank(*exact, options)
+        size = size if size > ROUNDING * float(exact[0].norm() * exact[1].norm()) else 0.0
+    if not size:
+        return None
     return _rounded(sources, name, (B, A, size, lost), options)
 
 
@@ -75,7 +83,7 @@ def _zero(rows: int, columns: int) -> Product:
 
 
 def _product(
-    updates: Sequence[Product], weights: Sequence[float], options: CombineOptions, angle: float | None
+    name: str, updates: Sequence[Product], weights: Sequence[float], options: CombineOptions, angle: float | None
 ) -> tuple[Tensor, Tensor]:
     """Returns factors of the combination, before its rank is lowered."""
     method, space = options.method, options.resolved_space
@@ -84,11 +92,11 @@ def _product(
     if method == "tsv":
         return tsv(updates, weights, max(1, (options.rank or 1) // len(updates)))
     if space == "factors":
-        return add_factors(updates, weights, options.entries() if options.by_entry else None)
+        return add_factors(updates, weights, options.entries(name) if options.by_entry else None)
     if space == "knots":
-        return knots(updates, weights, options.entries())
+        return knots(updates, weights, options.entries(name))
     if space == "core":
-        return core(updates, weights, options.entries(), options.rank if options.compress_first else None)
+        return core(updates, weights, options.entries(name), options.rank if options.compress_first else None)
     plain: dict[str, Callable[[Sequence[Product], Sequence[float]], tuple[Tensor, Tensor]]]
     plain = {"cat": concatenate, "linear": concatenate, "orthogonal": orthogonal, "iso": iso}
     return plain[method](updates, weights)
@@ -116,6 +124,6 @@ def _rounded(
     dtype = options.dtype_of(sources.dtypes(name))
     B, A = check_finite(f"{name}: B", wide_B.to(dtype)), check_finite(f"{name}: A", wide_A.to(dtype))
     both = torch.cat([wide_B, -B.double()], 1), torch.cat([wide_A, A.double()])
-    rounding = float(factored_svd(*both, method="qr").singular_values.norm()) / size if size else 0.0
+    rounding = float(factored_svd(*both, method="qr").singular_values.norm()) / size
     row = CombinedModule(name, sources.ranks(name), len(A), size, math.hypot(lost, rounding), B.numel() + A.numel())
     return row, Factors(B, A)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from peft_zoo.common.checks import check, check_choice, check_count, is_number
+from peft_zoo.common.checks import check, check_choice, check_count, check_int, is_number
 from peft_zoo.kernels.combining.elementwise import Elementwise, Rule, Sign
 
 CombineMethod = Literal[
@@ -36,7 +37,7 @@ class CombineOptions:
         rank: Rank of the result, which becomes the best approximation; None keeps the rank of the method.
         density: Share of entries to keep, in (0, 1], for the methods by entry.
         sign: `"total"` (default) or `"frequency"`: how `"ties"` and `"dare_ties"` elect the sign of an entry.
-        seed: Seed of the entries that DARE drops; default 0.
+        seed: Seed of the entries that DARE drops, with the name of the module; default 0.
         global_angle: Whether `"slerp"` uses one angle, that of all updates together, for every module.
         compress_first: Whether the updates are first projected on the `rank` largest common directions of the core
             space, and then combined; otherwise they are combined and then approximated.
@@ -98,9 +99,12 @@ class CombineOptions:
             return self.space
         return "core" if self.by_entry else "delta"
 
-    def entries(self) -> Elementwise:
-        """Returns the rule of a method by entry."""
-        return Elementwise(self.method, self.density, self.sign, self.seed)  # type: ignore[arg-type]
+    def entries(self, module: str = "") -> Elementwise:
+        """Returns the rule of a method by entry for a module; DARE drops other entries of each."""
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        digest = hashlib.blake2b(module.encode(), digest_size=8).digest()
+        seed = (self.seed ^ int.from_bytes(digest, "little")) % 2**63
+        return Elementwise(self.method, self.density, self.sign, seed)  # type: ignore[arg-type]
 
     def dtype_of(self, dtypes: Sequence[torch.dtype]) -> torch.dtype:
         """Returns the dtype of the new factors of a module, from those of the adapters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peft_zoo.common.tables import align, shorten
@@ -32,6 +32,10 @@ class CombinedModule:
     norm: float
     error: float
     parameters: int
+
+    def padded(self, rank: int) -> CombinedModule:
+        """Returns the row of factors that zeros extend to a rank."""
+        return replace(self, rank=rank, parameters=self.parameters // self.rank * rank)
 
 
 @dataclass(frozen=True)
