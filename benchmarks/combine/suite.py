@@ -6,7 +6,8 @@
 
 Two LoRAs of one linear layer, with weights 0.7 and -0.3. An error is relative to the definition of the method: the
 exact sum, its best approximation, or the entries of the whole updates. An error of ours above that of the definition by
-a thousandth is no result: nothing is saved, and the exit status is 1.
+a thousandth is no result: nothing is saved, and the exit status is 1. A second table has what both answer to requests
+that are easily got wrong (`benchmarks.combine.answers`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.combine.answers import answers
 from peft_zoo.merge import combine
 
 CPU = torch.device("cpu")
@@ -43,7 +45,7 @@ class Sizes:
 
     width: int = 2048
     rank: int = 16
-    repeats: int = 3
+    repeats: int = 5
 
 
 QUICK = Sizes(width=96, rank=4, repeats=1)
@@ -171,6 +173,7 @@ def wrong_rows(rows: list[dict[str, Any]]) -> list[str]:
 
 
 HEADER = ("combination", "by", "seconds", "memory, MiB", "relative error", "least possible")
+ANSWERS = ("request", "combine", "add_weighted_adapter (peft)")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -188,8 +191,10 @@ def main(words: list[str] | None = None) -> int:
     chosen = parser.parse_args(words)
     if chosen.markdown:
         rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
-        table = common.markdown(HEADER, map(cells, rows))
-        PAGE.write_text(common.replace_block(PAGE.read_text(encoding="utf-8"), "combine", table), encoding="utf-8")
+        page = common.replace_block(PAGE.read_text("utf-8"), "combine", common.markdown(HEADER, map(cells, rows)))
+        found = json.loads(RESULT.read_text(encoding="utf-8"))["answers"]
+        page = common.replace_block(page, "answers", common.markdown(ANSWERS, (row.values() for row in found)))
+        PAGE.write_text(page, encoding="utf-8")
         return 0
     torch.set_num_threads(1)
     sizes = QUICK if chosen.quick else Sizes()
@@ -197,8 +202,11 @@ def main(words: list[str] | None = None) -> int:
     for name in CASES:
         rows += measure(name, sizes)
         print(common.markdown(HEADER, map(cells, rows[-2:])), flush=True)
+    found = answers()
+    print(common.markdown(ANSWERS, (row.values() for row in found)))
     path = chosen.json or (None if chosen.quick else RESULT)
-    return common.finish(path, {"machine": common.machine(CPU), "sizes": vars(sizes), "rows": rows}, wrong_rows(rows))
+    result = {"machine": common.machine(CPU), "sizes": vars(sizes), "rows": rows, "answers": found}
+    return common.finish(path, result, wrong_rows(rows))
 
 
 if __name__ == "__main__":

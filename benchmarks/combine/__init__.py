@@ -1,0 +1,1 @@
+"""Benchmarks of `combine` against peft's `add_weighted_adapter`."""
