@@ -45,6 +45,7 @@ DOCUMENTED = ("ValueError", "NotImplementedError")
 # outcome, and of mutations and error; and the reason. Such a case is counted and does not fail.
 STOCK = "nothing of this package runs when peft or transformers load peft's own LoRA"
 OTHERS = "transformers reads both files itself, and calls no function of the type's classes that knows of files"
+COPIED = "tensors that no adapter changes are copied without being read"
 UNPARSED = "peft parses adapter_config.json to find the type before it calls anything of the type"
 TRANSFORMERS = "transformers reads the files of a model before it asks the quantizer"
 EXPECTED = (
@@ -69,6 +70,7 @@ EXPECTED = (
     ("export_lora: *", WRONG, "*modules_to_save=*not supported*", "only the base model knows its modules"),
     ("squeeze_adapter: *", WRONG, "*do not fit rank*", "only the base model knows the sizes of its modules"),
     ("rank_report: *", WRONG, "*do not fit rank*", "only the base model knows the sizes of its modules"),
+    ("merge_checkpoint, base: *", WRONG, "*is not finite*", COPIED),
     ("quantized folder: *", RAW, "*SafetensorError*", TRANSFORMERS),
     ("quantized folder: *", RAW, "*OSError*", TRANSFORMERS),
     ("quantized folder: *", RAW, "*UnpicklingError*", TRANSFORMERS),
@@ -135,7 +137,8 @@ def run_case(case: Case, scratch: Path, limits: sandbox.Limits = LIMITS) -> Resu
     draft = draft_of(pair).copy()
     draft.resigned = rng.random() < 0.7
     draft.subjects.update(part for key in draft.tensors for part in key.split(".")[-3:])
-    names = tuple(mutations.mutate(draft, rng, list(case.names) or None))
+    draft.subjects.update(prepared.sample.files)
+    names = tuple(mutations.mutate(draft, rng, list(case.names) or None, prepared.sample.kinds))
     folder, out = scratch / f"{case.index}" / "adapter", scratch / f"{case.index}" / "out"
     old, new = (str(path).encode() for path in (prepared.sample.folder, folder))
     draft.after_config.append(lambda text: text.replace(old, new))  # a recipe names folders
@@ -167,7 +170,7 @@ def draft_of(pair: Pair) -> Draft:
     """Draft of a valid folder, read once."""
     sample = pair.prepared.sample
     if sample.folder not in _drafts:
-        _drafts[sample.folder] = Draft.read(sample.folder, *sample.files, part=sample.part)
+        _drafts[sample.folder] = Draft.read(sample.folder, *sample.files, sample.part, sample.embedded)
     return _drafts[sample.folder]
 
 

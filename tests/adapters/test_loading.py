@@ -320,6 +320,10 @@ def test_trusted_expressions_are_run(folder: Callable[[str], Path]) -> None:
         ({"megatron_config": {"a": 1}, "megatron_core": "nothing"}, "megatron_config"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"use_new_formula": True}, "use_new_formula"),
+        ({"use_rslora": "true"}, "use_rslora"),
+        ({"use_dora": 0}, "use_dora"),
+        ({"lora_dropout": [0.1]}, "lora_dropout"),
+        ({"lora_alpha": [8]}, "lora_alpha"),
     ],
 )
 def test_the_strict_way_refuses_fields_that_mean_something_else(

@@ -370,6 +370,7 @@ def test_what_does_not_fit_together_is_refused_before_it_is_read(
     [
         *((float("nan"), dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)),
         *((float("inf"), torch.float32), (-float("inf"), torch.bfloat16), (-float("inf"), torch.float64)),
+        (1e39, torch.float64),  # which the models' float32 cannot hold
     ],
 )
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtype: torch.dtype) -> None:
@@ -379,7 +380,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float, dtyp
         with pytest.raises(ValueError, match=rf"^non-finite values in {PREFIX}q\.lora_B\.weight"):
             adapter.factors("q")
         with pytest.raises(ValueError, match=r"non-finite values in .*q\.lora_A\.weight"):
-            adapter.new_tensors("q", torch.ones(3, 1), torch.full((1, 5), bad), 1.0)
+            adapter.new_tensors("q", torch.ones(3, 1), torch.full((1, 5), bad, dtype=torch.float64), 1.0)
 
 
 def test_values_that_become_infinite_in_the_dtype_of_the_file_are_refused(tmp_path: Path) -> None:

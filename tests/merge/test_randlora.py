@@ -233,7 +233,9 @@ def test_settings_that_peft_does_not_support_are_refused(fields: dict[str, Any],
         ({"target_parameters": ["weight"]}, "target_parameters="),
         ({"r": 0}, "r=0"),
         ({"peft_type": "RANDLORA"}, "peft_type='RANDLORA' .*'ZOO_RANDLORA'"),
-        ({"alpha_pattern": {"t.*l": 3.0}}, "alpha_pattern|regular expression"),
+        ({"alpha_pattern": {"t.*l": 3.0}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(t": 3.0}}, "alpha_pattern"),
+        ({"rank_pattern": {"(a+)+b": 4}}, "rank_pattern"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -251,7 +253,10 @@ def test_sparse_and_very_sparse_at_once_are_refused(tmp_path: Path) -> None:
         from_peft(tmp_path / "peft", tmp_path / "ours")
 
 
-@pytest.mark.parametrize(("field", "value"), [("bias", 2.5), ("randlora_alpha", None), ("randlora_dropout", 7)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("bias", 2.5), ("randlora_alpha", None), ("randlora_dropout", 7), ("randlora_alpha", [1]), ("sparse", 1)],
+)
 def test_values_of_a_wrong_kind_are_named(field: str, value: Any, tmp_path: Path) -> None:
     saved(theirs(), tmp_path / "peft")
     path = tmp_path / "peft" / "adapter_config.json"

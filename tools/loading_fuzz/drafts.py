@@ -39,6 +39,7 @@ class Draft:
         subjects: Names that the mutations touched: fields, keys, files.
         resigned: Whether checksums in the configuration are made to fit, as an attacker would.
         whole: The whole configuration if `config` is a part of it, under the key `part`.
+        embedded: Name of the entry of the safetensors header that holds the configuration too; none by default.
     """
 
     config_name: str
@@ -55,9 +56,10 @@ class Draft:
     resigned: bool = False
     whole: dict[str, Any] | None = None
     part: str = ""
+    embedded: str = ""
 
     @classmethod
-    def read(cls, folder: Path, config_name: str, weights_name: str, part: str = "") -> Draft:
+    def read(cls, folder: Path, config_name: str, weights_name: str, part: str = "", embedded: str = "") -> Draft:
         """Reads a valid folder; `part` names an entry of the configuration that is mutated instead of all of it."""
         header, data = split(Path(folder, weights_name).read_bytes())
         metadata = header.pop("__metadata__", {})
@@ -76,6 +78,7 @@ class Draft:
             others,
             whole=whole,
             part=part,
+            embedded=embedded,
         )
 
     def copy(self) -> Draft:
@@ -90,6 +93,7 @@ class Draft:
             dict(self.others),
             whole=self.whole,
             part=self.part,
+            embedded=self.embedded,
         )
 
     def write(self, folder: Path) -> None:
@@ -100,23 +104,30 @@ class Draft:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         header, data = packed(self.tensors)
-        if self.metadata:
-            header = {"__metadata__": self.metadata, **header}
+        text = self._text() if self.embedded else b""
+        metadata = {**self.metadata, **({self.embedded: text.decode("utf-8", "replace")} if self.embedded else {})}
+        if metadata:
+            header = {"__metadata__": metadata, **header}
         for edit in self.after_header:
             edit(header)
         joined = joined_file(json.dumps(header).encode(), data)
         for change in self.after_weights:
             joined = change(joined)
+        (folder / self.weights_name).parent.mkdir(exist_ok=True)
         (folder / self.weights_name).write_bytes(joined)
         if self.resigned and self.config.get(DIGEST):
             self.config[DIGEST] = hashlib.sha256(joined).hexdigest()
+        (folder / self.config_name).write_bytes(text or self._text())
+        for act in self.after_all:
+            act(folder)
+
+    def _text(self) -> bytes:
+        """Returns the bytes of the configuration."""
         config = self.config if self.whole is None else {**self.whole, self.part: self.config}
         text = json.dumps(config, indent=1).encode()
         for change in self.after_config:
             text = change(text)
-        (folder / self.config_name).write_bytes(text)
-        for act in self.after_all:
-            act(folder)
+        return text
 
 
 def split(content: bytes) -> tuple[dict[str, Any], bytes]:

@@ -43,7 +43,7 @@ class Prepared:
     @classmethod
     def of(cls, sample: Sample) -> Prepared:
         """Prepares a sample."""
-        fields = {name: getattr(sample, name) for name in ("name", "folder", "files", "run", "part")}
+        fields = {name: value for name, value in vars(sample).items() if name != "base"}
         good = json.loads((sample.folder / sample.files[0]).read_text(encoding="utf-8"))
         working = Sample(base=copy.deepcopy(sample.base), **fields)
         return cls(working, sample, good)
@@ -380,6 +380,9 @@ def pairs(root: Path, with_recipe: bool = True) -> list[Pair]:
     table += [(SQUEEZE, [lora, plain["squeeze_lora"]]), (RANK_REPORT, [lora, plain["squeeze_lora"]])]
     table += [(EXPORT, [variants["lq_lora_kept"]]), (TO_PEFT, [plain["randlora"]])]
     table += [(FROM_PEFT, [variants["peft_randlora"]]), (QUANTIZED, [Prepared.of(samples.quantized_model(root))])]
+    from loading_fuzz import single_files  # which needs what is defined here
+
+    table += single_files.others(root, plain)
     if with_recipe:
         table.append((RECIPE, [Prepared.of(samples.recipe(root))]))
     for prepared in (*ours, lora):

@@ -42,6 +42,8 @@ class Sample:
         base: Model without the adapter, in evaluation mode.
         run: Function from a model to its output.
         part: Entry of the configuration that is the sample's; all of it by default.
+        embedded: Entry of the safetensors header that holds the configuration too; none by default.
+        kinds: Modules of `mutations` that apply; all by default.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Sample:
     base: nn.Module
     run: Callable[[Any], Tensor]
     part: str = ""
+    embedded: str = ""
+    kinds: tuple[str, ...] = ()
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from peft_zoo.calibration.rows import linear_rows, matrix_shape
 from peft_zoo.common.atomic import replaced_file
 from peft_zoo.common.modules import frozen
 from peft_zoo.io import TensorFile
+from peft_zoo.io.safetensors import FLOATS
 
 LEAST = 1e-6
 """Share of the average importance that is added to every entry."""
@@ -252,6 +253,6 @@ def load_importance(path: str | os.PathLike[str]) -> dict[str, ImportanceWeights
     if parts.keys() != {f"{name}.{part}" for name in names for part in fields} or not parts:
         raise ValueError(f"{where} was not written by save_importance: a row and a column by module needed.")
     for key, part in parts.items():
-        if part.dim() != 1 or not part.is_floating_point() or not (part.isfinite() & (part >= 0)).all():
+        if part.dim() != 1 or part.dtype not in FLOATS or not (part.isfinite() & (part >= 0)).all():
             raise ValueError(f"{where}: {key} must be a vector of finite numbers from 0; measure the importance again.")
     return {name: ImportanceWeights(*(parts[f"{name}.{part}"] for part in fields)) for name in names}

@@ -10,7 +10,6 @@ Pickles are never loaded: `torch.load` executes code from the file (CVE-2025-324
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterator
@@ -31,6 +30,8 @@ PIECE = 1 << 26  # bytes copied at a time
 _SEEKING = threading.Lock()
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of factors and weights."""
+LARGEST = torch.finfo(torch.float32).max
+"""Largest magnitude of a value, also in float64: models compute in float32."""
 
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
@@ -139,10 +140,13 @@ def _read_at(file: FileIO, buffer: memoryview, start: int) -> int:
 
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:
-    """Returns the tensor; raises a ValueError if a value is NaN or infinite. Allocates nothing."""
+    """Returns the tensor; raises a ValueError if a value is NaN or infinite, or would be in float32.
+
+    Allocates nothing.
+    """
     if tensor.dtype in FLOATS and tensor.numel():
         least, most = torch.aminmax(tensor)  # both NaN if any value is
-        if not math.isfinite(least.item()) or not math.isfinite(most.item()):
+        if not max(-least.item(), most.item()) <= LARGEST:
             raise ValueError(f"non-finite values in {name}; train or download it again.")
     return tensor
 

@@ -27,7 +27,7 @@ import peft
 import torch
 from torch import Tensor
 
-from peft_zoo.adapters.base.source import check_numbers
+from peft_zoo.adapters.base.source import check_literal, check_numbers
 from peft_zoo.adapters.randlora.config import RandLoraConfig
 from peft_zoo.adapters.randlora.peft_basis import draw
 from peft_zoo.common.atomic import new_folder
@@ -164,6 +164,8 @@ def _config(folder: Path, kind: type[Any]) -> Any:
     check_present(content, ("r", "randlora_alpha", "projection_prng_key"))
     check_int("r", content["r"], 1, MAX_RANK)
     check_names(content)
+    patterns = {name: content.get(name) for name in ("rank_pattern", "alpha_pattern")}
+    check_literal(patterns, lambda: ())
     known = {field.name for field in fields(kind) if field.init}
     try:
         made = kind(**{name: value for name, value in content.items() if name in known})

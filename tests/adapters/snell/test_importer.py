@@ -64,5 +64,8 @@ def test_what_cannot_be_read_is_refused() -> None:
     del broken["blocks.0.mlp.additional_fc1.learnable.beta"]
     with pytest.raises(ValueError, match=r"block.fc1 lacks \['beta'\]"):
         import_snell_checkpoint(broken, 0.5, rename)
+    narrow = {key: value.to(torch.float8_e4m3fn) for key, value in released().items()}
+    with pytest.raises(ValueError, match="In_Qs of block"):
+        import_snell_checkpoint(narrow, 0.5, rename)
     with pytest.raises(ValueError, match=r"sparsity=1\.5"):
         import_snell_checkpoint(released(), 1.5, rename)

@@ -179,6 +179,24 @@ def test_wrong_inputs_are_named_and_nothing_is_written(made: Made, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "prompt"]
 
 
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_a_base_whose_files_are_not_those_of_its_model_is_refused(made: Made, tmp_path: Path, change: str) -> None:
+    """Also where no adapter changes the tensor: transformers would fill it with random values."""
+    base = made.base("llama")
+    adapter = made.adapter(base, LoraConfig(**LORA))
+    found = tensors(base)
+    norm = found.pop("model.norm.weight")
+    if change == "shape":
+        found["model.norm.weight"] = norm[:-1].clone()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    save_file(found, broken / "model.safetensors", {"format": "pt"})
+    (broken / "config.json").write_bytes((base / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        merge_checkpoint(broken, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_space_is_checked_first(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = made.base("llama")
     adapter = made.adapter(base, LoraConfig(**LORA))

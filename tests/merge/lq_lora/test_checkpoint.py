@@ -232,9 +232,7 @@ def test_a_tensor_that_transformers_splits_as_it_loads_is_refused(target: str, t
 
 def test_files_without_a_weight(folder: Path, tmp_path: Path) -> None:
     edit(folder, CONFIG, num_hidden_layers=3)
-    with pytest.raises(
-        ValueError, match=r"has no model\.layers\.2\.\S+\.weight; its files and config.json do not belong"
-    ):
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.\S+\.weight"):
         quantize_checkpoint(folder, tmp_path / "out", config())
 
 
@@ -453,7 +451,7 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop(NORM), "loads without model.norm.weight, which the files of its source lack"),
+        (lambda state: state.pop(NORM), "model.norm.weight: the files have no"),
         (lambda state: state.update({NORM: torch.ones(63)}), r"model.norm.weight is of shape \(63,\)"),
         (lambda state: state[NORM].fill_(torch.inf), "model.norm.weight has values that are not finite"),
     ],

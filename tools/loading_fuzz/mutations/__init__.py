@@ -18,9 +18,11 @@ __all__ = ["MARK", "MUTATIONS", "configs", "files", "headers", "mutate", "tensor
 SLOW = {"config_large": 0.1, "header_many": 0.2}  # how often they are drawn, compared with the others
 
 
-def mutate(draft: Draft, rng: random.Random, names: list[str] | None = None) -> list[str]:
-    """Applies one to three random mutations to a draft; returns their names."""
-    known = sorted(MUTATIONS)
+def mutate(draft: Draft, rng: random.Random, names: list[str] | None = None, kinds: tuple[str, ...] = ()) -> list[str]:
+    """Applies one to three random mutations to a draft, of all modules or of those in `kinds`; returns their names."""
+    known = [
+        name for name, change in sorted(MUTATIONS.items()) if not kinds or change.__module__.split(".")[-1] in kinds
+    ]
     count = rng.choices((1, 2, 3), weights=(8, 3, 1))[0]
     chosen = names or rng.choices(known, weights=[SLOW.get(name, 1.0) for name in known], k=count)
     for name in chosen:

@@ -136,12 +136,18 @@ def check_numbers(config: Any) -> None:
     """Raises a ValueError that names the first field of a configuration with a number or size out of bounds.
 
     Numbers are finite and at most 1e9, also inside of lists and dictionaries; ranks at most 65,536. A recipe has none.
+    Fields that are declared as a number or as a bool have one.
     """
     owner = type(config).__name__
     for item in fields(config):
         value = getattr(config, item.name)
         is_count = isinstance(item.default, (int, float)) and not isinstance(item.default, bool)
         check(not (is_count and isinstance(value, bool)), f"{owner}: {item.name}", value, "use a number")
+        declared = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", "")
+        if declared == "bool":
+            check(isinstance(value, bool), f"{owner}: {item.name}", value, "use true or false")
+        elif declared in ("int", "float") and value is not None:
+            check(is_number(value), f"{owner}: {item.name}", value, "use a number")
         is_seed = "seed" in item.name or item.name.endswith("_key")
         for number in _numbers(value, item.name):
             most = 2**64 if is_seed else MAX_NUMBER

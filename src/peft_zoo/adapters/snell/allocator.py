@@ -98,7 +98,7 @@ class SnellAllocator:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` returned; raises a ValueError that names the field if it does not fit."""
         initial, most = state.get("initial"), int(self.caps.sum())
-        if initial is None or initial.dtype != torch.int64 or initial.numel() != 1 or not 0 <= int(initial) <= most:
+        if initial is None or initial.dtype != torch.int64 or initial.dim() or not 0 <= int(initial) <= most:
             shown = None if initial is None else initial.flatten()[:1].tolist()
             raise ValueError(f"state: initial={shown} is not a number of kept weights, from 0 to {most} as one int64.")
         self.tracker.load_state_dict({key: value for key, value in state.items() if key != "initial"})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from peft_zoo.io.safetensors import FLOATS
 from peft_zoo.kernels.planning.sparsity import kept_count
 
 _KEY = re.compile(r"(?P<site>.+)\.additional_(?P<name>[^.]+)\.learnable\.(?P<part>In_Qs|Out_Qs|alpha|gamma|beta)(_1)?")
@@ -85,7 +86,7 @@ def _convert(module: str, parts: Mapping[str, Tensor], sparsity: float | Mapping
 def _check_parts(module: str, parts: Mapping[str, Tensor]) -> None:
     """Raises a ValueError unless the tensors of one module are finite floating-point ones of shapes that fit."""
     for name, value in parts.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.isfinite().all():
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS or not value.isfinite().all():
             raise ValueError(f"checkpoint: {name} of {module} is not a finite floating-point tensor; get it again.")
     A, B = parts["In_Qs"].shape, parts["Out_Qs"].shape
     if len(A) != 3 or len(B) != 3 or 0 in (*A, *B) or (A[0], A[2]) != (B[0], B[2]):

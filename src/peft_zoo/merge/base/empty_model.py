@@ -12,7 +12,6 @@ from torch import Tensor
 
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint
 from peft_zoo.io.model_config import check_model_config
-from peft_zoo.merge.base.tensor_names import TensorNames
 
 
 def empty_model(source: Checkpoint, changes: Mapping[str, Any] | None = None) -> Any:
@@ -42,17 +41,6 @@ def empty_model(source: Checkpoint, changes: Mapping[str, Any] | None = None) ->
     except Exception as error:  # of any kind: every model has checks of its own, or none
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{source.folder / CONFIG}: no {architecture} can be built from it ({reason}).") from error
-
-
-def check_shapes(source: Checkpoint, names: TensorNames, model: Any) -> None:
-    """Raises a ValueError that names a tensor of another shape than in the model that `config.json` describes."""
-    for name, tensor in model.state_dict().items():
-        key = names.key(name) if name in names else None
-        if key is not None and source.tensors[key].shape != tuple(tensor.shape):
-            raise ValueError(
-                f"{key} is of shape {source.tensors[key].shape}, and config.json says {tuple(tensor.shape)}; its files "
-                "and config.json do not belong together."
-            )
 
 
 def finite_pieces(key: str, source: Checkpoint) -> Iterator[Tensor]:

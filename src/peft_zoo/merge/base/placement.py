@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+from peft_zoo.io.header import TensorInfo
 
 Read = Callable[[str], Tensor]
 
@@ -104,21 +107,19 @@ class Placements:
 
     def __init__(self, model: Any, keys: Iterable[str]) -> None:
         rules = get_model_conversion_mapping(model)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._model = model
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         reverse = [
             rule.reverse_transform()
             for rule in get_model_conversion_mapping(model, add_legacy=False)[::-1]
             if isinstance(rule, WeightRenaming)
         ]
-        known = dict.fromkeys(model.state_dict(), True)
+        self._known = dict.fromkeys(model.state_dict(), True)
         groups: dict[str, Group] = {}
         for key in sorted(keys, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-            rule = next((rule for rule in converters if pattern in rule.source_patterns), None)
-            if name not in known and key in known:
-                name, rule = key, None
-            if name not in known:
+            name, pattern, rule = self._loaded(key, self._known)
+            if name not in self._known:
                 continue  # a tensor that the model does not have, such as those of a quantized format
             if rule is None:
                 groups[name] = Group((key,), (name,))
@@ -134,7 +135,15 @@ class Placements:
             )
         self.groups: list[Group] = list(groups.values())
         self._group = {name: group for group in self.groups for name in group.names}
-        self._known = known
+
+    def _loaded(self, key: str, known: Mapping[str, bool]) -> tuple[str, str | None, WeightConverter | None]:
+        """Returns the name in the model of a tensor of the files, and the pattern and rule that convert it, if any."""
+        name, pattern = rename_source_key(
+            key, self._renamings, self._converters, self._model.base_model_prefix, dict(known)
+        )
+        if name not in known and key in known:
+            return key, None, None
+        return name, pattern, next((rule for rule in self._converters if pattern in rule.source_patterns), None)
 
     def __contains__(self, name: object) -> bool:
         """Whether the files have a tensor of the model."""
@@ -155,6 +164,52 @@ class Placements:
     def absent(self) -> set[str]:
         """Names of tensors of the model that the files do not have, such as tied ones."""
         return self._known.keys() - self._group.keys()
+
+    def key(self, name: str) -> str:
+        """Returns the name in the files of a tensor of the model; one that transformers converts is refused."""
+        group = self.group(name)
+        if not group.is_plain:
+            raise ValueError(
+                f"{group.keys[0]} becomes {name} of the model, and transformers converts such a tensor while loading "
+                "it; quantize the model in memory and use `standalone`, or do not target it."
+            )
+        return group.keys[0]
+
+    def sibling_key(self, name: str, part: str) -> str:
+        """Returns the name in the files of `part`, which replaces the model's tensor `name` in the same module."""
+        wanted = f"{name.rpartition('.')[0]}.{part}"
+        known = {**self._known, wanted: True}
+        for stem in (self.key(name), name):
+            key = f"{stem.rpartition('.')[0]}.{part}"
+            found, _, rule = self._loaded(key, known)
+            if found == wanted and rule is None:
+                return key
+        raise ValueError(
+            f"transformers would not find {wanted} under any name; quantize the model in memory and use `standalone`."
+        )
+
+    def check_tensors(self, tensors: Mapping[str, TensorInfo], skipped: Collection[str] = ()) -> None:
+        """Raises a ValueError for a tensor of the model that the files lack, or have in another shape.
+
+        Args:
+            tensors: Dtype and shape of the tensors in the files by key.
+            skipped: Names in the model of tensors that may have other shapes.
+        """
+        ignored = getattr(self._model, "_keys_to_ignore_on_load_missing", None) or ()
+        tied = {name for pair in (self._model.all_tied_weights_keys or {}).items() for name in pair}
+        for name, tensor in self._model.state_dict().items():
+            group = self._group.get(name)
+            is_optional = name in tied or any(re.search(pattern, name) for pattern in ignored)
+            if group is None and not is_optional:
+                raise ValueError(f"{name}: the files have no such tensor; they and config.json do not belong together.")
+            if group is None or not group.is_plain or name in skipped:
+                continue
+            found = tensors[group.keys[0]].shape
+            if found != tuple(tensor.shape):
+                raise ValueError(
+                    f"{group.keys[0]} is of shape {found}, and config.json says {tuple(tensor.shape)}; its files and "
+                    "config.json do not belong together."
+                )
 
 
 def _one(tensor: Any) -> Tensor:

@@ -68,6 +68,7 @@ class Planner:
         self.placements = Placements(self.model, source.tensors)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.quantized = QuantizedBase(source, self.model, self.placements, options)
+        self._check_base()
         self.ties = Ties.of(self.model)
         self._add_adapters()
         self.modules = self._modules()
@@ -102,6 +103,12 @@ class Planner:
             model = self.model if place == 0 else hollow_model(self.source, self._training_vocabulary)
             make_hollow(model, self._layer_dtype)
             add_to_model(adapter, model)
+
+    def _check_base(self) -> None:
+        """Raises a ValueError for a tensor of the base that is missing or has another shape than its model's."""
+        embeddings = {f"{name}.{part}" for name in embedding_names(self.model).values() for part in ("weight", "bias")}
+        packed = {name for group in self.placements.groups if group.keys[0] in self.quantized for name in group.names}
+        self.placements.check_tensors(self.source.tensors, embeddings | packed)
 
     def _fit_vocabulary(self) -> None:
         """Builds the model with the number of tokens of the adapters."""

@@ -44,8 +44,8 @@ from peft_zoo.io import TensorFile, TensorInfo, TensorWriter, read_json
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint, write_shards
 from peft_zoo.kernels.normal_float.quantize import packed_bits
 from peft_zoo.kernels.planning.bits import BitChoice, MatrixErrors
-from peft_zoo.merge.base.empty_model import check_shapes, empty_model, finite_pieces
-from peft_zoo.merge.base.tensor_names import TensorNames
+from peft_zoo.merge.base.empty_model import empty_model, finite_pieces
+from peft_zoo.merge.base.placement import Placements
 from peft_zoo.merge.lq_lora.matrix import QuantizedMatrix
 from peft_zoo.merge.lq_lora.untie import path_in_config, untied
 from peft_zoo.merge.lq_lora.verify import verify_folder
@@ -226,8 +226,8 @@ class _Job:
         if not self.layers:
             raise ValueError(f"target_modules={config.target_modules!r} targets no linear layer; name some.")
         source.other_files()  # refuses what must not be copied before anything is quantized
-        self.names = TensorNames(source.folder, skeleton, source.tensors)
-        check_shapes(source, self.names, skeleton)
+        self.names = Placements(skeleton, source.tensors)
+        self.names.check_tensors(source.tensors)
         tying = tying_configs(skeleton, self.layers.keys(), lambda name: name not in self.names.absent)
         self.untied = [path_in_config(source, skeleton, one) for one in tying]
         self.keys = {name: self._key(name, layer) for name, layer in self.layers.items()}
