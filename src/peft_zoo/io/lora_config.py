@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,19 @@ def write_config(
     modules: Mapping[str, RankAndScale],
     before: Iterable[str],
     default: str | None = None,
+    stacked: Collection[str] = (),
 ) -> None:
     """Writes `adapter_config.json` of a plain LoRA with these ranks and scales by module.
 
     `old` is the content of the source adapter's file, and `before` are the names of all its modules. The rank and alpha
     of routed experts are the defaults, since peft ignores patterns for them; else those of the module `default`, or the
-    most common ones.
+    most common ones. `stacked` are the owners of single parameters, which `target_parameters` of `old` names; their
+    ranks and scales are those of `default`.
     """
     default = next((name for name in modules if is_expert(name)), default)
     check_plain_names(modules, old)
+    layers = {name: plan for name, plan in modules.items() if name not in stacked}
+    ranked = {name: plan for name, plan in modules.items() if name in layers or name == default}
     known = {item.name for item in fields(LoraConfig)} | {"peft_version"}
     is_lora = old.get("peft_type") == "LORA"
     new = {
@@ -49,8 +53,8 @@ def write_config(
     new |= {
         "peft_type": "LORA",
         "use_rslora": rslora,
-        **rank_fields(modules, rslora, default),
-        **target_fields(modules, before),
+        **rank_fields(ranked, rslora, default),
+        **target_fields(layers, [name for name in before if name not in stacked]),
     }
     (folder / CONFIG_NAME).write_text(json.dumps(new, indent=2, sort_keys=True), encoding="utf-8")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_zoo.merge import analyze, combine
 from peft_zoo.merge.combining import api
-from peft_zoo.merge.combining.modules import combine_module
+from peft_zoo.merge.combining.modules import combine_updates
 from peft_zoo.merge.combining.options import CombineOptions
 from tests.merge.samples import ALL, adapted, config, content, kohya, layers, loaded, saved, single, train, updates
 
@@ -293,12 +293,12 @@ def test_one_module_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def remembered(*args: Any) -> Any:
         nonlocal most
         most = max(most, sum(tensor() is not None for tensor in alive))
-        found = combine_module(*args)
+        found = combine_updates(*args)
         assert found is not None
         alive.append(weakref.ref(found[1].B))
         return found
 
-    monkeypatch.setattr(api, "combine_module", remembered)
+    monkeypatch.setattr(api, "combine_updates", remembered)
     one = made(tmp_path / "one", 5)
     assert len(combine([one, one], tmp_path / "out").modules) == len(alive) == 5 and most == 0
 

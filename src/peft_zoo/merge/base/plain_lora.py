@@ -36,6 +36,7 @@ class Module:
         dtype: Dtype of the adapter's tensors.
         rank: Rank of its factors, where the file holds them; None otherwise.
         scale: Scale of its factors, likewise.
+        experts: Number of experts whose factors are stacked in this module's, `E r` in all; None for a layer.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Module:
     dtype: torch.dtype
     rank: int | None = None
     scale: float | None = None
+    experts: int | None = None
 
     def stored(self, B: Tensor, A: Tensor, fmt: str = "peft") -> dict[str, Tensor]:
         """Returns the tensors of a LoRA by key, for B `(rows, r)` and A `(r, columns)`; `fmt` is the key format."""
@@ -66,11 +68,6 @@ class Factors:
     B: Tensor
     A: Tensor
     scale: float = 1.0
-
-    @property
-    def plan(self) -> RankAndScale:
-        """Rank and scale for the configuration."""
-        return RankAndScale(len(self.A), self.scale)
 
     def padded(self, rank: int) -> Factors:
         """Returns the same update with zeros in further columns of B and rows of A, up to `rank`."""
@@ -100,7 +97,11 @@ def write_plain_lora(
     plain = {"bias": "none", "inference_mode": True, "modules_to_save": None, "use_dora": False, "lora_bias": False}
     plain |= {"peft_type": "LORA", "fan_in_fan_out": fan_in_fan_out, "lora_dropout": 0.0}
     old = {**{name: config[name] for name in KEPT if name in config}, **plain}
-    write_config(folder, old, plans, modules, max(plans, key=lambda name: plans[name].rank))
+    stacked = [name for name in plans if modules[name].experts is not None]
+    if stacked:  # which parameters they are for
+        old["target_parameters"] = config["target_parameters"]
+    default = next(iter(stacked), max(plans, key=lambda name: plans[name].rank))
+    write_config(folder, old, plans, modules, default, stacked)
 
 
 def write_factors(
@@ -115,7 +116,7 @@ def write_factors(
     plans = {}
     for name, found in factors.items():
         infos |= {key: TensorInfo.of(tensor) for key, tensor in modules[name].stored(found.B, found.A, fmt).items()}
-        plans[name] = found.plan
+        plans[name] = RankAndScale(len(found.A) // (modules[name].experts or 1), found.scale)
     with TensorWriter(path, infos, metadata) as writer:
         for name, found in factors.items():
             for key, tensor in modules[name].stored(found.B, found.A, fmt).items():

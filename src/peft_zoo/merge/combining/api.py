@@ -26,10 +26,11 @@ from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io.expert_names import is_expert
 from peft_zoo.merge.base.factor_file import FactorFile
 from peft_zoo.merge.base.plain_lora import Factors, write_factors, write_plain_lora
-from peft_zoo.merge.combining.modules import combine_module, global_cosine
+from peft_zoo.merge.combining.modules import combine_updates, global_cosine
 from peft_zoo.merge.combining.options import CombineOptions
 from peft_zoo.merge.combining.report import CombineReport
 from peft_zoo.merge.combining.sources import Sources, open_sources
+from peft_zoo.merge.combining.stacked import ByModule
 from peft_zoo.merge.combining.weights import Weights
 
 METADATA = ("modelspec.architecture", "ss_base_model_version", "ss_v2")
@@ -91,16 +92,19 @@ def combine(
         rows = []
         with FactorFile(target.parent) as factors:
             for name in (progress or silent)(list(sources.modules), "combine"):
-                found = combine_module(sources, name, by_module.of(name), chosen, angle)
-                if found is not None:
-                    factors.add(name, found[1])
-                    rows.append(found[0])
-                del found  # one module in memory
-            notes = (*sources.notes, *_zero_notes(sources, [row.name for row in rows], chosen))
-            experts = [name for name in factors if is_expert(name)]
-            most = factors.pad(experts)  # peft demands one rank of all routed experts
-            rows = [row.padded(most) if row.name in experts else row for row in rows]
-            _write(target, sources, factors)
+                for weight, updates in sources.updates(name).items():
+                    dtype = chosen.dtype_of(sources.dtypes(name))
+                    found = combine_updates(weight, updates, by_module.of(name), chosen, dtype, angle)
+                    if found is not None:
+                        factors.add(weight, found[1])
+                        rows.append(found[0])
+                    del found  # one module in memory
+            written = ByModule(factors, sources.experts)
+            notes = (*sources.notes, *_zero_notes(sources, written, chosen))
+            experts = [name for name in factors if is_expert(name) or name.endswith("]")]
+            most = factors.pad(experts)  # peft demands one rank of all experts
+            rows = [row.padded(most) if row.name in set(experts) else row for row in rows]
+            _write(target, sources, written)
         return CombineReport(chosen.method, chosen.resolved_space, sources.names, tuple(rows), sources.dropped, notes)
 
 

@@ -1,4 +1,4 @@
-"""Combines the updates of one module and lowers the rank of the result."""
+"""Combines the updates of one weight and lowers the rank of the result."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ ROUNDING = 1e-13
 def global_cosine(sources: Sources) -> float:
     """Returns the cosine of the angle between two adapters as a whole."""
     product, sizes = 0.0, [0.0, 0.0]
-    for name in sources.modules:
-        one, other = sources.updates(name)
+    for one, other in (pair for name in sources.modules for pair in sources.updates(name).values()):
         sizes = [
             math.hypot(size, norm(u)) if u is not None else size for size, u in zip(sizes, (one, other), strict=True)
         ]
@@ -46,11 +45,29 @@ def global_cosine(sources: Sources) -> float:
     return product / (sizes[0] * sizes[1]) if all(sizes) else 0.0
 
 
-def combine_module(
-    sources: Sources, name: str, weights: Sequence[float], options: CombineOptions, angle: float | None
+def combine_updates(
+    name: str,
+    found: Sequence[Product | None],
+    weights: Sequence[float],
+    options: CombineOptions,
+    dtype: torch.dtype,
+    angle: float | None = None,
 ) -> tuple[CombinedModule, Factors] | None:
-    """Combines one module; None if the result is zero, as of weights of zero or of updates that cancel."""
-    found = sources.updates(name)
+    """Combines the updates of one weight.
+
+    Args:
+        name: Name for the report and messages.
+        found: The update of each adapter, or None.
+        weights: One weight per adapter.
+        options: The method.
+        dtype: Dtype of the new factors.
+        angle: Cosine of the angle for `"slerp"`; default None, that of the updates.
+
+    Returns:
+        A row for the report and the factors; None if the result is zero, as of weights of zero or of updates that
+        cancel.
+    """
+    ranks = tuple(0 if update is None else len(update.A) for update in found)
     if options.resolved_space != "factors":  # in which a zero B is multiplied by the A of others
         found = [None if update is None or update.is_zero else update for update in found]
     if options.method in ("slerp", "orthogonal"):  # in which places matter
@@ -75,7 +92,7 @@ def combine_module(
         size = size if size > ROUNDING * float(exact[0].norm() * exact[1].norm()) else 0.0
     if not size:
         return None
-    return _rounded(sources, name, (B, A, size, lost), options)
+    return _rounded(name, ranks, (B, A, size, lost), dtype)
 
 
 def _zero(rows: int, columns: int) -> Product:
@@ -117,13 +134,12 @@ def _of_rank(B: Tensor, A: Tensor, options: CombineOptions) -> tuple[Tensor, Ten
 
 
 def _rounded(
-    sources: Sources, name: str, found: tuple[Tensor, Tensor, float, float], options: CombineOptions
+    name: str, ranks: tuple[int, ...], found: tuple[Tensor, Tensor, float, float], dtype: torch.dtype
 ) -> tuple[CombinedModule, Factors]:
     """Rounds factors to their dtype; `found` has their norm and the relative error of their rank too."""
     wide_B, wide_A, size, lost = found
-    dtype = options.dtype_of(sources.dtypes(name))
     B, A = check_finite(f"{name}: B", wide_B.to(dtype)), check_finite(f"{name}: A", wide_A.to(dtype))
     both = torch.cat([wide_B, -B.double()], 1), torch.cat([wide_A, A.double()])
     rounding = float(factored_svd(*both, method="qr").singular_values.norm()) / size
-    row = CombinedModule(name, sources.ranks(name), len(A), size, math.hypot(lost, rounding), B.numel() + A.numel())
+    row = CombinedModule(name, ranks, len(A), size, math.hypot(lost, rounding), B.numel() + A.numel())
     return row, Factors(B, A)

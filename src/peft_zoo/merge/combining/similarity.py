@@ -101,11 +101,12 @@ def analyze(adapters: Sequence[str | Path], *, progress: Progress | None = None)
     check(len(adapters) > 1, "adapters", list(map(str, adapters)), "give at least two")
     pairs = []
     with open_sources(adapters, ()) as sources:
-        for name in (progress or silent)(list(sources.modules), "compare"):
-            found = [(a, u) for a, u in zip(sources.names, sources.updates(name), strict=True) if u is not None]
-            for (first, one), (second, other) in itertools.combinations(found, 2):
-                measured = cosine(one, other), overlap(one, other), _sign_conflict(one, other)
-                pairs.append(Similarity(name, (first, second), *measured, (norm(one), norm(other))))
+        for module in (progress or silent)(list(sources.modules), "compare"):
+            for name, updates in sources.updates(module).items():
+                found = [(a, u) for a, u in zip(sources.names, updates, strict=True) if u is not None]
+                for (first, one), (second, other) in itertools.combinations(found, 2):
+                    measured = cosine(one, other), overlap(one, other), _sign_conflict(one, other)
+                    pairs.append(Similarity(name, (first, second), *measured, (norm(one), norm(other))))
     return SimilarityReport(tuple(pairs))
 
 

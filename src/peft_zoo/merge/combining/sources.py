@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from peft_zoo.io import LoraAdapter, open_adapter
+from peft_zoo.io import LoraAdapter
 from peft_zoo.io.expert_names import check_plain_names
 from peft_zoo.kernels.combining.products import Product
 from peft_zoo.merge.base.plain_lora import Module, check_drop, drops, file_extras, file_modules
+from peft_zoo.merge.combining.stacked import check_equal_parameters, open_lora, split, weight_names
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Sources:
         modules: Modules that at least one adapter changes, by name, without those that are dropped.
         dropped: Names of modules and kinds of tensors that are left out.
         notes: What a user of the result should know.
+        experts: Number of experts of the modules whose factors are stacked.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -32,6 +35,7 @@ class Sources:
     modules: dict[str, Module]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
+    experts: dict[str, int] = field(default_factory=dict)
 
     @property
     def format(self) -> str:
@@ -46,18 +50,28 @@ class Sources:
     def ranks(self, module: str) -> tuple[int, ...]:
         """Returns the rank of each adapter in a module; 0 where it has none."""
         found = (adapter.modules.get(module) for adapter in self.adapters)
-        return tuple(0 if part is None else part.rank for part in found)
+        return tuple(0 if part is None else part.rank // self.experts.get(module, 1) for part in found)
 
     def dtypes(self, module: str) -> list[torch.dtype]:
         """Returns the dtypes of the adapters that have a module."""
         return [adapter.modules[module].dtype for adapter in self.adapters if module in adapter.modules]
 
-    def updates(self, module: str) -> list[Product | None]:
-        """Reads the update of each adapter in a module; None where it has none."""
-        found: list[Product | None] = []
+    def updates(self, module: str) -> dict[str, list[Product | None]]:
+        """Reads the update of each adapter in a module; None where it has none.
+
+        The keys are the names of the weights: that of the module, or one for each expert of a stacked module.
+        """
+        experts = self.experts.get(module)
+        names = weight_names(module, experts)
+        found: dict[str, list[Product | None]] = {name: [] for name in names}
         for adapter in self.adapters:
             own = adapter.modules.get(module)
-            found.append(None if own is None else Product(*adapter.factors(module), own.scale))
+            factors: list[tuple[Tensor, Tensor]] = []
+            if own is not None:
+                B, A = adapter.factors(module)
+                factors = [(B, A)] if experts is None else split(B, A, experts)
+            for index, name in enumerate(names):
+                found[name].append(Product(*factors[index], own.scale) if own is not None else None)
         return found
 
 
@@ -68,14 +82,23 @@ def open_sources(paths: Sequence[str | Path], drop: Sequence[str]) -> Iterator[S
         raise ValueError(f"adapters={paths!r}: give a list of folders or files.")
     names = _names(paths)
     with ExitStack() as stack:
-        adapters = tuple(stack.enter_context(open_adapter(path)) for path in paths)
+        opened = [_entered(stack, path) for path in paths]
+        adapters = tuple(adapter for adapter, _ in opened)
+        experts = {module: count for _, own in opened for module, count in own.items()}
+        check_equal_parameters(adapter.config or {} for adapter in adapters)
         formats = {adapter.format: name for adapter, name in zip(adapters, names, strict=True)}
         if len(formats) > 1:
             (one, first), (other, second) = list(formats.items())[:2]
             raise ValueError(f"adapters={[first, second]!r} are in the formats {one} and {other}; convert one first.")
-        modules, dropped = _modules(adapters, names, drop)
+        modules, dropped = _modules(opened, names, drop)
         check_plain_names(modules, adapters[0].config)
-        yield Sources(adapters, names, modules, dropped, _notes(adapters))
+        yield Sources(adapters, names, modules, dropped, _notes(adapters), experts)
+
+
+def _entered(stack: ExitStack, path: str | Path) -> tuple[LoraAdapter, dict[str, int]]:
+    """Opens an adapter that `stack` closes; returns it with its numbers of experts."""
+    adapter, experts = open_lora(path)
+    return stack.enter_context(adapter), experts
 
 
 def _names(paths: Sequence[str | Path]) -> tuple[str, ...]:
@@ -85,21 +108,23 @@ def _names(paths: Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def _modules(
-    adapters: Sequence[LoraAdapter], names: Sequence[str], drop: Sequence[str]
+    opened: Sequence[tuple[LoraAdapter, dict[str, int]]], names: Sequence[str], drop: Sequence[str]
 ) -> tuple[dict[str, Module], tuple[str, ...]]:
     """Returns the modules of all adapters, and what is left out."""
     found: dict[str, Module] = {}
     extra_keys: dict[str, str] = {}
-    for adapter, name in zip(adapters, names, strict=True):
+    for (adapter, experts), name in zip(opened, names, strict=True):
         if adapter.config is None and adapter.other_keys:
             raise ValueError(
                 f"{name}: {adapter.other_keys[0]!r} is no part of a LoRA and cannot be combined; remove it."
             )
         extra_keys = {**file_extras(adapter, adapter.config or {})[0], **extra_keys}
         for module, own in file_modules(adapter).items():
+            own = replace(own, experts=experts.get(module))
             known = found.setdefault(module, own)
-            sizes = next(a.modules[module].sizes for a in adapters if module in a.modules)
-            if (known.kind, known.inner, sizes) != (own.kind, own.inner, adapter.modules[module].sizes):
+            sizes = next(a.modules[module].sizes for a, _ in opened if module in a.modules)
+            own_kind = own.kind, own.inner, own.experts, adapter.modules[module].sizes
+            if (known.kind, known.inner, known.experts, sizes) != own_kind:
                 raise ValueError(
                     f"{module}: {name!r} has a {own.kind} layer of {adapter.modules[module].sizes}, another adapter a "
                     f"{known.kind} layer of {sizes}; combine adapters of one base model."
