@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_zoo.cli.combine import OWN, Flags
 from peft_zoo.cli.main import main
@@ -52,6 +53,19 @@ def test_analysis_and_dry_runs_write_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "math", "code"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+        model.save_pretrained(tmp_path / name)
+    base, *tuned = (str(tmp_path / name) for name in ("base", "math", "code"))
+    words = ["combine", *tuned, "--base", base, "-o", str(tmp_path / "out"), "--weights", "0.5,0.5", "--json"]
+    assert main([*words, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "linear" and not (tmp_path / "out").exists()
+    assert main(words) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["updates"]) == 16 and (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_mistakes(pair: list[str], tmp_path: Path, mistake: Mistake) -> None:
     out = str(tmp_path / "out")
     assert "--out" in mistake(["combine", *pair])
@@ -59,4 +73,5 @@ def test_mistakes(pair: list[str], tmp_path: Path, mistake: Mistake) -> None:
     assert "--per-module" in mistake(["combine", *pair, "-o", out, "--per-module", "a=x"])
     assert "density" in mistake(["combine", *pair, "-o", out, "--method", "ties"])
     assert "weights" in mistake(["combine", *pair, "-o", out, "--weights", "1"])
+    assert "rank" in mistake(["combine", *pair, "-o", out, "--base", pair[0], "--rank", "3"])
     assert "nothing here" in mistake(["combine", str(tmp_path / "nothing here"), "-o", out])

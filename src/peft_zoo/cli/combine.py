@@ -14,12 +14,13 @@ EPILOG = """examples:
   peft-zoo combine new old -o difference --weights 1,-1 --rank 16
   peft-zoo combine math code -o both --method ties --density 0.5 --rank 32
   peft-zoo combine style subject -o both --per-module 'model.layers.[0-7].**=1,0'
+  peft-zoo combine math code -o both --base base --weights 0.5,0.5      (of checkpoints that were tuned from one base)
   peft-zoo combine style subject --analyze                              (how similar they are; writes nothing)
 
 cat adds the updates exactly; its rank is the sum of the ranks, or --rank. The base model is not needed."""
 
 LONG_TABLE, SHOWN = 40, 20  # a table of more lines than the first shows the second, unless --all-modules
-OWN = ("adapters", "out", "analyze", "all_modules", "per_module")  # no options of the library as they are
+OWN = ("adapters", "out", "base", "analyze", "all_modules", "per_module")  # no options of the library as they are
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Flags:
     """Settings of `peft-zoo combine`; None leaves the default of the library."""
 
     adapters: list[str] = setting(
-        "folders that peft saved, or .safetensors files", positional=True, required=True, metavar="ADAPTER"
+        "folders that peft saved, or .safetensors files; with --base, folders of checkpoints",
+        positional=True,
+        required=True,
+        metavar="ADAPTER",
     )
     out: str | None = setting("a new folder, or file if the adapters are files", short="-o", metavar="OUT")
+    base: str | None = setting("combine whole checkpoints that were tuned from this one", metavar="BASE")
     method: (
         Literal[
             "cat", "linear", "ties", "dare_ties", "dare_linear", "magnitude_prune", "slerp", "orthogonal", "tsv", "iso"
@@ -68,6 +73,7 @@ def _check(flags: Flags) -> None:
     if flags.out is None and not flags.analyze:
         raise SettingError("--out is missing: give a new folder or file, or --analyze to compare the adapters.")
     given = [*_given(flags), *(["per_module"] if flags.per_module else [])]
+    given += ["base"] if flags.base else []
     if flags.analyze and (given or flags.out is not None):
         raise SettingError("--analyze only compares the adapters: leave the other flags out.")
     _per_module(flags)
@@ -93,6 +99,9 @@ def _per_module(flags: Flags) -> dict[str, list[float]] | None:
 def _plan(flags: Flags) -> Facts:
     if flags.analyze:
         return {"adapters": flags.adapters, "output": "none: only a table"}
+    if flags.base:
+        planned = _combine_checkpoints(flags, dry_run=True).data
+        return {"method": planned["method"], "bytes": planned["nbytes"], "output": flags.out}
     from peft_zoo.merge.combining.api import combine_plan
 
     facts = combine_plan(flags.adapters, str(flags.out), per_module=_per_module(flags), **_given(flags))
@@ -105,6 +114,8 @@ def _run(flags: Flags) -> Result:
 
         found = analyze(flags.adapters, progress=progress_bar)
         return Result(found.table(_limit(flags, len(found.pairs))), found.to_dict())
+    if flags.base:
+        return _combine_checkpoints(flags)
     from peft_zoo.merge.combining.api import combine
 
     how = {"per_module": _per_module(flags), "progress": progress_bar, **_given(flags)}
@@ -119,6 +130,20 @@ def _run(flags: Flags) -> Result:
     shown = {name: value for name, value in facts.items() if value != []}
     text = f"{report.table(_limit(flags, len(report.modules)))}\n\n{table(shown)}"
     return Result(text, {**report.to_dict(), "written": flags.out})
+
+
+def _combine_checkpoints(flags: Flags, dry_run: bool = False) -> Result:
+    """Combines checkpoints, or only checks them."""
+    from peft_zoo.merge.combining.checkpoints import combine_checkpoints
+
+    how = {"per_module": _per_module(flags), "progress": progress_bar, "dry_run": dry_run, **_given(flags)}
+    report = combine_checkpoints(str(flags.base), flags.adapters, str(flags.out), **how)
+    facts = {
+        "combined": f"{len(report.updates)} tensors of {len(report.checkpoints)} checkpoints, {report.method}",
+        "written": flags.out,
+    }
+    text = f"{report.table(_limit(flags, len(report.updates)))}\n\n{table(facts)}"
+    return Result(text, {**report.to_dict(), "written": None if dry_run else flags.out})
 
 
 def _limit(flags: Flags, lines: int) -> int | None:

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "peft_zoo.merge.checkpoint.api": ["merge_checkpoint"],
         "peft_zoo.merge.checkpoint.report": ["MergeReport", "TensorReport"],
         "peft_zoo.merge.combining.api": ["combine"],
+        "peft_zoo.merge.combining.checkpoints": ["CheckpointReport", "combine_checkpoints"],
         "peft_zoo.merge.combining.report": ["CombineReport", "CombinedModule"],
         "peft_zoo.merge.combining.similarity": ["Similarity", "SimilarityReport", "analyze"],
         "peft_zoo.merge.squeeze.api": ["rank_report", "squeeze_adapter", "squeeze_model"],

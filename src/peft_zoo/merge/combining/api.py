@@ -155,10 +155,8 @@ def _weights(
     options: CombineOptions,
 ) -> Weights:
     """Returns the weights by module after checking their number, and what slerp demands of them."""
-    default = [0.5 if options.method == "slerp" else 1.0] * count if weights is None else weights
-    if isinstance(default, str) or len(default) != count:
-        raise ValueError(f"weights has {len(default)} entries for {count} adapters; give one for each.")
-    found = Weights(tuple(default), per_module or {})
+    default = 0.5 if options.method == "slerp" else 1.0
+    found = Weights.of_count(count, "adapters", weights, per_module, default)
     if options.method == "slerp":
         check(count == 2, "adapters", count, "method='slerp' interpolates two adapters")
         for values in (found.default, *found.per_module.values()):

@@ -21,6 +21,13 @@ SPACES: dict[str, tuple[str, ...]] = {"linear": ("delta", "factors")}
 """Spaces of a method; the methods by entry have all of them, the others none but `"delta"`."""
 
 
+def module_seed(seed: int, name: str) -> int:
+    """Returns the seed of one weight, so that DARE drops other entries of each; a seed out of range is a ValueError."""
+    check_int("seed", seed, 0, 2**63 - 1)
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return (seed ^ int.from_bytes(digest, "little")) % 2**63
+
+
 @dataclass(frozen=True)
 class CombineOptions:
     """How LoRAs are combined.
@@ -101,10 +108,7 @@ class CombineOptions:
 
     def entries(self, module: str = "") -> Elementwise:
         """Returns the rule of a method by entry for a module; DARE drops other entries of each."""
-        check_int("seed", self.seed, 0, 2**63 - 1)
-        digest = hashlib.blake2b(module.encode(), digest_size=8).digest()
-        seed = (self.seed ^ int.from_bytes(digest, "little")) % 2**63
-        return Elementwise(self.method, self.density, self.sign, seed)  # type: ignore[arg-type]
+        return Elementwise(self.method, self.density, self.sign, module_seed(self.seed, module))  # type: ignore[arg-type]
 
     def dtype_of(self, dtypes: Sequence[torch.dtype]) -> torch.dtype:
         """Returns the dtype of the new factors of a module, from those of the adapters."""

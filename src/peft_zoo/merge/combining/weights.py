@@ -46,6 +46,21 @@ class Weights:
             fits = 0 < len(pattern) <= LONGEST and wildcards <= MOST_WILDCARDS
             check(fits, "per_module", pattern, f"use at most {LONGEST} characters and {MOST_WILDCARDS} wildcards")
 
+    @classmethod
+    def of_count(
+        cls,
+        count: int,
+        what: str,
+        weights: Sequence[float] | None,
+        per_module: Mapping[str, Sequence[float]] | None,
+        default: float = 1.0,
+    ) -> Weights:
+        """Makes the weights of `count` adapters or checkpoints after checking their number."""
+        given = [default] * count if weights is None else weights
+        if isinstance(given, str) or len(given) != count:
+            raise ValueError(f"weights has {len(given)} entries for {count} {what}; give one for each.")
+        return cls(tuple(given), per_module or {})
+
     def of(self, module: str) -> tuple[float, ...]:
         """Returns the weights for one module."""
         found: Sequence[float] = self.default
