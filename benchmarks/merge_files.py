@@ -216,9 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     path = common.result_path("merge_files_large" if given.large else "merge_files", "cpu")
     if given.markdown:
-        result = json.loads(path.read_text())
-        lines = f"{common.markdown(HEADER, table(result['rows']))}\n\n{common.describe(result['machine'])}"
-        PAGE.write_text(common.replace_block(PAGE.read_text(), "merge_files", lines))
+        for name in ("merge_files", "merge_files_large"):
+            result = json.loads(common.result_path(name, "cpu").read_text(encoding="utf-8"))
+            lines = f"{common.markdown(HEADER, table(result['rows']))}\n\n{common.describe(result['machine'])}"
+            PAGE.write_text(common.replace_block(PAGE.read_text(encoding="utf-8"), name, lines), encoding="utf-8")
         return 0
     size = QUICK if given.quick else LARGE if given.large else NORMAL
     with tempfile.TemporaryDirectory() as name:

@@ -319,6 +319,15 @@ def _mean(name: str, found: list[Moments]) -> Moments:
     return Moments(mean("inputs"), mean("outputs"), count)
 
 
+def input_moment(moments: Mapping[str, Tensor | Moments], name: str) -> Tensor:
+    """Returns the second moment of a module's inputs, or raises a ValueError that names the module without one."""
+    found = moments.get(name)
+    found = found.inputs if isinstance(found, Moments) else found
+    if found is None:
+        raise ValueError(f"moments has no inputs of module {name}; calibrate all modules of the adapter.")
+    return found
+
+
 def save_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments]) -> None:
     """Writes moments to one safetensors file, atomically.
 

@@ -34,7 +34,7 @@ class Flags:
     weight: dict[str, str] = setting(
         "factor of an adapter's update; repeatable", dict, metavar="ADAPTER=X", example="style=0.7", unique=True
     )
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] | None = setting("dtype of merged tensors (default keep)")
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] | None = setting("dtype of all tensors (default keep)")
     rounding: Literal["nearest", "stochastic"] | None = setting("rounding of merged weights (default nearest)")
     seed: int | None = setting("seed of stochastic rounding (default 0)")
     tied: Literal["auto", "share", "refuse"] | None = setting(
@@ -97,7 +97,7 @@ def _run(flags: Flags) -> Result:
     shown: Sequence[str] = report.table(None if flags.all_tensors else SHOWN).splitlines()[:-1]
     facts = {
         **_facts(report),
-        "time": f"{report.seconds:,.1f} s, peak memory {report.peak_rss / 1e6:,.0f} MB",
+        "time": f"{report.seconds:,.1f} s",
         **({"warning": list(report.warnings)} if report.warnings else {}),
         "written": flags.output,
     }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Collection
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
 
 LONGEST = 500  # characters of a value in a message
 
@@ -64,3 +67,11 @@ def check_int(field: str, value: Any, least: int = 1, most: int | None = None) -
     if type(value) is not int or value < least or (most is not None and value > most):
         valid = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{field}={value!r} must be an int {valid}.")
+
+
+def make_options(cls: type[Options], /, **given: Any) -> Options:
+    """Makes an options dataclass of keyword arguments; an unknown one is a ValueError that names the known ones."""
+    known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+    for name in given:
+        check(name in known, name, given[name], f"it is unknown; use {', '.join(known)}")
+    return cls(**given)

@@ -107,6 +107,29 @@ class Checkpoint(ClosedOnExit):
             file.close()
 
 
+def split_shards(
+    infos: Mapping[str, TensorInfo], max_bytes: int, weights_name: str = WEIGHTS
+) -> dict[str, dict[str, TensorInfo]]:
+    """Splits tensors into files of at most `max_bytes`, in their order; a larger file has one tensor.
+
+    Returns:
+        Dtype and shape of the tensors of each file, by the names that transformers and diffusers give to files:
+        `weights_name` if there is one.
+    """
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for key, info in infos.items():
+        if shards[-1] and size + info.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = info
+        size += info.nbytes
+    stem, suffix = os.path.splitext(weights_name)
+    count = len(shards)
+    names = [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+    return dict(zip(names if count > 1 else [weights_name], shards, strict=True))
+
+
 def write_shards(
     folder: Path,
     infos: Mapping[str, TensorInfo],
@@ -118,22 +141,14 @@ def write_shards(
     `tensors` are names with tensors, or with bytes as `TensorFile.pieces` yields them, in the order of `infos`. A shard
     is larger than `max_bytes` only if it has one tensor.
     """
-    shards: list[dict[str, TensorInfo]] = [{}]
-    size = 0
-    for key, info in infos.items():
-        if shards[-1] and size + info.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = info
-        size += info.nbytes
-    count, weight_map, remaining = len(shards), dict[str, str](), iter(tensors)
-    for number, shard in enumerate(shards, 1):
-        name = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    shards = split_shards(infos, max_bytes)
+    weight_map, remaining = dict[str, str](), iter(tensors)
+    for name, shard in shards.items():
         with TensorWriter(folder / name, shard, {"format": "pt"}) as writer:
             for key in shard:
                 writer.write(*next(remaining, (key, ())))  # keeps no reference to the tensor
         weight_map.update(dict.fromkeys(shard, name))
-    if count > 1:
+    if len(shards) > 1:
         total = sum(info.nbytes for info in infos.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")

@@ -72,15 +72,31 @@ class TensorWriter:
 
 def _make_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
     """Everything before the tensors' bytes, and the position of each tensor in the file."""
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
-    starts, position = {}, 0
-    for name in sorted(infos, key=lambda name: (_RANKS.get(infos[name].dtype, -1), name)):
-        info = infos[name]
+    ordered = sorted(infos, key=lambda name: (_RANKS.get(infos[name].dtype, -1), name))
+    text = header_bytes(
+        {name: infos[name] for name in ordered}, None if metadata is None else dict(sorted(metadata.items()))
+    )
+    starts, position = {}, len(text)
+    for name in ordered:
+        starts[name] = position
+        position += infos[name].nbytes
+    return text, starts
+
+
+def header_bytes(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
+    """Returns the bytes of a safetensors file before those of its tensors, which follow in this order.
+
+    Raises:
+        ValueError: If a name or dtype cannot be stored.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position = 0
+    for name, info in infos.items():
         if name == "__metadata__" or info.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name!r} of dtype {info.dtype} cannot be stored in a safetensors file.")
         end = position + info.nbytes
         header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
-        starts[name], position = position, end
+        position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + start for name, start in starts.items()}
+    return len(text).to_bytes(8, "little") + text

@@ -115,7 +115,7 @@ merge_checkpoint(base, adapter, out)
 def test_it_goes_on_after_an_interrupt(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     base = made.base("llama")
     adapter, whole, out = made.adapter(base, LoraConfig(**LORA)), made.new(), made.new()
-    merge_checkpoint(base, adapter, whole)
+    uninterrupted = merge_checkpoint(base, adapter, whole)
     write = pump.Pump._write
 
     def interrupted(self: pump.Pump, shard: pump.Shard, draft: Path) -> None:
@@ -130,8 +130,9 @@ def test_it_goes_on_after_an_interrupt(made: Made, monkeypatch: pytest.MonkeyPat
     done = first.stat().st_mtime_ns
     with pytest.raises(ValueError, match=r"partial.*options"):
         merge_checkpoint(base, adapter, out, dtype="bfloat16")
-    merge_checkpoint(base, adapter, out)
+    report = merge_checkpoint(base, adapter, out)
     assert files(out) == files(whole) and (out / first.name).stat().st_mtime_ns == done
+    assert report.tensors == uninterrupted.tensors  # also of the file that was finished before
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -143,8 +144,10 @@ def test_updates_that_scale_the_weight_come_first_and_alone(made: Made) -> None:
     plain = made.adapter(base, LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
     out = made.new()
     with pytest.raises(ValueError, match=r"q_proj.*adapter-\d+.*adapter-\d+"):
+        merge_checkpoint(base, dora, out, dry_run=True)
+    with pytest.raises(ValueError, match=r"q_proj.*adapter-\d+.*adapter-\d+"):
         merge_checkpoint(base, dora, out)
-    assert not out.exists()
+    assert not out.exists() and not out.with_name(f"{out.name}.partial").exists()
     results = [made.new(), made.new()]
     merge_checkpoint(base, [plain, dora[0]], results[0])
     merge_checkpoint(base, [dora[0], plain], results[1])
@@ -156,10 +159,25 @@ def test_the_dtype_of_the_result(dtype: str, made: Made) -> None:
     base = made.base("llama")
     folder, out = made.adapter(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)), made.new()
     report = merge_checkpoint(base, folder, out, dtype=dtype)
-    wanted = {key: tensor for key, tensor in in_memory(base, folder, made.new()).items() if "q_proj" in key}
-    found = tensors(out)
+    wanted, found = in_memory(base, folder, made.new()), tensors(out)
+    assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key].to(getattr(torch, dtype))) for key in wanted)
     assert {tensor.dtype for tensor in report.tensors} == {dtype}
+    assert json.loads((out / "config.json").read_text())["dtype"] == dtype  # what dtype="auto" loads
+
+
+def test_values_beyond_the_dtype_are_refused(made: Made) -> None:
+    base = made.base("llama")
+    found = tensors(base)
+    found["model.layers.0.self_attn.q_proj.weight"][0, 0] = 1e5
+    folder = made.adapter(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    large, out = made.new(), made.new()
+    large.mkdir()
+    save_file(found, large / "model.safetensors", {"format": "pt"})
+    (large / "config.json").write_bytes((base / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.*float16"):
+        merge_checkpoint(large, folder, out, dtype="float16")
+    assert not out.exists() and not out.with_name(f"{out.name}.partial").exists()
 
 
 def test_stochastic_rounding_keeps_small_updates(made: Made) -> None:

@@ -18,7 +18,7 @@ def run_in_child(script: str, text: str, failure: str) -> Any:
 
     Args:
         script: Source of the script; it prints one line that begins with `MARK`.
-        text: What the script reads.
+        text: Standard input of the script.
         failure: Beginning of the sentence of the error, such as `"the model does not load"`.
 
     Raises:

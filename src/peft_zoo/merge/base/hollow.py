@@ -74,19 +74,18 @@ def hollow_linears(sizes: Mapping[str, tuple[int, int]]) -> nn.Module:
     return model
 
 
-def hollow_model(source: Checkpoint, changes: Mapping[str, Any] | None = None, dtype: Any = None) -> Any:
+def hollow_model(source: Checkpoint, changes: Mapping[str, Any] | None = None) -> Any:
     """Builds the model of a checkpoint without memory for its parameters.
 
     Args:
         source: Checkpoint of transformers.
         changes: New values of fields of its configuration by path, such as `"text_config.vocab_size"`.
-        dtype: As in `make_hollow`.
 
     Raises:
         ValueError: If the checkpoint's class is not one of transformers, or cannot be built from its configuration.
     """
     model = empty_model(source, changes)
-    make_hollow(model, dtype)
+    make_hollow(model)
     return model.eval()
 
 

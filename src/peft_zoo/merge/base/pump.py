@@ -23,10 +23,11 @@ from torch import Tensor
 from peft_zoo.common.atomic import check_new_folder, link, new_file, new_folder, replaced_file
 from peft_zoo.common.lock import only_process
 from peft_zoo.common.progress import Progress, silent
-from peft_zoo.io.checkpoint import Checkpoint
+from peft_zoo.io.checkpoint import Checkpoint, split_shards
 from peft_zoo.io.folder import copy_regular
-from peft_zoo.io.header import DTYPE_NAMES, TensorInfo
+from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.strict_json import read_json
+from peft_zoo.io.tensor_writer import header_bytes
 
 STATE, LOCK = "state.json", "lock"
 MARGIN = 1.05  # free space that is asked for, as a multiple of what is written
@@ -60,6 +61,19 @@ class Shard:
     infos: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] | None
     original: bool = False
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a caller knows of finished shards, kept beside them for a call that goes on.
+
+    Attributes:
+        of: Returns JSON values for the tensors of a shard, by their names.
+        restore: Takes the values that an earlier call has kept.
+    """
+
+    of: Callable[[Iterable[str]], Any]
+    restore: Callable[[Any], None]
 
 
 class Pump:
@@ -107,22 +121,8 @@ class Pump:
     def _new_shards(self, max_bytes: int) -> list[Shard]:
         keys = [key for key in self.source.tensors if key not in self.removed]
         keys += [key for key in self.changes if key not in self.source.tensors]
-        parts: list[dict[str, TensorInfo]] = [{}]
-        size = 0
-        for key in keys:
-            info = self._info(key)
-            if parts[-1] and size + info.nbytes > max_bytes:
-                parts.append({})
-                size = 0
-            parts[-1][key] = info
-            size += info.nbytes
-        count = len(parts)
-        stem = Path(self.source.weights_name).stem
-        names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        return [
-            Shard(name if count > 1 else f"{stem}.safetensors", part, {"format": "pt"})
-            for name, part in zip(names, parts, strict=True)
-        ]
+        files = split_shards({key: self._info(key) for key in keys}, max_bytes, self.source.weights_name)
+        return [Shard(name, infos, {"format": "pt"}) for name, infos in files.items()]
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +135,7 @@ class Pump:
         state: Mapping[str, Any],
         finish: Callable[[Path], None],
         *,
+        notes: Notes | None = None,
         resume: bool = True,
         progress: Progress = silent,
     ) -> None:
@@ -144,6 +145,7 @@ class Pump:
             out: Folder that does not exist or is empty.
             state: What identifies the call, as JSON values: arguments and checksums of its inputs.
             finish: Writes configuration and other files into the folder before it gets its name.
+            notes: What is kept of each shard beside it; None keeps nothing.
             resume: Whether to use the finished shards of an earlier call with the same state.
             progress: Wraps the loop over the shards.
 
@@ -153,16 +155,25 @@ class Pump:
         target = Path(os.path.abspath(out))
         check_new_folder(target, "out")
         partial = target.with_name(f"{target.name}.partial")
-        self._check_space(target)
+        self._check_space(target, partial)
         _prepare(partial, {**state, "base": self.source.identity()}, resume)
         busy = f"{partial} is in use by another process that writes {target}; wait for it"
         with only_process(partial / LOCK, busy):
             check_new_folder(target, "out")
             by_name = {shard.name: shard for shard in self.shards}
             for name in progress(by_name, "writing"):
+                kept = partial / f"{name}.json"
                 if not (partial / name).exists():
-                    with new_file(partial / name) as draft:
-                        self._write(by_name[name], draft)
+                    try:
+                        with new_file(partial / name) as draft:
+                            self._write(by_name[name], draft)
+                            if notes is not None:
+                                kept.write_text(json.dumps({"notes": notes.of(by_name[name].infos)}), encoding="utf-8")
+                    except ValueError:  # of the inputs: the same call would raise it again
+                        shutil.rmtree(partial)
+                        raise
+                elif notes is not None:
+                    notes.restore(read_json(kept)["notes"])
             with new_folder(target, "out") as work:
                 finish(work)
                 self._write_index(work)
@@ -170,9 +181,11 @@ class Pump:
                     link(partial / name, work / name)
             shutil.rmtree(partial)
 
-    def _check_space(self, target: Path) -> None:
+    def _check_space(self, target: Path, partial: Path) -> None:
         parent = next(folder for folder in target.parents if folder.exists())
-        free, needed = shutil.disk_usage(parent).free, int(self.nbytes * MARGIN)
+        remaining = [shard for shard in self.shards if not (partial / shard.name).exists()]
+        size = sum(info.nbytes for shard in remaining for info in shard.infos.values())
+        free, needed = shutil.disk_usage(parent).free, int(size * MARGIN)
         if free < needed:
             sizes = f"{needed / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free"
             raise ValueError(f"out={str(target)!r}: {sizes}; free some space.")
@@ -254,19 +267,6 @@ class Pump:
             metadata["total_parameters"] = sum(info.numel for info in infos.values())
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         (folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def header_bytes(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
-    """Returns the header of a safetensors file with its tensors in this order."""
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    position = 0
-    for name, info in infos.items():
-        end = position + info.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def edited(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,24 +8,20 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from peft_zoo.adapters.base.loading import TRUSTS_BASE_WEIGHTS, check_fields, check_saved, made_config, todays_tensors
-from peft_zoo.adapters.base.source import AdapterSource, check_adapter_name, check_finite, check_literal, expressions
+from peft_zoo.adapters.base.source import AdapterSource, check_finite, check_literal, expressions
 from peft_zoo.common.checks import check
-from peft_zoo.io.lora_file import open_weights
 from peft_zoo.io.safetensors import TensorFile
 from peft_zoo.merge.base.exportable import derived_by
-from peft_zoo.merge.base.hollow import adapted_layers, is_hollow
+from peft_zoo.merge.base.hollow import is_hollow
 from peft_zoo.registration import NAMESPACE
 
 PREFIX = "base_model.model."
@@ -34,70 +30,6 @@ UNFIT = (RuntimeError, AttributeError, TypeError, LookupError, AssertionError, A
 PORTION = 2**24  # bytes of a file that are loaded at a time
 ALLOCATED = ("r", "init_r", "rank_pattern", "n_frequency", "n_frequency_pattern", "num_vectors", "theta_d_length", "u")
 """Fields of peft's configurations whose numbers are sizes of tensors."""
-
-
-@dataclass(frozen=True)
-class HollowAdapter:
-    """An adapter on a model without memory.
-
-    Attributes:
-        model: The model with the adapter, in evaluation mode.
-        config: Configuration of the adapter.
-        layers: Its layers by the name of the parameter of the base model that each adapts, for `merged_values`.
-        stored: Keys in the adapter's file of the values that it has for parameters of the base model, by the
-            parameter's name there: trained biases, `modules_to_save`, embeddings. They take the place of those of the
-            base model before the adapter is merged, and are not in `model`.
-    """
-
-    model: PeftModel
-    config: Any
-    layers: dict[str, BaseTunerLayer]
-    stored: dict[str, str]
-
-
-def load_on_hollow(
-    model: nn.Module, adapter: str | Path, adapter_name: str = "default", *, trust_patterns: bool = False
-) -> HollowAdapter:
-    """Loads a saved adapter of any type of peft or peft-zoo onto a model without memory.
-
-    Args:
-        model: Model of `make_hollow` or `hollow_model`; the adapter is added to it. Each adapter needs its own.
-        adapter: Folder of the adapter.
-        adapter_name: Name that the adapter gets.
-        trust_patterns: Whether to run regular expressions of the configuration. If not, expressions for the adapted
-            modules are replaced by the modules that the file has tensors for, and others are refused.
-
-    Raises:
-        ValueError: If a file is invalid or does not fit the model.
-        NotImplementedError: If the type changes no weights, or reads base weights while it is added.
-
-    Examples:
-        >>> import tempfile, torch
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from peft_zoo.merge.base.hollow import make_hollow, merged_values
-        >>> from peft_zoo.merge.base.skeleton import load_on_hollow
-        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-        >>> hollow = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> make_hollow(hollow)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     adapted.save_pretrained(folder)
-        ...     loaded = load_on_hollow(hollow, folder)
-        >>> merged = merged_values(loaded.layers["0.weight"], {"weight": torch.zeros(8, 8)})
-        >>> torch.equal(merged["weight"], adapted.base_model.model[0].get_delta_weight("default"))
-        True
-    """
-    check_adapter_name(adapter_name)
-    source = AdapterSource(str(adapter))
-    found = checked_fields(source)
-    refuse_derived(found)
-    with open_weights(source.weights().parent, found) as file:
-        config = configuration(found, file.tensors, trust_patterns)
-        stored = _stored(file, dict(model.named_parameters(remove_duplicate=False)))
-        own = [key for key in file.tensors if key not in set(stored.values())]
-        check_files(source, config, adapter_name, model, file)
-        adapted = load_layers(model, config, file, own, adapter_name)
-    return HollowAdapter(adapted, config, adapted_layers(adapted), stored)
 
 
 def refuse_derived(found: Mapping[str, Any]) -> None:
@@ -185,25 +117,6 @@ def _without_initialization(config: Any) -> Any:
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True
     return config
-
-
-def _stored(file: TensorFile, parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the keys of a file that hold values of the base model's parameters, by their names."""
-    found: dict[str, str] = {}
-    for key, info in file.tensors.items():
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if name not in parameters:
-            continue
-        shape = tuple(parameters[name].shape)
-        if info.shape != shape:
-            raise ValueError(
-                f"{key} has shape {list(info.shape)} in the weights file, and {name} of the base model {list(shape)}; "
-                "give the adapter's own base model."
-            )
-        if not info.dtype.is_floating_point or name in found:
-            raise ValueError(f"{key}: no values for {name}, or the second ones; save the adapter again.")
-        found[name] = key
-    return found
 
 
 def load_layers(

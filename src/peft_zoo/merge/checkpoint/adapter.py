@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,6 @@ from peft_zoo.merge.base.skeleton import (
     refuse_derived,
 )
 from peft_zoo.merge.checkpoint.options import WeightedAdapter
-from peft_zoo.merge.checkpoint.ties import Ties
 
 NAME = "default"
 FACTORS = {Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B}
@@ -80,15 +79,20 @@ def read_adapter(given: WeightedAdapter, trust_patterns: bool = False) -> OpenAd
         raise
 
 
-def add_to_model(adapter: OpenAdapter, model: Any) -> None:
+def add_to_model(adapter: OpenAdapter, model: Any, tied: Iterable[Collection[str]] = ()) -> None:
     """Loads an opened adapter onto a hollow model, of its own, and finds its layers and whole tensors.
+
+    Args:
+        adapter: The adapter.
+        model: Model of `make_hollow` or `hollow_model`.
+        tied: Groups of names of the model's tensors that are tied.
 
     Raises:
         ValueError: If the file does not fit the model; the adapter stays without layers then.
     """
     source = AdapterSource(adapter.given.path)
     check_files(source, adapter.config, NAME, model, adapter.file)
-    own = sort_tensors(adapter, model)
+    own = sort_tensors(adapter, model, tied)
     if adapter.kind in WHOLE:
         if own:
             raise ValueError(f"{own[0]}: the base has no such tensor; give the adapter's own base.")
@@ -134,13 +138,17 @@ def plain_layers(adapter: OpenAdapter, model: Any) -> dict[str, FileLora] | None
     return found
 
 
-def sort_tensors(adapter: OpenAdapter, model: Any) -> list[str]:
-    """Finds the whole tensors and rows of the base model in a file; returns the keys of the adapter's layers."""
+def sort_tensors(adapter: OpenAdapter, model: Any, tied: Iterable[Collection[str]]) -> list[str]:
+    """Finds the whole tensors and rows of the base model in a file; returns the keys of the adapter's layers.
+
+    Raises:
+        ValueError: If a whole tensor has another shape than the model's, or there are two of them.
+    """
     own: list[str] = []
     whole: dict[str, str] = {}
     rows: dict[str, tuple[str, tuple[int, ...]]] = {}
-    names = set(model.state_dict())
-    for key in adapter.file.tensors:
+    names = model.state_dict()
+    for key, info in adapter.file.tensors.items():
         if ".original_module." in key or key.replace(".modules_to_save.", ".") in adapter.file.tensors.keys() - {key}:
             continue  # peft also saves a grown embedding from before training, and a second time
         plain = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".ln_tuning_layers.", ".")
@@ -148,11 +156,16 @@ def sort_tensors(adapter: OpenAdapter, model: Any) -> list[str]:
             module = key.removeprefix(PREFIX).removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter")
             rows[f"{module}.weight"] = (key, _tokens(adapter, module))
         elif plain in names and key.startswith(PREFIX):
+            if info.shape != tuple(names[plain].shape) or not info.dtype.is_floating_point or plain in whole:
+                raise ValueError(
+                    f"{key} of shape {list(info.shape)} cannot replace {plain} of shape {list(names[plain].shape)} of "
+                    "the base model; give the adapter's own base, or save the adapter again."
+                )
             whole[plain] = key
         else:
             own.append(key)
     # peft trains the rows of all tied embeddings, and saves them once; so it does with whole ones, if asked.
-    for members in Ties.of(model).members:
+    for members in tied:
         _spread(rows, members)
         if getattr(adapter.config, "ensure_weight_tying", False):
             _spread(whole, members)

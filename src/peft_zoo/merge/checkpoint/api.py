@@ -7,21 +7,20 @@ module's update is added to its weight in float32 and rounded once, and everythi
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import peft_zoo
 from peft_zoo.common.atomic import check_new_folder
-from peft_zoo.common.checks import check
+from peft_zoo.common.checks import make_options
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io.checkpoint import CONFIG, Checkpoint
 from peft_zoo.io.digest import sha256_of
-from peft_zoo.merge.base.pump import Pump, edited
+from peft_zoo.merge.base.pump import Notes, Pump, edited
 from peft_zoo.merge.checkpoint.adapter import read_adapter
 from peft_zoo.merge.checkpoint.options import Adapters, MergeOptions, weighted_adapters
 from peft_zoo.merge.checkpoint.plan import MergePlan, Planner
@@ -52,7 +51,7 @@ def merge_checkpoint(
         progress: Wraps the loop over the files of the result, such as a progress bar; None shows nothing.
         **options: Fields of `MergeOptions`:
 
-            * `dtype`: `"keep"` (default), `"float32"`, `"bfloat16"` or `"float16"`, of merged tensors.
+            * `dtype`: `"keep"` (default), `"float32"`, `"bfloat16"` or `"float16"`, of all floating-point tensors.
             * `rounding`: `"nearest"` (default) or `"stochastic"`, with `seed`: updates below the precision of 16 bits
               survive on average.
             * `tied`: `"auto"` (default) unties embeddings that differ after the merge, `"share"` changes both as peft
@@ -91,7 +90,7 @@ def merge_checkpoint(
         (['transformer.h.0.attn.c_attn.weight'], 15)
     """
     began = time.perf_counter()
-    chosen = _options(options)
+    chosen = make_options(MergeOptions, **options)
     given = weighted_adapters(adapter, weights)
     check_new_folder(Path(out), "out")
     with ExitStack() as stack:
@@ -117,19 +116,21 @@ def merge_checkpoint(
             _write_config(source, work, content, bool(plan.config_changes))
             source.copy_others(work)
             (work / "README.md").unlink(missing_ok=True)
-            report = replace(_report(plan, pump), seconds=time.perf_counter() - began, peak_rss=_peak_rss())
+            report = replace(_report(plan, pump), seconds=time.perf_counter() - began)
             (work / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
             reports.append(report)
 
-        pump.run(out, state, finish, resume=chosen.resume, progress=progress or silent)
+        pump.run(out, state, finish, notes=_notes(plan), resume=chosen.resume, progress=progress or silent)
     return reports[0]
 
 
-def _options(given: Mapping[str, Any]) -> MergeOptions:
-    names = [item.name for item in fields(MergeOptions)]
-    for name in given:
-        check(name in names, name, given[name], f"use an option out of {', '.join(names)}")
-    return MergeOptions(**given)
+def _notes(plan: MergePlan) -> Notes:
+    """Returns what is kept of each finished file: the rows of the report."""
+
+    def restore(rows: list[dict[str, Any]]) -> None:
+        plan.rows.update({row["key"]: TensorReport(**{**row, "adapters": tuple(row["adapters"])}) for row in rows})
+
+    return Notes(lambda keys: [asdict(plan.rows[key]) for key in keys if key in plan.rows], restore)
 
 
 def _write_config(source: Checkpoint, folder: Path, content: Mapping[str, Any], changed: bool) -> None:
@@ -162,8 +163,3 @@ def _listed(names: Sequence[str]) -> str:
 def _planned(plan: MergePlan, key: str, pump: Pump) -> TensorReport:
     action: Any = "merged" if key in plan.source.tensors else "added"
     return TensorReport(key, action, str(pump.changes[key].infos[key].dtype).removeprefix("torch."))
-
-
-def _peak_rss() -> int:
-    """Returns the largest resident memory of the process so far in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

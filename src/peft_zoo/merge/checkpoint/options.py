@@ -41,6 +41,8 @@ class MergeOptions:
         check_choice("arithmetic", self.arithmetic, ("exact", "peft"))
         check_count("max_shard_bytes", self.max_shard_bytes)
         check_int("readers", self.readers)
+        if self.dtype != "keep" and self.quantized == "requantize":
+            raise ValueError(f"dtype={self.dtype!r} with quantized='requantize': the base's format has its own dtype.")
         if self.rounding == "stochastic" and self.arithmetic == "peft":
             raise ValueError("rounding='stochastic' with arithmetic='peft': peft rounds to the nearest; use 'exact'.")
 
@@ -56,7 +58,7 @@ class WeightedAdapter:
 
     Attributes:
         name: Name in the report: the last part of the path.
-        path: Folder, or id of a repository on the Hub.
+        path: Folder.
         weight: Factor of its update.
     """
 

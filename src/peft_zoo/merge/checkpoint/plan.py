@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +14,19 @@ from torch import Tensor
 from peft_zoo.adapters.base.loading import check_trained_modules
 from peft_zoo.io.checkpoint import Checkpoint
 from peft_zoo.io.header import TensorInfo
+from peft_zoo.io.safetensors import FLOATS, check_finite
 from peft_zoo.merge.base.hollow import hollow_model, make_hollow
 from peft_zoo.merge.base.placement import Group, Placements
 from peft_zoo.merge.base.pump import Change
+from peft_zoo.merge.base.stored_formats import FLOAT_DTYPES
 from peft_zoo.merge.checkpoint.adapter import FileLora, OpenAdapter, add_to_model, plain_layers, sort_tensors
 from peft_zoo.merge.checkpoint.options import MergeOptions
 from peft_zoo.merge.checkpoint.quantized import QUANTIZATION, QuantizedBase
 from peft_zoo.merge.checkpoint.report import Action, TensorReport
 from peft_zoo.merge.checkpoint.ties import Ties, plan_ties, untie
-from peft_zoo.merge.checkpoint.updates import ModuleMerge, low_rank_update
+from peft_zoo.merge.checkpoint.updates import ModuleMerge, check_order, low_rank_update
 from peft_zoo.merge.checkpoint.vocabulary import adapter_vocabulary, embedding_names, resized
 
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLED = 64  # rows of a tensor from which the report's figures come
 
 
@@ -51,6 +53,18 @@ class MergePlan:
     rows: dict[str, TensorReport] = field(default_factory=dict)
 
 
+class Part(NamedTuple):
+    """Tensors that change together, and what changes them.
+
+    Attributes:
+        groups: Tensors of the files and of the model, by the id of the group.
+        modules: Modules that change at least one of them.
+    """
+
+    groups: dict[int, Group]
+    modules: list[ModuleMerge]
+
+
 class Planner:
     """Builds the plan of a merge.
 
@@ -63,6 +77,11 @@ class Planner:
     def __init__(self, source: Checkpoint, adapters: Sequence[OpenAdapter], options: MergeOptions) -> None:
         self.source, self.adapters, self.options = source, adapters, options
         self.plan = MergePlan(source, options)
+        self.dtype = FLOAT_DTYPES.get(options.dtype)  # None: that of each tensor
+        self._training_vocabulary: Mapping[str, Any] = {}
+        self._is_resized = False
+        self._own: Mapping[str, str] = {}
+        self._added: dict[str, Group] = {}  # tensors that the files lack
         self.model = hollow_model(source)
         self._fit_vocabulary()
         self.placements = Placements(self.model, source.tensors)
@@ -76,16 +95,13 @@ class Planner:
     def build(self) -> MergePlan:
         """Returns the plan; raises a ValueError or NotImplementedError if the merge is impossible."""
         self._tie()
-        for group, modules in self._groups():
-            self.plan.changes.append(self._change(group, modules))
+        self.plan.changes += [self._change(part) for part in self._parts()]
         self.plan.removed |= self.quantized.superfluous
-        merged = {key for change in self.plan.changes for key in change.infos}
-        for key, change in self.quantized.dense_changes(FLOATS.get(self.options.dtype), merged):
-            self.plan.changes.append(change)
-            dtype = str(change.infos[key].dtype).removeprefix("torch.")
-            self.plan.rows[key] = TensorReport(key, "converted", dtype)
+        self.plan.changes += self._conversions({key for change in self.plan.changes for key in change.infos})
         if self.quantized.is_dequantized and QUANTIZATION in self.source.config:
             self.plan.config_changes[QUANTIZATION] = None
+        if self.dtype is not None:
+            self.plan.config_changes.update(dtype_fields(self.source.config, self.options.dtype))
         return self.plan
 
     # ---- reading the inputs ----
@@ -95,14 +111,14 @@ class Planner:
         plain = [plain_layers(adapter, self.model) for adapter in self.adapters]
         if self.options.arithmetic == "exact" and None not in plain:
             for adapter, layers in zip(self.adapters, plain, strict=True):
-                sort_tensors(adapter, self.model)
+                sort_tensors(adapter, self.model, self.ties.members)
                 check_trained_modules(adapter.config, adapter.file.tensors, self.model)
                 adapter.layers = layers or {}
             return
         for place, adapter in enumerate(self.adapters):
             model = self.model if place == 0 else hollow_model(self.source, self._training_vocabulary)
             make_hollow(model, self._layer_dtype)
-            add_to_model(adapter, model)
+            add_to_model(adapter, model, self.ties.members)
 
     def _check_base(self) -> None:
         """Raises a ValueError for a tensor of the base that is missing or has another shape than its model's."""
@@ -128,9 +144,6 @@ class Planner:
             self._is_resized = size > rows or self.options.vocab == "adapter"
             self.plan.config_changes.update(self._training_vocabulary if self._is_resized else {})
 
-    _training_vocabulary: Mapping[str, Any] = {}
-    _is_resized = False
-
     def _layer_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
         """Dtype of a parameter of the model in which layers of peft merge."""
         if self.options.arithmetic == "exact":
@@ -151,6 +164,7 @@ class Planner:
             bias = f"{name.rpartition('.')[0]}.bias"
             if bias in self.shapes and any(layer is not None and _changes_bias(layer) for _, layer in layers):
                 names.append(bias)
+            check_order(name, layers)
             modules[name] = ModuleMerge(name, tuple(names), layers, self.options)
         both = {name for module in modules.values() for name in module.names[1:]}
         return {name: module for name, module in modules.items() if name not in both}
@@ -180,71 +194,79 @@ class Planner:
                 "because of config.json lose that."
             )
 
-    _own: Mapping[str, str] = {}
-
     def _signature(self, module: ModuleMerge) -> tuple[Any, ...]:
         """Returns a value that is equal for modules to which the same happens."""
         found: list[Any] = []
         for adapter, layer in module.adapters:
-            key = adapter.whole.get(module.path)
-            if key is not None:
-                digest = hashlib.sha256()
-                for piece in adapter.file.pieces(key):
-                    digest.update(piece.numpy().data)
-                found.append(digest.hexdigest())
+            if module.path in adapter.whole:
+                found.append(_digest(adapter, adapter.whole[module.path]))
             if module.path in adapter.rows:
-                own, places = adapter.rows[module.path]
-                found.append((adapter.file.read(own).double().sum().item(), places))
+                key, places = adapter.rows[module.path]
+                found.append((_digest(adapter, key), places))
             found.append(None if layer is None else id(layer))
         return tuple(found)
 
     # ---- changes ----
 
-    def _groups(self) -> list[tuple[Group, list[ModuleMerge]]]:
+    def _parts(self) -> list[Part]:
         """Returns the tensors of the files that change together, with the modules that change them."""
-        found: dict[int, tuple[Group, list[ModuleMerge]]] = {}
+        owner: dict[int, Part] = {}
         for module in self.modules.values():
-            groups = [self._place(name) for name in module.names]
-            first = groups[0]
-            if any(not group.is_plain for group in groups[1:]) or (not first.is_plain and len(groups) > 1):
-                raise NotImplementedError(f"{module.path}: its weight and bias are converted while they are loaded.")
-            if len(groups) > 1:
-                first = Group(tuple(g.keys[0] for g in groups), tuple(g.names[0] for g in groups))
-            entry = found.setdefault(id(first), (first, []))
-            entry[1].append(module)
-        self._kept_groups = [group for group, _ in found.values()]  # ids stay valid while they exist
-        return list(found.values())
+            groups = {id(group): group for group in map(self._place, module.names)}
+            joined = {id(owner[key]): owner[key] for key in groups if key in owner}
+            part = Part(groups, [])
+            for other in joined.values():
+                part = Part({**other.groups, **part.groups}, other.modules + part.modules)
+            part.modules.append(module)
+            owner.update(dict.fromkeys(part.groups, part))
+        return list({id(part): part for part in owner.values()}.values())
 
     def _place(self, name: str) -> Group:
         """Returns the tensors of the files for one of the model, also one that the files lack."""
-        if name in self.placements:
+        if name in self.placements or (name not in self._own and name not in self.shapes):
             return self.placements.group(name)
-        if name not in self._own and name not in self.shapes:
-            return self.placements.group(name)  # raises
-        return Group((name,), (name,))
+        return self._added.setdefault(name, Group((name,), (name,)))
 
-    def _change(self, group: Group, modules: Sequence[ModuleMerge]) -> Change:
-        """Returns the computation of a group of tensors."""
-        dtypes, infos = {}, {}
-        for key in group.keys:
-            old = self._old_info(key, group)
-            infos[key] = TensorInfo(FLOATS.get(self.options.dtype, old.dtype), old.shape)
-        for name in group.names:
-            dtypes[name] = infos[group.keys[0]].dtype
-        if group.is_plain or len(group.keys) == len(group.names):
-            for key, name in zip(group.keys, group.names, strict=True):
-                if self._resizes(name):
-                    infos[key] = TensorInfo(infos[key].dtype, self.shapes[name])
-        compute = self._compute(group, modules, dtypes)
-        if self.quantized.is_requantized(group):
-            return self.quantized.requantized(group, compute, self.plan.rows)
+    def _change(self, part: Part) -> Change:
+        """Returns the computation of tensors that change together."""
+        infos: dict[str, TensorInfo] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for group in part.groups.values():
+            for key in group.keys:
+                old = self._old_info(key)
+                infos[key] = TensorInfo(self.dtype or old.dtype, old.shape)
+            dtypes.update(dict.fromkeys(group.names, infos[group.keys[0]].dtype))
+            if len(group.keys) == len(group.names) == 1 and self._resizes(group.names[0]):
+                infos[group.keys[0]] = TensorInfo(infos[group.keys[0]].dtype, self.shapes[group.names[0]])
+        compute = self._compute(part, dtypes)
+        if self.quantized.is_requantized(infos):
+            return self.quantized.requantized(infos, compute, self.plan.rows)
         return Change(infos, compute)
+
+    def _conversions(self, merged: Collection[str]) -> Iterator[Change]:
+        """Yields the changes of tensors that no adapter changes, but that get another dtype or are dequantized."""
+        for key, info in self.source.tensors.items():
+            if key in merged or key in self.plan.removed:
+                continue
+            is_packed = key in self.quantized and self.quantized.is_dequantized
+            old = self.quantized.info(key) if is_packed else info
+            is_float = old.dtype in FLOATS
+            new = TensorInfo(self.dtype if self.dtype is not None and is_float else old.dtype, old.shape)
+            if is_packed or new != info:
+                dtype = str(new.dtype).removeprefix("torch.")
+                self.plan.rows[key] = TensorReport(key, "converted", dtype)
+                yield Change({key: new}, partial(self._converted, key, new.dtype, is_packed))
+
+    def _converted(self, key: str, dtype: torch.dtype, is_packed: bool) -> dict[str, Tensor]:
+        """Reads a tensor and changes its dtype; `is_packed`: it is dequantized first."""
+        value = self.quantized.read(key) if is_packed else self.source.read(key)
+        return {key: fitting(key, value.to(dtype))}
 
     def _resizes(self, name: str) -> bool:
         """Whether a tensor gets the shape of an adapter's, which has more tokens or is to be taken as it is."""
         return self._is_resized and any(name in adapter.whole for adapter in self.adapters)
 
-    def _old_info(self, key: str, group: Group) -> TensorInfo:
+    def _old_info(self, key: str) -> TensorInfo:
         """Returns dtype and shape of a tensor of the files before the merge, dequantized."""
         if key in self.quantized:
             return self.quantized.info(key)
@@ -252,7 +274,7 @@ class Planner:
             return self.source.tensors[key]
         origin = self._own.get(key)
         if origin is not None and origin in self.placements:
-            return self._old_info(self.placements.group(origin).keys[0], group)
+            return self._old_info(self.placements.group(origin).keys[0])
         for adapter in self.adapters:
             if key in adapter.whole:
                 return adapter.info(adapter.whole[key])
@@ -267,21 +289,26 @@ class Planner:
         origin = self._own.get(key)
         if origin is not None:
             return self.placements.group(origin).assemble(self._read)[origin]
-        info = self._old_info(key, Group((key,), (key,)))
+        info = self._old_info(key)
         return torch.zeros(info.shape, dtype=info.dtype)
 
-    def _compute(
-        self, group: Group, modules: Sequence[ModuleMerge], dtypes: Mapping[str, torch.dtype]
-    ) -> Callable[[], Mapping[str, Tensor]]:
+    def _compute(self, part: Part, dtypes: Mapping[str, torch.dtype]) -> Callable[[], Mapping[str, Tensor]]:
         def compute() -> Mapping[str, Tensor]:
-            old = {key: self._read(key) for key in group.keys}
+            old = {key: self._read(key) for group in part.groups.values() for key in group.keys}
             before = {key: (tensor.shape, sample(tensor).clone()) for key, tensor in old.items()}
-            values = _assembled(group, old)
-            for module in modules:
+            values: dict[str, Tensor] = {}
+            for group in part.groups.values():
+                values |= group.assemble(old.__getitem__)
+            del old
+            for module in part.modules:
                 values.update(module.merged({name: values[name] for name in module.names}, dtypes))
-            new = _split(group, {name: value.to(dtypes[name]) for name, value in values.items()})
+            values = {name: value.to(dtypes[name]) for name, value in values.items()}
+            new: dict[str, Tensor] = {}
+            for group in part.groups.values():
+                new |= group.split(values)
             for key, tensor in new.items():
-                self.plan.rows[key] = self._row(key, *before[key], tensor, modules)
+                fitting(key, tensor)
+                self.plan.rows[key] = self._row(key, *before[key], tensor, part.modules)
             return new
 
         return compute
@@ -307,16 +334,37 @@ def sample(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() < 2 else tensor[:: max(1, -(-len(tensor) // SAMPLED))]
 
 
-def _assembled(group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if group.is_plain:
-        return {name: tensors[key] for key, name in zip(group.keys, group.names, strict=True)}
-    return group.assemble(tensors.__getitem__)
+def fitting(key: str, tensor: Tensor) -> Tensor:
+    """Returns a tensor; raises a ValueError that names it if a value is too large for its dtype."""
+    try:
+        return check_finite(key, tensor)
+    except ValueError as error:
+        raise ValueError(
+            f"{key}: a value of the result is not finite in {tensor.dtype}; pass dtype='float32', or repair the base "
+            "or the adapter."
+        ) from error
 
 
-def _split(group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if group.is_plain:
-        return {key: tensors[name] for key, name in zip(group.keys, group.names, strict=True)}
-    return group.split(tensors)
+def dtype_fields(config: Mapping[str, Any], dtype: str) -> dict[str, str]:
+    """Returns the changes of `config.json`, by path, that say the dtype of the weights, wherever it is said."""
+    found: dict[str, str] = {}
+    pending: list[tuple[str, Mapping[str, Any]]] = [("", config)]
+    while pending:
+        path, part = pending.pop()
+        for key, value in part.items():
+            if isinstance(value, Mapping):
+                pending.append((f"{path}{key}.", value))
+            elif key in ("dtype", "torch_dtype") and value is not None:
+                found[f"{path}{key}"] = dtype
+    return found or {"dtype": dtype}
+
+
+def _digest(adapter: OpenAdapter, key: str) -> str:
+    """Returns a checksum of the bytes of a tensor in an adapter's file."""
+    digest = hashlib.sha256()
+    for piece in adapter.file.pieces(key):
+        digest.update(piece.numpy().data)
+    return digest.hexdigest()
 
 
 def _contributors(module: ModuleMerge) -> list[OpenAdapter]:

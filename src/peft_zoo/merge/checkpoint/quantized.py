@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from peft_zoo.io.checkpoint import Checkpoint
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.stored_format import DenseTensor, StoredFormat, StoredMatrix
-from peft_zoo.merge.base.placement import Group, Placements
+from peft_zoo.merge.base.placement import Placements
 from peft_zoo.merge.base.pump import Change
 from peft_zoo.merge.base.stored_formats import FLOAT_DTYPES, stored_format
 from peft_zoo.merge.checkpoint.options import MergeOptions
@@ -81,14 +81,14 @@ class QuantizedBase:
             self.options.quantized == "dequantize" or self.options.quantized.startswith(SIMULATE)
         )
 
-    def is_requantized(self, group: Group) -> bool:
+    def is_requantized(self, keys: Iterable[str]) -> bool:
         """Whether tensors are quantized again.
 
         Raises:
             ValueError: If they are quantized, and no option says what to do.
             NotImplementedError: If they cannot be dequantized.
         """
-        changed = [key for key in group.keys if key in self or self._is_packed(key)]
+        changed = [key for key in keys if key in self or self._is_packed(key)]
         if not changed or self.options.quantized.startswith(SIMULATE):
             return False
         method = (self._config or {}).get("quant_method")
@@ -111,31 +111,34 @@ class QuantizedBase:
         return isinstance(self._config, Mapping) and self.stored is None and not is_plain
 
     def requantized(
-        self, group: Group, compute: Callable[[], Mapping[str, Tensor]], rows: MutableMapping[str, TensorReport]
+        self,
+        infos: Mapping[str, TensorInfo],
+        compute: Callable[[], Mapping[str, Tensor]],
+        rows: MutableMapping[str, TensorReport],
     ) -> Change:
-        """Returns a change that stores merged matrices in the format of the base, and reports what that erases."""
+        """Returns a change that stores merged matrices in the format of the base, and reports what that erases.
+
+        `infos` are dtypes and shapes of what `compute` returns; tensors that are not quantized, such as biases, stay.
+        """
         stored = self.stored
         assert stored is not None
-        parts = {part: self.source.tensors[part] for key in group.keys for part in stored.matrices[key].parts}
+        parts: dict[str, TensorInfo] = {}
+        for key, info in infos.items():
+            own = stored.matrices[key].parts if key in self else None
+            parts |= {key: info} if own is None else {part: self.source.tensors[part] for part in own}
 
         def quantized() -> Mapping[str, Tensor]:
             found: dict[str, Tensor] = {}
             for key, matrix in compute().items():
+                if key not in self:
+                    found[key] = matrix
+                    continue
                 new = stored.quantize(key, matrix)
                 found.update(new)
                 rows[key] = replace(rows[key], erased=_erased(stored, key, matrix, new))
             return found
 
         return Change(parts, quantized)
-
-    def dense_changes(self, dtype: torch.dtype | None, merged: set[str]) -> Iterator[tuple[str, Change]]:
-        """Yields the changes that dequantize the matrices that no adapter changes, if the result is to be dense."""
-        if self.stored is None or not self.is_dequantized:
-            return
-        for key, matrix in self.stored.matrices.items():
-            if key not in merged:
-                info = TensorInfo(dtype or matrix.info.dtype, matrix.info.shape)
-                yield key, Change({key: info}, _dequantized(self.stored, key, info.dtype))
 
     @property
     def superfluous(self) -> set[str]:
@@ -171,7 +174,3 @@ def _erased(stored: StoredFormat, key: str, merged: Tensor, new: Mapping[str, Te
     again.read = lambda name: new[name] if name in new else stored.read(name)
     update = (merged.float() - stored.dequantize(key).float()).norm()
     return float((again.dequantize(key).float() - merged.float()).norm() / update) if update else None
-
-
-def _dequantized(stored: StoredFormat, key: str, dtype: torch.dtype) -> Callable[[], Mapping[str, Tensor]]:
-    return lambda: {key: stored.dequantize(key).to(dtype)}

@@ -53,7 +53,6 @@ class MergeReport:
         config_changes: New values of fields of `config.json`, by path such as `"text_config.vocab_size"`.
         warnings: Sentences on what a user should know, such as updates that rounding mostly lost.
         seconds: Wall-clock time; 0 for a dry run.
-        peak_rss: Largest resident memory of the process so far, in bytes; 0 for a dry run.
 
     Examples:
         >>> from peft_zoo.merge import MergeReport, TensorReport
@@ -69,7 +68,6 @@ class MergeReport:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
-    peak_rss: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""

@@ -128,11 +128,6 @@ class ModuleMerge:
         }
         needs = [pair for pair in layers if depends_on_base(*pair)]
         adds = [pair for pair in layers if not depends_on_base(*pair)]
-        if len(needs) > 1:
-            raise ValueError(
-                f"{self.path}: adapters {needs[0][0].given.name!r} and {needs[1][0].given.name!r} both scale or rotate "
-                "the weight, and such updates do not add; merge one into a checkpoint of its own first."
-            )
         for place, (adapter, layer) in enumerate((*needs, *adds)):
             start = wide if place < len(needs) or not exact else {n: torch.zeros_like(v) for n, v in wide.items()}
             found = merged_values(layer, {bare[name]: value.clone() for name, value in start.items()})
@@ -149,8 +144,20 @@ class ModuleMerge:
         return stochastic_round(value.flatten(1), dtype, seed).reshape(value.shape)
 
 
+def check_order(path: str, adapters: Sequence[tuple[OpenAdapter, Any]]) -> None:
+    """Raises a ValueError that names the module if two adapters both depend on its weight, so that order matters."""
+    needs = [adapter for adapter, layer in adapters if layer is not None and depends_on_base(adapter, layer)]
+    if len(needs) > 1:
+        raise ValueError(
+            f"{path}: adapters {needs[0].given.name!r} and {needs[1].given.name!r} both scale or rotate the weight, "
+            "and such updates do not add; merge one into a checkpoint of its own first."
+        )
+
+
 def depends_on_base(adapter: OpenAdapter, layer: Any) -> bool:
     """Whether the update of an adapter depends on the weight that it is added to, or replaces it."""
+    if isinstance(layer, FileLora):
+        return False
     return exportable(adapter.config) == "with_base" or "weight" not in _parameters(layer)
 
 

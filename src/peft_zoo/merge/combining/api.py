@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_zoo.common.atomic import check_new_folder, new_folder
-from peft_zoo.common.checks import check
+from peft_zoo.common.checks import check, make_options
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io.expert_names import is_expert
 from peft_zoo.merge.base.factor_file import FactorFile
@@ -82,7 +82,7 @@ def combine(
         >>> report.modules[0].rank, report.error < 1e-6
         (6, True)
     """
-    chosen = _options(method=method, rank=rank, **options)
+    chosen = make_options(CombineOptions, method=method, rank=rank, **options)
     by_module = _weights(len(adapters), weights, per_module, chosen)
     with open_sources(adapters, chosen.drop) as sources:
         target = _check_target(sources, out)
@@ -123,7 +123,7 @@ def combine_plan(
     Returns:
         Method, space, weights by adapter, number of modules, and what is left out.
     """
-    chosen = _options(**options)
+    chosen = make_options(CombineOptions, **options)
     by_module = _weights(len(adapters), weights, per_module, chosen)
     with open_sources(adapters, chosen.drop) as sources:
         _check_target(sources, out)
@@ -137,15 +137,6 @@ def combine_plan(
             "dropped": list(sources.dropped),
             "notes": list(sources.notes),
         }
-
-
-def _options(**given: Any) -> CombineOptions:
-    """Makes the options of keyword arguments; an unknown one is a ValueError."""
-    unknown = sorted(given.keys() - CombineOptions.__dataclass_fields__.keys())
-    if unknown:
-        known = ", ".join(CombineOptions.__dataclass_fields__)
-        raise ValueError(f"{unknown[0]}={given[unknown[0]]!r} is unknown; use {known}.")
-    return CombineOptions(**given)
 
 
 def _weights(

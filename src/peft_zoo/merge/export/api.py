@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from peft_zoo.common.atomic import check_new_folder, new_folder
+from peft_zoo.common.checks import make_options
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io.expert_names import check_plain_names
 from peft_zoo.merge.base.plain_lora import check_drop, write_plain_lora
@@ -82,7 +83,7 @@ def export_lora(
         >>> lora.peft_config["default"].r, 0 < report.error < 0.5
         (12, True)
     """
-    chosen = _options(rank=rank, energy=energy, max_error=max_error, budget=budget, **options)
+    chosen = make_options(ExportOptions, rank=rank, energy=energy, max_error=max_error, budget=budget, **options)
     target = Path(os.path.abspath(out))
     check_new_folder(target, "out")
     with open_source(adapter, base, chosen) as source:
@@ -113,7 +114,7 @@ def export_plan(
     Returns:
         Type of the adapter, what can be exported, number of modules, and what sets the ranks.
     """
-    chosen = _options(**options)
+    chosen = make_options(ExportOptions, **options)
     check_new_folder(Path(os.path.abspath(out)), "out")
     with open_source(adapter, base, chosen) as source:
         names = _modules(source, chosen)
@@ -127,15 +128,6 @@ def export_plan(
             "dropped": dropped,
             "notes": list(source.notes),
         }
-
-
-def _options(**given: Any) -> ExportOptions:
-    """Makes the options of keyword arguments; an unknown one is a ValueError."""
-    unknown = sorted(given.keys() - ExportOptions.__dataclass_fields__.keys())
-    if unknown:
-        known = ", ".join(ExportOptions.__dataclass_fields__)
-        raise ValueError(f"{unknown[0]}={given[unknown[0]]!r} is unknown; use {known}.")
-    return ExportOptions(**given)
 
 
 def _modules(source: UpdateSource, options: ExportOptions) -> list[str]:

@@ -52,7 +52,7 @@ class LayerSource:
             model: Model with the adapter.
             adapter_name: Name of the adapter.
             config: Configuration of the adapter.
-            kind: What `exportable` says of it.
+            kind: Whether its updates have factors, need the base weights, or neither: the result of `exportable`.
             values: Parameters of the base model, for an update that depends on them; None: those of `model`.
             dtype: Dtype of the adapter's file; None: that of the layers' parameters.
         """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peft_zoo.calibration.moments import Moments
+from peft_zoo.calibration.moments import Moments, input_moment
 from peft_zoo.common.checks import check, check_choice, check_count, check_share, is_number
 from peft_zoo.kernels.planning.ranks import parse_budget
 from peft_zoo.merge.base.plain_lora import drops
@@ -95,13 +95,7 @@ class ExportOptions:
 
     def moment(self, name: str) -> Tensor | None:
         """Second moment of a module's inputs; None without moments."""
-        if self.moments is None:
-            return None
-        found = self.moments.get(name)
-        found = found.inputs if isinstance(found, Moments) else found
-        if found is None:
-            raise ValueError(f"moments has no inputs of module {name}; calibrate all modules of the adapter.")
-        return found
+        return None if self.moments is None else input_moment(self.moments, name)
 
     def drops(self, module: str) -> bool:
         """Whether a module is left out."""

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from peft_zoo.calibration.moments import Moments
+from peft_zoo.calibration.moments import Moments, input_moment
 from peft_zoo.common.checks import check_choice, check_count
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io import open_adapter
@@ -62,13 +62,7 @@ class SqueezeOptions:
 
     def input_moment(self, name: str) -> Tensor | None:
         """Second moment of a module's inputs for activation scores; None for other scores."""
-        if self.moments is None:
-            return None
-        found = self.moments.get(name)
-        found = found.inputs if isinstance(found, Moments) else found
-        if found is None:
-            raise ValueError(f"moments has no inputs of module {name}; calibrate all modules of the adapter.")
-        return found
+        return None if self.moments is None else input_moment(self.moments, name)
 
 
 def squeeze_adapter(

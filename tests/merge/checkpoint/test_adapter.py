@@ -24,7 +24,8 @@ from peft_zoo.merge.base import skeleton
 from peft_zoo.merge.base.child import run_in_child
 from peft_zoo.merge.base.exportable import DERIVED, exportable
 from peft_zoo.merge.base.hollow import is_hollow, make_hollow, merged_values
-from peft_zoo.merge.base.skeleton import HollowAdapter, load_on_hollow
+from peft_zoo.merge.checkpoint.adapter import OpenAdapter, add_to_model, read_adapter
+from peft_zoo.merge.checkpoint.options import WeightedAdapter
 from tests.merge import models
 from tests.merge.export.adapters import CONFIGS, base
 
@@ -52,11 +53,19 @@ def saved(folder: Path, make: Make, config: Any) -> Path:
     return folder
 
 
-def on_hollow(folder: Path, make: Make, arithmetic: str) -> HollowAdapter:
+def loaded(model: nn.Module, folder: Path) -> OpenAdapter:
+    """A saved adapter on a model without memory."""
+    adapter = read_adapter(WeightedAdapter("default", str(folder)))
+    with adapter.file:
+        add_to_model(adapter, model)
+    return adapter
+
+
+def on_hollow(folder: Path, make: Make, arithmetic: str) -> OpenAdapter:
     """The adapter on a model without memory, of float32 for exact arithmetic."""
     hollow = make()
     make_hollow(hollow, (lambda name, tensor: torch.float32) if arithmetic == "exact" else None)
-    return load_on_hollow(hollow, folder)
+    return loaded(hollow, folder)
 
 
 def engine(folder: Path, make: Make, arithmetic: str) -> dict[str, Tensor]:
@@ -66,7 +75,7 @@ def engine(folder: Path, make: Make, arithmetic: str) -> dict[str, Tensor]:
     old = {name: parameter.detach() for name, parameter in own.named_parameters(remove_duplicate=False)}
     found = dict(old)
     file = load_file(folder / WEIGHTS)
-    found.update({name: file[key].to(old[name].dtype) for name, key in adapter.stored.items()})
+    found.update({name: file[key].to(old[name].dtype) for name, key in adapter.whole.items()})
     for target, layer in adapter.layers.items():
         module = target.rpartition(".")[0]
         parts = [name for name, _ in own.get_submodule(module).named_parameters(recurse=False)]
@@ -247,7 +256,8 @@ import time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from peft_zoo.merge.base.child import MARK
 from peft_zoo.merge.base.hollow import make_hollow
-from peft_zoo.merge.base.skeleton import load_on_hollow
+from peft_zoo.merge.checkpoint.adapter import add_to_model, read_adapter
+from peft_zoo.merge.checkpoint.options import WeightedAdapter
 
 def most():
     lines = open("/proc/self/status").read().splitlines()
@@ -259,7 +269,9 @@ with torch.device("meta"):
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
     ))
 make_hollow(model)
-layers = load_on_hollow(model, {str(tmp_path)!r}).layers
+adapter = read_adapter(WeightedAdapter('default', {str(tmp_path)!r}))
+add_to_model(adapter, model)
+layers = adapter.layers
 print(MARK + str([len(layers), most() - before, time.perf_counter() - began]))
 """
     count, memory, seconds = run_in_child(script, "", "the adapter does not load")
@@ -271,8 +283,9 @@ print(MARK + str([len(layers), most() - before, time.perf_counter() - began]))
 def test_values_for_the_base_are_left_in_the_file(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["words", "linear"], modules_to_save=["image"], bias="lora_only")
     adapter = on_hollow(saved(tmp_path, layers, config), layers, "exact")
-    assert adapter.stored.keys() == {"linear.bias", "image.weight", "image.bias"}
-    real = [name for name, parameter in adapter.model.named_parameters() if not is_hollow(parameter)]
+    assert adapter.whole.keys() == {"linear.bias", "image.weight", "image.bias"}
+    (parameters,) = (dict(layer.named_parameters()) for name, layer in adapter.layers.items() if "linear" in name)
+    real = [name for name, parameter in parameters.items() if not is_hollow(parameter)]
     assert real and all("lora_" in name for name in real)
 
 
