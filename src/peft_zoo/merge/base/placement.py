@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from peft_zoo.io.header import TensorInfo
+from peft_zoo.io.safetensors import FLOATS
 
 Read = Callable[[str], Tensor]
 
@@ -193,7 +194,7 @@ class Placements:
 
         Args:
             tensors: Dtype and shape of the tensors in the files by key.
-            skipped: Names in the model of tensors that may have other shapes.
+            skipped: Names in the model of tensors that may have other shapes and dtypes, since they are quantized.
         """
         ignored = getattr(self._model, "_keys_to_ignore_on_load_missing", None) or ()
         tied = {name for pair in (self._model.all_tied_weights_keys or {}).items() for name in pair}
@@ -204,12 +205,14 @@ class Placements:
                 raise ValueError(f"{name}: the files have no such tensor; they and config.json do not belong together.")
             if group is None or not group.is_plain or name in skipped:
                 continue
-            found = tensors[group.keys[0]].shape
-            if found != tuple(tensor.shape):
+            found = tensors[group.keys[0]]
+            if found.shape != tuple(tensor.shape):
                 raise ValueError(
-                    f"{group.keys[0]} is of shape {found}, and config.json says {tuple(tensor.shape)}; its files and "
-                    "config.json do not belong together."
+                    f"{group.keys[0]} is of shape {found.shape}, and config.json says {tuple(tensor.shape)}; its files "
+                    "and config.json do not belong together."
                 )
+            if tensor.is_floating_point() and found.dtype not in FLOATS:
+                raise ValueError(f"{group.keys[0]} is {found.dtype}, and no quantization_config explains it.")
 
 
 def _one(tensor: Any) -> Tensor:

@@ -135,7 +135,21 @@ def plain_layers(adapter: OpenAdapter, model: Any) -> dict[str, FileLora] | None
         if tuple(weight.flatten(1).shape) != (module.sizes[::-1] if transposed else module.sizes):
             return None
         found[f"{name}.weight"] = FileLora(source, name, transposed)
-    return found
+    return found if _targeted(source.config or {}, modules) == source.modules.keys() else None
+
+
+def _targeted(config: Mapping[str, Any], modules: Collection[str]) -> set[str]:
+    """Returns the modules that the names in `target_modules` choose; none for expressions and chosen layers."""
+    targets: Any = config.get("target_modules")
+    excluded: Any = config.get("exclude_modules") or []
+    listed = isinstance(targets, list) and isinstance(excluded, list)
+    if not listed or any(config.get(name) for name in ("layers_to_transform", "layers_pattern")):
+        return set()
+
+    def ends(name: str, wanted: Collection[str]) -> bool:
+        return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+    return {name for name in modules if ends(name, targets) and not ends(name, excluded)}
 
 
 def sort_tensors(adapter: OpenAdapter, model: Any, tied: Iterable[Collection[str]]) -> list[str]:
@@ -173,7 +187,7 @@ def sort_tensors(adapter: OpenAdapter, model: Any, tied: Iterable[Collection[str
     return own
 
 
-def _spread(found: dict[str, Any], names: list[str]) -> None:
+def _spread(found: dict[str, Any], names: Collection[str]) -> None:
     """Gives the entry that one of several tied tensors has to all."""
     first = next((found[name] for name in names if name in found), None)
     if first is not None:

@@ -11,21 +11,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_zoo.adapters.base.loading import check_trained_modules
+from peft_zoo.adapters.base.loading import check_trained_modules, same_values
 from peft_zoo.io.checkpoint import Checkpoint
+from peft_zoo.io.extra_keys import is_named
 from peft_zoo.io.header import TensorInfo
 from peft_zoo.io.safetensors import FLOATS, check_finite
 from peft_zoo.merge.base.hollow import hollow_model, make_hollow
 from peft_zoo.merge.base.placement import Group, Placements
 from peft_zoo.merge.base.pump import Change
+from peft_zoo.merge.base.skeleton import PREFIX
 from peft_zoo.merge.base.stored_formats import FLOAT_DTYPES
 from peft_zoo.merge.checkpoint.adapter import FileLora, OpenAdapter, add_to_model, plain_layers, sort_tensors
+from peft_zoo.merge.checkpoint.config_changes import dtype_fields, resized, untie
 from peft_zoo.merge.checkpoint.options import MergeOptions
 from peft_zoo.merge.checkpoint.quantized import QUANTIZATION, QuantizedBase
 from peft_zoo.merge.checkpoint.report import Action, TensorReport
-from peft_zoo.merge.checkpoint.ties import Ties, plan_ties, untie
+from peft_zoo.merge.checkpoint.ties import Ties, plan_ties
 from peft_zoo.merge.checkpoint.updates import ModuleMerge, check_order, low_rank_update
-from peft_zoo.merge.checkpoint.vocabulary import adapter_vocabulary, embedding_names, resized
+from peft_zoo.merge.checkpoint.vocabulary import adapter_vocabulary, embedding_names
 
 SAMPLED = 64  # rows of a tensor from which the report's figures come
 
@@ -83,13 +86,16 @@ class Planner:
         self._own: Mapping[str, str] = {}
         self._added: dict[str, Group] = {}  # tensors that the files lack
         self.model = hollow_model(source)
-        self._fit_vocabulary()
         self.placements = Placements(self.model, source.tensors)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.quantized = QuantizedBase(source, self.model, self.placements, options)
-        self._check_base()
+        packed = [group for group in self.placements.groups if group.keys[0] in self.quantized]
+        if QUANTIZATION not in source.config or packed:
+            self.placements.check_tensors(source.tensors, {name for group in packed for name in group.names})
+        self._fit_vocabulary()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         self.ties = Ties.of(self.model)
         self._add_adapters()
+        self._check_embeddings()
         self.modules = self._modules()
 
     def build(self) -> MergePlan:
@@ -120,11 +126,27 @@ class Planner:
             make_hollow(model, self._layer_dtype)
             add_to_model(adapter, model, self.ties.members)
 
-    def _check_base(self) -> None:
-        """Raises a ValueError for a tensor of the base that is missing or has another shape than its model's."""
-        embeddings = {f"{name}.{part}" for name in embedding_names(self.model).values() for part in ("weight", "bias")}
-        packed = {name for group in self.placements.groups if group.keys[0] in self.quantized for name in group.names}
-        self.placements.check_tensors(self.source.tensors, embeddings | packed)
+    def _check_embeddings(self) -> None:
+        """Raises a ValueError for an embedding with other values than the base's that nothing of the adapter trained.
+
+        peft saves embeddings with an adapter of them, and if the vocabulary has grown. Any other one is an extra tensor
+        that would replace a weight of the base.
+        """
+        names = {f"{name}.weight" for name in embedding_names(self.model).values()}
+        for adapter in self.adapters:
+            modules = {target.rpartition(".")[0] for target in adapter.layers}
+            for name in sorted(names & adapter.whole.keys()):
+                key = adapter.whole[name]
+                tied = getattr(adapter.config, "ensure_weight_tying", False)  # the head is saved with the embedding
+                trained = tied or is_named(key.removeprefix(PREFIX), vars(adapter.config), modules)
+                if self._training_vocabulary or trained or name not in self.placements:
+                    continue
+                if not same_values(adapter.file.read(key), self.placements.group(name).assemble(self._read)[name]):
+                    raise ValueError(
+                        f"{key} of {adapter.given.name!r} would replace an embedding of the base that the adapter does "
+                        "not train; remove it, or name its module in modules_to_save."
+                    )
+                adapter.whole = {other: found for other, found in adapter.whole.items() if other != name}
 
     def _fit_vocabulary(self) -> None:
         """Builds the model with the number of tokens of the adapters."""
@@ -141,6 +163,7 @@ class Planner:
         if size != rows:
             self._training_vocabulary = resized(self.source.config, rows, size)
             self.model = hollow_model(self.source, self._training_vocabulary)
+            self.placements = Placements(self.model, self.source.tensors)
             self._is_resized = size > rows or self.options.vocab == "adapter"
             self.plan.config_changes.update(self._training_vocabulary if self._is_resized else {})
 
@@ -343,20 +366,6 @@ def fitting(key: str, tensor: Tensor) -> Tensor:
             f"{key}: a value of the result is not finite in {tensor.dtype}; pass dtype='float32', or repair the base "
             "or the adapter."
         ) from error
-
-
-def dtype_fields(config: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    """Returns the changes of `config.json`, by path, that say the dtype of the weights, wherever it is said."""
-    found: dict[str, str] = {}
-    pending: list[tuple[str, Mapping[str, Any]]] = [("", config)]
-    while pending:
-        path, part = pending.pop()
-        for key, value in part.items():
-            if isinstance(value, Mapping):
-                pending.append((f"{path}{key}.", value))
-            elif key in ("dtype", "torch_dtype") and value is not None:
-                found[f"{path}{key}"] = dtype
-    return found or {"dtype": dtype}
 
 
 def _digest(adapter: OpenAdapter, key: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -101,17 +100,3 @@ def plan_ties(ties: Ties, changes: Mapping[str, Hashable], on_disk: Collection[s
                 own[name] = stored
         untied = untied or not kept
     return TiePlan(own, shared, untied)
-
-
-def untie(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the changes of `config.json`, by path, that untie: on top, and wherever the field stands below."""
-    found: dict[str, Any] = {"tie_word_embeddings": False}
-    pending = [("", config)]
-    while pending:
-        path, part = pending.pop()
-        for key, value in part.items():
-            if isinstance(value, dict):
-                pending.append((f"{path}{key}.", value))
-            elif key == "tie_word_embeddings" and value:
-                found[f"{path}{key}"] = False
-    return found

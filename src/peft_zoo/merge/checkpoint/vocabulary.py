@@ -69,20 +69,6 @@ def _factors(tensors: Mapping[str, TensorInfo], name: str, kind: str) -> int | N
     return None if info is None else info.shape[axis]
 
 
-def resized(config: Mapping[str, Any], old: int, new: int) -> dict[str, int]:
-    """Returns the changes of `config.json`, by path, for another number of tokens."""
-    found: dict[str, int] = {}
-    pending: list[tuple[str, Mapping[str, Any]]] = [("", config)]
-    while pending:
-        path, part = pending.pop()
-        for key, value in part.items():
-            if isinstance(value, Mapping):
-                pending.append((f"{path}{key}.", value))
-            elif key == "vocab_size" and value == old:
-                found[f"{path}{key}"] = new
-    return found
-
-
 def with_padding(new: Tensor, old: Tensor) -> Tensor:
     """Returns `new` with the rows of `old` after its own: some bases have more rows than tokens."""
     padded = old.to(new.dtype, copy=True)
