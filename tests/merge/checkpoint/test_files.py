@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_zoo.io.checkpoint import Checkpoint
@@ -180,7 +180,27 @@ def test_wrong_inputs_are_named_and_nothing_is_written(made: Made, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "prompt"]
 
 
-@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_an_adapter_that_lacks_a_module_or_brings_an_embedding_is_refused(made: Made) -> None:
+    """Nothing is merged in part, and no tensor of the base is replaced that nobody trained."""
+    base = made.base("llama")
+    adapter = made.adapter(base, LoraConfig(**LORA))
+    path, out = adapter / "adapter_model.safetensors", made.new()
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"weights_sha256": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    good = load_file(path)
+    module = "base_model.model.model.layers.1.mlp.down_proj"
+    save_file({key: value for key, value in good.items() if not key.startswith(module)}, path)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj"):
+        merge_checkpoint(base, adapter, out)
+    embedding = tensors(base)["model.embed_tokens.weight"]
+    save_file({**good, "base_model.model.model.embed_tokens.weight": embedding + 1}, path)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight"):
+        merge_checkpoint(base, adapter, out)
+    save_file({**good, "base_model.model.model.embed_tokens.weight": embedding}, path)
+    assert all("embed" not in row.key for row in merge_checkpoint(base, adapter, out).tensors)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "dtype"])
 def test_a_base_whose_files_are_not_those_of_its_model_is_refused(made: Made, tmp_path: Path, change: str) -> None:
     """Also where no adapter changes the tensor: transformers would fill it with random values."""
     base = made.base("llama")
@@ -189,6 +209,8 @@ def test_a_base_whose_files_are_not_those_of_its_model_is_refused(made: Made, tm
     norm = found.pop("model.norm.weight")
     if change == "shape":
         found["model.norm.weight"] = norm[:-1].clone()
+    if change == "dtype":
+        found["model.norm.weight"] = norm.to(torch.int32)
     broken = tmp_path / "broken"
     broken.mkdir()
     save_file(found, broken / "model.safetensors", {"format": "pt"})

@@ -15,7 +15,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_zoo.merge.checkpoint.ties import TiePlan, Ties, plan_ties, untie
+from peft_zoo.merge.checkpoint.config_changes import untie
+from peft_zoo.merge.checkpoint.ties import TiePlan, Ties, plan_ties
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from peft_zoo.io.header import TensorInfo
-from peft_zoo.merge.checkpoint.vocabulary import adapter_vocabulary, embedding_names, resized, with_padding
+from peft_zoo.merge.checkpoint.config_changes import resized
+from peft_zoo.merge.checkpoint.vocabulary import adapter_vocabulary, embedding_names, with_padding
 from tests.merge.checkpoint.test_ties import llama
 
 NAMES = {"input": "model.embed_tokens", "output": "lm_head"}
