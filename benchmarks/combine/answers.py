@@ -152,8 +152,9 @@ def answers() -> list[dict[str, str]]:
     """Returns a row for each request."""
     rows = []
     for name, request in REQUESTS.items():
-        with tempfile.TemporaryDirectory() as work, torch.no_grad(), warnings.catch_warnings():
+        with tempfile.TemporaryDirectory() as work, torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
+            torch.manual_seed(0)  # peft starts new adapters at random
             folders = [save(Path(work, "first"), 1, request.first), save(Path(work, "second"), 2, request.second)]
             ours, peers = (answer(method, folders, request, Path(work)) for method in (by_combine, by_peft))
         rows.append({"request": name, "combine": ours, "peft": peers})

@@ -3,6 +3,7 @@
     python -m benchmarks.combine             measures, prints, writes benchmarks/results/combine_cpu.json; minutes
     python -m benchmarks.combine --quick     the same with small sizes, in seconds; writes nothing
     python -m benchmarks.combine --markdown  writes the saved result into docs/combine.md
+    … --sd-scripts FOLDER                    also times svd_merge_lora.py of a checkout of sd-scripts, where it applies
 
 Two LoRAs of one linear layer, with weights 0.7 and -0.3. An error is relative to the definition of the method: the
 exact sum, its best approximation, or the entries of the whole updates. An error of ours above that of the definition by
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.combine import sd_scripts
 from benchmarks.combine.answers import answers
 from peft_zoo.merge import combine
 
@@ -36,7 +38,7 @@ CPU = torch.device("cpu")
 PAGE, RESULT = common.ROOT / "docs" / "combine.md", common.result_path("combine", "cpu")
 WEIGHTS = [0.7, -0.3]
 Factors = tuple[Tensor, Tensor]
-OURS, PEER = "combine", "add_weighted_adapter (peft)"
+OURS, PEER, SD_SCRIPTS = "combine", "add_weighted_adapter (peft)", "svd_merge_lora (sd-scripts)"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,10 @@ def save_lora(folder: Path, sizes: Sizes, seed: int, fields: dict[str, Any]) -> 
     config = LoraConfig(
         r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules=["0"], init_lora_weights=False, **fields
     )
-    get_peft_model(base(sizes.width), config).save_pretrained(str(folder))
+    model = get_peft_model(base(sizes.width), config)
+    model.save_pretrained(str(folder))
+    layer: Any = model.base_model.model[0]
+    sd_scripts.write_file(folder, layer.lora_B["default"].weight, layer.lora_A["default"].weight, config.lora_alpha)
     return folder
 
 
@@ -136,9 +141,12 @@ def definition(folders: list[Path], case: Case, sizes: Sizes) -> tuple[Tensor, f
     return exact, float(values[sizes.rank :].norm() / values.norm())
 
 
-def measure(name: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """Times both on one case and compares their errors with that of the definition."""
+def measure(name: str, sizes: Sizes, script: Any = None) -> list[dict[str, Any]]:
+    """Times all on one case and compares their errors with that of the definition; `script` is that of sd-scripts."""
     case = CASES[name]
+    methods = dict(METHODS)
+    if script is not None and case.is_truncated and not case.ours:
+        methods[SD_SCRIPTS] = lambda folders, _, sizes: sd_scripts.merge(script, folders, WEIGHTS, sizes.rank)
     with tempfile.TemporaryDirectory() as work, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folders = [save_lora(Path(work, str(seed)), sizes, seed, case.fields) for seed in (1, 2)]
@@ -146,14 +154,14 @@ def measure(name: str, sizes: Sizes) -> list[dict[str, Any]]:
         found: dict[str, Factors] = {}
 
         def step(method: str) -> Callable[[], None]:
-            return lambda: found.__setitem__(method, METHODS[method](folders, case, sizes))
+            return lambda: found.__setitem__(method, methods[method](folders, case, sizes))
 
         def forget(method: str) -> Callable[[], object]:
-            return lambda: METHODS[method](folders, case, sizes)[0].shape
+            return lambda: methods[method](folders, case, sizes)[0].shape
 
-        seconds = common.interleaved({method: step(method) for method in METHODS}, sizes.repeats, CPU)
+        seconds = common.interleaved({method: step(method) for method in methods}, sizes.repeats, CPU)
         rows = []
-        for method in METHODS:
+        for method in methods:
             B, A = found.pop(method)
             error = float((B.double() @ A.double() - exact).norm() / exact.norm())
             del B, A
@@ -188,6 +196,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--markdown", action="store_true", help="write the saved result into docs/combine.md")
     parser.add_argument("--json", type=Path, help="file of the result")
+    parser.add_argument("--sd-scripts", type=Path, help="checkout of sd-scripts")
     chosen = parser.parse_args(words)
     if chosen.markdown:
         rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
@@ -197,15 +206,17 @@ def main(words: list[str] | None = None) -> int:
         PAGE.write_text(page, encoding="utf-8")
         return 0
     torch.set_num_threads(1)
+    script = None if chosen.sd_scripts is None else sd_scripts.load_script(chosen.sd_scripts)
     sizes = QUICK if chosen.quick else Sizes()
     rows = []
     for name in CASES:
-        rows += measure(name, sizes)
-        print(common.markdown(HEADER, map(cells, rows[-2:])), flush=True)
-    found = answers()
-    print(common.markdown(ANSWERS, (row.values() for row in found)))
+        found = measure(name, sizes, script)
+        print(common.markdown(HEADER, map(cells, found)), flush=True)
+        rows += found
+    replies = answers()
+    print(common.markdown(ANSWERS, (row.values() for row in replies)))
     path = chosen.json or (None if chosen.quick else RESULT)
-    result = {"machine": common.machine(CPU), "sizes": vars(sizes), "rows": rows, "answers": found}
+    result = {"machine": common.machine(CPU), "sizes": vars(sizes), "rows": rows, "answers": replies}
     return common.finish(path, result, wrong_rows(rows))
 
 

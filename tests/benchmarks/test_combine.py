@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 
-from benchmarks.combine import answers, suite
+from benchmarks.combine import answers, sd_scripts, suite
 
 
 def test_every_case_is_measured_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +32,25 @@ def test_every_case_is_measured_with_both(tmp_path: Path, monkeypatch: pytest.Mo
         "ValueError",  # a name that exists
         "rank 2",
     ]
+
+
+def test_a_script_of_others_is_run_without_its_libraries(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="networks"):
+        sd_scripts.load_script(tmp_path)
+    (tmp_path / "networks").mkdir()
+    (tmp_path / sd_scripts.SCRIPT).write_text(
+        "import lora, library.model_util\n"
+        "from library import sai_model_spec, train_util\n"
+        "from safetensors.torch import load_file\n"
+        "def merge_lora_models(paths, ratios, lbws, rank, conv_rank, device, dtype):\n"
+        "    return [{k: t * ratios[0] for k, t in load_file(paths[0]).items()}]\n"
+    )
+    script = sd_scripts.load_script(tmp_path)
+    B, A = torch.randn(3, 2), torch.randn(2, 4)
+    sd_scripts.write_file(tmp_path, B, A, 2.0)
+    found = sd_scripts.merge(script, [tmp_path], [0.5], 2)
+    assert torch.equal(found[0], 0.5 * B) and torch.equal(found[1], 0.5 * A)
+    assert "library" not in sys.modules
 
 
 def test_the_page_has_the_saved_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
