@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_zoo.kernels.combining.elementwise import Elementwise
@@ -23,6 +25,7 @@ from peft_zoo.kernels.combining.products import (
     norm,
     orthogonal,
     overlap,
+    rounding_norm,
     slerp,
     tsv,
 )
@@ -149,6 +152,43 @@ def test_similarity_is_that_of_the_matrices() -> None:
     U, V = (torch.linalg.svd(M).U[:, :r] for M, r in ((D, 4), (E, 2)))
     assert overlap(one, other) == pytest.approx(float((U.mT @ V).square().sum()) / 2)
     assert overlap(one, one) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rounding_is_the_norm_of_the_difference(dtype: torch.dtype) -> None:
+    B, A = concatenate(mixed_ranks(noise=1e-2), WEIGHTS)
+    b, a = B.to(dtype), A.to(dtype)
+    exact = float((B @ A - b.double() @ a.double()).norm())
+    assert rounding_norm(B, A, b, a) == pytest.approx(exact, rel=1e-6)
+    assert rounding_norm(B, A, b.double(), A) == pytest.approx(float(((B - b) @ A).norm()), rel=1e-6)
+
+
+def test_the_singular_values_of_a_sum() -> None:
+    S = torch.linalg.svdvals(dense(concatenate(equal_ranks(), WEIGHTS)))
+    expected = [9.3675, 7.6509, 3.1514, 1.8910, 1.6513, 1.0788, 0.7199, 0.5295]
+    assert S.tolist() == pytest.approx(expected, abs=5e-5)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4), st.floats(0.2, 1.0))
+def test_a_rotation_of_the_factors_changes_nothing(seed: int, rank: int, density: float) -> None:
+    """The results depend on the updates, not on how they are factored."""
+    generator = torch.Generator().manual_seed(seed)
+    updates, turned = [], []
+    for _ in range(3):
+        B, A = (torch.randn(*shape, generator=generator).double() for shape in ((9, rank), (rank, 10)))
+        Q = torch.linalg.qr(torch.randn(rank, rank, generator=generator).double()).Q
+        updates.append(Product(B, A, 0.7))
+        turned.append(Product(B @ Q, Q.mT @ A, 0.7))
+    how = Elementwise("ties", density)
+    for method in (
+        lambda given: knots(given, WEIGHTS, how),
+        lambda given: core(given, WEIGHTS, how),
+        lambda given: tsv(given, WEIGHTS, rank),
+        lambda given: slerp(given[:2], 0.3),
+        lambda given: orthogonal(given, WEIGHTS),
+        lambda given: iso(given, WEIGHTS),
+    ):
+        torch.testing.assert_close(dense(method(turned)), dense(method(updates)), rtol=0, atol=1e-6)
 
 
 def test_no_matrix_of_the_size_of_the_weight() -> None:

@@ -112,6 +112,17 @@ def norm(update: Product) -> float:
     return float(factored_svd(update.B, update.A, scale=update.scale, method="qr").singular_values.norm())
 
 
+def rounding_norm(B: Tensor, A: Tensor, rounded_B: Tensor, rounded_A: Tensor) -> float:
+    """Returns the norm of `B A - B' A'` for rounded factors B', A', from the small terms (B - B') A + B' (A - A')."""
+    lost_B, lost_A = B - rounded_B, A - rounded_A
+    terms = [(lost_B, A), (rounded_B.double(), lost_A)]
+    terms = [(left, right) for left, right in terms if left.any() and right.any()]
+    if not terms:
+        return 0.0
+    left, right = torch.cat([term[0] for term in terms], 1), torch.cat([term[1] for term in terms])
+    return math.sqrt(max(0.0, float(((left.mT @ left) * (right @ right.mT)).sum())))
+
+
 def cosine(one: Product, other: Product) -> float:
     """Returns the cosine of the angle between two updates; 0 if one of them is zero."""
     size = norm(one) * norm(other)

@@ -20,6 +20,7 @@ from peft_zoo.kernels.combining.products import (
     knots,
     norm,
     orthogonal,
+    rounding_norm,
     slerp,
     tsv,
 )
@@ -139,7 +140,6 @@ def _rounded(
     """Rounds factors to their dtype; `found` has their norm and the relative error of their rank too."""
     wide_B, wide_A, size, lost = found
     B, A = check_finite(f"{name}: B", wide_B.to(dtype)), check_finite(f"{name}: A", wide_A.to(dtype))
-    both = torch.cat([wide_B, -B.double()], 1), torch.cat([wide_A, A.double()])
-    rounding = float(factored_svd(*both, method="qr").singular_values.norm()) / size
+    rounding = rounding_norm(wide_B, wide_A, B, A) / size
     row = CombinedModule(name, ranks, len(A), size, math.hypot(lost, rounding), B.numel() + A.numel())
     return row, Factors(B, A)
