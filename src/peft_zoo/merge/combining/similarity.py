@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peft_zoo.common.checks import check
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.common.tables import align, shorten
-from peft_zoo.kernels.combining.products import Product, cosine, norm, overlap
+from peft_zoo.kernels.combining.products import Product, inner_product, norm, overlap
 from peft_zoo.merge.combining.sources import open_sources
 
-ROWS = 256  # rows of an update whose signs are compared at a time
+ROWS = 512  # rows of an update whose signs are compared, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Similarity:
         adapters: Names of the two adapters.
         cosine: Cosine of the angle between the updates, from -1 to 1.
         overlap: Share of the smaller column space that lies in the larger one, from 0 to 1.
-        sign_conflict: Share of entries in which the updates have opposite signs.
+        sign_conflict: Share of entries in which the updates have opposite signs, of at most 512 evenly spaced rows.
         norms: Frobenius norms of the updates.
 
     Examples:
@@ -103,15 +105,21 @@ def analyze(adapters: Sequence[str | Path], *, progress: Progress | None = None)
     with open_sources(adapters, ()) as sources:
         for module in (progress or silent)(list(sources.modules), "compare"):
             for name, updates in sources.updates(module).items():
-                found = [(a, u) for a, u in zip(sources.names, updates, strict=True) if u is not None]
-                for (first, one), (second, other) in itertools.combinations(found, 2):
-                    measured = cosine(one, other), overlap(one, other), _sign_conflict(one, other)
-                    pairs.append(Similarity(name, (first, second), *measured, (norm(one), norm(other))))
+                found = [(a, u, norm(u)) for a, u in zip(sources.names, updates, strict=True) if u is not None]
+                for (first, one, size), (second, other, other_size) in itertools.combinations(found, 2):
+                    product = inner_product(one, other)
+                    cosine = product / (size * other_size) if size and other_size else 0.0
+                    shares = overlap(one, other), _sign_conflict(one, other)
+                    pairs.append(Similarity(name, (first, second), cosine, *shares, (size, other_size)))
     return SimilarityReport(tuple(pairs))
 
 
 def _sign_conflict(one: Product, other: Product) -> float:
-    """Returns the share of entries in which two updates have opposite signs; blocks of rows are in memory."""
-    (B, A), (D, C) = one.wide(), other.wide()
-    opposite = sum(int(((b @ A) * (d @ C) < 0).sum()) for b, d in zip(B.split(ROWS), D.split(ROWS), strict=True))
-    return opposite / (len(B) * A.shape[1])
+    """Returns the share of entries in which two updates have opposite signs; a sample of rows is in memory."""
+    rows = torch.linspace(0, len(one.B) - 1, min(len(one.B), ROWS), dtype=torch.float64).round().long()
+    opposite, places = 0, 0
+    for chosen in rows.split(64):
+        signs = [(B[chosen] @ A).sign() for B, A in (one.wide(), other.wide())]
+        opposite += int((signs[0] * signs[1] < 0).sum())
+        places += signs[0].numel()
+    return opposite / places
