@@ -33,7 +33,19 @@ def write_config(
     default: str | None = None,
     stacked: Collection[str] = (),
 ) -> None:
-    """Writes `adapter_config.json` of a plain LoRA with these ranks and scales by module.
+    """Writes `adapter_config.json` of a plain LoRA; the arguments are those of `plain_config`."""
+    new = plain_config(old, modules, before, default, stacked)
+    (folder / CONFIG_NAME).write_text(json.dumps(new, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def plain_config(
+    old: Mapping[str, Any],
+    modules: Mapping[str, RankAndScale],
+    before: Iterable[str],
+    default: str | None = None,
+    stacked: Collection[str] = (),
+) -> dict[str, Any]:
+    """Returns the configuration of a plain LoRA with these ranks and scales by module.
 
     `old` is the content of the source adapter's file, and `before` are the names of all its modules. The rank and alpha
     of routed experts are the defaults, since peft ignores patterns for them; else those of the module `default`, or the
@@ -50,13 +62,12 @@ def write_config(
         k: value for k, value in old.items() if k not in (*INITIALIZATION_FIELDS, DIGEST) and (k in known or is_lora)
     }
     rslora = bool(old.get("use_rslora")) and keeps_rslora(modules)
-    new |= {
+    return new | {
         "peft_type": "LORA",
         "use_rslora": rslora,
         **rank_fields(ranked, rslora, default),
         **target_fields(layers, [name for name in before if name not in stacked]),
     }
-    (folder / CONFIG_NAME).write_text(json.dumps(new, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def target_fields(modules: Iterable[str], before: Iterable[str]) -> dict[str, Any]:

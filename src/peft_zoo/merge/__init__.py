@@ -19,6 +19,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "peft_zoo.merge.combining.checkpoints": ["CheckpointReport", "combine_checkpoints"],
         "peft_zoo.merge.combining.report": ["CombineReport", "CombinedModule"],
         "peft_zoo.merge.combining.similarity": ["Similarity", "SimilarityReport", "analyze"],
+        "peft_zoo.merge.formats.api": ["convert"],
+        "peft_zoo.merge.formats.report": ["ConvertReport"],
         "peft_zoo.merge.squeeze.api": ["rank_report", "squeeze_adapter", "squeeze_model"],
         "peft_zoo.merge.squeeze.html": ["squeeze_html"],
         "peft_zoo.merge.squeeze.report": ["ModuleReport", "RankReport", "SqueezeReport"],

@@ -1,0 +1,1 @@
+"""Converts LoRAs between the folders of peft and the files of other programs."""
