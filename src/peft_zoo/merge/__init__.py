@@ -13,6 +13,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "peft_zoo.merge.base.exportable": ["exportable"],
         "peft_zoo.merge.export.report": ["ExportReport", "ExportedModule"],
         "peft_zoo.merge.export.vllm": ["check_vllm"],
+        "peft_zoo.merge.extract.api": ["extract_lora"],
+        "peft_zoo.merge.extract.report": ["ExtractReport", "ExtractedModule"],
         "peft_zoo.merge.checkpoint.api": ["merge_checkpoint"],
         "peft_zoo.merge.checkpoint.report": ["MergeReport", "TensorReport"],
         "peft_zoo.merge.combining.api": ["combine"],

@@ -82,6 +82,8 @@ def write_plain_lora(
     modules: Mapping[str, Module],
     factors: Mapping[str, Factors],
     fan_in_fan_out: bool,
+    others: Mapping[str, Tensor] | None = None,
+    **fields: Any,
 ) -> None:
     """Writes weights and configuration of a LoRA with exact names and patterns.
 
@@ -92,11 +94,13 @@ def write_plain_lora(
         factors: Factors of the modules that are written; each module's are asked for twice, so that a mapping that
             reads them from disk has one module in memory.
         fan_in_fan_out: Whether all modules are `Conv1D` layers of transformers.
+        others: Tensors beside the factors, by key.
+        **fields: Other values of fields of the configuration.
     """
-    plans = write_factors(folder / WEIGHTS_NAME, modules, factors, {"format": "pt"})
+    plans = write_factors(folder / WEIGHTS_NAME, modules, factors, {"format": "pt"}, others=others or {})
     plain = {"bias": "none", "inference_mode": True, "modules_to_save": None, "use_dora": False, "lora_bias": False}
     plain |= {"peft_type": "LORA", "fan_in_fan_out": fan_in_fan_out, "lora_dropout": 0.0}
-    old = {**{name: config[name] for name in KEPT if name in config}, **plain}
+    old = {**{name: config[name] for name in KEPT if name in config}, **plain, **fields}
     stacked = [name for name in plans if modules[name].experts is not None]
     if stacked:  # which parameters they are for
         old["target_parameters"] = config["target_parameters"]
@@ -110,14 +114,20 @@ def write_factors(
     factors: Mapping[str, Factors],
     metadata: Mapping[str, str],
     fmt: str = "peft",
+    others: Mapping[str, Tensor] | None = None,
 ) -> dict[str, RankAndScale]:
-    """Writes the tensors of a LoRA in a key format, one module after the other; returns ranks and scales by module."""
-    infos: dict[str, TensorInfo] = {}
+    """Writes the tensors of a LoRA in a key format, one module after the other; returns ranks and scales by module.
+
+    `others` are further tensors by key.
+    """
+    infos = {key: TensorInfo.of(tensor) for key, tensor in (others or {}).items()}
     plans = {}
     for name, found in factors.items():
         infos |= {key: TensorInfo.of(tensor) for key, tensor in modules[name].stored(found.B, found.A, fmt).items()}
         plans[name] = RankAndScale(len(found.A) // (modules[name].experts or 1), found.scale)
     with TensorWriter(path, infos, metadata) as writer:
+        for key, tensor in (others or {}).items():
+            writer.write(key, tensor)
         for name, found in factors.items():
             for key, tensor in modules[name].stored(found.B, found.A, fmt).items():
                 writer.write(key, tensor)

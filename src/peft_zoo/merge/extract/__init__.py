@@ -1,0 +1,1 @@
+"""Extracts a LoRA from the difference of two checkpoints."""
