@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_zoo.merge import analyze, combine
 from peft_zoo.merge.combining.stacked import split
-from tests.merge.samples import config, saved
+from tests.merge.samples import config, content, saved
 
 E, IN, OUT = 3, 8, 6
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -82,6 +82,14 @@ def test_a_sum_is_that_of_every_expert(other: dict[str, Any], is_transposed: boo
     assert written["r"] == written["lora_alpha"] == 2 + other.get("r", 2)
 
 
+def test_an_adapter_without_experts_comes_first(tmp_path: Path) -> None:
+    plain, stacked = made(tmp_path / "plain", 1, target_parameters=None), made(tmp_path / "stacked", 2)
+    combine([plain, stacked], tmp_path / "out")
+    found, first, second = (merged(tmp_path / name) for name in ("out", "plain", "stacked"))
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, first[name] + second[name], rtol=1e-5, atol=1e-5)
+
+
 def test_only_experts_without_layers(tmp_path: Path) -> None:
     one = made(tmp_path / "one", 1, target_modules=[])
     combine([one], tmp_path / "out", rank=1)
@@ -118,6 +126,18 @@ def test_weights_of_zero_leave_modules_out(tmp_path: Path) -> None:
     torch.testing.assert_close(found["layers.0.experts.down_proj"], exact["layers.0.experts.down_proj"])
 
 
+@pytest.mark.parametrize("how", [{"per_module": {"**.base_layer": [0]}}, {"drop": ["experts.base_layer"]}], ids=str)
+def test_tensors_of_a_module_that_is_left_out_are_zeros(how: dict[str, Any], tmp_path: Path) -> None:
+    """Without them, the others would be those of the first wrapped parameter."""
+    one = made(tmp_path / "one", 1)
+    combine([one], tmp_path / "out", **how)
+    assert content(tmp_path / "out")[0].keys() == content(one)[0].keys()
+    found, exact = merged(tmp_path / "out"), merged(one)
+    for name, weight in found.items():
+        wanted = torch.zeros_like(weight) if "gate_up" in name else exact[name]
+        torch.testing.assert_close(weight, wanted)
+
+
 def test_the_layout() -> None:
     B, A = torch.arange(12.0).view(2, 6), torch.arange(12.0).view(6, 2)  # two experts of rank 3
     (B0, A0), (B1, A1) = split(B, A, 2)
@@ -131,7 +151,8 @@ def test_the_layout() -> None:
         ({"peft_version": "0.18.0"}, NotImplementedError, "peft_version='0.18.0'"),
         ({"r": 4}, ValueError, "4"),
         ({"rank_pattern": {"down_proj": 3}}, NotImplementedError, "rank_pattern"),
-        ({"target_parameters": ["experts.down_proj"]}, NotImplementedError, "target_parameters"),
+        ({"target_parameters": ["experts.down_proj"]}, ValueError, "target_parameters"),
+        ({"target_parameters": [*PARAMETERS, "experts.bias"]}, NotImplementedError, "target_parameters"),
         ({"target_parameters": "experts"}, ValueError, "target_parameters='experts'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

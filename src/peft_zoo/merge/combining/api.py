@@ -99,7 +99,7 @@ def combine(
                         factors.add(weight, found[1])
                         rows.append(found[0])
                     del found  # one module in memory
-            written = ByModule(factors, sources.experts)
+            written = ByModule(factors, sources.stacked)
             notes = (*sources.notes, *_zero_notes(sources, written, chosen))
             experts = [name for name in factors if is_expert(name) or name.endswith("]")]
             most = factors.pad(experts)  # peft demands one rank of all experts
@@ -196,7 +196,7 @@ def _write(target: Path, sources: Sources, factors: Mapping[str, Factors]) -> No
     first = sources.adapters[0]
     if first.config is not None:
         with new_folder(target, "out") as folder:
-            write_plain_lora(folder, first.config, sources.modules, factors, sources.fan_in_fan_out)
+            write_plain_lora(folder, sources.config, sources.all_modules, factors, sources.fan_in_fan_out)
         return
     # Without alphas every reader takes alpha = r, which the scale of 1 is.
     metadata = {"format": "pt", **{key: text for key, text in first.file.metadata.items() if key in METADATA}}

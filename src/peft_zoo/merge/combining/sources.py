@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from peft_zoo.io import LoraAdapter
 from peft_zoo.io.expert_names import check_plain_names
 from peft_zoo.kernels.combining.products import Product
 from peft_zoo.merge.base.plain_lora import Module, check_drop, drops, file_extras, file_modules
-from peft_zoo.merge.combining.stacked import check_equal_parameters, open_lora, split, weight_names
+from peft_zoo.merge.combining.stacked import Stacked, check_equal_parameters, open_lora, split, weight_names
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sources:
         modules: Modules that at least one adapter changes, by name, without those that are dropped.
         dropped: Names of modules and kinds of tensors that are left out.
         notes: What a user of the result should know.
-        experts: Number of experts of the modules whose factors are stacked.
+        stacked: Modules whose factors are stacked, also those that are dropped.
     """
 
     adapters: tuple[LoraAdapter, ...]
@@ -35,12 +36,19 @@ class Sources:
     modules: dict[str, Module]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
-    experts: dict[str, int] = field(default_factory=dict)
+    stacked: dict[str, Stacked] = field(default_factory=dict)
 
     @property
     def format(self) -> str:
         """Key format of all files."""
         return self.adapters[0].format
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of the first adapter, and `target_parameters` of any."""
+        configs = [adapter.config or {} for adapter in self.adapters]
+        parameters = next((found for config in configs if (found := config.get("target_parameters"))), None)
+        return {**configs[0], "target_parameters": parameters}
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -50,7 +58,18 @@ class Sources:
     def ranks(self, module: str) -> tuple[int, ...]:
         """Returns the rank of each adapter in a module; 0 where it has none."""
         found = (adapter.modules.get(module) for adapter in self.adapters)
-        return tuple(0 if part is None else part.rank // self.experts.get(module, 1) for part in found)
+        return tuple(0 if part is None else part.rank // self._experts(module) for part in found)
+
+    def _experts(self, module: str) -> int:
+        """Returns the number of experts of a module, 1 of a layer."""
+        return self.stacked[module].experts if module in self.stacked else 1
+
+    @property
+    def all_modules(self) -> dict[str, Module]:
+        """Modules that the result can have: those of `modules`, and all whose factors are stacked."""
+        found = {name: own for adapter in self.adapters for name, own in file_modules(adapter).items()}
+        more = {name: replace(found[name], experts=own.experts) for name, own in self.stacked.items()}
+        return {**more, **self.modules}
 
     def dtypes(self, module: str) -> list[torch.dtype]:
         """Returns the dtypes of the adapters that have a module."""
@@ -61,7 +80,7 @@ class Sources:
 
         The keys are the names of the weights: that of the module, or one for each expert of a stacked module.
         """
-        experts = self.experts.get(module)
+        experts = self.stacked[module].experts if module in self.stacked else None
         names = weight_names(module, experts)
         found: dict[str, list[Product | None]] = {name: [] for name in names}
         for adapter in self.adapters:
@@ -84,7 +103,11 @@ def open_sources(paths: Sequence[str | Path], drop: Sequence[str]) -> Iterator[S
     with ExitStack() as stack:
         opened = [_entered(stack, path) for path in paths]
         adapters = tuple(adapter for adapter, _ in opened)
-        experts = {module: count for _, own in opened for module, count in own.items()}
+        stacked = {
+            module: Stacked(count, adapter.modules[module].sizes)
+            for adapter, own in opened
+            for module, count in own.items()
+        }
         check_equal_parameters(adapter.config or {} for adapter in adapters)
         formats = {adapter.format: name for adapter, name in zip(adapters, names, strict=True)}
         if len(formats) > 1:
@@ -92,7 +115,7 @@ def open_sources(paths: Sequence[str | Path], drop: Sequence[str]) -> Iterator[S
             raise ValueError(f"adapters={[first, second]!r} are in the formats {one} and {other}; convert one first.")
         modules, dropped = _modules(opened, names, drop)
         check_plain_names(modules, adapters[0].config)
-        yield Sources(adapters, names, modules, dropped, _notes(adapters), experts)
+        yield Sources(adapters, names, modules, dropped, _notes(adapters), stacked)
 
 
 def _entered(stack: ExitStack, path: str | Path) -> tuple[LoraAdapter, dict[str, int]]:

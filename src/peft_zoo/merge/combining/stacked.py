@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,26 +70,41 @@ def weight_names(module: str, experts: int | None) -> list[str]:
     return [module] if experts is None else [f"{module}[{index}]" for index in range(experts)]
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """A module with stacked factors.
+
+    Attributes:
+        experts: Number of experts.
+        sizes: Rows and columns of each expert's update.
+    """
+
+    experts: int
+    sizes: tuple[int, int]
+
+
 class ByModule(Mapping[str, Factors]):
     """Factors by module, from those by weight: stacked ones are made when they are asked for."""
 
-    def __init__(self, weights: Mapping[str, Factors], experts: Mapping[str, int]) -> None:
+    def __init__(self, weights: Mapping[str, Factors], stacked: Mapping[str, Stacked]) -> None:
         """Takes factors by names of weights, of one rank and with scale 1 if they are stacked.
 
-        Experts without factors have updates of zeros.
+        Experts without factors have updates of zeros, and so have modules: if there is one of `stacked` modules, all
+        are there, since the names of their tensors depend on each other.
         """
-        self._weights = weights
-        self._names = {_module_of(name): name for name in weights}
-        self._experts = experts
+        self._weights, self._stacked = weights, stacked
+        self._example = next((name for name in weights if _module_of(name) in stacked), None)
+        self._names = [*dict.fromkeys(map(_module_of, weights)), *(stacked if self._example else ())]
+        self._names = list(dict.fromkeys(self._names))
 
     def __getitem__(self, module: str) -> Factors:
-        one = self._weights[self._names[module]]
-        if module not in self._experts:
-            return one
-        none = Factors(torch.zeros_like(one.B), torch.zeros_like(one.A))
-        names = weight_names(module, self._experts[module])
-        found = [self._weights.get(name, none) for name in names]
-        return Factors(torch.stack([own.B for own in found], 2).flatten(1), torch.cat([own.A for own in found]))
+        own = self._stacked.get(module)
+        if own is None or self._example is None:
+            return self._weights[module]
+        example = self._weights[self._example].A
+        none = Factors(example.new_zeros(own.sizes[0], len(example)), example.new_zeros(len(example), own.sizes[1]))
+        found = [self._weights.get(name, none) for name in weight_names(module, own.experts)]
+        return Factors(torch.stack([each.B for each in found], 2).flatten(1), torch.cat([each.A for each in found]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -139,6 +155,8 @@ def _as_plain(config: Mapping[str, Any], file: TensorFile) -> tuple[dict[str, in
             continue
         found = {settings.of(f"{owner}.{name.rpartition('.')[2]}") for name in own}
         one = next(iter(found))
+        if module.count(".base_layer") >= len({name.rpartition(".")[2] for name in own}):
+            raise ValueError(f"{key}: target_parameters={parameters} has too few parameters of {owner}; save it again.")
         if len(found) > 1:
             raise NotImplementedError(f"{module}: rank_pattern or alpha_pattern tells its parameters apart; use none.")
         if info.shape[0] % one.rank:
