@@ -112,7 +112,9 @@ def open_sources(paths: Sequence[str | Path], drop: Sequence[str]) -> Iterator[S
         formats = {adapter.format: name for adapter, name in zip(adapters, names, strict=True)}
         if len(formats) > 1:
             (one, first), (other, second) = list(formats.items())[:2]
-            raise ValueError(f"adapters={[first, second]!r} are in the formats {one} and {other}; convert one first.")
+            raise ValueError(
+                f"adapters={[first, second]!r} are in the formats {one} and {other}; run peft-zoo convert first."
+            )
         modules, dropped = _modules(opened, names, drop)
         check_plain_names(modules, adapters[0].config)
         yield Sources(adapters, names, modules, dropped, _notes(adapters), stacked)
