@@ -65,6 +65,11 @@ FORMATS = {
     ),
 }
 
+HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+"""Ends of the names of LoHa's tensors, in LyCORIS and in peft."""
+KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+"""Ends of the names of LoKr's tensors, in LyCORIS and in peft."""
+
 _PREFIXES = tuple(form.prefix for form in FORMATS.values() if form.prefix)
 _FACTORS = (Role.A, Role.B, Role.EMBEDDING_A, Role.EMBEDDING_B)
 _LONGEST_HINT = 256  # characters; longer keys get no hint, since the search takes quadratic time
@@ -99,6 +104,11 @@ def is_lora_key(key: str) -> bool:
     Only what follows the first part of the name counts: the names of modules begin with `lora_unet_` in some files.
     """
     return "lora_" in key.partition(".")[2] or ".lora." in key
+
+
+def is_lycoris(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is of LyCORIS and not only of plain LoRAs."""
+    return any(key.partition(".")[2] in (*HADA, *KRON, "lora_mid.weight") for key in keys)
 
 
 def nearest_key(fmt: str, key: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from peft_zoo.common.atomic import check_new_folder, new_file, new_folder
 from peft_zoo.common.checks import check, check_choice
-from peft_zoo.io import LoraAdapter, open_adapter
+from peft_zoo.io import LoraAdapter, open_adapter, read_json
 from peft_zoo.io.lora_file import CONFIG_NAME
 from peft_zoo.merge.formats.format import PARTS, ConvertOptions, Format, formats
 from peft_zoo.merge.formats.report import ConvertReport
@@ -75,11 +75,13 @@ def convert(
             context = new_folder(path, "dst") if target.name == "peft" else _temporary(path.parent)
             folder = stack.enter_context(context)
             notes = source.read(Path(src), folder, options) if source.read else []
-        adapters = _open_parts(stack, folder)
-        if target.name != "peft":
+        if target.name == "peft":
+            modules = _count(folder)
+        else:
+            adapters = _open_parts(stack, folder)
             writable = new_file(path, "dst") if target.ending else new_folder(path, "dst")
             notes = [*notes, *target.write(adapters, stack.enter_context(writable), options)]
-        modules = {name: len(adapter.modules) for name, adapter in adapters.items()}
+            modules = {name: len(adapter.modules) for name, adapter in adapters.items()}
     return ConvertReport(source.name, target.name, modules, tuple(drop), tuple(dict.fromkeys(notes)))
 
 
@@ -133,7 +135,17 @@ def _temporary(parent: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _parts(folder: Path) -> list[str]:
+    """Returns the parts that have an adapter in a folder; the name is empty if the folder itself is the adapter."""
+    return [""] if (folder / CONFIG_NAME).exists() else [name for name in PARTS if (folder / name).is_dir()]
+
+
 def _open_parts(stack: ExitStack, folder: Path) -> dict[str, LoraAdapter]:
-    """Opens the adapters of a folder by part; the name is empty if the folder itself is the adapter."""
-    parts = [""] if (folder / CONFIG_NAME).exists() else [name for name in PARTS if (folder / name).is_dir()]
-    return {name: stack.enter_context(open_adapter(folder / name)) for name in parts}
+    """Opens the adapters of a folder by part."""
+    return {name: stack.enter_context(open_adapter(folder / name)) for name in _parts(folder)}
+
+
+def _count(folder: Path) -> dict[str, int]:
+    """Returns the number of modules of each part of a new folder."""
+    configs = {part: read_json(folder / part / CONFIG_NAME, folder) for part in _parts(folder)}
+    return {part: len(config["target_modules"]) for part, config in configs.items()}

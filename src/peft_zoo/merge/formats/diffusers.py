@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def _write(adapters: Mapping[str, LoraAdapter], target: Path, options: ConvertOp
         use_dora = bool((adapter.config or {}).get("use_dora")) and "magnitude" not in options.drop
         config = plain_config(plain_fields(use_dora), plans, plans)
         fields |= {f"{part}.{name}": value for name, value in config.items()}
-        groups += [_group(adapter, name, part) for name in kept]
+        groups += [_group(adapter, name, part, options.drop) for name in kept]
     metadata = {"format": "pt", DIFFUSERS_METADATA: json.dumps(fields, indent=2, sort_keys=True)}
     write_tensors(target, groups, metadata)
     return []
@@ -44,9 +44,9 @@ def _part(names: list[str], options: ConvertOptions) -> str:
     return next(iter(match.places.values())).part
 
 
-def _group(adapter: LoraAdapter, name: str, part: str) -> Callable[[], dict[str, Tensor]]:
+def _group(adapter: LoraAdapter, name: str, part: str, drop: Sequence[str]) -> Callable[[], dict[str, Tensor]]:
     """Returns the function that reads the tensors of a module."""
-    return lambda: read_lora(adapter, name).tensors("diffusers_peft", f"{part}.{name}", alpha=False)
+    return lambda: read_lora(adapter, name, drop).tensors("diffusers_peft", f"{part}.{name}", alpha=False)
 
 
 def _read(path: Path, folder: Path, options: ConvertOptions) -> list[str]:
@@ -57,14 +57,14 @@ def _read(path: Path, folder: Path, options: ConvertOptions) -> list[str]:
             part, _, module = name.partition(".")
             if part not in PARTS or not module:
                 raise ValueError(f"{name}: begins with none of the parts {', '.join(PARTS)}; name the part in the key.")
-            parts.setdefault(part, {})[module] = _reader(adapter, name)
+            parts.setdefault(part, {})[module] = _reader(adapter, name, options.drop)
         write_parts(folder, parts)
     return []
 
 
-def _reader(adapter: LoraAdapter, name: str) -> Callable[[], Lora]:
+def _reader(adapter: LoraAdapter, name: str, drop: Sequence[str]) -> Callable[[], Lora]:
     """Returns the function that reads the LoRA of a module."""
-    return lambda: read_module(adapter, name)
+    return lambda: read_module(adapter, name, drop)
 
 
 def _owns(path: Path) -> bool:

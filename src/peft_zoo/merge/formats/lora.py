@@ -72,10 +72,10 @@ def exact_alpha(scale: float, rank: int) -> float:
     return short if short / rank == scale else alpha
 
 
-def read_lora(adapter: LoraAdapter, name: str) -> Lora:
-    """Reads the LoRA of a module; what `check_extras` refuses or drops is left out."""
+def read_lora(adapter: LoraAdapter, name: str, drop: Sequence[str]) -> Lora:
+    """Reads the LoRA of a module, without magnitudes if `drop` names them and without what `check_extras` refuses."""
     module = adapter.modules[name]
-    magnitude = module.keys.get(Role.MAGNITUDE)
+    magnitude = module.keys.get(Role.MAGNITUDE) if "magnitude" not in drop else None
     return Lora(
         adapter.read(module.key_B),
         adapter.read(module.key_A),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from peft_zoo.io import LoraAdapter, detect_format, open_adapter, read_json
+from peft_zoo.io.lora_keys import is_lycoris
 from peft_zoo.io.safetensors import TensorFile
 from peft_zoo.merge.base.plain_lora import drops
 from peft_zoo.merge.formats.format import ConvertOptions
@@ -65,7 +66,7 @@ def write_named(
         parts = {part.name: part for part in FAMILIES[family]}
         for (part, pair), names in by_pair.items():
             file_name = next(names_of(parts[part], pair, style))[0]
-            groups.append(_group(adapter, pair, names, file_name, fmt))
+            groups.append(_group(adapter, pair, names, file_name, fmt, options.drop))
     write_tensors(target, groups, {"format": "pt"})
     return []
 
@@ -85,12 +86,13 @@ def match_parts(adapters: Mapping[str, LoraAdapter], options: ConvertOptions, fo
 
 
 def _group(
-    adapter: LoraAdapter, pair: Pair, names: Mapping[int, str], file_name: str, fmt: str
+    adapter: LoraAdapter, pair: Pair, names: Mapping[int, str], file_name: str, fmt: str, drop: Sequence[str]
 ) -> Callable[[], dict[str, Tensor]]:
     """Returns the function that computes the tensors of a module of the file."""
 
     def tensors() -> dict[str, Tensor]:
-        loras = [read_lora(adapter, names[index]) if index in names else None for index in range(len(pair.models))]
+        count = len(pair.models)
+        loras = [read_lora(adapter, names[index], drop) if index in names else None for index in range(count)]
         return _to_file(loras, pair, file_name).tensors(fmt, file_name)
 
     return tensors
@@ -129,7 +131,7 @@ def read_named(path: Path, folder: Path, options: ConvertOptions, styles: Collec
         parts: dict[str, dict[str, Callable[[], Lora]]] = {}
         sources: dict[tuple[str, str], str] = {}
         for name, place in match.places.items():
-            for model, make in _from_file(adapter, name, place).items():
+            for model, make in _from_file(adapter, name, place, options.drop).items():
                 if sources.setdefault((place.part, model), name) != name:
                     raise ValueError(f"{name} and {sources[place.part, model]} are both {model} of {place.part}.")
                 parts.setdefault(place.part, {})[model] = make
@@ -158,24 +160,24 @@ def kept_modules(adapter: LoraAdapter, drop: Sequence[str]) -> list[str]:
     return kept
 
 
-def _from_file(adapter: LoraAdapter, name: str, place: Place) -> dict[str, Callable[[], Lora]]:
+def _from_file(adapter: LoraAdapter, name: str, place: Place, drop: Sequence[str]) -> dict[str, Callable[[], Lora]]:
     """Returns the LoRAs of the modules that a module of the file stands for, by name; reads B once to see which."""
     pair = place.pair
     if place.index is not None:  # diffusers has the modules of the model
-        return {pair.models[place.index]: lambda: read_module(adapter, name)}
+        return {pair.models[place.index]: lambda: read_module(adapter, name, drop)}
     if len(pair.models) == 1:
-        return {pair.models[0]: lambda: _swapped(read_module(adapter, name), pair)}
-    lora = read_module(adapter, name)
+        return {pair.models[0]: lambda: _swapped(read_module(adapter, name, drop), pair)}
+    lora = read_module(adapter, name, drop)
     pieces = split(lora, pair.rows(len(lora.B)))
 
-    return {pair.models[index]: _piece(adapter, name, pair, index) for index, each in enumerate(pieces) if each}
+    return {pair.models[index]: _piece(adapter, name, pair, index, drop) for index, each in enumerate(pieces) if each}
 
 
-def _piece(adapter: LoraAdapter, name: str, pair: Pair, index: int) -> Callable[[], Lora]:
+def _piece(adapter: LoraAdapter, name: str, pair: Pair, index: int, drop: Sequence[str]) -> Callable[[], Lora]:
     """Returns the function that reads the LoRA of one of the modules of a pair."""
 
     def piece() -> Lora:
-        lora = read_module(adapter, name)
+        lora = read_module(adapter, name, drop)
         found = split(lora, pair.rows(len(lora.B)))[index]
         if found is None:
             raise ValueError(f"{name}: the file has changed while it was read; convert again.")
@@ -184,9 +186,9 @@ def _piece(adapter: LoraAdapter, name: str, pair: Pair, index: int) -> Callable[
     return piece
 
 
-def read_module(adapter: LoraAdapter, name: str) -> Lora:
+def read_module(adapter: LoraAdapter, name: str, drop: Sequence[str]) -> Lora:
     """Reads the LoRA of a module of a file; a ValueError if its magnitudes are by columns, which peft lacks."""
-    lora = read_lora(adapter, name)
+    lora = read_lora(adapter, name, drop)
     if lora.magnitude is None:
         return lora
     key = next(key for key in adapter.modules[name].keys.values() if key.endswith(("dora_scale", "magnitude_vector")))
@@ -204,6 +206,8 @@ def owns(path: Path, formats: Collection[str], prefixes: Sequence[str] | None) -
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     with TensorFile(path) as file:
+        if is_lycoris(file.tensors):
+            return False
         try:
             fmt = detect_format(file.tensors)
         except ValueError:
