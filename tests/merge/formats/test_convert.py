@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,31 @@ def test_metadata_tells_pipelines_of_diffusers_ranks_and_alphas(tmp_path: Path) 
             "unet.conv_in": 3 / 3,
             "unet.time_embedding.linear_1": 3 / 4,
         }
+
+
+def test_the_base_says_the_family_and_the_numbers_of_blocks(tmp_path: Path) -> None:
+    names = [f"transformer_blocks.{i}.attn.add_q_proj" for i in range(3)]  # of Flux, SD3 and HunyuanVideo
+    adapter = save_lora(tmp_path / "peft", dict.fromkeys(names, (8, 8)))
+    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 3, "num_single_layers": 1}
+    (tmp_path / "base" / "transformer").mkdir(parents=True)
+    (tmp_path / "base" / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="family=None"):
+        convert(adapter, tmp_path / "k.safetensors", to="kohya")
+    convert(adapter, tmp_path / "k.safetensors", to="kohya", base=tmp_path / "base")
+    assert "lora_unet_double_blocks_2_txt_attn_qkv.alpha" in load_file(tmp_path / "k.safetensors")
+    with pytest.raises(ValueError, match=r"transformer_blocks\.2"):
+        convert(adapter, tmp_path / "l.safetensors", to="kohya", config={**config, "num_layers": 2})
+    for field, value in (("_class_name", "Other"), ("num_layers", "3"), ("num_single_layers", 10**9)):
+        with pytest.raises(ValueError, match=field):
+            convert(adapter, tmp_path / "l.safetensors", to="kohya", config={**config, field: value})
+    unet = {"_class_name": "UNet2DConditionModel", "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    for field, value in (
+        ("layers_per_block", 10**6),
+        ("up_block_types", ["Other"]),
+        ("transformer_layers_per_block", []),
+    ):
+        with pytest.raises(ValueError, match=field):
+            convert(adapter, tmp_path / "l.safetensors", to="kohya", config={**unet, field: value})
 
 
 def test_refusals_name_the_field_and_write_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_zoo.merge import convert
@@ -135,3 +136,37 @@ def test_pipelines_of_diffusers_load_what_we_write(to: str, tmp_path: Path) -> N
     for name, own in factors(adapter).items():
         change = unet.state_dict()[f"{name}.weight"] - before[f"{name}.weight"]
         torch.testing.assert_close(change.double(), update(*own), rtol=1e-4, atol=1e-6, msg=name)
+
+
+def _flux(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    return _convert_kohya_flux_lora_to_diffusers(state)
+
+
+def _wan(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    from diffusers.loaders.lora_conversion_utils import _convert_musubi_wan_lora_to_diffusers
+
+    return _convert_musubi_wan_lora_to_diffusers(state)
+
+
+@pytest.mark.parametrize(("family", "convert_file"), [("flux", _flux), ("wan", _wan)])
+def test_converters_of_loras_give_blocks_the_updates_of_ours(
+    family: str, convert_file: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    name, config, _, narrow = TRANSFORMERS[family]
+    with torch.device("meta"):
+        model: nn.Module = getattr(diffusers, name)(**config)
+    found = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, LAYERS) and "blocks." in n}
+    shapes = {n: (shape[0], 3 if narrow else shape[1]) for n, shape in found.items()}
+    common = torch.randn(2, 3)
+
+    def fill(module: str, own: dict[str, Tensor]) -> None:
+        own["A"] = common.clone() if narrow else own["A"]
+
+    adapter = save_lora(tmp_path / "peft", shapes, lambda n: 2, lambda n: 1.0, torch.float32, fill)
+    convert(adapter, tmp_path / "k.safetensors", to="kohya", family=family)
+    theirs = convert_file(load_file(tmp_path / "k.safetensors"))
+    for module, own in factors(adapter).items():
+        B, A = (theirs[f"transformer.{module}.lora_{side}.weight"] for side in "BA")
+        torch.testing.assert_close(update(B, A, 1.0), update(*own), rtol=1e-6, atol=1e-6, msg=module)

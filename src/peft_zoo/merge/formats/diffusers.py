@@ -15,7 +15,7 @@ from peft_zoo.io.lora_ranks import RankAndScale
 from peft_zoo.io.lora_settings import DIFFUSERS_METADATA
 from peft_zoo.merge.formats.format import PARTS, ConvertOptions, Format
 from peft_zoo.merge.formats.lora import Lora, check_extras, plain_fields, read_lora, write_tensors
-from peft_zoo.merge.formats.named import HOLDS, configs_of, kept_modules, owns, read_module, write_parts
+from peft_zoo.merge.formats.named import HOLDS, configs_of, family_of, kept_modules, owns, read_module, write_parts
 from peft_zoo.merge.formats.names.match import match_names
 
 
@@ -40,7 +40,7 @@ def _part(names: list[str], options: ConvertOptions) -> str:
     """Returns the part of a pipeline that modules belong to, by their names unless it is given."""
     if options.part is not None:
         return options.part
-    match = match_names(names, ["peft"], configs_of(options), options.family)
+    match = match_names(names, ["peft"], configs_of(options), family_of(options))
     return next(iter(match.places.values())).part
 
 

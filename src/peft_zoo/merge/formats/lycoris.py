@@ -29,7 +29,7 @@ from peft_zoo.merge.base.plain_lora import PREFIX, drops
 from peft_zoo.merge.formats.format import ConvertOptions, Format
 from peft_zoo.merge.formats.fused import split, swap_halves
 from peft_zoo.merge.formats.lora import Lora, write_folder, write_tensors
-from peft_zoo.merge.formats.named import configs_of
+from peft_zoo.merge.formats.named import configs_of, family_of
 from peft_zoo.merge.formats.names.match import Place, match_names
 from peft_zoo.merge.formats.names.table import Pair
 
@@ -61,7 +61,7 @@ def _read(path: Path, folder: Path, options: ConvertOptions) -> list[str]:
     """Writes a folder of peft for each part of a file."""
     with TensorFile(path) as file:
         modules = _group(file, options.drop)
-        match = match_names(modules, ["kohya"], configs_of(options), options.family)
+        match = match_names(modules, ["kohya"], configs_of(options), family_of(options))
         parts: dict[str, list[str]] = {}
         for name, place in match.places.items():
             parts.setdefault(place.part, []).append(name)

@@ -16,7 +16,7 @@ from peft_zoo.merge.base.plain_lora import drops
 from peft_zoo.merge.formats.format import ConvertOptions
 from peft_zoo.merge.formats.fused import join, split, swap_halves
 from peft_zoo.merge.formats.lora import Lora, Loras, check_extras, read_lora, write_folder, write_tensors
-from peft_zoo.merge.formats.names.families import FAMILIES, Config, Part
+from peft_zoo.merge.formats.names.families import FAMILIES, Config, Part, family_of_config
 from peft_zoo.merge.formats.names.match import Configs, Match, Place, match_names, names_of
 from peft_zoo.merge.formats.names.table import Pair
 
@@ -38,6 +38,19 @@ def configs_of(options: ConvertOptions) -> Configs:
     return of
 
 
+def family_of(options: ConvertOptions) -> str | None:
+    """Returns the family that is given, or that of the denoiser in `base` or `config`; None without these."""
+    if options.family is not None or (options.base is None and options.config is None):
+        return options.family
+    config = options.config
+    for part in ("unet", "transformer", ""):
+        if config is None and options.base is not None and Path(options.base, part, "config.json").exists():
+            config = read_json(Path(options.base, part, "config.json"), Path(options.base))
+    if config is None:
+        raise ValueError(f"base={str(options.base)!r} has no config.json; give the folder of a model or pipeline.")
+    return family_of_config(config)
+
+
 def _read_config(base: str | Path | None, part: str, is_denoiser: bool) -> dict[str, Any] | None:
     """Returns the configuration of a part in the folder of a pipeline, or of the denoiser alone; None without one."""
     if base is None:
@@ -45,8 +58,6 @@ def _read_config(base: str | Path | None, part: str, is_denoiser: bool) -> dict[
     for folder in (Path(base, part), *([Path(base)] if is_denoiser else [])):
         if (folder / "config.json").exists():
             return read_json(folder / "config.json", Path(base))
-    if is_denoiser and not Path(base, "model_index.json").exists():
-        raise ValueError(f"base={str(base)!r} has no config.json; give the folder of a model or pipeline of diffusers.")
     return None
 
 
@@ -76,9 +87,9 @@ def match_parts(adapters: Mapping[str, LoraAdapter], options: ConvertOptions, fo
     kept = {part: check_extras(adapter, options.drop, form, HOLDS) for part, adapter in adapters.items()}
     configs = configs_of(options)
     if "" in kept:
-        return {"": match_names(kept[""], ["peft"], configs, options.family, options.part)}
+        return {"": match_names(kept[""], ["peft"], configs, family_of(options), options.part)}
     names = [f"{part}.{name}" for part, own in kept.items() for name in own]
-    whole = match_names(names, ["diffusers"], configs, options.family)
+    whole = match_names(names, ["diffusers"], configs, family_of(options))
     return {
         part: Match(whole.family, "peft", {name: whole.places[f"{part}.{name}"] for name in own})
         for part, own in kept.items()
@@ -127,7 +138,7 @@ def read_named(path: Path, folder: Path, options: ConvertOptions, styles: Collec
     """Writes a folder of peft for each part of a file whose names follow one of the styles."""
     with open_adapter(path) as adapter:
         kept = kept_modules(adapter, options.drop)
-        match = match_names(kept, styles, configs_of(options), options.family)
+        match = match_names(kept, styles, configs_of(options), family_of(options))
         parts: dict[str, dict[str, Callable[[], Lora]]] = {}
         sources: dict[tuple[str, str], str] = {}
         for name, place in match.places.items():

@@ -106,3 +106,21 @@ FAMILIES: dict[str, tuple[Part, ...]] = {
     "hunyuan_video": (_transformer(hunyuan_pairs),),
 }
 """Parts of each family; the first is the denoiser."""
+
+_CLASSES = {
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "WanTransformer3DModel": "wan",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+}
+
+
+def family_of_config(config: Config) -> str:
+    """Returns the family of a denoiser by its configuration in diffusers."""
+    name = config.get("_class_name")
+    if name == "UNet2DConditionModel":
+        return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd"
+    if not isinstance(name, str) or name not in _CLASSES:
+        known = ", ".join(("UNet2DConditionModel", *_CLASSES))
+        raise ValueError(f"_class_name={name!r} of the base model is none of {known}; give family, without base.")
+    return _CLASSES[name]

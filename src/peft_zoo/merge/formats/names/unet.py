@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft_zoo.common.checks import check
-from peft_zoo.merge.formats.names.table import MOST_BLOCKS, Pair, Templates, expand, under
+from peft_zoo.merge.formats.names.table import Pair, Templates, expand, under
+
+MOST_LAYERS = 32
+"""Limit on the numbers of blocks, of layers in one, and of transformer blocks in a layer."""
 
 SD: dict[str, Any] = {
     "layers_per_block": 2,
@@ -54,12 +57,12 @@ def unet_pairs(config: Mapping[str, Any]) -> Iterator[Pair]:
     """Yields the pairs of a UNet with a configuration of diffusers; some of its modules may not exist."""
     layers = config.get("layers_per_block", 2)
     check(
-        type(layers) is int and 0 < layers <= MOST_BLOCKS, "layers_per_block", layers, "UNets of one number are known"
+        type(layers) is int and 0 < layers <= MOST_LAYERS, "layers_per_block", layers, "UNets of one number are known"
     )
     down, up = _types(config, "down_block_types"), _types(config, "up_block_types")
     depths = config.get("transformer_layers_per_block", 1)
     depths = depths if isinstance(depths, list) else [depths] * len(down)
-    fits = len(depths) == len(down) and all(type(depth) is int and 0 < depth <= MOST_BLOCKS for depth in depths)
+    fits = len(depths) == len(down) and all(type(depth) is int and 0 < depth <= MOST_LAYERS for depth in depths)
     check(fits, "transformer_layers_per_block", depths, "give an int, or one for each block of the way down")
     yield from expand(_ENDS)
     for i, kind in enumerate(down):
@@ -87,7 +90,7 @@ def _types(config: Mapping[str, Any], field: str) -> list[str]:
     """Returns the types of blocks after checking that they are those of these UNets."""
     types = config.get(field)
     known = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
-    fits = isinstance(types, list) and 0 < len(types) <= MOST_BLOCKS and all(kind in known for kind in types)
+    fits = isinstance(types, list) and 0 < len(types) <= MOST_LAYERS and all(kind in known for kind in types)
     check(fits, field, types, f"blocks of the types {', '.join(known)} are known")
     return list(types or [])
 
