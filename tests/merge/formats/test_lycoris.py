@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import peft
@@ -29,7 +30,7 @@ class Model(nn.Module):
 
 
 def random(*shape: int) -> Tensor:
-    return torch.randn(*shape) / 2
+    return torch.randn(shape) / 2
 
 
 def converted(tmp_path: Path, tensors: dict[str, dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
@@ -118,6 +119,58 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(error, match=field):
         converted(tmp_path, {LINEAR: {end: random(*shape) for end, shape in tensors.items()}})
     assert not (tmp_path / "peft").exists()
+
+
+def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    rng = Random(0)
+    flat = FLAT[LINEAR]
+    shapes = [
+        {"lokr_w1": (3, 2), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4), "alpha": ()},
+        {"hada_w1_a": (12, 2), "hada_w1_b": (2, 8), "hada_w2_a": (12, 2), "hada_w2_b": (2, 8), "alpha": ()},
+        {"hada_w1_a": (2, 12), "hada_w1_b": (2, 8), "hada_w2_a": (2, 12), "hada_w2_b": (2, 8), "hada_t1": (2, 2, 3, 3)},
+        {"lora_down.weight": (2, 8, 1, 1), "lora_up.weight": (12, 2, 1, 1), "lora_mid.weight": (2, 2, 3, 3)},
+    ]
+    for turn in range(120):
+        tensors = {f"{flat}.{end}": random(*shape) for end, shape in rng.choice(shapes).items()}
+        key = rng.choice(list(tensors))
+        damage = rng.randrange(4)
+        if damage == 0:
+            del tensors[key]
+        elif damage == 1:
+            tensors[key] = torch.zeros([rng.choice([0, 1, 2, 3, 7]) for _ in range(rng.randrange(6))])
+        elif damage == 2:
+            tensors[key] = tensors[key].to(rng.choice([torch.bool, torch.complex64, torch.int8]))
+        else:
+            tensors[key] = torch.full_like(tensors[key], float("nan"))
+        save_file(tensors, tmp_path / "l.safetensors")
+        out = tmp_path / str(turn)
+        try:
+            convert(tmp_path / "l.safetensors", out, family="sd")
+        except (ValueError, NotImplementedError) as error:
+            assert str(error) and not out.exists()
+        assert not list(tmp_path.glob(".unfinished*"))
+
+
+@pytest.mark.parametrize("kind", ["LohaModule", "LokrModule", "LoConModule"])
+@pytest.mark.parametrize("options", [{}, {"use_tucker": True}])
+def test_layers_of_lycoris_compute_the_same(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    lycoris = pytest.importorskip("lycoris.modules", reason="lycoris-lora is not installed")
+    model, tensors, layers = Model(), {}, {}
+    for name, flat in FLAT.items():
+        layer = getattr(lycoris, kind)(flat, model.get_submodule(name), 1.0, lora_dim=1, alpha=0.5, **options).eval()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        tensors |= {f"{flat}.{end}": value.clone() for end, value in layer.state_dict().items()}
+        layers[name] = layer
+    save_file(tensors, tmp_path / "l.safetensors")
+    convert(tmp_path / "l.safetensors", tmp_path / "peft", family="sd")
+    ours = peft.PeftModel.from_pretrained(Model(), str(tmp_path / "peft"))
+    for name, layer in layers.items():
+        x = random(2, 8, *[5, 5][: 2 * (name == CONV)])
+        update = ours.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        wanted = layer(x) - model.get_submodule(name)(x)
+        found = nn.functional.conv2d(x, update) if name == CONV else nn.functional.linear(x, update)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_other_formats_hold_no_loha(tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ from peft_zoo.merge.formats.names.table import Pair
 _LOCON = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
 _KINDS = {"LoHa": HADA, "LoKr": KRON, "LoCon": _LOCON}
 _NEEDED = {"LoHa": HADA[:4], "LoKr": (), "LoCon": _LOCON[:2]}
+_DIMENSIONS = {
+    **dict.fromkeys((*HADA, *KRON), (2,)),
+    **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight"), (3, 4, 5)),
+    **dict.fromkeys(("lokr_w2", "lora_down.weight", "lora_up.weight"), (2, 3, 4, 5)),
+}
 _AREAS = (1, 9, 4, 16, 25, 49)  # sizes of kernels that a flattened factor may have
 _FACTORS = (-1, *range(2, 129))  # values of `decompose_factor` that are tried
 
@@ -110,9 +115,13 @@ def _tensors(file: TensorFile, keys: Mapping[str, str]) -> tuple[Tensors, float 
         found[end] = file.read_finite(key)
         if found[end].dtype not in FLOATS and end != "alpha":
             raise ValueError(f"{key}: dtype {found[end].dtype}; save float32, float16 or bfloat16.")
+        if end != "alpha" and (found[end].dim() not in _DIMENSIONS[end] or not found[end].numel()):
+            raise ValueError(f"{key}: shape {tuple(found[end].shape)} is that of no {end}; get the file again.")
     alpha = found.pop("alpha", None)
-    if alpha is not None and alpha.numel() != 1:
-        raise ValueError(f"{keys['alpha']}: an alpha is one number, not {tuple(alpha.shape)}; train again.")
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or alpha.dtype == torch.bool):
+        raise ValueError(
+            f"{keys['alpha']}: an alpha is one number, not {alpha.dtype} {tuple(alpha.shape)}; train again."
+        )
     return found, None if alpha is None else float(alpha.item())
 
 
@@ -128,7 +137,7 @@ def _locon(file: TensorFile, name: str, keys: Mapping[str, str]) -> Lora:
     tensors, alpha = _tensors(file, keys)
     down, up, mid = (tensors.get(end) for end in _LOCON)
     assert down is not None and up is not None
-    sizes = [down.shape[0], up.flatten(1).shape[1], *(mid.shape[:2] if mid is not None and mid.dim() > 2 else [])]
+    sizes = [down.shape[0], up.flatten(1).shape[1], *(mid.shape[:2] if mid is not None else [])]
     rank = _check_ranks(name, sizes)
     scale = 1.0 if alpha is None else alpha / rank
     if mid is None:
@@ -169,6 +178,9 @@ def _loha(file: TensorFile, name: str, keys: Mapping[str, str], pair: Pair) -> I
     axis = 0 if tucker else 1
     sizes = [tensors[end].shape[axis if end.endswith("a") else 0] for end in HADA[:4]]
     rank = _check_ranks(name, [*sizes, *(size for end in HADA[4:] if tucker for size in tensors[end].shape[:2])])
+    for one, other in (("hada_w1_a", "hada_w2_a"), ("hada_w1_b", "hada_w2_b"), ("hada_t1", "hada_t2")):
+        if one in tensors and tensors[one].shape != tensors[other].shape:
+            raise ValueError(f"module {name}: {one} and {other} have different shapes; get the file again.")
     scale = 1.0 if alpha is None else alpha / rank
     height = tensors["hada_w1_a"].shape[1 - axis]
     columns = tensors["hada_w1_b"].shape[1]
@@ -195,7 +207,12 @@ def _lokr(file: TensorFile, name: str, keys: Mapping[str, str], pair: Pair) -> I
         whole, a, b = (end in tensors for end in (which, f"{which}_a", f"{which}_b"))
         if whole is a or a is not b:
             raise ValueError(f"module {name}: {which} is neither whole nor a product of two; get the file again.")
+    if "lokr_t2" in tensors and "lokr_w2_a" not in tensors:
+        raise ValueError(f"module {name}: lokr_t2 beside a whole lokr_w2; get the file again.")
     ranks = [tensors[end].shape[0] for end in ("lokr_w2_b", "lokr_w1_b") if end in tensors]
+    ranks += [tensors["lokr_w1_a"].shape[1]] if "lokr_w1_a" in tensors else []
+    ranks += [tensors["lokr_w2_a"].shape[0 if "lokr_t2" in tensors else 1]] if "lokr_w2_a" in tensors else []
+    ranks += list(tensors["lokr_t2"].shape[:2]) if "lokr_t2" in tensors else []
     if not ranks:  # both factors are whole: no rank, and alpha does not count
         largest = max(max(tensors["lokr_w1"].shape), max(tensors["lokr_w2"].shape[:2]))
         yield Update(tensors, math.ceil(largest / 2), 1.0)
