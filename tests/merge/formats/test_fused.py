@@ -124,6 +124,16 @@ def test_magnitudes_by_columns_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "k.safetensors", tmp_path / "peft", family="sd")
 
 
+def test_magnitudes_of_some_modules_are_refused(tmp_path: Path) -> None:
+    tensors = {}
+    for name in ("lora_unet_time_embedding_linear_1", "lora_unet_time_embedding_linear_2"):
+        tensors |= {f"{name}.lora_down.weight": torch.randn(2, 8), f"{name}.lora_up.weight": torch.randn(8, 2)}
+    save_file({**tensors, f"{name}.dora_scale": torch.ones(8, 1)}, tmp_path / "k.safetensors")
+    with pytest.raises(NotImplementedError, match=r"linear_1: has no magnitudes"):
+        convert(tmp_path / "k.safetensors", tmp_path / "peft", family="sd")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_changed_weights_and_biases_are_refused_unless_dropped(tmp_path: Path) -> None:
     name = "diffusion_model.blocks.0.self_attn.q"
     tensors = {f"{name}.lora_A.weight": torch.randn(2, 8), f"{name}.lora_B.weight": torch.randn(8, 2)}

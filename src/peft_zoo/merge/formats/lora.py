@@ -122,24 +122,24 @@ def write_tensors(path: Path, groups: Sequence[Callable[[], dict[str, Tensor]]],
 
 def write_folder(folder: Path, loras: Loras) -> None:
     """Writes a folder of stock peft, with the whole names of the modules and their ranks and scales."""
-    first = {name: make() for name, make in loras.items() if name == next(iter(loras))}
-    dora = {name: make().magnitude is not None for name, make in loras.items()} if first else {}
-    if len(set(dora.values())) > 1:
-        plain = next(name for name, has in dora.items() if not has)
-        raise NotImplementedError(f"{plain}: has no magnitudes and others have; peft has them for all or none.")
     plans: dict[str, RankAndScale] = {}
+    with_magnitude: set[str] = set()
 
     def group(name: str, make: Callable[[], Lora]) -> Callable[[], dict[str, Tensor]]:
         def tensors() -> dict[str, Tensor]:
             lora = make()
             plans[name] = RankAndScale(lora.rank, lora.scale)
+            with_magnitude.update([name] if lora.magnitude is not None else [])
             return lora.tensors("peft", name, alpha=False)
 
         return tensors
 
     folder.mkdir(exist_ok=True)
     write_tensors(folder / WEIGHTS_NAME, [group(*item) for item in loras.items()], {"format": "pt"})
-    write_config(folder, plain_fields(any(dora.values())), plans, plans)
+    if 0 < len(with_magnitude) < len(plans):
+        plain = next(name for name in plans if name not in with_magnitude)
+        raise NotImplementedError(f"{plain}: has no magnitudes and others have; peft has them for all or none.")
+    write_config(folder, plain_fields(bool(with_magnitude)), plans, plans)
 
 
 def plain_fields(use_dora: bool) -> dict[str, Any]:
