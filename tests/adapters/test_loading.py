@@ -324,6 +324,8 @@ def test_trusted_expressions_are_run(folder: Callable[[str], Path]) -> None:
         ({"use_dora": 0}, "use_dora"),
         ({"lora_dropout": [0.1]}, "lora_dropout"),
         ({"lora_alpha": [8]}, "lora_alpha"),
+        ({"monteclora_config": "x"}, "monteclora_config"),
+        ({"loftq_config": [1]}, "loftq_config"),
     ],
 )
 def test_the_strict_way_refuses_fields_that_mean_something_else(

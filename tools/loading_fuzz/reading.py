@@ -34,6 +34,7 @@ WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "fan_in_fan_out", "bias", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "runtime_config", "qalora_group_size", "init_lora_weights", "peft_type"),
+    "ensure_weight_tying",  # of embeddings, which no sample adapts
 }
 READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
 SELECTING = {"exclude_modules", "layers_to_transform", "layers_pattern"}  # the keys of the file say what is adapted

@@ -441,6 +441,18 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path) -> None:
     assert model.state_dict().keys() == keys and torch.equal(logits(model), out)
 
 
+def test_a_file_that_says_another_quantization_of_the_same_weight_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["qconfig_map"] = {name: [*values[:-1], 2] for name, values in config["qconfig_map"].items()}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="qconfig_map"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("keep_init", [False, True])
 def test_a_further_adapter_quantizes_nothing(keep_init: bool, tmp_path: Path) -> None:
     """Other adapters need the weights as they are; layers that it does not target need the initial factors."""

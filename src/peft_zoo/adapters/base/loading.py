@@ -195,6 +195,9 @@ def check_fields(found: Mapping[str, Any], config_cls: type[PeftConfig]) -> None
     check_names(found)
     if found.get("peft_type") == "LORA":  # the classes of our types see for themselves
         check_present(found, needed_fields(found))
+    for name, value in found.items():
+        if name.endswith("_config") and value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r}: write an object with the fields of this configuration.")
     for name in ("layer_replication", "megatron_config"):
         if found.get(name):
             raise ValueError(f"{name}={found[name]!r} would change the base model; remove it, or use peft itself.")

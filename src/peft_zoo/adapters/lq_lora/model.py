@@ -44,6 +44,7 @@ from peft_zoo.adapters.lq_lora.state import (
     PREFIX,
     base_hash,
     check_file,
+    check_listed,
     check_names,
     check_saved,
     conditions,
@@ -92,6 +93,7 @@ class LqLoraModel(ZooLoraModel):
                     f"base_sha256: this adapter belongs to another quantized weight of {name} than the model's; load "
                     "it onto its own base model."
                 )
+        check_listed(config, found)
         if others:
             _warn_untargeted(dict(_layers(self.model)), present.keys() - digests.keys())
 

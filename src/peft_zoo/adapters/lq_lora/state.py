@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,6 +159,17 @@ def check_names(config: LqLoraConfig, quantized: Collection[str]) -> None:
             f"base_sha256 names {missing[0]!r} (and {len(missing) - 1} more), which is no quantized layer here; "
             "load the adapter onto the base model that it was trained on."
         )
+
+
+def check_listed(config: LqLoraConfig, quantized: Iterable[tuple[str, NFLinear]]) -> None:
+    """Raises a ValueError if `qconfig_map` says another quantization of a layer than the one that it has."""
+    for name, layer in quantized:
+        listed = (config.qconfig_map or {}).get(name)
+        if listed is not None and nf_config(listed) != layer.config:
+            raise ValueError(
+                f"qconfig_map: {name} is quantized as {list(layer.config)} and not as {listed!r}; get the adapter's "
+                "configuration again."
+            )
 
 
 def rebuild(
