@@ -3,6 +3,7 @@
     python -m benchmarks.merge_files            a checkpoint of 0.66 GB; writes benchmarks/results/merge_files_cpu.json
     python -m benchmarks.merge_files --large    one of 3.1 GB
     python -m benchmarks.merge_files --quick    one of 2 MB, in seconds; writes nothing
+    python -m benchmarks.merge_files --large --kills 20    then kills merges at 20 random moments, each of which goes on
     python -m benchmarks.merge_files --markdown write the saved results into docs/leaving.md; measures nothing
 
 Each run is a process of its own: seconds of CPU and wall clock after the imports, and the largest resident memory above
@@ -13,9 +14,12 @@ result, tensor by tensor; if one differs, nothing is saved and the exit status i
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
+import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -180,6 +184,37 @@ def child(name: str, folder: Path, out: Path) -> dict[str, Any]:
     return found
 
 
+def killed(folder: Path, whole: Path, kills: int, seconds: float) -> int:
+    """Kills merges at random moments, each going on where the last one was; returns the number of files that differ.
+
+    Args:
+        folder: Folder with base and adapter.
+        whole: Result of a merge that nobody killed.
+        kills: How often to kill.
+        seconds: How long a process takes that merges and is not killed.
+    """
+    random_source, out, done = random.Random(0), folder / "killed", 0
+    words = [sys.executable, "-m", "benchmarks.merge_files", "--child", "merge_checkpoint", str(folder), str(out)]
+    wrong = 0
+    while done <= kills:
+        process = subprocess.Popen(words, cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(random_source.uniform(0, seconds) if done < kills else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            done += 1
+            continue
+        wrong += sum(
+            not filecmp.cmp(path, out / path.name, shallow=False)
+            for path in whole.iterdir()
+            if path.name != "merge_report.json"  # it has the seconds
+        )
+        shutil.rmtree(out)
+        done += done == kills
+    return wrong
+
+
 def differing(one: Path, other: Path) -> int:
     """Number of elements that differ between two results."""
     from peft_zoo.io.checkpoint import Checkpoint
@@ -207,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -226,9 +262,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         make(folder, size)
         rows = [child(one, folder, folder / f"out-{place}") for place, one in enumerate(RUNS)]
-        wrong = differing(folder / f"out-{RUNS.index('merge_checkpoint')}", folder / f"out-{RUNS.index('peft')}")
+        ours = folder / f"out-{RUNS.index('merge_checkpoint')}"
+        wrong = differing(ours, folder / f"out-{RUNS.index('peft')}")
+        for place, one in enumerate(RUNS):
+            if one != "merge_checkpoint":
+                shutil.rmtree(folder / f"out-{place}")
+        began = time.perf_counter()
+        child("merge_checkpoint", folder, folder / "again")
+        torn = killed(folder, ours, given.kills, time.perf_counter() - began) if given.kills else 0
     print(common.aligned(HEADER, table(rows)))
     result = {"machine": common.machine(torch.device("cpu")), "size": vars(size), "rows": rows}
+    if given.kills:
+        result |= {"kills": given.kills, "files_that_differ": torn}
+        print(f"killed {given.kills} times: {torn} files differ from those of a merge that was not")
+    wrong += torn
     said = [f"{wrong} elements differ from peft's merge"] if wrong else []
     return common.finish(None if given.quick else path, result, said)
 

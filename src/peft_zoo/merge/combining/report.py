@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from peft_zoo.common.tables import align, shorten
+from peft_zoo.common.tables import error_table, shorten
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,11 @@ class CombineReport:
         Args:
             limit: Number of modules to show, those with the largest errors first; None shows all in order.
         """
-        shown = self.modules if limit is None else sorted(self.modules, key=lambda m: -m.error)[:limit]
-        rows = [
-            (shorten(m.name), "+".join(map(str, m.ranks)), str(m.rank), f"{m.error:.1e}", f"{m.parameters:,}")
-            for m in shown
-        ]
-        hidden = len(self.modules) - len(shown)
-        more = [(f"and {hidden} more with smaller errors", "", "", "", "")] if hidden else []
+        header = ("module", "ranks", "rank", "error", "parameters")
         total = ("all", "", str(max(m.rank for m in self.modules)), f"{self.error:.1e}", f"{self.parameters:,}")
-        return align([("module", "ranks", "rank", "error", "parameters"), *rows, *more, total])
+        return error_table(header, self.modules, _cells, total, limit)
+
+
+def _cells(m: CombinedModule) -> tuple[str, ...]:
+    """Returns the cells of one line."""
+    return shorten(m.name), "+".join(map(str, m.ranks)), str(m.rank), f"{m.error:.1e}", f"{m.parameters:,}"

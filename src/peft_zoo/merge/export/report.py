@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peft_zoo.common.tables import align, shorten
+from peft_zoo.common.tables import error_table, shorten
 
 ROUNDING = 1e-5
 """Relative errors below are those of weights in float32, of which an update is a small part."""
@@ -114,9 +114,11 @@ class ExportReport:
         Args:
             limit: Number of modules to show, those with the largest errors first; None shows all in order.
         """
-        shown = self.modules if limit is None else sorted(self.modules, key=lambda m: -m.error)[:limit]
-        rows = [(shorten(m.name), str(m.rank), f"{m.error:.4f}", m.method, f"{m.parameters:,}") for m in shown]
-        hidden = len(self.modules) - len(shown)
-        more = [(f"and {hidden} more with smaller errors", "", "", "", "")] if hidden else []
+        header = ("module", "rank", "error", "method", "parameters")
         total = ("all", str(self.rank), f"{self.error:.4f}", "", f"{self.parameters:,}")
-        return align([("module", "rank", "error", "method", "parameters"), *rows, *more, total])
+        return error_table(header, self.modules, _cells, total, limit)
+
+
+def _cells(m: ExportedModule) -> tuple[str, ...]:
+    """Returns the cells of one line."""
+    return shorten(m.name), str(m.rank), f"{m.error:.4f}", m.method, f"{m.parameters:,}"

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peft_zoo.common.tables import align, shorten
+from peft_zoo.common.tables import error_table, shorten
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,11 @@ class ExtractReport:
         Args:
             limit: Number of modules to show, those with the largest errors first; None shows all in order.
         """
-        shown = self.modules if limit is None else sorted(self.modules, key=lambda m: -m.error)[:limit]
-        rows = [(shorten(m.name), str(m.rank), f"{m.error:.4f}", f"{m.noise:.4f}", f"{m.parameters:,}") for m in shown]
-        hidden = len(self.modules) - len(shown)
-        more = [(f"and {hidden} more with smaller errors", "", "", "", "")] if hidden else []
+        header = ("module", "rank", "error", "noise", "parameters")
         total = ("all", str(self.rank), f"{self.error:.4f}", "", f"{self.parameters:,}")
-        return align([("module", "rank", "error", "noise", "parameters"), *rows, *more, total])
+        return error_table(header, self.modules, _cells, total, limit)
+
+
+def _cells(m: ExtractedModule) -> tuple[str, ...]:
+    """Returns the cells of one line."""
+    return shorten(m.name), str(m.rank), f"{m.error:.4f}", f"{m.noise:.4f}", f"{m.parameters:,}"
