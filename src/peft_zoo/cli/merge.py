@@ -18,8 +18,11 @@ EPILOG = """examples:
   peft-zoo merge Llama-3-8B my-adapter -o Llama-3-8B-mine
   peft-zoo merge base style subject --weight style=0.7 -o both
   peft-zoo merge base-nf4 adapter --quantized dequantize -o merged
+  peft-zoo merge stable-diffusion-xl my-style -o sdxl-my-style
 
-Adapters of every type that peft or peft-zoo can merge. The same command continues an interrupted run."""
+Adapters of every type that peft or peft-zoo can merge. The same command continues an interrupted run.
+BASE may be a pipeline of diffusers: ADAPTER then has folders named by component, such as unet and text_encoder, or is
+for one of them."""
 
 SHOWN = 5  # tensors with the largest updates that are listed
 
@@ -28,7 +31,7 @@ SHOWN = 5  # tensors with the largest updates that are listed
 class Flags:
     """Settings of `peft-zoo merge`; None leaves the default of the library."""
 
-    base: str = setting("a folder that transformers saved", positional=True, required=True, metavar="BASE")
+    base: str = setting("folder of a model or pipeline", positional=True, required=True, metavar="BASE")
     adapters: list[str] = setting("folders of adapters", positional=True, required=True, metavar="ADAPTER")
     output: str = setting("a new folder", required=True, short="-o", metavar="DIR")
     weight: dict[str, str] = setting(

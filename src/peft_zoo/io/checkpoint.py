@@ -1,9 +1,10 @@
-"""Reads transformers checkpoints that may exceed memory tensor by tensor, and writes them shard by shard."""
+"""Reads models of transformers and diffusers that may exceed memory tensor by tensor, and writes them in shards."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,56 +18,82 @@ from peft_zoo.io.strict_json import read_json
 from peft_zoo.io.tensor_writer import TensorWriter
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+DIFFUSERS_CLASS, DIFFUSERS_STEM = "_class_name", "diffusion_pytorch_model"
+_VARIANT = r"(?!.*-[0-9]+-of-[0-9]+$)[^.]+"  # not a shard
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 class Checkpoint(ClosedOnExit):
-    """Open folder of transformers, a context manager: the content of `config.json`, and `tensors` by name.
+    """Open folder of a model of transformers or diffusers, a context manager: `config.json`, and `tensors` by name.
 
     Attributes:
         folder: The folder.
         config: Content of `config.json`.
         tensors: Dtype and shape of each tensor by name.
-        weights_name: Name of the weights file of a checkpoint that is not sharded.
+        is_diffusers: Whether diffusers saved it: `config.json` names a class as `_class_name`.
+        weights_name: Name of the weights file of a checkpoint that is not sharded, with the variant if the folder only
+            has weights of a variant, such as `model.fp16.safetensors`.
+        index_name: Name of the index of its shards.
         index: Content of the index of the shards; None if there is one file.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Opens `model.safetensors`, or its shards by their index, and validates the headers; reads no tensor."""
+        """Opens the weights file, or its shards by their index, and validates the headers; reads no tensor."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise ValueError(f"{self.folder}: not a folder; give one that transformers saved.")
+            raise ValueError(f"{self.folder}: not a folder; give one that transformers or diffusers saved.")
         self.config = read_json(self.folder / CONFIG, self.folder)
-        self.weights_name = WEIGHTS
+        self.is_diffusers = DIFFUSERS_CLASS in self.config
+        self.weights_name, self.index_name = self._names()
         self.index: dict[str, Any] | None = None
         self._files: dict[str, TensorFile] = {}
         self._owner: dict[str, TensorFile] = {}
         try:
             index = self._weight_map()
-            for name in sorted(set(index.values())) if index is not None else [WEIGHTS]:
+            for name in sorted(set(index.values())) if index is not None else [self.weights_name]:
                 self._files[name] = TensorFile(self.folder / name, self.folder)
                 self._owner.update(dict.fromkeys(self._files[name].tensors, self._files[name]))
             lost = sorted((index or {}).keys() - self._owner.keys())
             if lost:
-                raise ValueError(f"{self.folder / INDEX}: names {lost[0]!r}, which is in no file; download them again.")
+                where = self.folder / self.index_name
+                raise ValueError(f"{where}: names {lost[0]!r}, which is in no file; download them again.")
         except BaseException:
             self.close()
             raise
         self.tensors: dict[str, TensorInfo] = {key: file.tensors[key] for key, file in self._owner.items()}
 
+    def _names(self) -> tuple[str, str]:
+        """Names of the weights file and of the index: those without a variant, or else of the only variant."""
+        stem = DIFFUSERS_STEM if self.is_diffusers else "model"
+        plain = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        if any(os.path.lexists(self.folder / name) for name in plain):
+            return plain
+        found = set()
+        for name in os.listdir(self.folder):
+            for start, end in ((f"{stem}.", ".safetensors"), (f"{plain[0]}.index.", ".json")):
+                variant = name[len(start) : -len(end)]
+                if name == f"{start}{variant}{end}" and re.fullmatch(_VARIANT, variant):
+                    found.add(variant)
+        if len(found) > 1:
+            names = ", ".join(sorted(found))
+            raise ValueError(f"{self.folder}: has weights of the variants {names}; keep those of one.")
+        return next(((f"{stem}.{name}.safetensors", f"{plain[0]}.index.{name}.json") for name in found), plain)
+
     def _weight_map(self) -> dict[str, str] | None:
         """File name of each tensor, which does not lead out of the folder; None for a checkpoint of one file."""
-        if os.path.lexists(self.folder / WEIGHTS):
+        if os.path.lexists(self.folder / self.weights_name):
             return None
-        if not os.path.lexists(self.folder / INDEX):
-            raise ValueError(f"{self.folder}: has no {WEIGHTS}; save the model with safetensors, pickles are not read.")
-        self.index = read_json(self.folder / INDEX, self.folder)
+        where = self.folder / self.index_name
+        if not os.path.lexists(where):
+            fix = "save the model with safetensors, pickles are not read"
+            raise ValueError(f"{self.folder}: has no {self.weights_name}; {fix}.")
+        self.index = read_json(where, self.folder)
         index = self.index.get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-            raise ValueError(f"{self.folder / INDEX}: weight_map must map tensors to files; download it again.")
+            raise ValueError(f"{where}: weight_map must map tensors to files; download it again.")
         for name in index.values():
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{self.folder / INDEX}: {name!r} is no file of this folder; download it again.")
+                raise ValueError(f"{where}: {name!r} is no file of this folder; download it again.")
         return index
 
     @property
@@ -93,7 +120,7 @@ class Checkpoint(ClosedOnExit):
         Raises a ValueError for a file that must not be copied, see `regular_files`.
         """
         files = regular_files(self.folder)
-        return [path for path in files if str(path) != CONFIG and not path.name.endswith(WEIGHT_SUFFIXES)]
+        return [path for path in files if str(path) != CONFIG and not is_weights(path.name)]
 
     def copy_others(self, target: Path) -> None:
         """Copies `other_files` to another folder."""
@@ -105,6 +132,11 @@ class Checkpoint(ClosedOnExit):
         """Closes the files; nothing can be read afterwards."""
         for file in self._files.values():
             file.close()
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file has weights of a model or says where they are, by its name."""
+    return name.endswith(WEIGHT_SUFFIXES) or ".safetensors.index." in name
 
 
 def split_shards(

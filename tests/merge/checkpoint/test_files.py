@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from peft_zoo.io.checkpoint import Checkpoint
 from peft_zoo.merge import merge_checkpoint
 from peft_zoo.merge.base import pump
-from peft_zoo.merge.checkpoint import api
+from peft_zoo.merge.checkpoint.report import REPORT
 from tests.merge.checkpoint.conftest import Made, differing, load, tensors
 
 LORA: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
@@ -26,7 +26,7 @@ LORA: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", "down_proj"], "init
 
 def files(folder: Path) -> dict[str, bytes]:
     """Content of all files but the report, which has times."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != api.REPORT)
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != REPORT)
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
@@ -68,7 +68,7 @@ def test_the_report_and_a_dry_run(made: Made) -> None:
     report = merge_checkpoint(base, adapter, out)
     assert [row.key for row in planned.tensors] == [row.key for row in report.tensors] and len(report.tensors) == 4
     assert planned.nbytes == report.nbytes and planned.copied == report.copied
-    saved = json.loads((out / api.REPORT).read_text())
+    saved = json.loads((out / REPORT).read_text())
     assert saved == json.loads(json.dumps(report.to_dict()))
     before, after = tensors(base), tensors(out)
     for row in report.tensors:
@@ -260,7 +260,7 @@ def test_quantized_bases(kind: str, made: Made, tmp_path: Path) -> None:
     key = "model.layers.0.self_attn.q_proj.weight"
     error = (again.state_dict()[key].float() - found[key].float()).norm() / found[key].float().norm()
     assert error < (0.02 if kind == "int8" else 0.15)
-    report = json.loads((tmp_path / "again" / api.REPORT).read_text())
+    report = json.loads((tmp_path / "again" / REPORT).read_text())
     erased = {row["key"]: row["erased"] for row in report["tensors"] if row["erased"] is not None}
     assert erased[key] > 0 and len(erased) == 4
 

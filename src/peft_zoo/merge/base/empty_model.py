@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from peft_zoo.io.checkpoint import CONFIG, Checkpoint
+from peft_zoo.io.checkpoint import CONFIG, DIFFUSERS_CLASS, Checkpoint
 from peft_zoo.io.model_config import check_model_config
 
 
@@ -41,6 +41,36 @@ def empty_model(source: Checkpoint, changes: Mapping[str, Any] | None = None) ->
     except Exception as error:  # of any kind: every model has checks of its own, or none
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{source.folder / CONFIG}: no {architecture} can be built from it ({reason}).") from error
+
+
+def empty_diffusers_model(source: Checkpoint) -> Any:
+    """Returns the model of diffusers of a checkpoint on the meta device; its class must be in diffusers itself.
+
+    Raises:
+        ValueError: If the class is not a model of diffusers, or cannot be built from `config.json`.
+        NotImplementedError: If the checkpoint is quantized, or diffusers is not installed.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise NotImplementedError(
+            f"{source.folder}: diffusers saved it, and is not installed: pip install 'peft-zoo[diffusion]'."
+        ) from error
+    where, name = source.folder / CONFIG, source.config[DIFFUSERS_CLASS]
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(kind, "from_config")):
+        raise ValueError(f"{where}: {DIFFUSERS_CLASS}={name!r} names no model of diffusers; correct it.")
+    if source.config.get("quantization_config"):
+        raise NotImplementedError(
+            f"{where}: quantization_config: quantized models of diffusers are not read; merge into the original."
+        )
+    check_model_config(source.config, str(where), len(source.tensors))
+    try:
+        with torch.device("meta"):
+            return kind.from_config(dict(source.config))
+    except Exception as error:  # of any kind: every model has checks of its own, or none
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{where}: no {name} can be built from it ({reason}).") from error
 
 
 def finite_pieces(key: str, source: Checkpoint) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_zoo.io.checkpoint import Checkpoint
-from peft_zoo.merge.base.empty_model import empty_model
+from peft_zoo.merge.base.empty_model import empty_diffusers_model, empty_model
 
 
 def is_hollow(tensor: Tensor) -> bool:
@@ -78,13 +78,14 @@ def hollow_model(source: Checkpoint, changes: Mapping[str, Any] | None = None) -
     """Builds the model of a checkpoint without memory for its parameters.
 
     Args:
-        source: Checkpoint of transformers.
+        source: Checkpoint of transformers, or of one model of diffusers.
         changes: New values of fields of its configuration by path, such as `"text_config.vocab_size"`.
 
     Raises:
-        ValueError: If the checkpoint's class is not one of transformers, or cannot be built from its configuration.
+        ValueError: If the checkpoint's class is not one of the library, or cannot be built from its configuration.
+        NotImplementedError: If it is of diffusers and quantized.
     """
-    model = empty_model(source, changes)
+    model = empty_diffusers_model(source) if source.is_diffusers else empty_model(source, changes)
     make_hollow(model)
     return model.eval()
 

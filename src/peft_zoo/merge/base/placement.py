@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -102,18 +103,20 @@ class Placements:
     """Finds the tensors of the files by the names of those of a model.
 
     Args:
-        model: Model without weights.
+        model: Model without weights. One of diffusers has its tensors under their own names.
         keys: Names of the tensors in the files.
     """
 
     def __init__(self, model: Any, keys: Iterable[str]) -> None:
-        rules = get_model_conversion_mapping(model)
+        has_rules = isinstance(model, PreTrainedModel)
+        rules = get_model_conversion_mapping(model) if has_rules else []
         self._model = model
+        self._prefix: str | None = model.base_model_prefix if has_rules else None
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         reverse = [
             rule.reverse_transform()
-            for rule in get_model_conversion_mapping(model, add_legacy=False)[::-1]
+            for rule in (get_model_conversion_mapping(model, add_legacy=False)[::-1] if has_rules else [])
             if isinstance(rule, WeightRenaming)
         ]
         self._known = dict.fromkeys(model.state_dict(), True)
@@ -139,9 +142,7 @@ class Placements:
 
     def _loaded(self, key: str, known: Mapping[str, bool]) -> tuple[str, str | None, WeightConverter | None]:
         """Returns the name in the model of a tensor of the files, and the pattern and rule that convert it, if any."""
-        name, pattern = rename_source_key(
-            key, self._renamings, self._converters, self._model.base_model_prefix, dict(known)
-        )
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, dict(known))
         if name not in known and key in known:
             return key, None, None
         return name, pattern, next((rule for rule in self._converters if pattern in rule.source_patterns), None)
@@ -197,7 +198,7 @@ class Placements:
             skipped: Names in the model of tensors that may have other shapes and dtypes, since they are quantized.
         """
         ignored = getattr(self._model, "_keys_to_ignore_on_load_missing", None) or ()
-        tied = {name for pair in (self._model.all_tied_weights_keys or {}).items() for name in pair}
+        tied = {name for pair in (getattr(self._model, "all_tied_weights_keys", None) or {}).items() for name in pair}
         for name, tensor in self._model.state_dict().items():
             group = self._group.get(name)
             is_optional = name in tied or any(re.search(pattern, name) for pattern in ignored)

@@ -254,7 +254,7 @@ class Pump:
     def _write_index(self, folder: Path) -> None:
         """Writes the index of the shards: that of the source if no name, shape or dtype changes."""
         weight_map = {key: shard.name for shard in self.shards for key in shard.infos}
-        name = f"{self.source.weights_name}.index.json"
+        name = self.source.index_name
         if len(self.shards) == 1 and not self._keeps_index:
             return
         same = all(self.source.tensors.get(key) == self._info(key) for key in weight_map)

@@ -106,7 +106,7 @@ class Planner:
         self.plan.changes += self._conversions({key for change in self.plan.changes for key in change.infos})
         if self.quantized.is_dequantized and QUANTIZATION in self.source.config:
             self.plan.config_changes[QUANTIZATION] = None
-        if self.dtype is not None:
+        if self.dtype is not None and not self.source.is_diffusers:  # whose models have no such field
             self.plan.config_changes.update(dtype_fields(self.source.config, self.options.dtype))
         return self.plan
 

@@ -36,6 +36,8 @@ class QuantizedBase:
     """
 
     def __init__(self, source: Checkpoint, model: Any, placements: Placements, options: MergeOptions) -> None:
+        if source.is_diffusers and options.quantized.startswith(SIMULATE):
+            raise ValueError(f"quantized={options.quantized!r}: only for models of transformers; use 'refuse'.")
         self.source, self.options = source, options
         self._config = source.config.get(QUANTIZATION)
         transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Action = Literal["merged", "replaced", "added", "removed", "converted", "copied"]
 
+REPORT = "merge_report.json"
 UNCHANGED_LIMIT = 0.5
 """Share of elements that rounding may leave unchanged before a merge is reported as mostly lost."""
 
@@ -88,6 +91,11 @@ class MergeReport:
         hidden = len(self.tensors) - len(shown)
         lines += [f"and {hidden} more with smaller updates"] if hidden else []
         return "\n".join([*lines, f"{self.copied} tensors copied, {self.nbytes / 1e6:,.1f} MB"])
+
+
+def write_report(report: MergeReport, folder: Path) -> None:
+    """Writes a report as JSON into a folder."""
+    (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def _row(tensor: TensorReport) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -45,9 +46,11 @@ class Ties:
     is_kept: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Ties:
+    def of(cls, model: Any) -> Ties:
         """Returns the ties of a model without weights, with the configuration of the base."""
         groups: dict[str, list[str]] = {}
+        if not isinstance(model, PreTrainedModel):  # models of diffusers tie nothing
+            return cls(groups, False)
         for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
             groups.setdefault(source, []).append(name)
         return cls(groups, bool(getattr(model.config, "is_encoder_decoder", False)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_zoo.io.header import TensorInfo
 
@@ -13,7 +14,9 @@ _PREFIX = "base_model.model."
 
 
 def embedding_names(model: Any) -> dict[str, str]:
-    """Returns the names of a model's embeddings: `"input"` and, if there is a head, `"output"`."""
+    """Returns the names of a model's embeddings: `"input"` and, if there is a head, `"output"`; of diffusers none."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
     parts = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     names = {id(module): name for name, module in reversed(list(model.named_modules()))}
     # A vision model's input embedding is a module of another kind.
