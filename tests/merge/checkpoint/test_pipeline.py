@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    ModelMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from peft_zoo.io.checkpoint import Checkpoint
-from peft_zoo.merge import merge_checkpoint
+from peft_zoo.merge import extract_lora, merge_checkpoint
 from tests.merge.checkpoint.conftest import differing, tensors
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "time_emb_proj"]
@@ -108,6 +115,27 @@ def test_other_types(config: Any, pipeline: Path, tmp_path: Path) -> None:
     given = adapter(pipeline / "unet", tmp_path / "adapter", config)
     merge_checkpoint(pipeline / "unet", given, tmp_path / "out")
     assert differing(tensors(tmp_path / "out"), in_memory(pipeline / "unet", given, tmp_path / "expected")) == []
+
+
+def test_a_transformer(tmp_path: Path) -> None:
+    """Some of its parameters stay in float32 beside others in bfloat16."""
+    size = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 1}
+    WanTransformer3DModel(**size).save_pretrained(tmp_path / "first")
+
+    def load_wan(folder: Path) -> Any:
+        return WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+    load_wan(tmp_path / "first").save_pretrained(tmp_path / "base")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "base").values()} == {torch.float32, torch.bfloat16}
+    config = LoraConfig(r=4, target_modules=["to_q", "ffn.net.2", "proj_out"], init_lora_weights=False)
+    model = get_peft_model(load_wan(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "lora")
+    merge_checkpoint(tmp_path / "base", tmp_path / "lora", tmp_path / "out")
+    adapted = PeftModel.from_pretrained(load_wan(tmp_path / "base"), tmp_path / "lora")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "expected")
+    assert differing(tensors(tmp_path / "out"), tensors(tmp_path / "expected")) == []
+    with pytest.raises(NotImplementedError, match="diffusers"):
+        extract_lora(tmp_path / "base", tmp_path / "out", tmp_path / "other", rank=4)
 
 
 def test_convolutions(pipeline: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ def empty_model(source: Checkpoint, changes: Mapping[str, Any] | None = None) ->
 
     `changes` are new values of fields of its configuration by path, such as `"text_config.vocab_size"`.
     """
+    if source.is_diffusers:
+        raise NotImplementedError(f"{source.folder}: a model of diffusers; only those of transformers are read here.")
     names = source.config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else None
     kind = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
