@@ -68,6 +68,10 @@ EXPECTED = (
     ("recipe: *", RAW, "*HFValidationError*", "peft looks on the Hub for weights that a folder lacks"),
     ("squeeze_adapter: *", WRONG, "*modules_to_save=*not supported*", "only the base model knows its modules"),
     ("export_lora: *", WRONG, "*modules_to_save=*not supported*", "only the base model knows its modules"),
+    ("combine: *", WRONG, "*modules_to_save=*not supported*", "only the base model knows its modules"),
+    ("combine: *", WRONG, "*do not fit rank*", "only the base model knows the sizes of its modules"),
+    ("convert: *", WRONG, "*modules_to_save=*not supported*", "only the base model knows its modules"),
+    ("convert: *", WRONG, "*do not fit rank*", "only the base model knows the sizes of its modules"),
     ("squeeze_adapter: *", WRONG, "*do not fit rank*", "only the base model knows the sizes of its modules"),
     ("rank_report: *", WRONG, "*do not fit rank*", "only the base model knows the sizes of its modules"),
     ("merge_checkpoint, base: *", WRONG, "*is not finite*", COPIED),
@@ -220,6 +224,7 @@ def names_something(message: str, subjects: set[str], good: dict[str, Any]) -> b
         "lora_",
         "base_model",
         "peft_type",
+        "src=",
     }
     parts = set(re.findall(r"\w+", message))
     return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import tempfile
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import peft_zoo
 from loading_fuzz import reading, samples
 from loading_fuzz.reading import Unreadable, need
-from loading_fuzz.routes import Prepared, Route, Wrong, leaks, nothing_written, same, updates_of
+from loading_fuzz.routes import Prepared, Route, Wrong, leaks, nothing_written, same, updates_of, zeros_like
 from loading_fuzz.samples import ADAPTER, MODEL, Sample
 
 WEIGHTS = ("headers", "tensors", "files")
@@ -398,6 +399,52 @@ def right_merged_adapter(prepared: Prepared, folder: Path, out: Path) -> None:
     leaks(out)
 
 
+# ---- other tools for LoRAs ----
+
+
+def combined_with(other: Path) -> Callable[[Prepared, Path, Path], Any]:
+    """Combines a mutated LoRA with a valid one."""
+
+    def combine(_: Prepared, folder: Path, out: Path) -> Any:
+        peft_zoo.merge.combine([folder, other], out, weights=[1.0, 0.5])
+        return out
+
+    return combine
+
+
+def right_sum(other: Path) -> Callable[[Prepared, Path, Any], None]:
+    """Compares a combination with the sum of the updates."""
+
+    def check(prepared: Prepared, folder: Path, out: Path) -> None:
+        base = zeros_like(prepared.pristine.base)
+        first, second, found = (updates_of(prepared, place, base) for place in (folder, other, out))
+        for name in first.keys() | second.keys():
+            zero = torch.zeros(())
+            same(found.get(name, zero), first.get(name, zero) + 0.5 * second.get(name, zero), name)
+        leaks(out)
+
+    return check
+
+
+def there_and_back(prepared: Prepared, folder: Path, out: Path) -> Any:
+    """Converts a LoRA to a GGUF file and back."""
+    config = prepared.pristine.base.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}  # type: ignore[union-attr, operator]
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work, "lora.gguf")
+        peft_zoo.merge.convert(folder, path, to="gguf", config=config)
+        peft_zoo.merge.convert(path, out, to="peft", config=config)
+    return out
+
+
+def same_updates(prepared: Prepared, folder: Path, out: Path) -> None:
+    """Compares the updates of two folders."""
+    base = zeros_like(prepared.pristine.base)
+    before, after = (updates_of(prepared, place, base) for place in (folder, out))
+    for name, update in before.items():
+        same(after.get(name, torch.zeros(())).expand_as(update), update, name)
+    leaks(out)
+
+
 # ---- the table ----
 
 
@@ -420,4 +467,8 @@ def others(root: Path, adapters: Mapping[str, Prepared]) -> list[tuple[Route, li
     ]
     found = [(route, [Prepared.of(made)]) for route, made in table]
     merging = Route("merge_checkpoint, adapter", merge_into(model.folder), right_merged_adapter, nothing_written)
+    found += [
+        (Route("combine", combined_with(lora), right_sum(lora), nothing_written), [adapters["lora"]]),
+        (Route("convert", there_and_back, same_updates, nothing_written), [adapters["lora"]]),
+    ]
     return [*found, (merging, [adapters["lora"], adapters["snell"]])]
