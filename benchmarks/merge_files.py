@@ -197,14 +197,16 @@ def killed(folder: Path, whole: Path, kills: int, seconds: float) -> int:
     words = [sys.executable, "-m", "benchmarks.merge_files", "--child", "merge_checkpoint", str(folder), str(out)]
     wrong = 0
     while done <= kills:
-        process = subprocess.Popen(words, cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(words, cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
-            process.wait(random_source.uniform(0, seconds) if done < kills else None)
+            _, said = process.communicate(timeout=random_source.uniform(0, seconds) if done < kills else None)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.communicate()
             done += 1
             continue
+        if not out.exists():
+            raise RuntimeError(said[-2000:])
         wrong += sum(
             not filecmp.cmp(path, out / path.name, shallow=False)
             for path in whole.iterdir()

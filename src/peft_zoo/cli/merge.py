@@ -52,6 +52,7 @@ class Flags:
     arithmetic: Literal["exact", "peft"] | None = setting("exact: float32, rounded once (default); peft: its bits")
     max_shard_bytes: int | None = setting("size of the files of the result (default: those of the base)")
     readers: int | None = setting("modules that are computed at a time (default 2)")
+    in_memory: bool = setting("load the whole base, for types whose layers are made from its weights", False)
     all_tensors: bool = setting(
         f"a line for each changed tensor instead of the {SHOWN} with the largest updates", False
     )

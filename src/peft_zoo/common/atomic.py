@@ -189,6 +189,13 @@ def _linked(work: Path, target: Path, field: str) -> bool:
     return True
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, which loses its name before its first file: a killed process leaves no half of it there."""
+    work = _unfinished_path(folder)
+    os.replace(folder, work)
+    shutil.rmtree(work)
+
+
 def _missing_parents(target: Path) -> list[Path]:
     """Returns the folders above `target` that do not exist, the innermost first."""
     return [folder for folder in target.parents if not os.path.lexists(folder)]

@@ -353,7 +353,7 @@ def test_initializations_from_the_weights(tmp_path: Path) -> None:
 
 def test_types_without_weights_and_made_of_the_base(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text('{"peft_type": "OSF"}')
-    with pytest.raises(NotImplementedError, match=r"peft_type='OSF'.*merge_and_unload"):
+    with pytest.raises(NotImplementedError, match=r"peft_type='OSF'.*in_memory"):
         on_hollow(tmp_path, base, "exact")
     saved(tmp_path / "lily", base, peft.LilyConfig(r=2, target_modules=["a", "b"]))
     with pytest.raises(NotImplementedError):

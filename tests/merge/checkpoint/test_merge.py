@@ -54,7 +54,7 @@ def test_types_that_derive_their_layers_from_the_base_are_refused(made: Made) ->
     indices = peft.SupertuningConfig(sparsity=0.8, save_precomputed_indices=False, target_modules=["q_proj"])
     configs = {"save_precomputed_indices": indices, **{kind: config_of(kind) for kind in set(CONFIGS) & set(DERIVED)}}
     for name, config in configs.items():
-        with pytest.raises(NotImplementedError, match=rf"{name}.*merge_and_unload"):
+        with pytest.raises(NotImplementedError, match=rf"{name}.*in_memory"):
             merge_checkpoint(base, made.adapter(base, config), made.new())
 
 
@@ -164,6 +164,24 @@ def test_the_dtype_of_the_result(dtype: str, made: Made) -> None:
     assert all(torch.equal(found[key], wanted[key].to(getattr(torch, dtype))) for key in wanted)
     assert {tensor.dtype for tensor in report.tensors} == {dtype}
     assert json.loads((out / "config.json").read_text())["dtype"] == dtype  # what dtype="auto" loads
+
+
+@pytest.mark.parametrize("kind", ["OSF", "PSOFT"])
+def test_types_made_of_the_base_are_merged_in_memory(kind: str, made: Made) -> None:
+    base, out = made.base("llama"), made.new()
+    config = CONFIGS[kind]()
+    config.target_modules = ["q_proj"]
+    folder = made.adapter(base, config)
+    with pytest.raises(NotImplementedError, match="in_memory"):
+        merge_checkpoint(base, folder, out)
+    report = merge_checkpoint(base, folder, out, in_memory=True)
+    found, expected = tensors(out), in_memory(base, folder, made.new())
+    assert found.keys() == expected.keys() and not differing(found, expected)
+    assert {row.key for row in report.tensors} == {key for key in found if "q_proj" in key}
+    with pytest.raises(ValueError, match="dtype"):
+        merge_checkpoint(base, folder, made.new(), in_memory=True, dtype="float16")
+    with pytest.raises(ValueError, match="in_memory"):
+        merge_checkpoint(base, [folder, folder], made.new(), in_memory=True)
 
 
 def test_values_beyond_the_dtype_are_refused(made: Made) -> None:

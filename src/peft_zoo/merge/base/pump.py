@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_zoo.common.atomic import check_new_folder, link, new_file, new_folder, replaced_file
+from peft_zoo.common.atomic import check_new_folder, link, new_file, new_folder, remove_folder, replaced_file
 from peft_zoo.common.lock import only_process
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io.checkpoint import Checkpoint, split_shards
@@ -170,7 +170,7 @@ class Pump:
                             if notes is not None:
                                 kept.write_text(json.dumps({"notes": notes.of(by_name[name].infos)}), encoding="utf-8")
                     except ValueError:  # of the inputs: the same call would raise it again
-                        shutil.rmtree(partial)
+                        remove_folder(partial)
                         raise
                 elif notes is not None:
                     notes.restore(read_json(kept)["notes"])
@@ -179,7 +179,7 @@ class Pump:
                 self._write_index(work)
                 for name in by_name:
                     link(partial / name, work / name)
-            shutil.rmtree(partial)
+            remove_folder(partial)
 
     def _check_space(self, target: Path, partial: Path) -> None:
         parent = next(folder for folder in target.parents if folder.exists())
@@ -290,7 +290,7 @@ def edited(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 def _prepare(partial: Path, state: Mapping[str, Any], resume: bool) -> None:
     """Creates the folder of unfinished work, or checks that it belongs to the same call."""
     if partial.exists() and not resume:
-        shutil.rmtree(partial)
+        remove_folder(partial)
     partial.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(state))
     if not (partial / STATE).exists():

@@ -38,7 +38,7 @@ def refuse_derived(found: Mapping[str, Any]) -> None:
     if field is not None:
         raise NotImplementedError(
             f"{field}: the layers of the adapter are made from the base weights while they are added, so it cannot be "
-            "merged from files; merge it in memory with merge_and_unload."
+            "merged from files; pass in_memory=True, which loads the whole base."
         )
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from peft_zoo.common.atomic import check_new_folder
-from peft_zoo.common.checks import make_options
+from peft_zoo.common.checks import check, make_options
 from peft_zoo.common.progress import Progress, silent
 from peft_zoo.io.checkpoint import CONFIG
+from peft_zoo.merge.checkpoint.in_memory import merge_in_memory
 from peft_zoo.merge.checkpoint.one_folder import merge_folder
 from peft_zoo.merge.checkpoint.options import Adapters, MergeOptions, weighted_adapters
 from peft_zoo.merge.checkpoint.pipeline import PIPELINE, merge_pipeline
@@ -58,6 +59,8 @@ def merge_checkpoint(
             * `max_shard_bytes`: size of the files of the result; None (default) keeps those of the base.
             * `readers`: number of modules that are computed at a time, default 2.
             * `resume`: whether to use the finished files of an earlier call, default True.
+            * `in_memory`: whether to load the whole base and merge by the adapter's own method, default False: for one
+              adapter of a type whose layers are made from the base weights.
             * `trust_patterns`: whether expressions in configurations may be run, default False.
 
     Returns:
@@ -89,5 +92,6 @@ def merge_checkpoint(
     base, out = Path(base), Path(out)
     check_new_folder(out, "out")
     is_pipeline = (base / PIPELINE).is_file() and not (base / CONFIG).is_file()
-    merge = merge_pipeline if is_pipeline else merge_folder
+    check(not (is_pipeline and chosen.in_memory), "in_memory", True, "merge into the folder of one component instead")
+    merge = merge_pipeline if is_pipeline else merge_in_memory if chosen.in_memory else merge_folder
     return merge(base, given, out, chosen, progress or silent, dry_run)

@@ -29,6 +29,7 @@ class MergeOptions:
     max_shard_bytes: int | None = None
     readers: int = 2
     resume: bool = True
+    in_memory: bool = False
     trust_patterns: bool = False
 
     def __post_init__(self) -> None:
@@ -43,6 +44,10 @@ class MergeOptions:
         check_int("readers", self.readers)
         if self.dtype != "keep" and self.quantized == "requantize":
             raise ValueError(f"dtype={self.dtype!r} with quantized='requantize': the base's format has its own dtype.")
+        for name in ("dtype", "rounding", "tied", "vocab", "quantized", "arithmetic"):
+            default = type(self).__dataclass_fields__[name].default
+            if self.in_memory and getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} with in_memory=True: peft merges in memory; omit it.")
         if self.rounding == "stochastic" and self.arithmetic == "peft":
             raise ValueError("rounding='stochastic' with arithmetic='peft': peft rounds to the nearest; use 'exact'.")
 

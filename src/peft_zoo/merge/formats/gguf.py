@@ -148,6 +148,9 @@ def _write(adapters: Mapping[str, LoraAdapter], target: Path, options: ConvertOp
     if names.is_tied and HEAD in kept:
         raise ValueError(f"{HEAD}: it is tied to the embedding, so llama.cpp has no tensor for it; drop it, or merge.")
     alphas = {name: adapter.modules[name].scale * adapter.modules[name].rank for name in kept}
+    zero = next((name for name, value in alphas.items() if value == 0), None)
+    if zero is not None:
+        raise ValueError(f"{zero}: its scale is 0, which llama.cpp takes for 1; drop it.")
     alpha = alphas[kept[0]] if alphas[kept[0]] > 0 else 1.0
     gguf = _package()
     writer = gguf.GGUFWriter(str(target), names.architecture.name)
