@@ -55,9 +55,7 @@ def merge_in_memory(
     return report
 
 
-def _merge(
-    source: Checkpoint, adapter: WeightedAdapter, folder: Path, options: MergeOptions
-) -> list[TensorReport]:
+def _merge(source: Checkpoint, adapter: WeightedAdapter, folder: Path, options: MergeOptions) -> list[TensorReport]:
     """Loads a checkpoint, merges an adapter by its own method, and writes the result.
 
     Args:
