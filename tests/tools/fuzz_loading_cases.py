@@ -39,12 +39,13 @@ def test_200_mutated_folders(pairs: list[Pair]) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("route", [r.name for r in vars(routes).values() if isinstance(r, routes.Route)])
-def test_2000_mutated_folders_on_each_route(pairs: list[Pair], route: str) -> None:
+@pytest.mark.timeout(8 * 3600)
+def test_2000_mutated_folders_on_each_route(pairs: list[Pair]) -> None:
     """The same for ten times as many cases on each route."""
-    chosen = [pair for pair in pairs if pair.route.name == route]
-    assert faults(list(fuzz_loading.fuzz(chosen, 2000, seed=1))) == []
+    found = []
+    for name in sorted({pair.route.name for pair in pairs}):
+        found += faults(list(fuzz_loading.fuzz([p for p in pairs if p.route.name == name], 2000, seed=1)))
+    assert found == []
 
 
 SAVED_TORN = {"recipe"}  # what peft's own function writes file by file

@@ -283,7 +283,8 @@ def dequantized(values: Any, parts: dict[str, Tensor], base: nn.Module, module: 
     layer: Any = dict(base.named_modules()).get(module)
     need(isinstance(layer, nn.Linear), f"{module} is no linear layer")
     known = {*NFTensor._fields, "initial_A", "initial_B", *(f"initial_{part}" for part in NFTensor._fields)}
-    need(set(NFTensor._fields) <= set(parts) <= known, f"{module} has other tensors than a quantized layer")
+    need(set(NFTensor._fields) <= set(parts), f"{module} lacks tensors of a quantized layer")
+    need(set(parts) <= known, f"{module} has other tensors than a quantized layer")
     try:
         config = nf_config(values)
         packed = NFTensor(*(parts[name] for name in NFTensor._fields))

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from peft_zoo.merge.base.child import run_in_child
 from peft_zoo.merge.formats.format import ConvertOptions
@@ -29,12 +38,14 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
     "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 MODELS: dict[str, Any] = {
-    "llama": lambda **more: LlamaForCausalLM(LlamaConfig(**{**SIZES, "bos_token_id": 1, "eos_token_id": 2, **more})),
-    "qwen3": lambda **more: Qwen3ForCausalLM(
-        Qwen3Config(**{**SIZES, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, **more})
-    ),
+    "llama": lambda **more: LlamaForCausalLM(LlamaConfig(**{**SIZES, **more})),
+    "mistral": lambda **more: MistralForCausalLM(MistralConfig(**{**SIZES, "sliding_window": None, **more})),
+    "qwen2": lambda **more: Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **more})),
+    "qwen3": lambda **more: Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 16, **more})),
 }
 
 
@@ -94,10 +105,10 @@ def write_model(found: Any, path: Path) -> Path:
     writer.add_token_types([2, 3, 3, *[6] * 61])
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.name.upper()), 2)
     for name, value in found.state_dict().items():
-        module = name.removesuffix(".weight")
+        module, _, kind = name.rpartition(".")
         if name.endswith((".q_proj.weight", ".k_proj.weight")):
             value = names.reordered(module, value, lambda heads, half: (heads, 2, half))
-        writer.add_tensor(f"{table.get_name(module)}.weight", np.ascontiguousarray(value.float().numpy()))
+        writer.add_tensor(f"{table.get_name(module)}.{kind}", np.ascontiguousarray(value.float().numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

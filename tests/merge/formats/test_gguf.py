@@ -19,6 +19,8 @@ from tests.merge.formats.language import by_llama_cpp, log_probabilities, lora, 
 WEIGHTS = "adapter_model.safetensors"
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "other scales": ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
@@ -51,6 +53,17 @@ def test_llama_cpp_would_notice_rows_in_the_wrong_order(tmp_path: Path, monkeypa
     assert float((found - log_probabilities(adapted)).abs().max()) > 1
 
 
+@needs_llama
+def test_llama_cpp_would_notice_another_alpha(tmp_path: Path) -> None:
+    adapted = lora("llama", tmp_path)
+    base = write_model(model("llama"), tmp_path / "model.gguf")
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 1}))
+    convert(tmp_path / "lora", tmp_path / "wrong.gguf", to="gguf", base=tmp_path / "base")
+    found = by_llama_cpp(base, tmp_path / "wrong.gguf")
+    assert float((found - log_probabilities(adapted)).abs().max()) > 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_come_back(kind: str, tmp_path: Path) -> None:
     family, fields = KINDS[kind]
@@ -59,7 +72,7 @@ def test_files_come_back(kind: str, tmp_path: Path) -> None:
     report = convert(tmp_path / "lora.gguf", tmp_path / "back", to="peft", base=tmp_path / "base")
     assert report.source == "gguf"
     before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("lora", "back"))
-    if kind in ("llama", "qwen3"):
+    if kind in ("llama", "mistral", "qwen2", "qwen3"):
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     again = tmp_path / "again.gguf"
     convert(tmp_path / "back", again, to="gguf", base=tmp_path / "base")
