@@ -96,6 +96,15 @@ def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize("alpha", [0, 1e-50, 1e35])
+def test_a_scale_that_the_file_cannot_hold_is_refused(alpha: float, tmp_path: Path) -> None:
+    """llama.cpp takes an alpha of 0 for no alpha, and computes with a scale of 1."""
+    lora("llama", tmp_path, lora_alpha=alpha)
+    with pytest.raises(ValueError, match="down_proj: scale="):
+        convert(tmp_path / "lora", tmp_path / "out.gguf", to="gguf", base=tmp_path / "base")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_a_tied_head_has_no_tensor(tmp_path: Path) -> None:
     lora("llama", tmp_path, target_modules=["lm_head", "q_proj"])
     config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"tie_word_embeddings": True}

@@ -135,6 +135,11 @@ def _package() -> Any:
     return gguf
 
 
+def _is_alpha(value: float) -> bool:
+    """Whether a value survives as the float32 of the file; llama.cpp takes 0 for "no alpha"."""
+    return 1e-30 < abs(value) < 1e30
+
+
 def _write(adapters: Mapping[str, LoraAdapter], target: Path, options: ConvertOptions) -> list[str]:
     """Writes the LoRA of a language model."""
     adapter = single(adapters, "gguf")
@@ -148,9 +153,13 @@ def _write(adapters: Mapping[str, LoraAdapter], target: Path, options: ConvertOp
     if names.is_tied and HEAD in kept:
         raise ValueError(f"{HEAD}: it is tied to the embedding, so llama.cpp has no tensor for it; drop it, or merge.")
     alphas = {name: adapter.modules[name].scale * adapter.modules[name].rank for name in kept}
-    zero = next((name for name, value in alphas.items() if value == 0), None)
-    if zero is not None:
-        raise ValueError(f"{zero}: its scale is 0, which llama.cpp takes for 1; drop it.")
+    for name, value in alphas.items():
+        if not _is_alpha(value):
+            scale = adapter.modules[name].scale
+            raise ValueError(
+                f"{name}: scale={scale} times the rank must be between 1e-30 and 1e30 in a GGUF file, where llama.cpp "
+                f"takes 0 for no scale; pass drop=[{name!r}], or another lora_alpha."
+            )
     alpha = alphas[kept[0]] if alphas[kept[0]] > 0 else 1.0
     gguf = _package()
     writer = gguf.GGUFWriter(str(target), names.architecture.name)
@@ -217,7 +226,8 @@ def _tensors(path: Path) -> tuple[float, dict[str, Tensor]]:
     if packed is not None:
         raise NotImplementedError(f"{path}: {packed} is quantized; get the file in float32 or float16.")
     alpha: Any = values.get("adapter.lora.alpha")
-    check(isinstance(alpha, float) and 0 < abs(alpha) < 1e30, "adapter.lora.alpha", alpha, "it must be a finite number")
+    fits = isinstance(alpha, float) and _is_alpha(alpha)
+    check(fits, "adapter.lora.alpha", alpha, "it must be a finite number that is not 0")
     return alpha, {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
